@@ -1,0 +1,265 @@
+"""A dense Transformer-XL language model (Dai et al. 2019, arXiv 1901.02860). Nothing here knows of experts.
+
+Shape suffixes: B lanes (batch), T positions of this segment, M positions of memory, K = M + T keys, H heads, C head width, D model width,
+V symbols.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
+
+
+@dataclass(frozen=True)
+class TransformerXLConfig:
+    """Sizes of the model; defaults are the paper's enwik8 setting with a dense feed-forward layer.
+
+    `mem_len`: positions of memory kept; `same_length`: every position attends equally far back (else the first ones see less);
+    `clamp_len`: distances beyond it share one position embedding (-1: none); `pre_lnorm`: LayerNorm before each sublayer, not after.
+    """
+
+    n_token: int
+    n_layer: int = 4
+    n_head: int = 8
+    d_model: int = 256
+    d_head: int = 64
+    d_inner: int = 8192
+    dropout: float = 0.1
+    dropatt: float = 0.0
+    mem_len: int = 512
+    pre_lnorm: bool = False
+    same_length: bool = False
+    clamp_len: int = -1
+    tie_weight: bool = True
+    init_std: float = 0.02
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def shift(term: Tensor, mask_TK: Tensor) -> Tensor:
+    """Moves row i of [..., T, K] left by T - 1 - i, so that column j holds the term of distance i + M - j, and adds a mask [T, K].
+
+    No copy is made to shift: flat element T - 1 + i (K - 1) + j is row i, column j. Entries with j > i + M come from the wrong row: the mask
+    must be -inf there.
+    """
+    T, K = term.shape[-2:]
+    term = term.contiguous()
+    strides = (*term.stride()[:-2], max(K - 1, 1), 1)
+    return term.as_strided(term.shape, strides, term.storage_offset() + T - 1) + mask_TK
+
+
+def unshift(grad: Tensor) -> Tensor:
+    """The gradient of `shift`; relies on the gradient being zero where the mask is -inf."""
+    T, K = grad.shape[-2:]
+    result = grad.new_empty(*grad.shape[:-2], T * K)
+    result[..., : T - 1] = 0
+    result[..., T - 1 : T * K - 1].unflatten(-1, (T, K - 1)).copy_(grad[..., :-1])
+    result[..., -1] = grad[..., -1, -1]
+    return result.unflatten(-1, (T, K))
+
+
+class Shift(torch.autograd.Function):
+    """`shift` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, term: Tensor, mask_TK: Tensor) -> Tensor:
+        return shift(term, mask_TK)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return unshift(grad), None
+
+
+def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dropout: float) -> Tensor:
+    """softmax(qu k^T + shift(qv r^T) + mask) v -> [H, B, T, C], queries scaled already; torch's fused attention with the position term as
+    its bias. This is the definition, and the way taken on GPUs and with attention dropout.
+    """
+    distance = torch.bmm(qv_HBTC.flatten(1, 2), r_HKC.transpose(1, 2)).unflatten(1, qv_HBTC.shape[1:3])
+    bias = Shift.apply(distance, mask_TK)
+    return F.scaled_dot_product_attention(qu_HBTC, k_HBKC, v_HBKC, attn_mask=bias, dropout_p=dropout, scale=1.0)
+
+
+class RelativeAttentionCPU(torch.autograd.Function):
+    """The same with every pass over the scores [H, B, T, K] counted: shift and mask in one, q k^T added by its own matrix product, softmax in
+    place, and a softmax gradient of three vectorised passes (torch's own is several times slower in bf16).
+    """
+
+    @staticmethod
+    def forward(ctx, qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK):
+        H, B, T, _ = qu_HBTC.shape
+        distance = torch.bmm(qv_HBTC.flatten(1, 2), r_HKC.transpose(1, 2)).view(H, B, T, -1)
+        scores = shift(distance, mask_TK).flatten(0, 1)
+        scores.baddbmm_(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
+        p = torch.softmax(scores, -1, out=scores)
+        ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p)
+        return torch.bmm(p, v_HBKC.flatten(0, 1)).view_as(qu_HBTC)
+
+    @staticmethod
+    def backward(ctx, grad_HBTC):
+        qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
+        grad = grad_HBTC.flatten(0, 1)
+        grad_v = torch.bmm(p.transpose(1, 2), grad).view_as(v_HBKC)
+        grad_p = torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2)).mul_(p)
+        grad_scores = grad_p.addcmul_(p, grad_p.sum(-1, keepdim=True), value=-1)
+        grad_qu = torch.bmm(grad_scores, k_HBKC.flatten(0, 1)).view_as(qu_HBTC)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), qu_HBTC.flatten(0, 1)).view_as(k_HBKC)
+        grad_distance = unshift(grad_scores.view(*qu_HBTC.shape[:3], -1)).flatten(1, 2)
+        grad_qv = torch.bmm(grad_distance, r_HKC).view_as(qv_HBTC)
+        grad_r = torch.bmm(grad_distance.transpose(1, 2), qv_HBTC.flatten(1, 2))
+        return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__()
+        self.n_head, self.d_head, self.dropatt = config.n_head, config.d_head, config.dropatt
+        width = config.n_head * config.d_head
+        self.qkv = nn.Linear(config.d_model, 3 * width, bias=False)
+        self.position = nn.Linear(config.d_model, width, bias=False)
+        self.out = nn.Linear(width, config.d_model, bias=False)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[B, K, H*C] -> contiguous [H, B, K, C]: one matrix product a head for the position term, none copies r for every lane"""
+        return projected.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3).contiguous()
+
+    def forward(self, x_BTD: Tensor, context_BKD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+        width = self.n_head * self.d_head
+        q = self._heads(F.linear(x_BTD, self.qkv.weight[:width]))  # the memory asks nothing
+        k, v = (self._heads(part) for part in F.linear(context_BKD, self.qkv.weight[width:]).split(width, -1))
+        r = self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
+        scale = 1 / math.sqrt(self.d_head)
+        qu, qv = (((q + bias[:, None, None]) * scale).to(k.dtype) for bias in (u_HC, v_HC))
+        dropout = self.dropatt if self.training else 0.0
+        inputs = qu, qv, k, v, r, mask_TK.to(k.dtype)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            if x_BTD.device.type == "cpu" and dropout == 0:
+                y_HBTC = RelativeAttentionCPU.apply(*inputs)
+            else:
+                y_HBTC = relative_attention_sdpa(*inputs, dropout)
+        return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Position-wise two-layer network [..., D] -> [..., D]. `core` is the part that may be swapped for experts."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__()
+        self.core = nn.Sequential(
+            nn.Linear(config.d_model, config.d_inner),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.d_inner, config.d_model),
+        )
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.core(x_BTD)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each with dropout, residual and LayerNorm (after the residual, or before it with `pre_lnorm`)."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__()
+        self.pre_lnorm = config.pre_lnorm
+        self.attention, self.attention_norm = RelativeAttention(config), nn.LayerNorm(config.d_model)
+        self.feed_forward, self.feed_forward_norm = FeedForward(config), nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, *attention_inputs: Tensor) -> Tensor:
+        context = torch.cat([memory_BMD, x_BTD], 1)
+        if self.pre_lnorm:
+            context = self.attention_norm(context)
+            x_BTD = x_BTD + self.dropout(self.attention(context[:, memory_BMD.shape[1] :], context, *attention_inputs))
+            return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, context, *attention_inputs)))
+        return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
+
+
+class MemTransformerLM(nn.Module):
+    """Language model over segments: `losses, memory = model(tokens, targets, memory)`, the memory of one call given to the next."""
+
+    def __init__(self, config: TransformerXLConfig):
+        super().__init__()
+        self.config = config
+        self.mem_len = config.mem_len  # evaluation may set another
+        self.embedding = nn.Embedding(config.n_token, config.d_model)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layer))
+        self.content_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # u of the paper, r_w_bias of its code
+        self.position_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # v, r_r_bias
+        self.head = nn.Linear(config.d_model, config.n_token)
+        if config.tie_weight:
+            self.head.weight = self.embedding.weight
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        """The official initialisation: every weight N(0, std), LayerNorm gains N(1, std), biases of linear maps 0."""
+        std = self.config.init_std
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, std)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1.0, std)
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, MemTransformerLM):
+            nn.init.normal_(module.content_bias, 0.0, std)
+            nn.init.normal_(module.position_bias, 0.0, std)
+
+    def initial_memory(self, batch_size: int) -> Memory:
+        """Memory of no positions, n_layer + 1 tensors [B, 0, D]."""
+        empty = self.content_bias.new_empty(batch_size, 0, self.config.d_model, dtype=torch.float32)
+        return (empty,) * (self.config.n_layer + 1)
+
+    def hidden(self, tokens_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """tokens [B, T] -> last hidden states [B, T, D] and the memory for the next segment."""
+        if memory is None or len(memory) == 0:
+            memory = self.initial_memory(tokens_BT.shape[0])
+        x = self.dropout(self.embedding(tokens_BT) * math.sqrt(self.config.d_model))
+        T, M = tokens_BT.shape[1], memory[0].shape[1]
+        attention_inputs = self.dropout(self._positions(M + T)), self.content_bias, self.position_bias, self._mask(T, M)
+        states = [x]
+        for layer, memory_BMD in zip(self.layers, memory[:-1], strict=True):
+            states.append(layer(states[-1], memory_BMD, *attention_inputs))
+        return self.dropout(states[-1]), self._next_memory(memory, states)
+
+    def logits(self, tokens_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """tokens [B, T] -> logits [B, T, V] in float32 and the next memory."""
+        hidden, memory = self.hidden(tokens_BT, memory)
+        return self.head(hidden).float(), memory
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """Cross-entropy of each target in nats [B, T], and the next memory."""
+        logits, memory = self.logits(tokens_BT, memory)
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT), memory
+
+    def _positions(self, length: int) -> Tensor:
+        """Sinusoidal embeddings [K, D] of the distances K - 1 .. 0."""
+        device, d_model = self.content_bias.device, self.config.d_model
+        distance = torch.arange(length - 1, -1, -1.0, device=device)
+        if self.config.clamp_len > 0:
+            distance = distance.clamp(max=self.config.clamp_len)
+        frequency = 1 / (10000 ** (torch.arange(0.0, d_model, 2.0, device=device) / d_model))
+        angle = torch.outer(distance, frequency)
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
+    def _mask(self, T: int, M: int) -> Tensor:
+        """Additive mask [T, M + T]: -inf on the future, and with `same_length` on what lies further back than any position may see."""
+        ones = torch.ones(T, M + T, dtype=torch.bool, device=self.content_bias.device)
+        hidden = ones.triu(1 + M)
+        if self.config.same_length:
+            surplus = M + T - self.mem_len
+            hidden = hidden | ones.tril(-(T - surplus if surplus > 0 else T))
+        return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -math.inf)
+
+    def _next_memory(self, memory: Memory, states: list[Tensor]) -> Memory:
+        if self.mem_len == 0:
+            return self.initial_memory(states[0].shape[0])
+        with torch.no_grad():
+            return tuple(torch.cat([old, new.float()], 1)[:, -self.mem_len :].detach() for old, new in zip(memory, states, strict=True))

@@ -1,0 +1,45 @@
+"""Sparse mixture-of-experts as dropout, for any Transformer (Chen et al., ICLR 2023, arXiv 2303.01610).
+
+    import smoe_dropout as sd
+    sd.moefy(model, sd.SMoEConfig(num_experts=16, top_k=8))   # the FFNs become experts, in place
+    schedule = sd.TopKSchedule("linear_increase", 8, 16, total_steps)
+    sd.set_top_k(model, schedule(step))                         # before each training step
+    with sd.top_k(model, 4): ...                                # any k at inference
+
+Importing this package does not import torch; the first use of a name that needs it does.
+"""
+
+import importlib
+
+_EXPORTS = {
+    "SMoEConfig": "config",
+    "ConfigError": "config",
+    "TopKSchedule": "schedule",
+    "SCHEDULES": "schedule",
+    "moefy": "hosts",
+    "MoELayer": "layer",
+    "Routing": "routers",
+    "set_top_k": "control",
+    "get_top_k": "control",
+    "top_k": "control",
+    "freeze_routers": "control",
+    "moe_layers": "control",
+    "auxiliary_loss": "control",
+    "expert_load": "control",
+    "save_model": "io",
+    "load_weights": "io",
+    "from_official": "io",
+    "to_official": "io",
+}
+__all__ = sorted(_EXPORTS)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

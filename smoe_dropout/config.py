@@ -1,0 +1,120 @@
+"""What turns a feed-forward layer into a mixture of experts, checked when it is made. Importing this does not import torch."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from smoe_dropout.registry import BACKENDS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
+
+GateWeight = Literal["softmax", "uniform"]
+OutputScale = Literal["mean", "dense"]
+ExpertInit = Literal["fresh", "split", "copy"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be; the text lists every mistake, one sentence each."""
+
+
+@dataclass(frozen=True)
+class SMoEConfig:
+    """Settings of the MoE layers of one model.
+
+    num_experts: E. top_k: k, experts active per token, 1..E; may be changed later with `set_top_k`.
+    d_expert: hidden width of one expert; None divides the host's FFN width by E (paper section 3.1: 8192 = 16 x 512).
+    router: a name in `registry.ROUTERS` or one of the official names.
+    freeze_router: None leaves it to the router (random: frozen, learned: trained).
+    gate_weight: "softmax" over the k kept logits (paper section 3.1), or "uniform" 1/k.
+    output_scale: "mean" leaves the gate weights as they are (official: the layer is a weighted mean of experts); "dense" multiplies by E,
+        so that k = E is the sum that the dense FFN is and k < E is inverted dropout over experts.
+    expert_init: "fresh" N(0, init_std^2), the official one; "split" cuts the host's trained FFN into E experts; "copy" gives every expert
+        the whole FFN (sparse upcycling, arXiv 2212.05055).
+    balance_loss: coefficient of the Switch load-balance loss; None leaves it to the router (learned: 0.01).
+    layers: which of the host's FFNs become experts, by index; None: all.
+    backend: how experts are computed: "auto" or a name in `registry.BACKENDS`; all give the same result.
+    init_std: standard deviation of fresh weights and of the router's.
+
+    Raises ConfigError, listing all mistakes at once.
+    """
+
+    num_experts: int = 16
+    top_k: int = 8
+    d_expert: int | None = None
+    router: str = "random"
+    freeze_router: bool | None = None
+    gate_weight: GateWeight = "softmax"
+    output_scale: OutputScale = "mean"
+    expert_init: ExpertInit = "fresh"
+    balance_loss: float | None = None
+    layers: tuple[int, ...] | None = None
+    backend: str = "auto"
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        router, implied = canonical_router(self.router)
+        object.__setattr__(self, "router", router)
+        if self.balance_loss is None and "balance_loss" in implied:
+            object.__setattr__(self, "balance_loss", implied["balance_loss"])
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        mistakes = self.mistakes()
+        if mistakes:
+            raise ConfigError("; ".join(mistakes))
+
+    def mistakes(self) -> list[str]:
+        """One sentence for each field that cannot be."""
+        found = []
+        if not _is_int(self.num_experts) or self.num_experts < 1:
+            found.append(f"num_experts = {self.num_experts!r} must be a whole number of at least 1")
+        elif not _is_int(self.top_k) or not 1 <= self.top_k <= self.num_experts:
+            found.append(f"top_k = {self.top_k!r} must be a whole number from 1 to num_experts = {self.num_experts}")
+        if self.d_expert is not None and (not _is_int(self.d_expert) or self.d_expert < 1):
+            found.append(f"d_expert = {self.d_expert!r} must be a whole number of at least 1, or None")
+        if self.router not in ROUTERS:
+            found.append(unknown("router", self.router, [*ROUTERS, *ROUTER_ALIASES]))
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            found.append(unknown("backend", self.backend, ["auto", *BACKENDS]))
+        for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
+            if getattr(self, name) not in get_args(choices):
+                found.append(unknown(name, str(getattr(self, name)), list(get_args(choices))))
+        if self.balance_loss is not None and not self.balance_loss >= 0:
+            found.append(f"balance_loss = {self.balance_loss!r} must not be negative")
+        if not self.init_std > 0:
+            found.append(f"init_std = {self.init_std!r} must be positive")
+        if self.layers is not None:
+            found += layer_mistakes(self.layers)
+        if self.expert_init == "copy" and self.output_scale == "dense":
+            found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense one: use output_scale = 'mean'")
+        if self.expert_init != "fresh" and self.d_expert is not None:
+            found.append(f"d_expert = {self.d_expert} is decided by the host's FFN with expert_init = {self.expert_init!r}: leave it out")
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SMoEConfig":
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SMoEConfig":
+        """Raises ConfigError for a field this version does not know."""
+        known = {field.name for field in fields(cls)}
+        if foreign := sorted(set(values) - known):
+            raise ConfigError(f"unknown field {', '.join(foreign)} in the configuration; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
+    """Sentences for an empty, negative or repeated choice of layers."""
+    if len(layers) == 0:
+        return ["layers is empty: name at least one layer, or leave it out for all"]
+    found = []
+    if negative := [index for index in layers if not _is_int(index) or index < 0]:
+        found.append(f"layers names {negative[0]!r}, which is no layer index")
+    if repeated := sorted({index for index in layers if layers.count(index) > 1}):
+        found.append(f"layers names {', '.join(map(str, repeated))} more than once")
+    return found
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,67 @@
+"""The knobs of a model with MoE layers: k, frozen routers, auxiliary losses, expert load."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from smoe_dropout.layer import MoELayer
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """All MoE layers of the model with their names, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def set_top_k(model: nn.Module, k: int) -> None:
+    """Makes k experts active per token in every MoE layer. ValueError if the model has none, or one of them has fewer than k experts."""
+    layers = _layers_or_raise(model)
+    for name, layer in layers:
+        if not 1 <= k <= layer.num_experts:
+            raise ValueError(f"k = {k} must be from 1 to the {layer.num_experts} experts of layer {name!r}")
+    for _, layer in layers:
+        layer.top_k = int(k)
+
+
+def get_top_k(model: nn.Module) -> int:
+    """The k of the MoE layers. ValueError if the model has none, or they differ."""
+    found = {name: layer.top_k for name, layer in _layers_or_raise(model)}
+    if len(set(found.values())) > 1:
+        raise ValueError(f"the MoE layers have different k: {found}")
+    return next(iter(found.values()))
+
+
+@contextmanager
+def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
+    """Within the block k experts are active; afterwards every layer has its own k back, also after an exception."""
+    before = [(layer, layer.top_k) for _, layer in _layers_or_raise(model)]
+    set_top_k(model, k)
+    try:
+        yield model
+    finally:
+        for layer, k_before in before:
+            layer.top_k = k_before
+
+
+def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
+    """Takes the routers' parameters out of training, or with `frozen=False` puts them back in. ValueError if there is no router."""
+    for _, layer in _layers_or_raise(model):
+        layer.router.requires_grad_(not frozen)
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Sum of the routers' losses of the last forward pass in training mode, or None where there are none."""
+    losses = [loss for _, layer in moe_layers(model) for loss in layer.losses.values()]
+    return sum(losses[1:], losses[0]) if losses else None
+
+
+def expert_load(model: nn.Module) -> dict[str, Tensor]:
+    """For every MoE layer that ran, the share of assignments each expert got in its last forward pass [E]."""
+    return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
+
+
+def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    layers = moe_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    return layers

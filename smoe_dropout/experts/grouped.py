@@ -1,0 +1,32 @@
+"""Sparse experts by torch's grouped matrix product: two calls for all experts, group ends stay on the device. Plain autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoe_dropout.experts.activations import ACTIVATIONS
+
+
+def refusal(weights, device: str) -> str | None:
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    dtype, (_, H, D) = weights.up_EHD.dtype, weights.up_EHD.shape
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"grouped_mm does not take {dtype}"
+    if any(size * dtype.itemsize % 16 for size in (H, D)):
+        return f"grouped_mm wants rows of a multiple of 16 bytes, and d_expert = {H}, d_model = {D} in {dtype} are not"
+    return None
+
+
+def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    num_experts = weights.up_EHD.shape[0]
+    flat_M = indices_NK.flatten()
+    expert_M, order_M = flat_M.sort(stable=True)
+    row_M = torch.empty_like(order_M)
+    row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    ends_E = torch.bincount(flat_M, minlength=num_experts).cumsum(0).to(torch.int32)
+    x_MD = x_ND[order_M.div(indices_NK.shape[1], rounding_mode="floor")]
+    hidden = F.grouped_mm(x_MD, weights.up_EHD.transpose(1, 2), offs=ends_E) + weights.bias_up_EH[expert_M]
+    hidden = F.dropout(ACTIVATIONS[weights.activation].apply(hidden), weights.dropout)
+    output_MD = F.grouped_mm(hidden, weights.down_EHD, offs=ends_E) + weights.bias_down_ED[expert_M]
+    return (output_MD[row_M].view(*indices_NK.shape, -1) * weights_NK[..., None]).sum(1)

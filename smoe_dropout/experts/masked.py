@@ -1,0 +1,68 @@
+"""Dense experts: every token through every expert, unchosen ones weighed 0. For k near E, or experts too small to gather for.
+
+No gather, no sort, no wait for counts. The work is that of the dense FFN whatever k is.
+"""
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.experts.activations import ACTIVATIONS
+from smoe_dropout.experts.dropout import keep_mask, quantised
+
+
+def refusal(weights, device: str) -> str | None:
+    return None
+
+
+def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
+    tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
+    return MaskedExperts.apply(x_ND, gate_NE, *tensors, weights.activation, weights.dropout)
+
+
+class MaskedExperts(torch.autograd.Function):
+    """gate [N, E] holds the gate weight of each expert, 0 if it was not chosen. Goes expert by expert, so that temporaries stay in cache."""
+
+    @staticmethod
+    def forward(ctx, x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
+        act, (E, H, _) = ACTIVATIONS[activation], up_EHD.shape
+        hidden_ENH = x_ND.new_empty(E, x_ND.shape[0], H)
+        pre_ENH = None if act.from_output else torch.empty_like(hidden_ENH)
+        keep_ENH = keep_mask(hidden_ENH.shape, dropout, x_ND.device) if dropout > 0 else None
+        y_ND = gate_NE @ bias_down_ED
+        for expert in range(E):
+            hidden = hidden_ENH[expert]
+            torch.addmm(bias_up_EH[expert], x_ND, up_EHD[expert].t(), out=hidden)
+            if pre_ENH is not None:
+                pre_ENH[expert] = hidden
+            act.apply_(hidden)
+            if keep_ENH is not None:
+                hidden.mul_(keep_ENH[expert]).mul_(1 / (1 - quantised(dropout)))
+            y_ND.addmm_(hidden * gate_NE[:, expert, None], down_EHD[expert])
+        ctx.save_for_backward(x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH)
+        ctx.activation, ctx.dropout = activation, dropout
+        return y_ND
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH = ctx.saved_tensors
+        act, scale = ACTIVATIONS[ctx.activation], 1 / (1 - quantised(ctx.dropout))
+        grad_gate = grad_ND @ bias_down_ED.t()
+        grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
+        grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), gate_NE.t() @ grad_ND
+        grad_x = torch.zeros_like(x_ND)
+        for expert in range(up_EHD.shape[0]):
+            hidden, gate = hidden_ENH[expert], gate_NE[:, expert, None]
+            grad_hidden = grad_ND @ down_EHD[expert].t()
+            product = grad_hidden * hidden
+            grad_gate[:, expert] += product.sum(-1)
+            torch.mul(hidden, gate, out=product)
+            torch.mm(product.t(), grad_ND, out=grad_down[expert])
+            grad_hidden.mul_(gate if keep_ENH is None else gate * scale)
+            if keep_ENH is not None and not act.from_output:
+                grad_hidden.mul_(keep_ENH[expert])
+            act.grad_(grad_hidden, hidden if act.from_output else pre_ENH[expert])
+            torch.mm(grad_hidden.t(), x_ND, out=grad_up[expert])
+            torch.sum(grad_hidden, 0, out=grad_bias_up[expert])
+            grad_x.addmm_(grad_hidden, up_EHD[expert])
+        return grad_x, grad_gate, grad_up, grad_bias_up, grad_down, grad_bias_down, None, None

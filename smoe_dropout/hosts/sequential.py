@@ -1,0 +1,33 @@
+"""Models whose feed-forward networks are nn.Sequential(Linear, activation, [Dropout], Linear, [Dropout]): Transformer-XL here, and most
+Transformers written by hand. A final Dropout stays, behind the experts.
+"""
+
+from torch import nn
+
+from smoe_dropout.experts.activations import activation_name
+from smoe_dropout.hosts.site import Site
+
+
+def find(model: nn.Module) -> list[Site]:
+    """The sites in the order of the model's modules."""
+    sites = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Sequential) and (site := _site(parent, name, child)):
+                sites.append(site)
+    return sites
+
+
+def _site(parent: nn.Module, name: str, ffn: nn.Sequential) -> Site | None:
+    kinds = [module for module in ffn if not isinstance(module, nn.Dropout)]
+    dropouts = {position: module for position, module in enumerate(ffn) if isinstance(module, nn.Dropout)}
+    if len(kinds) != 3 or not isinstance(kinds[0], nn.Linear) or not isinstance(kinds[2], nn.Linear):
+        return None
+    up, activation, down = kinds
+    if (name_of_activation := activation_name(activation)) is None or up.in_features != down.out_features:
+        return None
+    if set(dropouts) - {2, len(ffn) - 1} or (2 in dropouts and ffn[3] is not down):
+        return None
+    inner = dropouts[2].p if 2 in dropouts else 0.0
+    final = None if ffn[-1] is down else ffn[-1]
+    return Site(parent, name, up.weight, up.bias, down.weight, down.bias, name_of_activation, inner, final)

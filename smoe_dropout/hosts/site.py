@@ -1,0 +1,66 @@
+"""One feed-forward network of a host model, and the experts it becomes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.experts import Experts
+
+
+@dataclass(frozen=True)
+class Site:
+    """`parent.name` is the feed-forward network up -> activation -> dropout -> down (-> final). up [F, D], down [D, F] as in nn.Linear."""
+
+    parent: nn.Module
+    name: str
+    up: Tensor
+    bias_up: Tensor | None
+    down: Tensor
+    bias_down: Tensor | None
+    activation: str
+    dropout: float
+    final: nn.Module | None = None  # what of the host follows the network inside the same child, and stays
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.up.device
+
+    def replace(self, module: nn.Module) -> None:
+        module.train(self.parent.training)
+        setattr(self.parent, self.name, module if self.final is None else nn.Sequential(module, self.final))
+
+    def experts(self, config: SMoEConfig) -> Experts:
+        """Experts initialised as `config.expert_init` says. ConfigError if E does not divide the width that is to be divided."""
+        E = config.num_experts
+        if config.d_expert is None and config.expert_init != "copy" and self.d_ff % E:
+            raise ConfigError(f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}")
+        d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
+        experts = Experts(E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
+        experts.to(self.device)
+        if config.expert_init == "split":
+            self._fill(experts, self.up.unflatten(0, (E, -1)), self.down.t().unflatten(0, (E, -1)), 1 / E)
+        if config.expert_init == "copy":
+            self._fill(experts, self.up.expand(E, -1, -1), self.down.t().expand(E, -1, -1), 1.0)
+        return experts
+
+    @torch.no_grad()
+    def _fill(self, experts: Experts, up_EHD: Tensor, down_EHD: Tensor, bias_share: float) -> None:
+        """Expert i gets rows i of the dense maps, and `bias_share` of the output bias, so that all of them together have it once."""
+        experts.up.copy_(up_EHD)
+        experts.down.copy_(down_EHD)
+        if self.bias_up is not None:
+            experts.bias_up.copy_(
+                self.bias_up.expand(experts.up.shape[0], -1) if bias_share == 1 else self.bias_up.view_as(experts.bias_up)
+            )
+        if self.bias_down is not None:
+            experts.bias_down.copy_(self.bias_down * bias_share)

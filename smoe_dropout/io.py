@@ -1,0 +1,120 @@
+"""Weights in safetensors folders that describe themselves, loaded strictly; and the official checkpoint's names and layouts.
+
+A folder holds `model.safetensors` (a tied tensor stored once) and `smoe_config.json` (absent for a dense model).
+"""
+
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.control import moe_layers
+
+WEIGHTS, CONFIG = "model.safetensors", "smoe_config.json"
+
+# official name -> ours, for a Transformer-XL; `{}` is the layer. Official experts keep the second map as [E, D, H], ours is [E, H, D]
+_OFFICIAL = {
+    "word_emb.emb_layers.0.weight": "embedding.weight",
+    "crit.out_layers.0.bias": "head.bias",
+    "crit.out_layers.0.weight": "head.weight",
+    "r_w_bias": "content_bias",
+    "r_r_bias": "position_bias",
+    "layers.{}.dec_attn.qkv_net.weight": "layers.{}.attention.qkv.weight",
+    "layers.{}.dec_attn.r_net.weight": "layers.{}.attention.position.weight",
+    "layers.{}.dec_attn.o_net.weight": "layers.{}.attention.out.weight",
+    "layers.{}.dec_attn.layer_norm.weight": "layers.{}.attention_norm.weight",
+    "layers.{}.dec_attn.layer_norm.bias": "layers.{}.attention_norm.bias",
+    "layers.{}.pos_ff.layer_norm.weight": "layers.{}.feed_forward_norm.weight",
+    "layers.{}.pos_ff.layer_norm.bias": "layers.{}.feed_forward_norm.bias",
+    "layers.{}.pos_ff.CoreNet.0.weight": "layers.{}.feed_forward.core.0.weight",
+    "layers.{}.pos_ff.CoreNet.0.bias": "layers.{}.feed_forward.core.0.bias",
+    "layers.{}.pos_ff.CoreNet.3.weight": "layers.{}.feed_forward.core.3.weight",
+    "layers.{}.pos_ff.CoreNet.3.bias": "layers.{}.feed_forward.core.3.bias",
+    "layers.{}.pos_ff.gate.gate.weight": "layers.{}.feed_forward.core.router.weight",
+    "layers.{}.pos_ff.gate.gate.bias": "layers.{}.feed_forward.core.router.bias",
+    "layers.{}.pos_ff.experts.htoh4.weight": "layers.{}.feed_forward.core.experts.up",
+    "layers.{}.pos_ff.experts.htoh4.bias": "layers.{}.feed_forward.core.experts.bias_up",
+    "layers.{}.pos_ff.experts.h4toh.weight": "layers.{}.feed_forward.core.experts.down",
+    "layers.{}.pos_ff.experts.h4toh.bias": "layers.{}.feed_forward.core.experts.bias_down",
+}
+_OURS = {ours: official for official, ours in _OFFICIAL.items()}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state by name, contiguous and on the CPU, a tensor that two names share only under the first."""
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if (identity := (tensor.data_ptr(), tensor.shape, tensor.stride())) not in seen or tensor.numel() == 0:
+            seen.add(identity)
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Writes the folder, made if it is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(stored_tensors(model), folder / WEIGHTS)
+    if layers := moe_layers(model):
+        (folder / CONFIG).write_text(layers[0][1].config.to_json())
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Loads a folder into a model of the same architecture and configuration. ConfigError for a missing, foreign or misshapen tensor, for
+    another configuration of the experts, or an unreadable file; the model is then untouched.
+    """
+    folder = Path(folder)
+    _check_config(model, folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    expected = stored_tensors(model)
+    if tensors.keys() != expected.keys():
+        missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise ConfigError(f"{folder / WEIGHTS} is of another model: missing {missing[:4]}, foreign {foreign[:4]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ConfigError(f"{folder / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
+    model.load_state_dict(tensors, strict=False)  # the names were compared above; tied tensors are stored once
+    return model
+
+
+def _check_config(model: nn.Module, folder: Path) -> None:
+    layers, path = moe_layers(model), folder / CONFIG
+    if path.exists() != bool(layers):
+        raise ConfigError(
+            f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, and this one is {'sparse' if layers else 'dense'}"
+        )
+    if not layers:
+        return
+    stored, ours = SMoEConfig.from_json(path.read_text()), layers[0][1].config
+    for name in ("num_experts", "router", "gate_weight", "output_scale", "layers"):
+        if getattr(stored, name) != getattr(ours, name):
+            raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, the model has {getattr(ours, name)!r}")
+
+
+def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the official names and layouts -> ours. ConfigError for a name that is not an official one."""
+    return {_translate(name, _OFFICIAL): _transpose_down(name, tensor) for name, tensor in tensors.items()}
+
+
+def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_official`."""
+    translated = {name: _translate(name, _OURS) for name in tensors}
+    return {translated[name]: _transpose_down(translated[name], tensor) for name, tensor in tensors.items()}
+
+
+def _transpose_down(official_name: str, tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous() if official_name.endswith("experts.h4toh.weight") else tensor
+
+
+def _translate(name: str, names: dict[str, str]) -> str:
+    pattern = re.sub(r"^layers\.\d+\.", "layers.{}.", name)
+    if pattern not in names:
+        raise ConfigError(f"{name!r} is not a tensor of a Transformer-XL that can be translated")
+    layer = re.match(r"layers\.(\d+)\.", name)
+    return names[pattern].format(layer.group(1)) if layer else names[pattern]

@@ -1,0 +1,1 @@
+"""Training methods: one deletable file each, and one line in `registry.METHODS`."""

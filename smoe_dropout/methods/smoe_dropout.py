@@ -1,0 +1,21 @@
+"""SMoE-Dropout: a random frozen router, and k growing linearly from E/2 to E over all of training.
+
+Chen et al. 2023 (arXiv 2303.01610, section 3): h(x) = W x + b drawn once; the top-k logits choose, their softmax weighs;
+k(t) = clip(round((k_max - k_min) t / T) + k_min, k_min, k_max).
+"""
+
+from smoe_dropout.methods.base import Method
+
+METHOD = Method(
+    name="smoe_dropout",
+    title="SMoE-Dropout",
+    source="arXiv 2303.01610, section 3",
+    sparse=True,
+    flags={
+        "moe": True,
+        "gate_name": "random",
+        "freeze_gate": True,
+        "dynamic_moe": True,
+        "dynamic_moe_mode": "linear_increase",
+    },
+)

@@ -1,0 +1,55 @@
+"""Names of routers, expert backends and methods, each with the place of its code, which is imported when first used.
+
+A new one is one file and one line here. Official names (of the paper's own code) are accepted as aliases.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+ROUTERS: dict[str, str] = {
+    "random": "smoe_dropout.routers:RandomRouter",
+    "learned": "smoe_dropout.routers:LearnedRouter",
+}
+
+# the official code's gate names; its gates without a balance loss say so by setting it to 0
+ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "CustomNaiveGate": ("random", {}),
+    "NaiveGate": ("learned", {"balance_loss": 0.0}),
+    "CustomNaiveGate_Balance": ("learned", {}),
+}
+
+BACKENDS: dict[str, str] = {
+    "reference": "smoe_dropout.experts.reference",
+    "sorted": "smoe_dropout.experts.sorted",
+    "masked": "smoe_dropout.experts.masked",
+    "grouped": "smoe_dropout.experts.grouped",
+    "fastmoe": "smoe_dropout.experts.fastmoe",
+}
+
+METHODS: dict[str, str] = {
+    "dense": "smoe_dropout.methods.dense:METHOD",
+    "smoe": "smoe_dropout.methods.smoe:METHOD",
+    "smoe_dropout": "smoe_dropout.methods.smoe_dropout:METHOD",
+}
+
+
+def unknown(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """The sentence for a name that is not known: the nearest ones, or all of them."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"unknown {kind} {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}")
+
+
+def load(registry: Mapping[str, str], kind: str, name: str) -> Any:
+    """The object, or the module, registered under `name`. KeyError with the nearest names if there is none."""
+    if name not in registry:
+        raise KeyError(unknown(kind, name, registry))
+    module, _, attribute = registry[name].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def canonical_router(name: str) -> tuple[str, dict[str, Any]]:
+    """Our name of a router given by ours or by the official one, and the configuration the official name implies."""
+    return ROUTER_ALIASES.get(name, (name, {}))

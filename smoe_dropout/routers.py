@@ -1,0 +1,79 @@
+"""Routers: tokens [N, D] -> which k of E experts each token uses, and with what gate weight.
+
+A router is a module built as `Router(d_model, config)` whose `forward(x_ND, k)` returns a `Routing`. Shape suffixes: N tokens, D model width,
+E experts, K active experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_dropout.config import SMoEConfig
+
+
+class Routing(NamedTuple):
+    """indices [N, K] int64, no expert twice in a row; weights [N, K]; losses by name, each a scalar already times its coefficient."""
+
+    indices_NK: Tensor
+    weights_NK: Tensor
+    losses: dict[str, Tensor]
+
+
+class LinearRouter(nn.Module):
+    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46).
+
+    W ~ N(0, init_std^2) and b = 0. Logits are computed in float32 whatever the precision of the model, so that bf16 changes no choice by
+    rounding. Subclasses say whether they are frozen and what load balance they want unless the configuration does.
+    """
+
+    frozen_by_default = False
+    balance_by_default = 0.0
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        self.gate_weight = config.gate_weight
+        self.balance_loss = self.balance_by_default if config.balance_loss is None else config.balance_loss
+        self.requires_grad_(not (self.frozen_by_default if config.freeze_router is None else config.freeze_router))
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(self.weight.dtype), self.weight, self.bias)
+
+    def forward(self, x_ND: Tensor, k: int) -> Routing:
+        logits_NE = self.logits(x_ND)
+        top_NK, indices_NK = logits_NE.topk(k, dim=-1)
+        weights_NK = top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / k)
+        losses = {}
+        if self.balance_loss > 0 and self.training:
+            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK)
+        return Routing(indices_NK, weights_NK, losses)
+
+
+class RandomRouter(LinearRouter):
+    """SMoE-Dropout's router: drawn once, never trained."""
+
+    frozen_by_default = True
+
+
+class LearnedRouter(LinearRouter):
+    """The usual SMoE router: trained with the model, with the Switch load-balance loss."""
+
+    balance_by_default = 0.01
+
+
+def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
+    """E * sum_e f_e P_e (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6): f_e the share of assignments that expert e got, P_e its mean router
+    probability; 1 when balanced. Over several processes f is the share in the global batch, so that a mean over processes weighted by their
+    tokens is the loss of the whole batch.
+    """
+    num_experts = logits_NE.shape[-1]
+    assigned_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).to(logits_NE.dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(assigned_E)
+    share_E = assigned_E / assigned_E.sum().clamp(min=1)
+    return num_experts * (share_E * logits_NE.softmax(-1).mean(0)).sum()

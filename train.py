@@ -1,0 +1,359 @@
+"""Pre-trains a Transformer-XL language model, dense or with experts, and tests it at every number of active experts.
+
+    python train.py --preset laptop --method smoe_dropout --data data/enwik8
+    torchrun --nproc_per_node 2 train.py ...        accelerate launch train.py ...
+    python train.py --eval_only --k 1,2,4 --work_dir DIR
+
+Starting the same command again resumes the run in its --work_dir. `python train.py --help` lists the flags.
+"""
+
+import sys
+
+from utils.data import Corpus
+from utils.errors import exit_on_user_error
+from utils.flags import Flags, evaluation_ks, parse, parse_ks, smoe_config, stored_run, top_k_schedule
+
+if __name__ == "__main__":
+    with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
+        FLAGS = parse() if not (run := stored_run()) else run
+        CORPUS = Corpus.open(FLAGS.data)
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+from mem_transformer import Memory, MemTransformerLM, TransformerXLConfig
+from smoe_dropout import auxiliary_loss, expert_load, moe_layers, moefy, set_top_k
+from smoe_dropout.io import load_weights, save_model
+from smoe_dropout.methods.base import Forward, Method, likelihood
+from smoe_dropout.registry import METHODS, load
+from utils import checkpoint
+from utils.data import LaneIterator, Segment, rank_lanes
+from utils.engine import Engine
+from utils.errors import TrainingError, UserError
+from utils.evaluation import LN2, evaluate, evaluate_all
+from utils.flops import forward_flops, parameter_counts
+from utils.interrupt import Interrupt
+from utils.optimizer import Plateau, build_optimizer, learning_rate
+from utils.progress import Progress, duration
+from utils.result import build_result, moe_layer_indices
+from utils.run_folder import RunFolder, resume_command, write_json
+
+N_TOKEN = 256  # bytes: any text can be read by any model
+CPU_PATIENCE = 2 * 3600  # seconds of training on a CPU beyond which we ask first
+
+
+@dataclass
+class State:
+    """Where a run stands, besides weights, optimiser, memory and random generators."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # nats since the last log line, of this process's tokens
+    loss_tokens: int = 0
+    best_bpc: float = float("inf")
+    best_step: int = 0
+    seconds: float = 0.0  # wall time of training steps, validations left out
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    data: dict = field(default_factory=dict)
+    plateau: dict = field(default_factory=dict)
+    world_size: int = 1
+
+
+def main(flags: Flags, corpus: Corpus) -> int:
+    engine = Engine(flags)
+    lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
+    train_data = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
+    for split in (corpus.valid, corpus.test):
+        LaneIterator(split, flags.eval_batch_size, flags.eval_tgt_len)  # too short is better said now than after training
+    say = print if engine.is_main else (lambda sentence: None)
+
+    folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
+    checkpoints = RunFolder.checkpoints_of(flags)
+    newest = checkpoint.latest(checkpoints, say)
+    if newest is None and not flags.yes:
+        refuse_if_too_slow(engine, flags, train_data)
+
+    torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
+    model = build_model(flags)
+    wrapped = engine.prepare(model)
+    model = engine.unwrap(wrapped)
+    optimizer = build_optimizer(model, flags)
+    method: Method | None = load(METHODS, "method", flags.method) if flags.method else None
+    objective = method.objective if method else likelihood
+    schedule, plateau = top_k_schedule(flags), Plateau(flags)
+    checkpoint.require_space(
+        checkpoints, list(model.state_dict().values()), copies=4 * 3
+    )  # weights and two moments; 3 kept, 1 in the making
+
+    state, memory = State(world_size=engine.world_size), None
+    if newest is not None:
+        state, memory = restore(newest, engine, model, optimizer, train_data, plateau)
+    else:
+        torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
+    if engine.is_main:
+        folder.truncate_metrics(state.step)
+        environment = folder.write_environment(engine, sys.argv)
+    describe(flags, corpus, model, engine, state, say)
+
+    interrupt, progress = Interrupt(), Progress(state.step, flags.max_step, engine.is_main)
+    model.train()
+    for step in range(state.step, flags.max_step):
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        k = schedule(step) if schedule else None
+        if k is not None:
+            set_top_k(model, k)
+        lr = learning_rate(flags, step, plateau.factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        segment = next(train_data)
+        if segment.first:
+            memory = None
+        flops = forward_flops(model, flags.batch_size, segment.tokens.shape[1], memory[0].shape[1] if memory else 0, k)
+
+        loss_sum, memory = accumulate_gradients(engine, wrapped, objective, segment, memory, flags)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+        if not torch.isfinite(norm):
+            raise TrainingError(not_finite(step, lr, norm, loss_sum, segment, state, checkpoints))
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state.step, state.data = step + 1, train_data.state_dict()
+        state.loss_sum += loss_sum
+        state.loss_tokens += segment.targets.numel()
+        state.tokens += flags.batch_size * segment.tokens.shape[1]
+        state.flops += 3 * flops  # the backward pass does twice the forward's work
+        state.seconds += time.perf_counter() - begin
+        state.cpu_seconds += time.process_time() - cpu_begin
+
+        last = state.step == flags.max_step
+        log_due, eval_due = (last or state.step % interval == 0 for interval in (flags.log_interval, flags.eval_interval))
+        stop = engine.any(interrupt.signal)
+        save_due = eval_due or stop or (flags.save_interval and state.step % flags.save_interval == 0)
+        at_k = "" if k is None else f" | k {k}"
+        if log_due:
+            line = log(engine, folder, model, state, lr, k, float(norm))
+            progress.update(state.step, f"loss {line['loss']:.4f} | {line['bpc']:.4f} bpc | lr {lr:.2e}{at_k}", keep=True)
+        else:
+            progress.update(state.step, f"loss {loss_sum / segment.targets.numel():.4f} | lr {lr:.2e}{at_k}", keep=False)
+        if eval_due:
+            paused = time.perf_counter()
+            validate(engine, folder, model, corpus, flags, k, state, plateau, progress.say)
+            progress.paused += time.perf_counter() - paused
+        if save_due:
+            save(checkpoints, engine, model, optimizer, memory, state, plateau)
+        if stop:
+            progress.say(f"stopped at step {state.step}, saved in {checkpoints}; to go on: {resume_command()}")
+            return 128 + stop
+
+    load_best(model, checkpoints, state.best_step)
+    say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
+    quality = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
+    if engine.is_main:
+        training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
+        training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops}
+        memory_mib = engine.peak_memory_mib()
+        arguments = (flags, corpus, model, quality, training, folder.metrics(), environment, memory_mib, state.best_step, sys.argv[1:])
+        write_json(folder.path / "result.json", build_result(*arguments))
+        folder.close()
+        say(f"done: {folder.path / 'result.json'}")
+    engine.close()
+    return 0
+
+
+def build_model(flags: Flags) -> MemTransformerLM:
+    """The dense model, its feed-forward layers turned into experts where the flags say so."""
+    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
+    sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
+    model = MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
+    return moefy(model, smoe_config(flags)) if flags.moe else model
+
+
+def accumulate_gradients(engine, wrapped, objective, segment: Segment, memory: Memory | None, flags: Flags) -> tuple[float, Memory]:
+    """Gradients of the mean over all tokens of the global batch, in `batch_chunk` parts. Returns this process's summed loss in nats, memory."""
+    model = engine.unwrap(wrapped)
+    chunks = min(flags.batch_chunk, segment.tokens.shape[0])
+    parts = [part.chunk(chunks) for part in (segment.tokens, segment.targets)]
+    memories = list(zip(*(layer.chunk(chunks) for layer in memory), strict=True)) if memory else [None] * len(parts[0])
+    global_tokens = flags.batch_size * segment.tokens.shape[1]
+    loss_sum, new_memories = 0.0, []
+    for index, (tokens, targets) in enumerate(zip(*parts, strict=True)):
+        last = index == len(parts[0]) - 1
+
+        def forward(tokens=tokens, targets=targets, memory=memories[index]) -> Forward:
+            return Forward(*wrapped(tokens, targets, memory))
+
+        def backward(forward=forward, share=tokens.numel() / global_tokens):
+            part = objective(model, forward)
+            # data parallelism averages gradients over processes, whatever their numbers of tokens: hence the world size
+            (part.total * (share * engine.world_size)).backward()
+            return part
+
+        if last:
+            part = backward()
+        else:
+            with engine.no_sync(wrapped):
+                part = backward()
+        loss_sum += part.nll.item() * tokens.numel()
+        new_memories.append(part.state)
+    return loss_sum, tuple(torch.cat(layer) for layer in zip(*new_memories, strict=True))
+
+
+def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float, k: int | None, norm: float) -> dict:
+    """One line of the training log: mean loss since the line before it, over all processes."""
+    auxiliary = auxiliary_loss(model)
+    sums = [state.loss_sum, state.loss_tokens, 0.0 if auxiliary is None else auxiliary.item() * state.loss_tokens]
+    loss_sum, tokens, auxiliary_sum = engine.sum(sums)
+    loss = loss_sum / tokens
+    line = {"step": state.step, "split": "train", "loss": loss, "bpc": loss / LN2, "lr": lr, "k": k, "grad_norm": norm}
+    if auxiliary is not None:
+        line["auxiliary_loss"] = auxiliary_sum / tokens
+    state.loss_sum, state.loss_tokens = 0.0, 0
+    line |= {"tokens_per_second": state.tokens / state.seconds, "seconds": state.seconds}
+    if folder is not None:
+        folder.record(line)
+        for name, shares in expert_load(model).items():
+            folder.record_histogram(f"expert_load/{name}", shares, state.step)
+    return line
+
+
+def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None, state: State, plateau: Plateau, say) -> None:
+    """bpc at the current k, E/2 and E; the best is chosen at E."""
+    E = flags.moe_num_expert
+    ks = [None] if k is None else sorted({k, max(1, E // 2), E})
+    found = {at: evaluate(engine, model, corpus.valid, flags, at, flags.max_eval_steps)["bpc"] for at in ks}
+    line = {"step": state.step, "split": "valid", "k": k} | {"bpc" if at is None else f"bpc_k{at}": bpc for at, bpc in found.items()}
+    if folder is not None:
+        folder.record(line)
+    bpc = found[ks[-1]]
+    plateau.observe(bpc)
+    best = bpc < state.best_bpc
+    if best:
+        state.best_bpc, state.best_step = bpc, state.step
+    values = ", ".join(f"{value:.4f}" + ("" if at is None else f" at k = {at}") for at, value in found.items())
+    say(f"validation at step {state.step}: {values} bpc{', the best so far' if best else ''}")
+
+
+def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau) -> None:
+    """One whole checkpoint by all processes; the last two and the best stay."""
+    state.plateau = plateau.state_dict()
+    writer = checkpoint.Writer(root, state.step, engine.is_main)
+    engine.barrier()
+    writer.add(f"rank{engine.rank}.safetensors", checkpoint.rank_tensors(memory, engine.device))
+    writer.add_json(f"rank{engine.rank}.json", {"loss_sum": state.loss_sum, "loss_tokens": state.loss_tokens})
+    engine.barrier()
+    if engine.is_main:
+        save_model(model, writer.partial)
+        writer.add("optimizer.safetensors", checkpoint.optimizer_tensors(optimizer))
+        writer.add_json("state.json", asdict(state))
+        writer.finish()
+        checkpoint.prune(root, keep={state.best_step})
+    engine.barrier()
+
+
+def restore(folder, engine: Engine, model, optimizer, train_data: LaneIterator, plateau: Plateau) -> tuple[State, Memory | None]:
+    """Everything as it was when the checkpoint was made. UserError for another number of processes."""
+    state = State(**checkpoint.read_json(folder / "state.json"))
+    if state.world_size != engine.world_size:
+        raise UserError(f"{folder} was made by {state.world_size} processes, and this run has {engine.world_size}: start as many")
+    state = replace(state, **checkpoint.read_json(folder / f"rank{engine.rank}.json"))
+    load_weights(model, folder)
+    checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
+    train_data.load_state_dict(state.data)
+    plateau.load_state_dict(state.plateau)
+    return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
+
+
+def load_best(model, checkpoints, step: int) -> None:
+    folder = checkpoints / checkpoint.name_of(step)
+    checkpoint.verify(folder)
+    load_weights(model, folder)
+
+
+def refuse_if_too_slow(engine: Engine, flags: Flags, train_data: LaneIterator) -> None:
+    """On a CPU, times a training step of one lane, and raises UserError when the whole run would take hours."""
+    if engine.device.type != "cpu":
+        return
+    model = build_model(flags).train()
+    if flags.moe:
+        set_top_k(model, flags.moe_top_k_max if flags.dynamic_moe else flags.moe_top_k)
+    segment = next(train_data.one_pass())
+    memory = tuple(torch.zeros(1, flags.mem_len, flags.d_model) for _ in range(flags.n_layer + 1))
+    seconds = float("inf")
+    for _ in range(2):  # the first also warms up
+        begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=flags.precision == "bf16"):
+            losses, _ = model(segment.tokens[:1], segment.targets[:1], memory)
+        losses.mean().backward()
+        seconds = min(seconds, time.perf_counter() - begin)
+    estimate = seconds * segment.tokens.shape[0] * flags.max_step
+    if estimate > CPU_PATIENCE:
+        raise UserError(
+            f"{flags.max_step:,} steps of batch {flags.batch_size} x {flags.tgt_len} would take about {duration(estimate)} on this CPU "
+            f"(timed just now): use --preset laptop (minutes) or --preset quick, run on a GPU, or add --yes to go on"
+        )
+
+
+def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, say) -> None:
+    """What is about to be run, in a few lines."""
+    counts = parameter_counts(model)
+    say(
+        f"{flags.method or 'custom'} on {corpus.title}: {counts['total']:,} parameters, {counts['trainable']:,} trained; work_dir {flags.work_dir}"
+    )
+    if flags.moe:
+        indices = moe_layer_indices(flags)
+        dense = [index for index in range(flags.n_layer) if index not in indices]
+        rest = f"; layers {dense} stay dense, {flags.d_inner} wide" if dense else ""
+        say(
+            f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}; router {flags.gate_name}{', frozen' if flags.freeze_gate else ''}"
+        )
+        say(f"k: {top_k_schedule(flags)}")
+        say(f"computed by: {computed_by(flags, model)}")
+    name = f"{engine.device.type} ({engine.device_name})"
+    say(f"{flags.precision} on {name}, {engine.world_size} process(es), {torch.get_num_threads()} thread(s) each; {flags.max_step} steps")
+    if state.step:
+        say(f"resumed at step {state.step}")
+
+
+def computed_by(flags: Flags, model) -> str:
+    """Which way the experts are computed at the schedule's smallest and largest k."""
+    schedule, tokens = top_k_schedule(flags), flags.batch_size * flags.tgt_len // flags.batch_chunk
+    dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
+    experts = moe_layers(model)[0][1].experts
+    ways = {k: experts.backend_for(tokens, k, dtype) for k in sorted({schedule.k_min, schedule.k_max})}
+    return ", ".join(f"{way} at k = {k}" for k, way in ways.items()) + (" (auto)" if flags.expert_backend == "auto" else "")
+
+
+def not_finite(step, lr, norm, loss_sum, segment: Segment, state: State, checkpoints) -> str:
+    last = checkpoint.steps(checkpoints)
+    return (
+        f"loss or gradient is not finite at step {step}: loss {loss_sum / segment.targets.numel():.4g}, gradient norm {float(norm):.4g}, "
+        f"lr {lr:.3g}; the step was not taken; last good checkpoint: {checkpoints / checkpoint.name_of(last[-1]) if last else 'none'}; "
+        f"try a smaller --lr or --clip, or --precision fp32, in a new --work_dir"
+    )
+
+
+def evaluate_run(flags: Flags, corpus: Corpus) -> int:
+    """--eval_only: the best weights of a run at the given k, into eval.json beside result.json."""
+    engine = Engine(flags)
+    root = RunFolder.checkpoints_of(flags)
+    newest = checkpoint.latest(root, print)
+    if newest is None:
+        raise UserError(f"{root} holds no checkpoint: train first")
+    model = build_model(flags)
+    best_step = checkpoint.read_json(newest / "state.json")["best_step"]
+    load_best(model, root, best_step or checkpoint.steps(root)[-1])
+    model = engine.unwrap(engine.prepare(model))
+    ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
+    rows = evaluate_all(engine, model, {"test": corpus.test}, flags, ks, print if engine.is_main else lambda sentence: None)
+    if engine.is_main:
+        write_json(root.parent / "eval.json", {"best_step": best_step, "data": corpus.fingerprint, "quality": rows})
+    engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit((evaluate_run if FLAGS.eval_only else main)(FLAGS, CORPUS))

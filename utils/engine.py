@@ -1,0 +1,79 @@
+"""Device, precision and data parallelism, all by accelerate: the same script under python, torchrun and accelerate launch."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.flags import Flags
+
+
+class Engine:
+    """One process of the run. `rank` of `world_size`; only the main process writes.
+
+    Raises UserError when CUDA is asked for and not there, or is there but cannot be used by one process alone.
+    """
+
+    def __init__(self, flags: Flags):
+        if flags.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no CUDA device; leave --cuda and --device out to run on the CPU")
+        if flags.multi_gpu and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"--multi_gpu: start with torchrun --nproc_per_node {torch.cuda.device_count()} train.py to use all GPUs")
+        if flags.threads:
+            torch.set_num_threads(flags.threads)
+        cpu = flags.device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if flags.precision == "bf16" else "no")
+        self.device, self.rank, self.world_size = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on its device, its forward pass in the run's precision, gradients averaged over processes."""
+        return self.accelerator.prepare_model(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model without the data-parallel wrapper, still in the run's precision."""
+        return self.accelerator.unwrap_model(model)
+
+    def no_sync(self, model: nn.Module):
+        """Within it, gradients are accumulated without being averaged."""
+        return self.accelerator.no_sync(model)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum").tolist()
+
+    def any(self, value: int) -> int:
+        """The largest value of any process."""
+        if self.world_size == 1:
+            return value
+        gathered: Tensor = self.accelerator.gather(torch.tensor([value], device=self.device))
+        return int(gathered.max())
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        try:
+            with open("/proc/cpuinfo") as file:
+                return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return "CPU"
+
+    def peak_memory_mib(self) -> float:
+        """Most memory this process has held: allocated on the GPU, resident on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

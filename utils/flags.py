@@ -1,0 +1,450 @@
+"""The command line of train.py: the official flags, ours, presets and methods, checked before anything is read. Imports no torch.
+
+Order of precedence: the command line, the method's flags, the preset, the defaults below. `_` and `-` are alike in names.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.methods.base import Method
+from smoe_dropout.registry import METHODS, canonical_router, load, unknown
+from smoe_dropout.schedule import SCHEDULES, TopKSchedule
+from utils.errors import UserError
+from utils.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Pre-trains a language model and evaluates it at every number of active experts."""
+
+    # --- what to run
+    method: str | None = None
+    """a training method by name; stands for the flags in its file. Without it the official flags decide"""
+    preset: str = "paper"
+    """sizes and lengths: paper, laptop or quick"""
+    work_dir: str | None = None
+    """the run's folder, exactly; default runs/<preset>/<dataset>/<method>-seed<seed>. The same command again resumes"""
+    seed: int = 1111
+    """random seed of initialisation, router and dropout"""
+    yes: bool = False
+    """go on although a CPU would take hours"""
+    eval_only: bool = False
+    """re-evaluate the best weights of --work_dir at --k, with the run's own flags"""
+    k: str | None = None
+    """with --eval_only: numbers of active experts, such as 1,2,4"""
+
+    # --- data
+    data: str | None = None
+    """folder made by data/prepare.py; default data/<dataset>"""
+    dataset: str = "enwik8"
+    """name of the data set"""
+    batch_size: int = 22
+    """lanes read side by side, over all processes"""
+    batch_chunk: int = 1
+    """parts a batch is computed in, to save memory; the result is the same"""
+    tgt_len: int = 512
+    """positions per training segment"""
+    mem_len: int = 512
+    """positions of memory in training"""
+    eval_tgt_len: int = 128
+    """positions per evaluation segment; memory is then mem_len + tgt_len - eval_tgt_len"""
+    eval_batch_size: int = 10
+    """lanes in evaluation"""
+    max_eval_steps: int = -1
+    """segments of a validation during training (-1: all); the final test always takes all"""
+
+    # --- model
+    n_layer: int = 4
+    """layers"""
+    n_head: int = 8
+    """attention heads"""
+    d_head: int = 64
+    """width of a head"""
+    d_model: int = 256
+    """width of the model"""
+    d_ff: int | None = None
+    """width of the dense feed-forward layer; experts share it equally"""
+    d_inner: int | None = None
+    """official: width of the dense feed-forward layer, or of one expert with --moe; default from --d_ff"""
+    dropout: float = 0.1
+    """dropout rate"""
+    dropatt: float = 0.0
+    """dropout rate of attention probabilities"""
+    pre_lnorm: bool = False
+    """LayerNorm before each sublayer instead of after"""
+    same_length: bool = False
+    """every position attends equally far back"""
+    clamp_len: int = -1
+    """distances beyond it share one position embedding (-1: none)"""
+    not_tied: bool = False
+    """separate input and output embeddings"""
+    init_std: float = 0.02
+    """standard deviation of initial weights"""
+
+    # --- experts
+    moe: bool = False
+    """experts instead of dense feed-forward layers"""
+    moe_num_expert: int = 16
+    """experts per layer, E"""
+    moe_top_k: int | None = None
+    """experts active per token where k is constant; default E/2"""
+    gate_name: str = "random"
+    """router: random, learned, or an official name"""
+    moe_index: str | None = None
+    """layers that get experts, such as 0,1,2,3; default all"""
+    freeze_gate: bool = False
+    """do not train the router"""
+    load_balance: float | None = None
+    """coefficient of the Switch load-balance loss; default the router's own"""
+    dynamic_moe: bool = False
+    """let k change during training"""
+    dynamic_moe_mode: str = "linear_increase"
+    """how k changes"""
+    dynamic_overall_steps: int = -1
+    """steps over which k changes; -1: max_step"""
+    moe_top_k_min: int | None = None
+    """smallest k of the schedule; default E/2"""
+    moe_top_k_max: int | None = None
+    """largest k of the schedule; default E"""
+    output_scale: str = "mean"
+    """mean: official, weighted mean of the experts; dense: times E"""
+    gate_weight: str = "softmax"
+    """softmax of the kept logits, or uniform"""
+    expert_backend: str = "auto"
+    """how experts are computed; all give the same result"""
+
+    # --- optimiser
+    optim: str = "adam"
+    """adam, sgd or adagrad"""
+    lr: float = 2.5e-4
+    """learning rate"""
+    mom: float = 0.0
+    """momentum of sgd"""
+    scheduler: str = "cosine"
+    """cosine, inv_sqrt, constant or dev_perf"""
+    warmup_step: int = 0
+    """steps of linear warm-up"""
+    eta_min: float = 0.0
+    """last learning rate of cosine"""
+    decay_rate: float = 0.5
+    """dev_perf: factor when validation stops falling"""
+    patience: int = 0
+    """dev_perf: validations without improvement before the decay"""
+    lr_min: float = 0.0
+    """dev_perf: smallest learning rate"""
+    clip: float = 0.25
+    """largest gradient norm"""
+    max_step: int = 400_000
+    """training steps"""
+
+    # --- machine and records
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda"""
+    cuda: bool = False
+    """official: --device cuda"""
+    multi_gpu: bool = False
+    """official; several GPUs are used by starting with torchrun --nproc_per_node N"""
+    precision: str = "fp32"
+    """fp32, or bf16 autocast"""
+    threads: int = 0
+    """CPU threads per process; 0: torch's choice"""
+    log_interval: int = 200
+    """steps between log lines"""
+    eval_interval: int = 4000
+    """steps between validations, each followed by a checkpoint"""
+    save_interval: int = 0
+    """steps between further checkpoints; 0: only with validations"""
+
+
+# official flags that make no sense here, or that nothing stands behind yet: refused with what to use, never ignored
+_NOT_BUILT = "is not built yet"
+REFUSED: dict[str, str] = {
+    "fp16": "use --precision bf16",
+    "static_loss_scale": "use --precision bf16, which needs no loss scale",
+    "dynamic_loss_scale": "use --precision bf16, which needs no loss scale",
+    "restart": "start the same command again: it resumes from its --work_dir",
+    "restart_dir": "start the same command again: it resumes from its --work_dir",
+    "debug": "use --max_step and another --work_dir",
+    "gpu0_bsz": "use torchrun --nproc_per_node N train.py, which splits the batch evenly",
+    "ext_len": "use --mem_len",
+    "d_embed": "the embedding has the width --d_model",
+    "attn_type": "attention is the official default, relative with memory (0)",
+    "adaptive": "data are bytes: the softmax needs no clusters",
+    "div_val": "data are bytes: the softmax needs no clusters",
+    "sample_softmax": "data are bytes: the softmax is never sampled",
+    "varlen": "segments have the fixed length --tgt_len",
+    "init": "weights start from N(0, --init_std^2)",
+    "init_range": "weights start from N(0, --init_std^2)",
+    "emb_init": "weights start from N(0, --init_std^2)",
+    "emb_init_range": "weights start from N(0, --init_std^2)",
+    "proj_init_std": "weights start from N(0, --init_std^2)",
+    "clip_nonemb": "use --clip, which takes all parameters",
+    "finetune_v2": _NOT_BUILT,
+    "finetune_v3": _NOT_BUILT,
+    "attn_moe": _NOT_BUILT,
+    "dense_drop": _NOT_BUILT,
+    "expert_drop": _NOT_BUILT,
+    "num_expert": "use --moe_num_expert",
+    "swad": _NOT_BUILT,
+    "swad_start": _NOT_BUILT,
+    "swad_end": _NOT_BUILT,
+    "freeze_main_network": _NOT_BUILT,
+    "freeze_main_network_all": _NOT_BUILT,
+    "dynamic_router_start": _NOT_BUILT,
+    "min_temp": _NOT_BUILT,
+    "max_temp": _NOT_BUILT,
+    "threshold": _NOT_BUILT,
+}
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "optim": ("adam", "sgd", "adagrad"),
+    "scheduler": ("cosine", "inv_sqrt", "constant", "dev_perf"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("fp32", "bf16"),
+    "dynamic_moe_mode": tuple(SCHEDULES),
+}
+POSITIVE = (
+    *("batch_size", "batch_chunk", "tgt_len", "eval_tgt_len", "eval_batch_size", "n_layer", "n_head", "d_head", "d_model"),
+    *("moe_num_expert", "max_step", "log_interval", "eval_interval"),
+)
+NOT_NEGATIVE = ("mem_len", "warmup_step", "mom", "eta_min", "lr_min", "patience", "threads", "save_interval", "seed")
+
+
+def parse(argv: Sequence[str] | None = None) -> Flags:
+    """The flags of a command line, with preset and method filled in and every default decided.
+
+    Raises UserError listing all mistakes; a flag that cannot be parsed ends the process with tyro's message and exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    mistakes = _refusals(argv)
+    defaults, more = _defaults(argv)
+    mistakes += more
+    flags = _from_command_line(argv, defaults) if not mistakes else None
+    if flags is not None:
+        mistakes = check(flags)
+    if mistakes:
+        raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
+    return resolve(flags)
+
+
+def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
+    """With --eval_only, the flags of the run in --work_dir with the command line laid over them; else None. Raises UserError as `parse`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"--eval_only", "--eval-only"} & set(argv):
+        return None
+    folder = _value_of(argv, "work_dir") or _value_of(argv, "work-dir")
+    if folder is None:
+        raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
+    stored = read_config(Path(folder))
+    names = {field.name for field in dataclasses.fields(Flags)}
+    flags = _from_command_line(argv, Flags(**{name: value for name, value in stored.items() if name in names}))
+    if mistakes := check(flags):
+        raise UserError("; ".join(mistakes))
+    if flags.k is not None and flags.moe:
+        parse_ks(flags.k, flags.moe_num_expert)
+    return flags
+
+
+def _from_command_line(argv: list[str], defaults: Flags) -> Flags:
+    return tyro.cli(Flags, args=argv, default=defaults, prog="train.py", config=(tyro.conf.HelptextFromCommentsOff,))
+
+
+def _refusals(argv: list[str]) -> list[str]:
+    given = {word.split("=")[0].lstrip("-").replace("-", "_"): word.split("=")[0] for word in argv if word.startswith("--")}
+    return [f"{word}: {REFUSED[name]}" for name, word in given.items() if name in REFUSED]
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    """The last value of --name on the command line, before the whole of it can be parsed."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == f"--{name}":
+            value = following
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
+    preset, method, mistakes = _value_of(argv, "preset") or Flags.preset, _value_of(argv, "method"), []
+    if preset not in PRESETS:
+        mistakes.append("--preset: " + unknown("preset", preset, PRESETS))
+    if method is not None and method not in METHODS:
+        mistakes.append("--method: " + unknown("method", method, METHODS))
+    if mistakes:
+        return Flags(), mistakes
+    return Flags(**{**PRESETS[preset], **(load(METHODS, "method", method).flags if method else {}), "preset": preset}), []
+
+
+def check(flags: Flags) -> list[str]:
+    """One sentence for every mistake, with flag, value and remedy."""
+    found = [
+        f"--{name}: " + unknown("value", str(getattr(flags, name)), list(choices))
+        for name, choices in CHOICES.items()
+        if getattr(flags, name) not in choices
+    ]
+    found += [f"--{name} {getattr(flags, name)} must be at least 1" for name in POSITIVE if getattr(flags, name) < 1]
+    found += [f"--{name} {getattr(flags, name)} must not be negative" for name in NOT_NEGATIVE if getattr(flags, name) < 0]
+    for name in ("dropout", "dropatt"):
+        if not 0 <= getattr(flags, name) < 1:
+            found.append(f"--{name} {getattr(flags, name)} must be from 0 to below 1")
+    for name in ("lr", "clip", "init_std", "decay_rate"):
+        if not getattr(flags, name) > 0:
+            found.append(f"--{name} {getattr(flags, name)} must be positive")
+    if flags.eval_tgt_len > flags.mem_len + flags.tgt_len:
+        found.append(f"--eval_tgt_len {flags.eval_tgt_len} must not exceed mem_len + tgt_len = {flags.mem_len + flags.tgt_len}")
+    if flags.d_model % 2:
+        found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
+    if flags.k is not None and not flags.eval_only:
+        found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
+    if flags.cuda and flags.device == "cpu":
+        found.append("--cuda contradicts --device cpu: leave one out")
+    return found + (_check_experts(flags) if flags.moe else _check_dense(flags))
+
+
+def _check_dense(flags: Flags) -> list[str]:
+    found = [f"--{name} needs --moe" for name in ("freeze_gate", "dynamic_moe", "moe_index", "load_balance") if getattr(flags, name)]
+    if flags.d_inner is not None and flags.d_inner < 1:
+        found.append(f"--d_inner {flags.d_inner} must be at least 1")
+    return found
+
+
+def _check_experts(flags: Flags) -> list[str]:
+    found, E = [], flags.moe_num_expert
+    if E < 1:
+        return found
+    if flags.d_inner is None and (flags.d_ff or 0) % E:
+        found.append(
+            f"--d_ff {flags.d_ff} is not divisible by --moe_num_expert {E}: choose another, or give the width of one expert by --d_inner"
+        )
+    for name in ("moe_top_k", "moe_top_k_min", "moe_top_k_max"):
+        k = getattr(flags, name)
+        if k is not None and not 1 <= k <= E:
+            found.append(f"--{name} {k} must be from 1 to --moe_num_expert {E}")
+    low, high = k_range(flags)
+    if low > high:
+        found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")
+    if flags.dynamic_overall_steps != -1 and flags.dynamic_overall_steps < 1:
+        found.append(f"--dynamic_overall_steps {flags.dynamic_overall_steps} must be at least 1, or -1 for all --max_step steps")
+    _layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
+    found += [f"--moe_index {flags.moe_index}: {mistake}" for mistake in mistakes]
+    try:
+        smoe_config(dataclasses.replace(flags, moe_index=None, moe_top_k=None))
+    except ConfigError as error:
+        found.append(str(error).replace("router", "--gate_name", 1) if "unknown router" in str(error) else str(error))
+    return found
+
+
+def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None, list[str]]:
+    """ "0,1,3" -> (0, 1, 3); None for all layers; and sentences for what is wrong with it."""
+    if text is None:
+        return None, []
+    words = text.split(",")
+    if not all(word.strip().isdigit() for word in words):
+        return None, ["expected layer numbers separated by commas, such as 0,1,2,3"]
+    layers = tuple(int(word) for word in words)
+    outside = [layer for layer in layers if layer >= n_layer]
+    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
+    mistakes = [f"layer {', '.join(map(str, outside))} is outside 0..{n_layer - 1} (--n_layer {n_layer})"] if outside else []
+    mistakes += [f"layer {', '.join(map(str, repeated))} is named more than once"] if repeated else []
+    return layers, mistakes
+
+
+def k_range(flags: Flags) -> tuple[int, int]:
+    """k_min and k_max of the schedule: paper, E/2 and E."""
+    E = flags.moe_num_expert
+    low = max(1, E // 2) if flags.moe_top_k_min is None else flags.moe_top_k_min
+    return low, E if flags.moe_top_k_max is None else flags.moe_top_k_max
+
+
+def resolve(flags: Flags) -> Flags:
+    """Every default that depends on another flag decided, so that config.json says what was run."""
+    E = flags.moe_num_expert
+    d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
+    changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
+    changes["data"] = flags.data or f"data/{flags.dataset}"
+    if flags.cuda:
+        changes["device"] = "cuda"
+    if flags.moe:
+        router, implied = canonical_router(flags.gate_name)
+        changes["gate_name"] = router
+        changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
+        changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
+        changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
+        changes["dynamic_overall_steps"] = flags.max_step if flags.dynamic_overall_steps == -1 else flags.dynamic_overall_steps
+    flags = dataclasses.replace(flags, **changes)
+    if flags.method is None:
+        flags = dataclasses.replace(flags, method=matching_method(flags))
+    if flags.work_dir is None:
+        flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{flags.method or 'custom'}-seed{flags.seed}")
+    return flags
+
+
+def matching_method(flags: Flags) -> str | None:
+    """The name of the method that the official flags spell out, if one does."""
+    for name in METHODS:
+        wanted: Method = load(METHODS, "method", name)
+        if all(getattr(flags, key) == value for key, value in wanted.flags.items()):
+            return name
+    return None
+
+
+def smoe_config(flags: Flags) -> SMoEConfig:
+    """The library's configuration of the experts. ConfigError as there."""
+    return SMoEConfig(
+        num_experts=flags.moe_num_expert,
+        top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
+        d_expert=flags.d_inner,
+        router=flags.gate_name,
+        freeze_router=flags.freeze_gate,
+        gate_weight=flags.gate_weight,
+        output_scale=flags.output_scale,
+        balance_loss=flags.load_balance,
+        layers=parse_layers(flags.moe_index, flags.n_layer)[0],
+        backend=flags.expert_backend,
+        init_std=flags.init_std,
+    )
+
+
+def top_k_schedule(flags: Flags) -> TopKSchedule | None:
+    """k by step; None for a dense model."""
+    if not flags.moe:
+        return None
+    if flags.dynamic_moe:
+        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps)
+    return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
+
+
+def evaluation_ks(flags: Flags) -> list[int | None]:
+    """k at which the final test is made: powers of two up to E, E/2 and E; [None], once, for a dense model."""
+    if not flags.moe:
+        return [None]
+    E = flags.moe_num_expert
+    return sorted({1 << power for power in range(E.bit_length()) if 1 << power <= E} | {max(1, E // 2), E})
+
+
+def parse_ks(text: str, E: int) -> list[int | None]:
+    """The --k of --eval_only. Raises UserError."""
+    words = text.split(",")
+    if not all(word.strip().isdigit() and 1 <= int(word) <= E for word in words):
+        raise UserError(f"--k {text}: expected numbers of active experts from 1 to {E}, separated by commas, such as 1,2,4")
+    return [int(word) for word in words]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The stored flags of a run. UserError if the folder holds none."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no run: {path} is missing") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is not JSON; choose another --work_dir") from None

@@ -1,0 +1,42 @@
+"""Floating-point operations and parameters of the Transformer-XL, by formula: two operations a multiply-add, matrix products only."""
+
+from torch import nn
+
+from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout import moe_layers
+
+
+def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int, k: int | None) -> int:
+    """Of one forward pass over `batch` lanes of `segment` positions with so many positions of memory, k experts active (None: dense)."""
+    c: TransformerXLConfig = model.config
+    queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
+    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
+    scores = 3 * 2 * width * queries * (segment + memory)  # content, position, values
+    total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
+    sparse = moe_layers(model)
+    for _, layer in sparse:
+        E, H, D = layer.experts.up.shape
+        total += 2 * queries * D * (2 * H * (k or layer.top_k) + E)
+    return total + (c.n_layer - len(sparse)) * 4 * queries * c.d_model * c.d_inner
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """All parameters, those that are trained, and those of routers; a tied tensor counts once."""
+    routers = [parameter for _, layer in moe_layers(model) for parameter in layer.router.parameters()]
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "router": sum(parameter.numel() for parameter in routers),
+    }
+
+
+def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
+    """Parameters that one token meets with k experts active: of the whole model, and of its feed-forward layers."""
+    total, ffn_total, idle = parameter_counts(model)["total"], 0, 0
+    for name, module in model.named_modules():
+        if name.endswith("feed_forward"):
+            ffn_total += sum(parameter.numel() for parameter in module.parameters())
+    for _, layer in moe_layers(model):
+        one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+        idle += (layer.num_experts - (k or layer.top_k)) * one
+    return total - idle, ffn_total - idle

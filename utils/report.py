@@ -1,0 +1,428 @@
+"""Tables and figures from the records of finished runs.
+
+    python -m utils.report --readme README.md --figs Figs          # from results/table1
+    python -m utils.report --collect runs/a runs/b --table table1  # take finished runs into results/table1
+
+A record is one JSON file per run. Runs are grouped by dataset and preset, then by method; numbers are means over seeds.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.errors import UserError, run_main
+
+SCHEMA = 1
+DASH = "–"
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published.json"
+
+Record = dict
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_list_of(value: object, accepts: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(accepts, value))
+
+
+KINDS: dict[str, Callable[[object], bool]] = {
+    "a non-empty text": lambda v: isinstance(v, str) and bool(v.strip()),
+    "a finite number": _is_number,
+    "a whole number, 0 or more": _is_count,
+    "a whole number or null": lambda v: v is None or _is_count(v),
+    "true or false": lambda v: isinstance(v, bool),
+    "a non-empty list of objects": lambda v: bool(v) and _is_list_of(v, lambda e: isinstance(e, dict)),
+    "a list of [step, loss, k, lr]": lambda v: _is_list_of(v, lambda e: isinstance(e, list) and len(e) == 4 and _is_number(e[1])),
+    "a list of [step, {k: value}]": lambda v: _is_list_of(v, lambda e: isinstance(e, list) and len(e) == 2 and isinstance(e[1], dict)),
+}
+# Only what the tables and figures use, by kind: a record may hold more.
+TEXTS = "table method title preset dataset.name dataset.title dataset.fingerprint metric.name model.architecture"
+RECORD_FIELDS = {
+    "a non-empty text": f"{TEXTS} environment.device environment.precision",
+    "a finite number": "training.seconds",
+    "a whole number, 0 or more": "seed parameters.total training.steps environment.threads",
+    "a whole number or null": "model.num_experts",
+    "true or false": "sparse metric.lower_is_better",
+    "a non-empty list of objects": "quality",
+    "a list of [step, loss, k, lr]": "curve.train",
+    "a list of [step, {k: value}]": "curve.valid",
+}
+QUALITY_FIELDS = {
+    "a whole number or null": "k",
+    "a finite number": "test flops_per_token",
+    "a whole number, 0 or more": "active_parameters",
+}
+# Runs of one method are only averaged, and methods of one table only compared, where these agree.
+SAME_IN_METHOD = ("training.steps", "model.num_experts", "parameters.total")
+SAME_IN_GROUP = ("dataset.fingerprint", "metric.name", "metric.lower_is_better")
+
+
+@dataclass
+class Method:
+    """All runs of one method in a group, one per seed."""
+
+    name: str
+    title: str
+    sparse: bool
+    records: list[Record]
+
+
+@dataclass
+class Group:
+    """The methods to be compared: one dataset, one preset."""
+
+    dataset: dict
+    preset: str
+    metric: dict
+    methods: list[Method]
+
+    def stem(self, joint: str) -> str:
+        """Dataset and preset as part of a file name."""
+        return joint.join(map(slug, (self.dataset["name"], self.preset)))
+
+
+@dataclass
+class Cell:
+    """One table cell; `value` is set where the best of a column is to be found."""
+
+    text: str = DASH
+    value: float | None = None
+    bold: bool = False
+
+
+@dataclass
+class Table:
+    """A table before it is written as Markdown or LaTeX."""
+
+    label: str
+    caption: str
+    header: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+
+
+def slug(text: str) -> str:
+    """`text` without the characters that a file system may refuse."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
+
+
+def get(record: Record, name: str):
+    """The value at a dotted name; KeyError where a part of it is missing."""
+    value = record
+    for part in name.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
+        value = value[part]
+    return value
+
+
+def _check_fields(record: Record, fields: dict[str, str], path: Path, within: str = "") -> None:
+    for kind, names in fields.items():
+        for name in names.split():
+            try:
+                value = get(record, name)
+            except KeyError:
+                raise UserError(f"{path}: the field '{within}{name}' is missing; repeat the run or mend the record.") from None
+            if not KINDS[kind](value):
+                raise UserError(f"{path}: the field '{within}{name}' has to be {kind}, not {json.dumps(value)[:80]}.")
+
+
+def read_record(path: Path) -> Record:
+    """Reads and checks one record. Of an incomplete run only schema and status are checked, since the rest may not exist yet."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}).") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = json.dumps(record.get("schema")) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{path}: the field 'schema' is {found}, but only schema {SCHEMA} is known.")
+    _check_fields(record, {"a non-empty text": "status"}, path)
+    if record["status"] != "complete":
+        return record
+    _check_fields(record, RECORD_FIELDS, path)
+    for i, entry in enumerate(record["quality"]):
+        _check_fields(entry, QUALITY_FIELDS, path, f"quality[{i}].")
+    if record["sparse"] and not record["model"]["num_experts"]:
+        raise UserError(f"{path}: the field 'model.num_experts' has to be 1 or more for a sparse method.")
+    return record
+
+
+def find_records(results: Iterable[Path], runs: Iterable[Path]) -> list[Path]:
+    """Record files: every JSON file under `results` (folders or files) and every result.json under `runs`."""
+    found = []
+    for source, pattern in [*((p, "*.json") for p in results), *((p, "result.json") for p in runs)]:
+        if not source.exists():
+            raise UserError(f"{source}: there is no such file or folder of records.")
+        found += [source] if source.is_file() else sorted(p for p in source.rglob(pattern) if p.name != PUBLISHED.name)
+    return list(dict.fromkeys(found))
+
+
+def load_records(paths: Iterable[Path], table: str) -> list[tuple[Path, Record]]:
+    """Complete records of `table`; what is left out is named on stderr."""
+    kept = []
+    for path in paths:
+        record = read_record(path)
+        if record["status"] != "complete":
+            print(f"skipped {path}: its status is '{record['status']}'", file=sys.stderr)
+        elif record["table"] != table:
+            print(f"skipped {path}: it belongs to '{record['table']}', not '{table}'", file=sys.stderr)
+        else:
+            kept.append((path, record))
+    return kept
+
+
+def _check_same(one: tuple[Path, Record], other: tuple[Path, Record], names: Iterable[str], purpose: str) -> None:
+    for name in names:
+        a, b = get(one[1], name), get(other[1], name)
+        if a != b:
+            raise UserError(f"{other[0]}: '{name}' is {b!r}, but {a!r} in {one[0]}; {purpose}.")
+
+
+def group_records(found: list[tuple[Path, Record]]) -> list[Group]:
+    """Groups by dataset title and preset, then by method: dense ones first, then by title. A run found twice counts once."""
+    groups: dict[tuple, dict[tuple, dict[int, tuple[Path, Record]]]] = {}
+    for path, record in found:
+        methods = groups.setdefault((record["dataset"]["title"], record["preset"]), {})
+        seeds = methods.setdefault((record["sparse"], record["method"] != "dense", record["title"], record["method"]), {})
+        twin = seeds.setdefault(record["seed"], (path, record))
+        if twin[1] != record:
+            raise UserError(f"{path}: seed {record['seed']} of '{record['method']}' is also in {twin[0]} with other content; remove one.")
+        first_of_group = next(iter(next(iter(methods.values())).values()))
+        _check_same(first_of_group, (path, record), SAME_IN_GROUP, "runs of one dataset and preset can be compared only if they agree")
+        first_of_method = next(iter(seeds.values()))
+        _check_same(first_of_method, (path, record), SAME_IN_METHOD, "seeds of one method can be averaged only if they agree")
+    return [_make_group(groups[key]) for key in sorted(groups)]
+
+
+def _make_group(methods: dict[tuple, dict[int, tuple[Path, Record]]]) -> Group:
+    made = [Method(key[3], key[2], key[0], [seeds[s][1] for s in sorted(seeds)]) for key, seeds in sorted(methods.items())]
+    first = made[0].records[0]
+    return Group(first["dataset"], first["preset"], first["metric"], made)
+
+
+def entry_at(record: Record, share: str) -> dict | None:
+    """The quality entry at k = E/2 or k = E (`share`); a dense model has a single one, which stands at E."""
+    if not record["sparse"] and share != "E":
+        return None
+    experts = record["model"]["num_experts"] if record["sparse"] else None
+    wanted = experts if share == "E" else experts // 2
+    return next((entry for entry in record["quality"] if entry["k"] == wanted), None)
+
+
+def _values(method: Method, share: str, name: str) -> list[float]:
+    entries = [entry_at(record, share) for record in method.records]
+    return [entry[name] for entry in entries if entry is not None]
+
+
+def _quality_cell(method: Method, share: str) -> Cell:
+    values = _values(method, share, "test")
+    if not values:
+        return Cell()
+    mean = statistics.mean(values)
+    text = f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    # The method's own n stands beside its title; here only where a seed lacks this k.
+    text += f" (n = {len(values)})" if len(values) < len(method.records) else ""
+    return Cell(text, value=round(mean, 3))
+
+
+def short_number(value: float) -> str:
+    """Three significant digits with k, M, G or T."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            return f"{value / size:#.3g}".rstrip(".") + f" {unit}"
+    return f"{value:.0f}"
+
+
+def _pair_cell(method: Method, name: str) -> Cell:
+    values = [_values(method, share, name) for share in ("E/2", "E")]
+    return Cell(" / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH)
+
+
+def _mark_best(rows: list[list[Cell]], column: int, lower_is_better: bool) -> None:
+    cells = [row[column] for row in rows if row[column].value is not None]
+    if len(cells) < 2:  # the best of one says nothing
+        return
+    best = (min if lower_is_better else max)(cell.value for cell in cells)
+    for cell in cells:
+        cell.bold = cell.value == best
+
+
+def published_for(group: Group, method: Method, table: str, entries: list[dict]) -> dict | None:
+    """The published entry of a method: same table, architecture and metric, and a dataset of the same family (enwik8-prefix: enwik8)."""
+    name, metric = group.dataset["name"], group.metric["name"]
+    for entry in entries:
+        here = (table, method.name, method.records[0]["model"]["architecture"], metric)
+        same = (entry["table"], entry["method"], entry["architecture"], entry["metric"]) == here
+        if same and (name == entry["dataset"] or name.startswith(entry["dataset"] + "-")):
+            return entry
+    return None
+
+
+def _distinct(values: Iterable, form: Callable = str) -> str:
+    return " / ".join(form(value) for value in sorted(set(values)))
+
+
+def _caption(group: Group) -> str:
+    records = [record for method in group.methods for record in method.records]
+    places = [record["environment"] for record in records]
+    seeds = sorted({record["seed"] for record in records})
+    spread = "mean ± sample standard deviation over n seeds" if len(seeds) > 1 else "one seed, so no spread is known"
+    steps = _distinct((record["training"]["steps"] for record in records), "{:,}".format)
+    numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return (
+        f"{group.dataset['title']}, preset {group.preset}: {spread} ({numbers}), {steps} steps, "
+        f"{_distinct(p['precision'] for p in places)}, threads: {_distinct(p['threads'] for p in places)}, "
+        f"device: {_distinct(p.get('device_name') or p['device'] for p in places)}."
+    )
+
+
+def build_table(group: Group, table: str, entries: list[dict]) -> Table:
+    """The rows of one group, best quality marked; the published column only where the paper has a number for one of the methods."""
+    counts = {m.records[0]["model"]["num_experts"] for m in group.methods if m.sparse}
+    half, full = (f"E/2 = {next(iter(counts)) // 2}", f"E = {next(iter(counts))}") if len(counts) == 1 else ("E/2", "E")
+    metric = group.metric["name"]
+    header = ["Method", f"Test {metric}, k = {half}", f"Test {metric}, k = {full}", "Parameters", "Activated parameters, E/2 / E"]
+    header += ["Training time (s)", "Inference FLOPs per token, E/2 / E"]
+    rows, published = [], [published_for(group, method, table, entries) for method in group.methods]
+    for method in group.methods:
+        seconds = statistics.median(record["training"]["seconds"] for record in method.records)
+        rows.append([Cell(f"{method.title} (n = {len(method.records)})"), _quality_cell(method, "E/2"), _quality_cell(method, "E")])
+        rows[-1] += [Cell(short_number(method.records[0]["parameters"]["total"])), _pair_cell(method, "active_parameters")]
+        rows[-1] += [Cell(f"{seconds:,.0f}"), _pair_cell(method, "flops_per_token")]
+    for column in (1, 2):
+        _mark_best(rows, column, group.metric["lower_is_better"])
+    notes = ["Training time is the median over seeds."]
+    known = [(method.title, entry) for method, entry in zip(group.methods, published, strict=True) if entry]
+    if known:
+        header.append(f"Published ({known[0][1]['dataset']}, paper), E/2 / E")
+        for row, entry in zip(rows, published, strict=True):
+            values = entry["values"] if entry else {}
+            row.append(Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH))
+        notes += [f"Published, {title}: {entry['source']} ({entry['setting']}); {entry['note']}." for title, entry in known]
+    return Table(f"{table}:{group.stem('-')}", _caption(group), header, rows, notes)
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub Markdown: caption, table, notes."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in table.rows]
+    ruler = "|:---|" + "---:|" * (len(table.header) - 1)
+    return "\n".join([f"**{table.caption}**", "", line(table.header), ruler, *rows, "", " ".join(table.notes)])
+
+
+def _tex(text: str) -> str:
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    return text.replace("±", r"$\pm$").replace(DASH, "--").replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
+
+
+def to_latex(table: Table) -> str:
+    """A LaTeX table with booktabs rules."""
+    rows = [" & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row) + r" \\" for row in table.rows]
+    head = " & ".join(_tex(name) for name in table.header) + r" \\"
+    caption = _tex(" ".join([table.caption, *table.notes]))
+    columns = "l" + "r" * (len(table.header) - 1)
+    top = [r"\begin{table}", r"\centering\small", rf"\caption{{{caption}}}", rf"\label{{{table.label}}}"]
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*top, *body, r"\end{table}"]) + "\n"
+
+
+def update_readme(path: Path, table: str, text: str) -> None:
+    """Puts `text` between the table's two markers and leaves every other byte as it is."""
+    begin, end = f"<!-- {table}:begin -->", f"<!-- {table}:end -->"
+    try:
+        before = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+        raise UserError(f"{path}: the lines '{begin}' and '{end}' have to stand in it once each, in this order, around the table.")
+    head, tail = before[: before.index(begin) + len(begin)], before[before.index(end) :]
+    path.write_bytes(f"{head}\n{text}\n{tail}".encode())
+
+
+def collect(run_dirs: Iterable[Path], table: str, results: Path = Path("results"), force: bool = False) -> list[Path]:
+    """Copies finished runs' records into `results`/`table` under their canonical names; nothing is written if one of them is refused."""
+    planned: dict[Path, tuple[Path, Record]] = {}
+    for run_dir in run_dirs:
+        path = run_dir / "result.json"
+        record = read_record(path)
+        if record["status"] != "complete":
+            raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected.")
+        if record["table"] != table:
+            raise UserError(f"{path}: the record belongs to '{record['table']}'; give --table {record['table']}, not {table}.")
+        parts = (record["dataset"]["name"], record["preset"], record["method"], f"seed{record['seed']}")
+        target = results / table / f"{'-'.join(map(slug, parts))}.json"
+        if target in planned and planned[target][1] != record:
+            raise UserError(f"{path}: would get the same name as {planned[target][0]}, {target.name}; collect only one of the two.")
+        if target.exists() and not force and json.loads(target.read_text(encoding="utf-8")) != record:
+            raise UserError(f"{target}: holds another run than {path}; give --force to replace it.")
+        planned[target] = (path, record)
+    for target, (path, _) in planned.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return list(planned)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description="Tables and figures from the records of finished runs.")
+    paths = {"type": Path, "nargs": "+", "metavar": "PATH", "default": []}
+    parser.add_argument("--results", **paths, help="folders or files of records (default: results/TABLE)")
+    parser.add_argument("--runs", **paths, help="folders with runs, searched for result.json")
+    parser.add_argument("--collect", **paths, help="finished runs to copy into results/TABLE")
+    parser.add_argument("--force", action="store_true", help="let --collect replace a record of other content")
+    parser.add_argument("--table", default="table1", help="the table that records belong to (default: table1)")
+    parser.add_argument("--readme", type=Path, help="Markdown file with <!-- TABLE:begin --> and <!-- TABLE:end --> around the table")
+    parser.add_argument("--latex", type=Path, help="LaTeX file to write (booktabs)")
+    parser.add_argument("--figs", type=Path, help="folder to draw the figures into")
+    parser.add_argument("--prefix", default="", help="put before the names of figures of records")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    args = _parse(argv)
+    if args.collect:
+        for target in collect(args.collect, args.table, force=args.force):
+            print(f"collected {target}", file=sys.stderr)
+        if not (args.readme or args.latex or args.figs):
+            return
+    sources = args.results or ([] if args.runs else [Path("results") / args.table])
+    groups = group_records(load_records(find_records(sources, args.runs), args.table))
+    if not groups:
+        where = ", ".join(map(str, [*sources, *args.runs]))
+        raise UserError(f"{where}: there is no complete record of '{args.table}'; finish a run first, then give --runs or --collect.")
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]
+    tables = [build_table(group, args.table, published) for group in groups]
+    text = "\n\n".join(map(to_markdown, tables))
+    print(text)
+    if args.readme:
+        update_readme(args.readme, args.table, text)
+    if args.latex:
+        args.latex.parent.mkdir(parents=True, exist_ok=True)
+        args.latex.write_text("\n".join(map(to_latex, tables)), encoding="utf-8")
+    if args.figs:
+        from utils.figures import draw_all  # here, because it imports matplotlib, which tables do without
+
+        for path in draw_all(groups, args.figs, args.prefix):
+            print(f"drawn {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)

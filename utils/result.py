@@ -1,0 +1,83 @@
+"""result.json: everything a table or a figure needs to know of a finished run."""
+
+from typing import Any
+
+from torch import nn
+
+from smoe_dropout import moe_layers
+from smoe_dropout.registry import METHODS, load
+from utils.data import Corpus
+from utils.flags import Flags
+from utils.flops import parameter_counts
+
+SCHEMA = 1
+
+
+def build_result(
+    flags: Flags,
+    corpus: Corpus,
+    model: nn.Module,
+    quality: list[dict],
+    training: dict[str, float],
+    metrics: list[dict],
+    environment: dict,
+    peak_memory_mib: float,
+    best_step: int,
+    argv: list[str],
+) -> dict[str, Any]:
+    """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
+    method = load(METHODS, "method", flags.method) if flags.method else None
+    sparse = moe_layers(model)
+    return {
+        "schema": SCHEMA,
+        "status": "complete",
+        "table": "table1",
+        "method": flags.method or "custom",
+        "title": method.title if method else "custom",
+        "sparse": bool(sparse),
+        "preset": flags.preset,
+        "dataset": {
+            "name": corpus.name,
+            "title": corpus.title,
+            "fingerprint": corpus.fingerprint,
+            "bytes": {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")},
+        },
+        "metric": {"name": "bpc", "lower_is_better": True},
+        "seed": flags.seed,
+        "model": {
+            "architecture": "Transformer-XL",
+            **{name: getattr(flags, name) for name in ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")},
+            "num_experts": flags.moe_num_expert if sparse else None,
+            "moe_layers": moe_layer_indices(flags) if sparse else [],
+            "router": flags.gate_name if sparse else None,
+        },
+        "parameters": parameter_counts(model),
+        "quality": quality,
+        "best_step": best_step,
+        "training": training,
+        "peak_memory_mib": round(peak_memory_mib, 1),
+        "curve": curve(metrics),
+        "environment": environment,
+        "argv": argv,
+    }
+
+
+def moe_layer_indices(flags: Flags) -> list[int]:
+    """Which layers have experts."""
+    if not flags.moe:
+        return []
+    return list(range(flags.n_layer)) if flags.moe_index is None else [int(word) for word in flags.moe_index.split(",")]
+
+
+def curve(metrics: list[dict]) -> dict[str, list]:
+    """train: [step, bpc, k, lr]; valid: [step, {k or "dense": bpc}]."""
+    train = [[line["step"], line["bpc"], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
+    valid = [[line["step"], bpc_by_k(line)] for line in metrics if line["split"] == "valid"]
+    return {"train": train, "valid": valid}
+
+
+def bpc_by_k(line: dict[str, Any]) -> dict[str, float]:
+    """The bpc_k8, bpc_k16 ... (or bpc) of a validation line as {"8": .., "16": ..} (or {"dense": ..})."""
+    if "bpc" in line:
+        return {"dense": line["bpc"]}
+    return {name.removeprefix("bpc_k"): value for name, value in line.items() if name.startswith("bpc_k")}
