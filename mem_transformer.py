@@ -44,8 +44,8 @@ class TransformerXLConfig:
 def shift(term: Tensor, mask_TK: Tensor) -> Tensor:
     """Moves row i of [..., T, K] left by T - 1 - i, so that column j holds the term of distance i + M - j, and adds a mask [T, K].
 
-    No copy is made to shift: flat element T - 1 + i (K - 1) + j is row i, column j. Entries with j > i + M come from the wrong row: the mask
-    must be -inf there.
+    No copy is made to shift: flat element T - 1 + i (K - 1) + j is row i, column j. Entries with j > i + M come from the wrong row, so
+    the mask must be -inf there.
     """
     T, K = term.shape[-2:]
     term = term.contiguous()
@@ -85,8 +85,8 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
-    """The same with every pass over the scores [H, B, T, K] counted: shift and mask in one, q k^T added by its own matrix product, softmax in
-    place, and a softmax gradient of three vectorised passes (torch's own is several times slower in bf16).
+    """The same with few passes over the scores [H, B, T, K]: shift and mask in one, q k^T added by its own product, softmax in place, and
+    a softmax gradient of three vectorised passes (torch's own is several times slower in bf16).
     """
 
     @staticmethod

@@ -19,6 +19,7 @@ if __name__ == "__main__":
         CORPUS = Corpus.open(FLAGS.data)
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -172,30 +173,24 @@ def build_model(flags: Flags) -> MemTransformerLM:
 
 
 def accumulate_gradients(engine, wrapped, objective, segment: Segment, memory: Memory | None, flags: Flags) -> tuple[float, Memory]:
-    """Gradients of the mean over all tokens of the global batch, in `batch_chunk` parts. Returns this process's summed loss in nats, memory."""
-    model = engine.unwrap(wrapped)
-    chunks = min(flags.batch_chunk, segment.tokens.shape[0])
-    parts = [part.chunk(chunks) for part in (segment.tokens, segment.targets)]
-    memories = list(zip(*(layer.chunk(chunks) for layer in memory), strict=True)) if memory else [None] * len(parts[0])
-    global_tokens = flags.batch_size * segment.tokens.shape[1]
+    """Gradients of the mean over all tokens of the global batch, computed in `batch_chunk` parts.
+
+    Returns this process's summed loss in nats, and the memory of its lanes.
+    """
+    chunks = min(flags.batch_chunk, flags.batch_size // engine.world_size)  # the same on every process
+    memories = zip(*(layer.tensor_split(chunks) for layer in memory), strict=True) if memory else [None] * chunks
+    parts = zip(segment.tokens.tensor_split(chunks), segment.targets.tensor_split(chunks), memories, strict=True)
     loss_sum, new_memories = 0.0, []
-    for index, (tokens, targets) in enumerate(zip(*parts, strict=True)):
-        last = index == len(parts[0]) - 1
+    for index, (tokens, targets, part_memory) in enumerate(parts):
 
-        def forward(tokens=tokens, targets=targets, memory=memories[index]) -> Forward:
-            return Forward(*wrapped(tokens, targets, memory))
+        def forward(inputs=(tokens, targets, part_memory)) -> Forward:
+            return Forward(*wrapped(*inputs))
 
-        def backward(forward=forward, share=tokens.numel() / global_tokens):
-            part = objective(model, forward)
-            # data parallelism averages gradients over processes, whatever their numbers of tokens: hence the world size
-            (part.total * (share * engine.world_size)).backward()
-            return part
-
-        if last:
-            part = backward()
-        else:
-            with engine.no_sync(wrapped):
-                part = backward()
+        with nullcontext() if index == chunks - 1 else engine.no_sync(wrapped):
+            part = objective(engine.unwrap(wrapped), forward)
+            # data parallelism takes the mean over processes, whatever their numbers of tokens: hence the world size
+            share = tokens.numel() * engine.world_size / (flags.batch_size * segment.tokens.shape[1])
+            (part.total * share).backward()
         loss_sum += part.nll.item() * tokens.numel()
         new_memories.append(part.state)
     return loss_sum, tuple(torch.cat(layer) for layer in zip(*new_memories, strict=True))
@@ -299,17 +294,14 @@ def refuse_if_too_slow(engine: Engine, flags: Flags, train_data: LaneIterator) -
 def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, say) -> None:
     """What is about to be run, in a few lines."""
     counts = parameter_counts(model)
-    say(
-        f"{flags.method or 'custom'} on {corpus.title}: {counts['total']:,} parameters, {counts['trainable']:,} trained; work_dir {flags.work_dir}"
-    )
+    say(f"{flags.method or 'custom'} on {corpus.title}: {counts['total']:,} parameters, {counts['trainable']:,} trained")
+    say(f"work_dir: {flags.work_dir}")
     if flags.moe:
         indices = moe_layer_indices(flags)
         dense = [index for index in range(flags.n_layer) if index not in indices]
         rest = f"; layers {dense} stay dense, {flags.d_inner} wide" if dense else ""
-        say(
-            f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}; router {flags.gate_name}{', frozen' if flags.freeze_gate else ''}"
-        )
-        say(f"k: {top_k_schedule(flags)}")
+        say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
+        say(f"router: {flags.gate_name}, {'frozen' if flags.freeze_gate else 'trained'}; k: {top_k_schedule(flags)}")
         say(f"computed by: {computed_by(flags, model)}")
     name = f"{engine.device.type} ({engine.device_name})"
     say(f"{flags.precision} on {name}, {engine.world_size} process(es), {torch.get_num_threads()} thread(s) each; {flags.max_step} steps")

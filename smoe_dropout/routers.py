@@ -1,7 +1,7 @@
 """Routers: tokens [N, D] -> which k of E experts each token uses, and with what gate weight.
 
-A router is a module built as `Router(d_model, config)` whose `forward(x_ND, k)` returns a `Routing`. Shape suffixes: N tokens, D model width,
-E experts, K active experts.
+A router is a module built as `Router(d_model, config)` whose `forward(x_ND, k)` returns a `Routing`. Shape suffixes: N tokens, D model
+width, E experts, K active experts.
 """
 
 from typing import NamedTuple

@@ -76,7 +76,7 @@ def test_losses_memory_and_gradients(path, backend):
         for index, (inputs, targets) in enumerate(segments(tensors["input.tokens"], config["tgt_len"])):
             losses, memory = model(inputs, targets, memory)
             expected = tensors[f"k{k}.segment{index}.loss_per_token"].t()
-            torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0, msg=lambda text, i=index: f"k={k} segment {i}: {text}")
+            torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0, msg=lambda text, k=k, i=index: f"k={k} segment {i}: {text}")
             total = total + losses.mean()
         torch.testing.assert_close(memory[-1], tensors[f"k{k}.last_mem_top"].transpose(0, 1), atol=1e-5, rtol=1e-5)
         check_gradients(model, total, {n: t for n, t in tensors.items() if n.startswith(f"k{k}.grad.")}, f"k{k}.grad.")

@@ -48,26 +48,26 @@ def evaluate(
         model.mem_len = mem_len
         model.train(was_training)
     loss, tokens = engine.sum([loss, tokens])
-    return {"bpc": loss / tokens / LN2, "tokens_per_second": tokens / (time.perf_counter() - begin)}
+    return {"bpc": loss / tokens / LN2, "tokens": int(tokens), "tokens_per_second": tokens / (time.perf_counter() - begin)}
 
 
 def evaluate_all(
     engine: Engine, model: MemTransformerLM, splits: dict[str, np.ndarray], flags: Flags, ks: list[int | None], say
 ) -> list[dict]:
-    """One row for each k: bpc on every split, parameters and operations of a token, speed. `say(sentence)` is told of each row."""
+    """One row for each k: bpc on every split, tokens read, parameters and operations of a token, speed. `say` is told of each row."""
     rows = []
     for k in ks:
-        measured = {name: evaluate(engine, model, data, flags, k) for name, data in splits.items()}
+        measured = {name: evaluate(engine, model, data, flags, k, flags.max_test_steps) for name, data in splits.items()}
         parameters, ffn_parameters = active_parameters(model, k)
         flops = forward_flops(model, flags.eval_batch_size, flags.eval_tgt_len, evaluation_memory(flags), k)
         row = {"k": k, **{name: values["bpc"] for name, values in measured.items()}}
+        row |= {f"{name}_tokens": values["tokens"] for name, values in measured.items()}
         row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
         row["flops_per_token"] = flops / (flags.eval_batch_size * flags.eval_tgt_len)
         row["tokens_per_second"] = list(measured.values())[-1]["tokens_per_second"]
         rows.append(row)
         at = "dense" if k is None else f"k = {k}"
         quality = ", ".join(f"{name} {values['bpc']:.4f}" for name, values in measured.items())
-        say(
-            f"{at:>7}: {quality} bpc, {parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs and {row['tokens_per_second']:,.0f} tokens/s"
-        )
+        cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs a token, {row['tokens_per_second']:,.0f} tokens/s"
+        say(f"{at:>7}: {quality} bpc; {cost}")
     return rows

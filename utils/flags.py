@@ -17,7 +17,7 @@ from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.methods.base import Method
 from smoe_dropout.registry import METHODS, canonical_router, load, unknown
 from smoe_dropout.schedule import SCHEDULES, TopKSchedule
-from utils.errors import UserError
+from utils.errors import UserError, exit_on_user_error
 from utils.presets import PRESETS
 
 
@@ -59,7 +59,9 @@ class Flags:
     eval_batch_size: int = 10
     """lanes in evaluation"""
     max_eval_steps: int = -1
-    """segments of a validation during training (-1: all); the final test always takes all"""
+    """segments of a validation during training (-1: all)"""
+    max_test_steps: int = -1
+    """segments of the final test (-1: all); the record says how much was read"""
 
     # --- model
     n_layer: int = 4
@@ -448,3 +450,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no run: {path} is missing") from None
     except ValueError:
         raise UserError(f"{path} is damaged: it is not JSON; choose another --work_dir") from None
+
+
+if __name__ == "__main__":  # python -m utils.flags ARGS...: checks a command line of train.py and prints what it decides
+    with exit_on_user_error():
+        print(json.dumps(dataclasses.asdict(parse()), indent=1))

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict] = {
         "log_interval": 50,
         "eval_interval": 500,
         "max_eval_steps": 40,
+        "max_test_steps": 400,
         "precision": "bf16",
     },
     # the quickstart's: about two minutes a method on two cores, any processor
@@ -59,6 +60,7 @@ PRESETS: dict[str, dict] = {
         "log_interval": 20,
         "eval_interval": 200,
         "max_eval_steps": 40,
+        "max_test_steps": 80,
         "precision": "fp32",
     },
 }

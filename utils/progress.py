@@ -5,8 +5,10 @@ import time
 
 
 def duration(seconds: float) -> str:
-    """3 h 20 min, 4 min 05 s, 12 s."""
+    """12 days, 3 h 20 min, 4 min 05 s, 12 s."""
     seconds = round(seconds)
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     if seconds >= 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"

@@ -21,7 +21,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
 
 
 class MaskedExperts(torch.autograd.Function):
-    """gate [N, E] holds the gate weight of each expert, 0 if it was not chosen. Goes expert by expert, so that temporaries stay in cache."""
+    """gate [N, E]: the gate weight of each expert, 0 if it was not chosen. Goes expert by expert, so that temporaries stay in cache."""
 
     @staticmethod
     def forward(ctx, x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):

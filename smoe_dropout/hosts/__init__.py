@@ -20,7 +20,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if sites := importlib.import_module(module).find(model):
             return sites
     raise ConfigError(
-        f"{type(model).__name__} has no feed-forward network that a host knows: expected nn.Sequential(Linear, activation, [Dropout], Linear)"
+        f"{type(model).__name__} has no feed-forward network a host knows, such as nn.Sequential(Linear, activation, [Dropout], Linear)"
     )
 
 
