@@ -37,6 +37,10 @@ class TransformerXLConfig:
     tie_weight: bool = True
     init_std: float = 0.02
 
+    def __post_init__(self):
+        if self.same_length and self.mem_len == 0:
+            raise ValueError("same_length lets every position see mem_len positions, itself included, and mem_len is 0")
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -101,6 +105,8 @@ class RelativeAttentionCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_HBTC):
+        if torch.is_grad_enabled():
+            raise RuntimeError("RelativeAttentionCPU cannot be differentiated twice: use relative_attention_sdpa")
         qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
         grad = grad_HBTC.flatten(0, 1)
         grad_v = torch.bmm(p.transpose(1, 2), grad).view_as(v_HBKC)
@@ -214,7 +220,7 @@ class MemTransformerLM(nn.Module):
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Memory of no positions, n_layer + 1 tensors [B, 0, D]."""
-        empty = self.content_bias.new_empty(batch_size, 0, self.config.d_model, dtype=torch.float32)
+        empty = self.content_bias.new_empty(batch_size, 0, self.config.d_model)
         return (empty,) * (self.config.n_layer + 1)
 
     def hidden(self, tokens_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
@@ -241,13 +247,13 @@ class MemTransformerLM(nn.Module):
 
     def _positions(self, length: int) -> Tensor:
         """Sinusoidal embeddings [K, D] of the distances K - 1 .. 0."""
-        device, d_model = self.content_bias.device, self.config.d_model
-        distance = torch.arange(length - 1, -1, -1.0, device=device)
+        like = {"device": self.content_bias.device, "dtype": torch.promote_types(self.content_bias.dtype, torch.float32)}
+        distance = torch.arange(length - 1, -1, -1.0, **like)
         if self.config.clamp_len > 0:
             distance = distance.clamp(max=self.config.clamp_len)
-        frequency = 1 / (10000 ** (torch.arange(0.0, d_model, 2.0, device=device) / d_model))
+        frequency = 1 / (10000 ** (torch.arange(0.0, self.config.d_model, 2.0, **like) / self.config.d_model))
         angle = torch.outer(distance, frequency)
-        return torch.cat([angle.sin(), angle.cos()], -1)
+        return torch.cat([angle.sin(), angle.cos()], -1).to(self.content_bias.dtype)
 
     def _mask(self, T: int, M: int) -> Tensor:
         """Additive mask [T, M + T]: -inf on the future, and with `same_length` on what lies further back than any position may see."""
@@ -262,4 +268,6 @@ class MemTransformerLM(nn.Module):
         if self.mem_len == 0:
             return self.initial_memory(states[0].shape[0])
         with torch.no_grad():
-            return tuple(torch.cat([old, new.float()], 1)[:, -self.mem_len :].detach() for old, new in zip(memory, states, strict=True))
+            return tuple(
+                torch.cat([old, new.to(old.dtype)], 1)[:, -self.mem_len :].detach() for old, new in zip(memory, states, strict=True)
+            )

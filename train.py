@@ -17,6 +17,7 @@ if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
         FLAGS = parse() if not (run := stored_run()) else run
         CORPUS = Corpus.open(FLAGS.data)
+        CORPUS.verify()
 
 import time
 from contextlib import nullcontext
@@ -74,6 +75,9 @@ def main(flags: Flags, corpus: Corpus) -> int:
     folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
     checkpoints = RunFolder.checkpoints_of(flags)
     newest = checkpoint.latest(checkpoints, say)
+    if (checkpoints.parent / "result.json").exists():
+        say(f"this run is complete: {checkpoints.parent / 'result.json'}")
+        return 0
     if newest is None and not flags.yes:
         refuse_if_too_slow(engine, flags, train_data)
 
@@ -149,6 +153,7 @@ def main(flags: Flags, corpus: Corpus) -> int:
             progress.say(f"stopped at step {state.step}, saved in {checkpoints}; to go on: {resume_command()}")
             return 128 + stop
 
+    interrupt.at_once()  # everything is saved
     load_best(model, checkpoints, state.best_step)
     say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
     quality = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
@@ -302,6 +307,8 @@ def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, 
         rest = f"; layers {dense} stay dense, {flags.d_inner} wide" if dense else ""
         say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
         say(f"router: {flags.gate_name}, {'frozen' if flags.freeze_gate else 'trained'}; k: {top_k_schedule(flags)}")
+        if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):
+            say(f"note: --moe_top_k {flags.moe_top_k} has no effect, k follows the schedule")
         say(f"computed by: {computed_by(flags, model)}")
     name = f"{engine.device.type} ({engine.device_name})"
     say(f"{flags.precision} on {name}, {engine.world_size} process(es), {torch.get_num_threads()} thread(s) each; {flags.max_step} steps")

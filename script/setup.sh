@@ -14,7 +14,7 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-wanted=$(cat requirements.txt pyproject.toml | cksum)
+wanted=$(cat requirements.txt tests/requirements.txt | cksum)
 if [ -x .venv/bin/python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
@@ -24,6 +24,5 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
   echo "error: $python cannot make a virtual environment: install its venv module (on Debian: apt install python3-venv), then run this again" >&2
   exit 2
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ".[test]"
-.venv/bin/python -m pip uninstall --quiet --yes smoe-dropout  # scripts use the source tree
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 echo "$wanted" > .venv/installed

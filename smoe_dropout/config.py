@@ -1,6 +1,7 @@
 """What turns a feed-forward layer into a mixture of experts, checked when it is made. Importing this does not import torch."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -50,11 +51,11 @@ class SMoEConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        router, implied = canonical_router(self.router)
+        router, implied = canonical_router(self.router) if isinstance(self.router, str) else (self.router, {})
         object.__setattr__(self, "router", router)
         if self.balance_loss is None and "balance_loss" in implied:
             object.__setattr__(self, "balance_loss", implied["balance_loss"])
-        if isinstance(self.layers, list):
+        if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
         mistakes = self.mistakes()
         if mistakes:
@@ -62,24 +63,26 @@ class SMoEConfig:
 
     def mistakes(self) -> list[str]:
         """One sentence for each field that cannot be."""
-        found = []
-        if not _is_int(self.num_experts) or self.num_experts < 1:
-            found.append(f"num_experts = {self.num_experts!r} must be a whole number of at least 1")
-        elif not _is_int(self.top_k) or not 1 <= self.top_k <= self.num_experts:
-            found.append(f"top_k = {self.top_k!r} must be a whole number from 1 to num_experts = {self.num_experts}")
-        if self.d_expert is not None and (not _is_int(self.d_expert) or self.d_expert < 1):
+        found, E = [], self.num_experts
+        if not _is_count(E):
+            found.append(f"num_experts = {E!r} must be a whole number of at least 1")
+        if not _is_count(self.top_k) or (_is_count(E) and self.top_k > E):
+            found.append(f"top_k = {self.top_k!r} must be a whole number from 1 to num_experts = {E!r}")
+        if self.d_expert is not None and not _is_count(self.d_expert):
             found.append(f"d_expert = {self.d_expert!r} must be a whole number of at least 1, or None")
         if self.router not in ROUTERS:
-            found.append(unknown("router", self.router, [*ROUTERS, *ROUTER_ALIASES]))
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            found.append(unknown("backend", self.backend, ["auto", *BACKENDS]))
+            found.append(unknown("router", str(self.router), [*ROUTERS, *ROUTER_ALIASES]))
+        if self.backend not in ("auto", *BACKENDS):
+            found.append(unknown("backend", str(self.backend), ["auto", *BACKENDS]))
+        if self.freeze_router not in (None, True, False):
+            found.append(f"freeze_router = {self.freeze_router!r} must be True, False or None")
         for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
             if getattr(self, name) not in get_args(choices):
                 found.append(unknown(name, str(getattr(self, name)), list(get_args(choices))))
-        if self.balance_loss is not None and not self.balance_loss >= 0:
-            found.append(f"balance_loss = {self.balance_loss!r} must not be negative")
-        if not self.init_std > 0:
-            found.append(f"init_std = {self.init_std!r} must be positive")
+        if self.balance_loss is not None and not (_is_finite(self.balance_loss) and self.balance_loss >= 0):
+            found.append(f"balance_loss = {self.balance_loss!r} must be a number and not negative")
+        if not (_is_finite(self.init_std) and self.init_std > 0):
+            found.append(f"init_std = {self.init_std!r} must be a positive number")
         if self.layers is not None:
             found += layer_mistakes(self.layers)
         if self.expert_init == "copy" and self.output_scale == "dense":
@@ -105,16 +108,22 @@ class SMoEConfig:
 
 
 def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
-    """Sentences for an empty, negative or repeated choice of layers."""
+    """Sentences for what is no choice of layers: empty, negative or repeated indices, or not a list of them."""
+    if not isinstance(layers, tuple):
+        return [f"layers = {layers!r} must be a list of layer indices, or None for all"]
     if len(layers) == 0:
         return ["layers is empty: name at least one layer, or leave it out for all"]
     found = []
-    if negative := [index for index in layers if not _is_int(index) or index < 0]:
-        found.append(f"layers names {negative[0]!r}, which is no layer index")
-    if repeated := sorted({index for index in layers if layers.count(index) > 1}):
-        found.append(f"layers names {', '.join(map(str, repeated))} more than once")
+    if wrong := [index for index in layers if index != 0 and not _is_count(index)]:
+        found.append(f"layers names {wrong[0]!r}, which is no layer index")
+    if repeated := sorted({str(index) for index in layers if layers.count(index) > 1}):
+        found.append(f"layers names {', '.join(repeated)} more than once")
     return found
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,8 +17,8 @@ def set_top_k(model: nn.Module, k: int) -> None:
     """Makes k experts active per token in every MoE layer. ValueError if the model has none, or one of them has fewer than k experts."""
     layers = _layers_or_raise(model)
     for name, layer in layers:
-        if not 1 <= k <= layer.num_experts:
-            raise ValueError(f"k = {k} must be from 1 to the {layer.num_experts} experts of layer {name!r}")
+        if k != int(k) or not 1 <= k <= layer.num_experts:
+            raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.num_experts} experts of layer {name!r}")
     for _, layer in layers:
         layer.top_k = int(k)
 

@@ -57,9 +57,10 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Writes the folder, made if it is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(stored_tensors(model), folder / WEIGHTS)
+    (folder / CONFIG).unlink(missing_ok=True)
     if layers := moe_layers(model):
         (folder / CONFIG).write_text(layers[0][1].config.to_json())
+    save_file(stored_tensors(model), folder / WEIGHTS)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -77,8 +78,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
         missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise ConfigError(f"{folder / WEIGHTS} is of another model: missing {missing[:4]}, foreign {foreign[:4]}")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ConfigError(f"{folder / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}")
+        found, wanted = (f"shape {tuple(t.shape)} of {t.dtype}" for t in (tensor, expected[name]))
+        if found != wanted:
+            raise ConfigError(f"{folder / WEIGHTS}: {name} has {found}, the model wants {wanted}")
     model.load_state_dict(tensors, strict=False)  # the names were compared above; tied tensors are stored once
     return model
 
@@ -91,8 +93,11 @@ def _check_config(model: nn.Module, folder: Path) -> None:
         )
     if not layers:
         return
-    stored, ours = SMoEConfig.from_json(path.read_text()), layers[0][1].config
-    for name in ("num_experts", "router", "gate_weight", "output_scale", "layers"):
+    try:
+        stored, ours = SMoEConfig.from_json(path.read_text()), layers[0][1].config
+    except ValueError as error:  # not JSON, or not a configuration
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    for name in ("num_experts", "router", "gate_weight", "output_scale"):
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, the model has {getattr(ours, name)!r}")
 

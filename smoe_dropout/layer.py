@@ -22,6 +22,7 @@ class MoELayer(nn.Module):
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.output_scale = float(config.num_experts) if config.output_scale == "dense" else 1.0
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
+        self.router.to(experts.up.device, torch.promote_types(experts.up.dtype, torch.float32))
         self.experts = experts
         self.losses: dict[str, Tensor] = {}
         self.assigned: Tensor | None = None

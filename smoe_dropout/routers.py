@@ -25,8 +25,8 @@ class Routing(NamedTuple):
 class LinearRouter(nn.Module):
     """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46).
 
-    W ~ N(0, init_std^2) and b = 0. Logits are computed in float32 whatever the precision of the model, so that bf16 changes no choice by
-    rounding. Subclasses say whether they are frozen and what load balance they want unless the configuration does.
+    W ~ N(0, init_std^2) and b = 0. Logits are computed in float32 at least, whatever the precision of the model, so that bf16 changes no
+    choice by rounding them. Subclasses say whether they are frozen and what load balance they want unless the configuration does.
     """
 
     frozen_by_default = False
@@ -41,8 +41,9 @@ class LinearRouter(nn.Module):
         self.requires_grad_(not (self.frozen_by_default if config.freeze_router is None else config.freeze_router))
 
     def logits(self, x_ND: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            return F.linear(x_ND.to(self.weight.dtype), self.weight, self.bias)
+            return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
         logits_NE = self.logits(x_ND)
@@ -76,4 +77,5 @@ def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(assigned_E)
     share_E = assigned_E / assigned_E.sum().clamp(min=1)
-    return num_experts * (share_E * logits_NE.softmax(-1).mean(0)).sum()
+    probability_E = logits_NE.softmax(-1).sum(0) / max(len(logits_NE), 1)
+    return num_experts * (share_E * probability_E).sum()

@@ -31,7 +31,9 @@ class Flags:
     preset: str = "paper"
     """sizes and lengths: paper, laptop or quick"""
     work_dir: str | None = None
-    """the run's folder, exactly; default runs/<preset>/<dataset>/<method>-seed<seed>. The same command again resumes"""
+    """the run's folder, exactly; default runs/<preset>/<dataset>/<run_name>-seed<seed>. The same command again resumes"""
+    run_name: str | None = None
+    """name in the default work_dir; default the method's"""
     seed: int = 1111
     """random seed of initialisation, router and dropout"""
     yes: bool = False
@@ -305,6 +307,8 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--eval_tgt_len {flags.eval_tgt_len} must not exceed mem_len + tgt_len = {flags.mem_len + flags.tgt_len}")
     if flags.d_model % 2:
         found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
+    if flags.same_length and flags.mem_len == 0:
+        found.append("--same_length lets every position see --mem_len positions, and that is 0: leave one of them out")
     if flags.k is not None and not flags.eval_only:
         found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
     if flags.cuda and flags.device == "cpu":
@@ -386,7 +390,8 @@ def resolve(flags: Flags) -> Flags:
     if flags.method is None:
         flags = dataclasses.replace(flags, method=matching_method(flags))
     if flags.work_dir is None:
-        flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{flags.method or 'custom'}-seed{flags.seed}")
+        name = flags.run_name or flags.method or "custom"
+        flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{name}-seed{flags.seed}")
     return flags
 
 

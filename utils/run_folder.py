@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.flags import Flags, read_config
 
 # flags that may differ between a run and its continuation: they change no number
-NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "multi_gpu", "cuda")
+NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,8 +45,11 @@ class RunFolder:
         config = {name: value for name, value in dataclasses.asdict(flags).items() if name not in NOT_PART_OF_A_RUN}
         config["data_fingerprint"] = data_fingerprint
         self._refuse_foreign()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except PermissionError as error:
+            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): choose another") from None
         self._match_config(config)
         self._writer = None
 

@@ -14,6 +14,11 @@ def quantised(p: float) -> float:
     return min(max(round(p * 256), 1), 255) / 256 if 0 < p < 1 else p
 
 
+def kept_scale(p: float) -> float:
+    """What kept values are multiplied by; 0 where none is kept."""
+    return 1 / (1 - quantised(p)) if p < 1 else 0.0
+
+
 def keep_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
     """A bool tensor, False with probability `quantised(p)`, drawn from the default generator of the device."""
     count = 1

@@ -34,5 +34,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
     hidden = F.dropout(ACTIVATIONS[weights.activation].apply(hidden), weights.dropout)
     down_EDH = weights.down_EHD.transpose(1, 2).contiguous()  # fastmoe stores [E, out, in]
     output_MD = MOELinear.apply(hidden, counts_E, down_EDH, weights.bias_down_ED)
-    output_NKD = MOEGather.apply(output_MD, position_M, local, everywhere, indices_NK.numel(), workers).view(*indices_NK.shape, -1)
+    output_NKD = MOEGather.apply(output_MD, position_M, local, everywhere, indices_NK.numel(), workers).view(
+        *indices_NK.shape, x_ND.shape[1]
+    )
     return (output_NKD * weights_NK[..., None]).sum(1)

@@ -29,4 +29,4 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
     hidden = F.grouped_mm(x_MD, weights.up_EHD.transpose(1, 2), offs=ends_E) + weights.bias_up_EH[expert_M]
     hidden = F.dropout(ACTIVATIONS[weights.activation].apply(hidden), weights.dropout)
     output_MD = F.grouped_mm(hidden, weights.down_EHD, offs=ends_E) + weights.bias_down_ED[expert_M]
-    return (output_MD[row_M].view(*indices_NK.shape, -1) * weights_NK[..., None]).sum(1)
+    return (output_MD[row_M].view(*indices_NK.shape, x_ND.shape[1]) * weights_NK[..., None]).sum(1)

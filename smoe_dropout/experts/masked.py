@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
-from smoe_dropout.experts.dropout import keep_mask, quantised
+from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
 
 def refusal(weights, device: str) -> str | None:
@@ -37,7 +37,7 @@ class MaskedExperts(torch.autograd.Function):
                 pre_ENH[expert] = hidden
             act.apply_(hidden)
             if keep_ENH is not None:
-                hidden.mul_(keep_ENH[expert]).mul_(1 / (1 - quantised(dropout)))
+                hidden.mul_(keep_ENH[expert]).mul_(kept_scale(dropout))
             y_ND.addmm_(hidden * gate_NE[:, expert, None], down_EHD[expert])
         ctx.save_for_backward(x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH)
         ctx.activation, ctx.dropout = activation, dropout
@@ -45,8 +45,10 @@ class MaskedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the masked backend cannot be differentiated twice: use backend='reference'")
         x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH = ctx.saved_tensors
-        act, scale = ACTIVATIONS[ctx.activation], 1 / (1 - quantised(ctx.dropout))
+        act, scale = ACTIVATIONS[ctx.activation], kept_scale(ctx.dropout)
         grad_gate = grad_ND @ bias_down_ED.t()
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
         grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), gate_NE.t() @ grad_ND

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
-from smoe_dropout.experts.dropout import keep_mask, quantised
+from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
 
 def refusal(weights, device: str) -> str | None:
@@ -39,7 +39,7 @@ class SortedExperts(torch.autograd.Function):
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
         token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0])
         act = ACTIVATIONS[activation]
-        x_MD = x_ND[token_M]
+        x_MD = x_ND.index_select(0, token_M)
         hidden_MH = x_ND.new_empty(len(token_M), up_EHD.shape[1])
         output_MD = torch.empty_like(x_MD)
         pre_MH = None if act.from_output else torch.empty_like(hidden_MH)
@@ -53,7 +53,7 @@ class SortedExperts(torch.autograd.Function):
                 pre_MH[begin:end] = hidden
             act.apply_(hidden)
             if keep_MH is not None:
-                hidden.mul_(keep_MH[begin:end]).mul_(1 / (1 - quantised(dropout)))
+                hidden.mul_(keep_MH[begin:end]).mul_(kept_scale(dropout))
             torch.addmm(bias_down_ED[expert], hidden, down_EHD[expert], out=output_MD[begin:end])
         ctx.save_for_backward(x_ND, weights_NK, up_EHD, down_EHD, bias_down_ED, token_M, row_NK, hidden_MH, pre_MH, keep_MH)
         ctx.spans, ctx.activation, ctx.dropout = spans, activation, dropout
@@ -61,17 +61,21 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the sorted backend cannot be differentiated twice: use backend='reference'")
         x_ND, weights_NK, up_EHD, down_EHD, bias_down_ED, token_M, row_NK, hidden_MH, pre_MH, keep_MH = ctx.saved_tensors
-        act, scale = ACTIVATIONS[ctx.activation], 1 / (1 - quantised(ctx.dropout))
+        act, scale = ACTIVATIONS[ctx.activation], kept_scale(ctx.dropout)
         weight_M = weights_NK.new_empty(row_NK.numel())
         weight_M[row_NK.flatten()] = weights_NK.flatten()
-        x_MD, grad_MD = x_ND[token_M], grad_ND.contiguous()[token_M]
+        x_MD, grad_MD = x_ND.index_select(0, token_M), grad_ND.index_select(0, token_M)
         grad_weight_M = torch.zeros_like(weight_M)
-        grad_up, grad_down = torch.zeros_like(up_EHD), torch.zeros_like(down_EHD)
-        grad_bias_up, grad_bias_down = up_EHD.new_zeros(up_EHD.shape[:2]), torch.zeros_like(bias_down_ED)
+        grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
+        grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), torch.empty_like(bias_down_ED)
         grad_x_MD = torch.empty_like(x_MD)
         for expert, (begin, end) in enumerate(ctx.spans):
-            if begin == end:
+            if begin == end:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
+                for gradient in (grad_up, grad_bias_up, grad_down, grad_bias_down):
+                    gradient[expert].zero_()
                 continue
             rows = slice(begin, end)
             hidden, grad, weight = hidden_MH[rows], grad_MD[rows], weight_M[rows, None]

@@ -39,5 +39,5 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
     replacements = [(sites[index], sites[index].experts(config)) for index in chosen]
     for site, experts in replacements:
-        site.replace(MoELayer(site.d_model, experts, config).to(site.device))
+        site.replace(MoELayer(site.d_model, experts, config))
     return model

@@ -31,13 +31,9 @@ class Site:
     def d_ff(self) -> int:
         return self.up.shape[0]
 
-    @property
-    def device(self) -> torch.device:
-        return self.up.device
-
     def replace(self, module: nn.Module) -> None:
-        module.train(self.parent.training)
-        setattr(self.parent, self.name, module if self.final is None else nn.Sequential(module, self.final))
+        whole = module if self.final is None else nn.Sequential(module, self.final)
+        setattr(self.parent, self.name, whole.train(self.parent.training))
 
     def experts(self, config: SMoEConfig) -> Experts:
         """Experts initialised as `config.expert_init` says. ConfigError if E does not divide the width that is to be divided."""
@@ -46,7 +42,7 @@ class Site:
             raise ConfigError(f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}")
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
         experts = Experts(E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
-        experts.to(self.device)
+        experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
             self._fill(experts, self.up.unflatten(0, (E, -1)), self.down.t().unflatten(0, (E, -1)), 1 / E)
         if config.expert_init == "copy":

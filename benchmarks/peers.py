@@ -1,0 +1,131 @@
+"""What others do, in plain torch, for comparison: written from public descriptions, equal to ours in outputs and gradients.
+
+Shape suffixes as in smoe_dropout.experts (N tokens, K active experts, D, E, H, M = N * K) for the experts, and as in mem_transformer
+(B lanes, T queries, K keys, H heads, C head width, D) for the attention.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mem_transformer import MemTransformerLM, RelativeAttention
+from smoe_dropout import MoELayer, moe_layers
+from smoe_dropout.experts import Experts, ExpertWeights
+from smoe_dropout.experts.activations import ACTIVATIONS
+
+
+def scatter_gemm_gather(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """fastmoe's way: tokens copied into expert order, each expert's two linear maps, results put back as [N, K, D], bmm with the gate."""
+    (N, k), flat_M = indices_NK.shape, indices_NK.flatten()
+    order_M = flat_M.argsort(stable=True)
+    counts = torch.bincount(flat_M, minlength=weights.up_EHD.shape[0]).tolist()
+    x_MD = x_ND.index_select(0, order_M.div(k, rounding_mode="floor"))
+    output_MD = torch.cat([_expert(x, *own, weights) for x, *own in zip(x_MD.split(counts), *_unbind(weights), strict=True)])
+    output_NKD = output_MD.new_empty(output_MD.shape).index_copy_(0, order_M, output_MD).view(N, k, -1)
+    return torch.bmm(weights_NK[:, None], output_NKD)[:, 0]
+
+
+def boolean_masks(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """The loop of most repositories: for each expert the tokens that chose it, found by a mask, and their weighted results added up."""
+    y_ND = torch.zeros_like(x_ND)
+    for expert, own in enumerate(zip(*_unbind(weights), strict=True)):
+        token, slot = torch.where(indices_NK == expert)
+        output = _expert(x_ND[token], *own, weights) * weights_NK[token, slot, None]
+        y_ND.index_add_(0, token, output)
+    return y_ND
+
+
+def _unbind(weights: ExpertWeights) -> list[tuple[Tensor, ...]]:
+    """Each expert's tensors. One unbind, because indexing expert by expert costs a gradient of the whole stack for each of them."""
+    return [tensor.unbind(0) for tensor in weights[:4]]
+
+
+def _expert(x: Tensor, up: Tensor, bias_up: Tensor, down: Tensor, bias_down: Tensor, weights: ExpertWeights) -> Tensor:
+    hidden = F.dropout(ACTIVATIONS[weights.activation].apply(F.linear(x, up, bias_up)), weights.dropout)
+    return torch.addmm(bias_down, hidden, down)
+
+
+EXPERT_PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
+    "fastmoe's way": scatter_gemm_gather,
+    "boolean masks": boolean_masks,
+}
+
+
+class PeerExperts(nn.Module):
+    """In place of `Experts`, with its parameters: computed by a peer."""
+
+    def __init__(self, experts: Experts, way: Callable[..., Tensor]):
+        super().__init__()
+        self.experts, self.way = experts, way
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        device, dtype = x_ND.device.type, x_ND.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return self.way(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.experts.weights(dtype))
+
+
+def with_peer(layer: MoELayer, name: str) -> MoELayer:
+    """A copy of the layer, with equal weights of its own, whose experts are computed by a peer."""
+    layer = copy.deepcopy(layer)
+    layer.experts = PeerExperts(layer.experts, EXPERT_PEERS[name])
+    return layer
+
+
+def dense_ffn(experts: Experts) -> nn.Sequential:
+    """The feed-forward network with the experts' weights side by side, which is the sum of all experts (gate weights 1)."""
+    E, H, D = experts.up.shape
+    ffn = nn.Sequential(nn.Linear(D, E * H), nn.ReLU(), nn.Dropout(experts.dropout), nn.Linear(E * H, D))
+    values = experts.up.flatten(0, 1), experts.bias_up.flatten(), experts.down.flatten(0, 1).t(), experts.bias_down.sum(0)
+    with torch.no_grad():
+        for parameter, value in zip(ffn.parameters(), values, strict=True):
+            parameter.copy_(value)
+    return ffn
+
+
+def rel_shift(term_TKBH: Tensor) -> Tensor:
+    """Row i moved left by T - 1 - i: a column of zeros in front, the buffer read with rows and columns exchanged, the first row dropped."""
+    T, K = term_TKBH.shape[:2]
+    padded = torch.cat([term_TKBH.new_zeros(T, 1, *term_TKBH.shape[2:]), term_TKBH], 1)
+    return padded.view(K + 1, T, *term_TKBH.shape[2:])[1:].view_as(term_TKBH)
+
+
+class OfficialAttention(nn.Module):
+    """The published Transformer-XL's way to compute `RelativeAttention`, with the same parameters: positions first, [T, K, B, H] scores by
+    einsum, queries projected for the memory too and thrown away, a copy to shift, one to mask, softmax over dim 1.
+    """
+
+    def __init__(self, attention: RelativeAttention):
+        super().__init__()
+        self.n_head, self.d_head, self.dropatt = attention.n_head, attention.d_head, attention.dropatt
+        self.qkv, self.position, self.out = attention.qkv, attention.position, attention.out
+
+    def forward(self, x_BTD: Tensor, context_BKD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+        heads = self.n_head, self.d_head
+        q, k, v = (part.unflatten(-1, heads) for part in self.qkv(context_BKD.transpose(0, 1)).chunk(3, -1))
+        q = q[-x_BTD.shape[1] :]
+        r = self.position(position_KD).unflatten(-1, heads)
+        content = torch.einsum("tbhc,kbhc->tkbh", q + u_HC, k)
+        distance = rel_shift(torch.einsum("tbhc,khc->tkbh", q + v_HC, r))
+        scores = (content + distance).mul_(1 / math.sqrt(self.d_head))
+        hidden_TK = mask_TK != 0
+        if hidden_TK.any().item():
+            scores = scores.float().masked_fill(hidden_TK[:, :, None, None], -math.inf).type_as(scores)
+        p = F.dropout(scores.softmax(1), self.dropatt, self.training)
+        y = torch.einsum("tkbh,kbhc->tbhc", p.to(v.dtype), v)
+        return self.out(y.flatten(2)).transpose(0, 1)
+
+
+def official_style(model: MemTransformerLM) -> MemTransformerLM:
+    """A copy of the model, with equal weights of its own, whose attention is computed the published way and whose experts fastmoe's."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.attention = OfficialAttention(layer.attention)
+    for _, moe in moe_layers(model):
+        moe.experts = PeerExperts(moe.experts, scatter_gemm_gather)
+    return model
