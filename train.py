@@ -19,11 +19,13 @@ if __name__ == "__main__":
         CORPUS = Corpus.open(FLAGS.data)
         CORPUS.verify()
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from safetensors import SafetensorError
 
 from mem_transformer import Memory, MemTransformerLM, TransformerXLConfig
 from smoe_dropout import auxiliary_loss, expert_load, moe_layers, moefy, set_top_k
@@ -64,8 +66,7 @@ class State:
     world_size: int = 1
 
 
-def main(flags: Flags, corpus: Corpus) -> int:
-    engine = Engine(flags)
+def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
     train_data = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
     for split in (corpus.valid, corpus.test):
@@ -82,16 +83,13 @@ def main(flags: Flags, corpus: Corpus) -> int:
         refuse_if_too_slow(engine, flags, train_data)
 
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
-    model = build_model(flags)
-    wrapped = engine.prepare(model)
-    model = engine.unwrap(wrapped)
+    model = engine.prepare(build_model(flags))
     optimizer = build_optimizer(model, flags)
     method: Method | None = load(METHODS, "method", flags.method) if flags.method else None
     objective = method.objective if method else likelihood
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
-    checkpoint.require_space(
-        checkpoints, list(model.state_dict().values()), copies=4 * 3
-    )  # weights and two moments; 3 kept, 1 in the making
+    # weights and Adam's two moments, in three checkpoints kept and one in the making
+    checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=3 * 4)
 
     state, memory = State(world_size=engine.world_size), None
     if newest is not None:
@@ -118,7 +116,7 @@ def main(flags: Flags, corpus: Corpus) -> int:
             memory = None
         flops = forward_flops(model, flags.batch_size, segment.tokens.shape[1], memory[0].shape[1] if memory else 0, k)
 
-        loss_sum, memory = accumulate_gradients(engine, wrapped, objective, segment, memory, flags)
+        loss_sum, memory = accumulate_gradients(engine, model, objective, segment, memory, flags)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
         if not torch.isfinite(norm):
             raise TrainingError(not_finite(step, lr, norm, loss_sum, segment, state, checkpoints))
@@ -148,9 +146,14 @@ def main(flags: Flags, corpus: Corpus) -> int:
             validate(engine, folder, model, corpus, flags, k, state, plateau, progress.say)
             progress.paused += time.perf_counter() - paused
         if save_due:
-            save(checkpoints, engine, model, optimizer, memory, state, plateau)
+            try:
+                save(checkpoints, engine, model, optimizer, memory, state, plateau)
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"step {state.step} cannot be saved in {checkpoints}: {error}; mend that and start the same command again"
+                ) from None
         if stop:
-            progress.say(f"stopped at step {state.step}, saved in {checkpoints}; to go on: {resume_command()}")
+            progress.say(f"stopped at step {state.step}, saved in {checkpoints}; to go on: {resume_command(engine.world_size)}")
             return 128 + stop
 
     interrupt.at_once()  # everything is saved
@@ -165,7 +168,6 @@ def main(flags: Flags, corpus: Corpus) -> int:
         write_json(folder.path / "result.json", build_result(*arguments))
         folder.close()
         say(f"done: {folder.path / 'result.json'}")
-    engine.close()
     return 0
 
 
@@ -177,7 +179,7 @@ def build_model(flags: Flags) -> MemTransformerLM:
     return moefy(model, smoe_config(flags)) if flags.moe else model
 
 
-def accumulate_gradients(engine, wrapped, objective, segment: Segment, memory: Memory | None, flags: Flags) -> tuple[float, Memory]:
+def accumulate_gradients(engine, model, objective, segment: Segment, memory: Memory | None, flags: Flags) -> tuple[float, Memory]:
     """Gradients of the mean over all tokens of the global batch, computed in `batch_chunk` parts.
 
     Returns this process's summed loss in nats, and the memory of its lanes.
@@ -189,10 +191,10 @@ def accumulate_gradients(engine, wrapped, objective, segment: Segment, memory: M
     for index, (tokens, targets, part_memory) in enumerate(parts):
 
         def forward(inputs=(tokens, targets, part_memory)) -> Forward:
-            return Forward(*wrapped(*inputs))
+            return Forward(*engine.parallel(*inputs))
 
-        with nullcontext() if index == chunks - 1 else engine.no_sync(wrapped):
-            part = objective(engine.unwrap(wrapped), forward)
+        with nullcontext() if index == chunks - 1 else engine.no_sync():
+            part = objective(model, forward)
             # data parallelism takes the mean over processes, whatever their numbers of tokens: hence the world size
             share = tokens.numel() * engine.world_size / (flags.batch_size * segment.tokens.shape[1])
             (part.total * share).backward()
@@ -228,6 +230,8 @@ def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None,
     if folder is not None:
         folder.record(line)
     bpc = found[ks[-1]]
+    if not math.isfinite(bpc):
+        raise TrainingError(f"validation at step {state.step} is not finite ({bpc} bpc): try a smaller --lr or --clip in a new --work_dir")
     plateau.observe(bpc)
     best = bpc < state.best_bpc
     if best:
@@ -334,9 +338,8 @@ def not_finite(step, lr, norm, loss_sum, segment: Segment, state: State, checkpo
     )
 
 
-def evaluate_run(flags: Flags, corpus: Corpus) -> int:
+def evaluate_run(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     """--eval_only: the best weights of a run at the given k, into eval.json beside result.json."""
-    engine = Engine(flags)
     root = RunFolder.checkpoints_of(flags)
     newest = checkpoint.latest(root, print)
     if newest is None:
@@ -344,15 +347,14 @@ def evaluate_run(flags: Flags, corpus: Corpus) -> int:
     model = build_model(flags)
     best_step = checkpoint.read_json(newest / "state.json")["best_step"]
     load_best(model, root, best_step or checkpoint.steps(root)[-1])
-    model = engine.unwrap(engine.prepare(model))
+    model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
     rows = evaluate_all(engine, model, {"test": corpus.test}, flags, ks, print if engine.is_main else lambda sentence: None)
     if engine.is_main:
         write_json(root.parent / "eval.json", {"best_step": best_step, "data": corpus.fingerprint, "quality": rows})
-    engine.close()
     return 0
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        sys.exit((evaluate_run if FLAGS.eval_only else main)(FLAGS, CORPUS))
+    with exit_on_user_error(), Engine(FLAGS) as ENGINE:
+        sys.exit((evaluate_run if FLAGS.eval_only else main)(ENGINE, FLAGS, CORPUS))

@@ -327,9 +327,9 @@ def test_points_drawn():
 def test_colours_stay_with_their_method():
     from utils import figures
 
-    methods = [report.Method(name, name, True, []) for name in ("a", "smoe", "thor")]
+    methods = [report.Method(name, name, True, []) for name in ("a", "smoe", "smoe_dropout")]
     first, second = figures.styles(methods), figures.styles(methods[1:])
-    assert first["smoe"] == second["smoe"] and first["thor"] == second["thor"]
+    assert first["smoe"] == second["smoe"] and first["smoe_dropout"] == second["smoe_dropout"]
     assert len({style["color"] for style in first.values()}) == 3
 
 

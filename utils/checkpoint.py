@@ -74,14 +74,17 @@ def read_json(path: Path) -> Any:
 def verify(folder: Path) -> None:
     """Raises UserError naming the first file that is missing or is not as the manifest says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder / MANIFEST} is missing or unreadable, so {folder} is no whole checkpoint") from None
-    for name, expected in manifest.items():
+        manifest = read_json(folder / MANIFEST)
+        expectations = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        expectations = {}
+    if "state.json" not in expectations:
+        raise UserError(f"{folder / MANIFEST} is missing or damaged, so {folder} is no whole checkpoint")
+    for name, (size, digest) in expectations.items():
         path = folder / name
         if not path.exists():
             raise UserError(f"{path} is missing from the checkpoint")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or _sha256(path) != digest:
             raise UserError(f"{path} is damaged: its contents are not those that were saved")
 
 
@@ -103,8 +106,10 @@ def prune(root: Path, keep: set[int]) -> None:
     """Removes checkpoints but the last two and those of the steps to keep, and leftovers of unfinished ones."""
     for step in steps(root)[:-2]:
         if step not in keep:
+            (root / name_of(step) / MANIFEST).unlink()  # first, so that what a kill leaves is no checkpoint
             shutil.rmtree(root / name_of(step))
-    for leftover in root.glob(".step-*.partial"):
+    unfinished = [folder for folder in root.glob("step-*") if not (folder / MANIFEST).exists()]  # a removal cut short
+    for leftover in [*root.glob(".step-*.partial"), *unfinished]:
         shutil.rmtree(leftover)
 
 

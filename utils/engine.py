@@ -28,18 +28,18 @@ class Engine:
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if flags.precision == "bf16" else "no")
         self.device, self.rank, self.world_size = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self.parallel: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, its forward pass in the run's precision, gradients averaged over processes."""
-        return self.accelerator.prepare_model(model)
+        """The model on its device, its forward pass in the run's precision. Train it by calling `parallel`, which averages gradients over
+        processes; use the model itself for everything else.
+        """
+        self.parallel = self.accelerator.prepare_model(model)
+        return self.accelerator.unwrap_model(self.parallel)
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model without the data-parallel wrapper, still in the run's precision."""
-        return self.accelerator.unwrap_model(model)
-
-    def no_sync(self, model: nn.Module):
+    def no_sync(self):
         """Within it, gradients are accumulated without being averaged."""
-        return self.accelerator.no_sync(model)
+        return self.accelerator.no_sync(self.parallel)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over processes, in float64."""
@@ -57,7 +57,13 @@ class Engine:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Ends the process group. The wrapper goes first: freed after the group, it could wait for ever for one of the group's threads."""
+        self.parallel = None
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     @property

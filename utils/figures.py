@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from smoe_dropout.registry import METHODS
 from utils.framework_figure import draw_framework
 
 DPI = 150
@@ -21,7 +22,6 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREYS = ("#000000", "#666666", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE_MARKERS = ("*", "p", "h", "d", "8")
-FIRST = ("smoe_dropout", "smoe", "thor")  # the same colour in every figure, whichever other methods are drawn
 STYLE = {
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -36,12 +36,16 @@ STYLE = {
 
 
 def styles(methods: list) -> dict[str, dict]:
-    """Colour and marker of each method by title; markers differ even where colours have to repeat."""
+    """Colour and marker of each method by title; markers differ even where colours have to repeat.
+
+    A registered method has the same ones in every figure, whichever others are drawn.
+    """
     order: dict[str, int] = {}
+    registered = list(METHODS)
     for method in (m for m in methods if m.sparse):
         taken = order.values()
-        own = FIRST.index(method.name) if method.name in FIRST else len(FIRST)
-        order[method.title] = own if own not in taken else next(i for i in itertools.count(len(FIRST)) if i not in taken)
+        own = registered.index(method.name) if method.name in registered else len(registered)
+        order[method.title] = own if own not in taken else next(i for i in itertools.count(len(registered)) if i not in taken)
     look = {title: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for title, i in order.items()}
     for i, method in enumerate(m for m in methods if not m.sparse):
         look[method.title] = {"color": GREYS[i % len(GREYS)], "marker": DENSE_MARKERS[i % len(DENSE_MARKERS)]}

@@ -51,7 +51,7 @@ class Flags:
     batch_size: int = 22
     """lanes read side by side, over all processes"""
     batch_chunk: int = 1
-    """parts a batch is computed in, to save memory; the result is the same"""
+    """parts a batch is computed in, to save memory; the same result, but that a load-balance loss is taken of each part"""
     tgt_len: int = 512
     """positions per training segment"""
     mem_len: int = 512
@@ -219,6 +219,17 @@ POSITIVE = (
     *("batch_size", "batch_chunk", "tgt_len", "eval_tgt_len", "eval_batch_size", "n_layer", "n_head", "d_head", "d_model"),
     *("moe_num_expert", "max_step", "log_interval", "eval_interval"),
 )
+OF_EXPERTS = (
+    *("moe_top_k", "gate_name", "moe_index", "freeze_gate", "load_balance", "dynamic_moe", "dynamic_moe_mode", "dynamic_overall_steps"),
+    *("moe_top_k_min", "moe_top_k_max", "output_scale", "gate_weight", "expert_backend"),
+)
+# what decides a run but not what method it is; and what follows from other flags unless it is given
+OF_THE_RUN = (
+    *("method", "preset", "work_dir", "run_name", "seed", "yes", "eval_only", "k", "data", "dataset", "batch_chunk", "eval_batch_size"),
+    *("max_eval_steps", "max_test_steps", "expert_backend", "device", "cuda", "multi_gpu", "precision", "threads"),
+    *("log_interval", "eval_interval", "save_interval"),
+)
+DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
 NOT_NEGATIVE = ("mem_len", "warmup_step", "mom", "eta_min", "lr_min", "patience", "threads", "save_interval", "seed")
 
 
@@ -228,12 +239,10 @@ def parse(argv: Sequence[str] | None = None) -> Flags:
     Raises UserError listing all mistakes; a flag that cannot be parsed ends the process with tyro's message and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    mistakes = _refusals(argv)
+    argv, mistakes = _without_refused(argv)
     defaults, more = _defaults(argv)
-    mistakes += more
-    flags = _from_command_line(argv, defaults) if not mistakes else None
-    if flags is not None:
-        mistakes = check(flags)
+    flags = _from_command_line(argv, defaults)
+    mistakes += more + check(flags)
     if mistakes:
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
     return resolve(flags)
@@ -244,7 +253,7 @@ def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not {"--eval_only", "--eval-only"} & set(argv):
         return None
-    folder = _value_of(argv, "work_dir") or _value_of(argv, "work-dir")
+    folder = _value_of(argv, "work_dir")
     if folder is None:
         raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
     stored = read_config(Path(folder))
@@ -252,7 +261,9 @@ def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
     flags = _from_command_line(argv, Flags(**{name: value for name, value in stored.items() if name in names}))
     if mistakes := check(flags):
         raise UserError("; ".join(mistakes))
-    if flags.k is not None and flags.moe:
+    if flags.k is not None:
+        if not flags.moe:
+            raise UserError(f"--k {flags.k}: the run in {folder} is dense; leave it out")
         parse_ks(flags.k, flags.moe_num_expert)
     return flags
 
@@ -261,16 +272,26 @@ def _from_command_line(argv: list[str], defaults: Flags) -> Flags:
     return tyro.cli(Flags, args=argv, default=defaults, prog="train.py", config=(tyro.conf.HelptextFromCommentsOff,))
 
 
-def _refusals(argv: list[str]) -> list[str]:
-    given = {word.split("=")[0].lstrip("-").replace("-", "_"): word.split("=")[0] for word in argv if word.startswith("--")}
-    return [f"{word}: {REFUSED[name]}" for name, word in given.items() if name in REFUSED]
+def _without_refused(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line without official flags that are refused and their values, and a sentence for each of them."""
+    kept, mistakes, refused = [], [], False
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+            name = flag.removeprefix("--").replace("-", "_")
+            refused = name in REFUSED
+            if refused:
+                mistakes.append(f"{flag}: {REFUSED[name]}")
+        if not refused:
+            kept.append(word)
+    return kept, mistakes
 
 
 def _value_of(argv: list[str], name: str) -> str | None:
     """The last value of --name on the command line, before the whole of it can be parsed."""
     value = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == f"--{name}":
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word in (f"--{name}", f"--{name.replace('_', '-')}"):
             value = following
         elif word.startswith(f"--{name}="):
             value = word.partition("=")[2]
@@ -279,13 +300,11 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
     preset, method, mistakes = _value_of(argv, "preset") or Flags.preset, _value_of(argv, "method"), []
-    if preset not in PRESETS:
-        mistakes.append("--preset: " + unknown("preset", preset, PRESETS))
     if method is not None and method not in METHODS:
         mistakes.append("--method: " + unknown("method", method, METHODS))
-    if mistakes:
-        return Flags(), mistakes
-    return Flags(**{**PRESETS[preset], **(load(METHODS, "method", method).flags if method else {}), "preset": preset}), []
+        method = None
+    meant = load(METHODS, "method", method).flags if method else {}
+    return Flags(**{**PRESETS.get(preset, PRESETS[Flags.preset]), **meant, "preset": preset}), mistakes
 
 
 def check(flags: Flags) -> list[str]:
@@ -297,6 +316,9 @@ def check(flags: Flags) -> list[str]:
     ]
     found += [f"--{name} {getattr(flags, name)} must be at least 1" for name in POSITIVE if getattr(flags, name) < 1]
     found += [f"--{name} {getattr(flags, name)} must not be negative" for name in NOT_NEGATIVE if getattr(flags, name) < 0]
+    for name in ("d_ff", "d_inner"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            found.append(f"--{name} {getattr(flags, name)} must be at least 1")
     for name in ("dropout", "dropatt"):
         if not 0 <= getattr(flags, name) < 1:
             found.append(f"--{name} {getattr(flags, name)} must be from 0 to below 1")
@@ -317,10 +339,7 @@ def check(flags: Flags) -> list[str]:
 
 
 def _check_dense(flags: Flags) -> list[str]:
-    found = [f"--{name} needs --moe" for name in ("freeze_gate", "dynamic_moe", "moe_index", "load_balance") if getattr(flags, name)]
-    if flags.d_inner is not None and flags.d_inner < 1:
-        found.append(f"--d_inner {flags.d_inner} must be at least 1")
-    return found
+    return [f"--{name} needs --moe" for name in OF_EXPERTS if getattr(flags, name) != getattr(Flags, name)]
 
 
 def _check_experts(flags: Flags) -> list[str]:
@@ -354,7 +373,7 @@ def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None
     if text is None:
         return None, []
     words = text.split(",")
-    if not all(word.strip().isdigit() for word in words):
+    if not all(_is_count(word) for word in words):
         return None, ["expected layer numbers separated by commas, such as 0,1,2,3"]
     layers = tuple(int(word) for word in words)
     outside = [layer for layer in layers if layer >= n_layer]
@@ -362,6 +381,10 @@ def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None
     mistakes = [f"layer {', '.join(map(str, outside))} is outside 0..{n_layer - 1} (--n_layer {n_layer})"] if outside else []
     mistakes += [f"layer {', '.join(map(str, repeated))} is named more than once"] if repeated else []
     return layers, mistakes
+
+
+def _is_count(word: str) -> bool:
+    return word.strip().isascii() and word.strip().isdigit()
 
 
 def k_range(flags: Flags) -> tuple[int, int]:
@@ -382,6 +405,8 @@ def resolve(flags: Flags) -> Flags:
     if flags.moe:
         router, implied = canonical_router(flags.gate_name)
         changes["gate_name"] = router
+        if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
+            changes["moe_index"] = None  # all layers, which is the default
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
@@ -402,6 +427,20 @@ def matching_method(flags: Flags) -> str | None:
         if all(getattr(flags, key) == value for key, value in wanted.flags.items()):
             return name
     return None
+
+
+def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
+    meant = load(METHODS, "method", flags.method).flags if flags.method else {}
+    usual = Flags(**{**PRESETS[flags.preset], **meant, "preset": flags.preset, "method": flags.method})
+    own = [field.name for field in dataclasses.fields(Flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
+    found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
+    follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
+    found |= {name: getattr(flags, name) for name in DERIVED if getattr(flags, name) != getattr(follows, name)}
+    if flags.d_ff != usual.d_ff:
+        found["d_ff"] = flags.d_ff
+    experts = {name: value for name, value in found.items() if name in (*OF_EXPERTS, "moe", "moe_num_expert", "d_inner")}
+    return {name: value for name, value in found.items() if name not in experts}, experts if flags.moe else {}
 
 
 def smoe_config(flags: Flags) -> SMoEConfig:
@@ -441,7 +480,7 @@ def evaluation_ks(flags: Flags) -> list[int | None]:
 def parse_ks(text: str, E: int) -> list[int | None]:
     """The --k of --eval_only. Raises UserError."""
     words = text.split(",")
-    if not all(word.strip().isdigit() and 1 <= int(word) <= E for word in words):
+    if not all(_is_count(word) and 1 <= int(word) <= E for word in words):
         raise UserError(f"--k {text}: expected numbers of active experts from 1 to {E}, separated by commas, such as 1,2,4")
     return [int(word) for word in words]
 
@@ -450,11 +489,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The stored flags of a run. UserError if the folder holds none."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no run: {path} is missing") from None
     except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON; choose another --work_dir") from None
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object; choose another --work_dir")
+    return config
 
 
 if __name__ == "__main__":  # python -m utils.flags ARGS...: checks a command line of train.py and prints what it decides

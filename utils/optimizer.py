@@ -26,7 +26,8 @@ def learning_rate(flags: Flags, step: int, plateau_factor: float = 1.0) -> float
     inv_sqrt lr / sqrt(t), also official; constant; dev_perf lr times a factor decided by `Plateau`.
     """
     if step < flags.warmup_step:
-        return flags.lr * (step + 1) / flags.warmup_step
+        end = flags.lr / math.sqrt(flags.warmup_step) if flags.scheduler == "inv_sqrt" else flags.lr
+        return end * (step + 1) / flags.warmup_step
     if flags.scheduler == "cosine":
         progress = min(step / flags.max_step, 1.0)
         return flags.eta_min + (flags.lr - flags.eta_min) * (1 + math.cos(math.pi * progress)) / 2

@@ -7,7 +7,7 @@ from torch import nn
 from smoe_dropout import moe_layers
 from smoe_dropout.registry import METHODS, load
 from utils.data import Corpus
-from utils.flags import Flags
+from utils.flags import Flags, departures
 from utils.flops import parameter_counts
 
 SCHEMA = 1
@@ -26,16 +26,18 @@ def build_result(
     argv: list[str],
 ) -> dict[str, Any]:
     """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
-    method = load(METHODS, "method", flags.method) if flags.method else None
+    name = flags.method or "custom"
+    title = load(METHODS, "method", flags.method).title if flags.method else "custom"
+    of_preset, of_method = (in_brackets(found) for found in departures(flags))
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,
         "status": "complete",
         "table": "table1",
-        "method": flags.method or "custom",
-        "title": method.title if method else "custom",
+        "method": name + of_method,
+        "title": title + of_method,
         "sparse": bool(sparse),
-        "preset": flags.preset,
+        "preset": flags.preset + of_preset,
         "dataset": {
             "name": corpus.name,
             "title": corpus.title,
@@ -60,6 +62,11 @@ def build_result(
         "environment": environment,
         "argv": argv,
     }
+
+
+def in_brackets(values: dict[str, Any]) -> str:
+    """ " (name=value, ...)", or nothing for nothing: behind a name, so that what differs is not averaged with what does not."""
+    return f" ({', '.join(f'{name}={value}' for name, value in values.items())})" if values else ""
 
 
 def moe_layer_indices(flags: Flags) -> list[int]:

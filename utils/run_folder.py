@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -62,7 +63,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--work_dir {self.path} is a file: choose another")
         known = self.path / "config.json"
-        if self.path.exists() and not known.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        if (
+            self.path.exists()
+            and not known.exists()
+            and any(entry.name not in (".lock", "config.partial") for entry in self.path.iterdir())
+        ):
             raise UserError(f"--work_dir {self.path} holds other files and no run: choose an empty or a new folder")
 
     def _lock(self) -> None:
@@ -185,8 +190,7 @@ def _git_commit() -> str | None:
         return None
 
 
-def resume_command(argv: list[str] | None = None) -> str:
+def resume_command(world_size: int) -> str:
     """The command that goes on with this run."""
-    import shlex
-
-    return shlex.join(["python", *(sys.argv if argv is None else argv)])
+    start = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
+    return shlex.join([*start, *sys.argv])

@@ -1,0 +1,199 @@
+"""Runs of train.py that take about a second: a small text, small flags, and processes forked from one that has imported torch already."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = (
+    "the",
+    "frozen",
+    "router",
+    "sends",
+    "each",
+    "token",
+    "to",
+    "more",
+    "experts",
+    "while",
+    "training",
+    "of",
+    "a",
+    "model",
+    "goes",
+    "on",
+)
+TINY = {  # a run of two layers; what belongs to a method is left to it
+    **{"n_layer": 2, "n_head": 2, "d_head": 8, "d_model": 32, "d_ff": 64, "moe_num_expert": 4, "dropout": 0.1},
+    **{"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 8, "batch_size": 4, "eval_batch_size": 2, "lr": 3e-3, "scheduler": "cosine"},
+    **{"max_step": 24, "log_interval": 4, "eval_interval": 8, "device": "cpu", "threads": 1, "preset": "quick"},
+}
+VOLATILE = ("seconds", "tokens_per_second")
+
+
+def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 200) -> Path:
+    """A prepared text of words from a small vocabulary; returns its folder."""
+    draw = random.Random(0)
+    text = " ".join(draw.choice(WORDS) for _ in range(train_bytes)).encode()
+    places = {
+        "train": slice(0, train_bytes),
+        "valid": slice(train_bytes, train_bytes + held_out_bytes),
+        "test": slice(-held_out_bytes, None),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for split, place in places.items():
+        (folder / f"{split}.bin").write_bytes(text[place])
+        entries[split] = {"bytes": len(text[place]), "sha256": hashlib.sha256(text[place]).hexdigest()}
+    meta = {"schema": 1, "name": "words", "title": "Words", "source": "tests", "official_text": False, "splits": entries, "symbols": 27}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def flags(data: Path, work_dir: Path, **changes: object) -> list[str]:
+    """The command line of a tiny run; a value True stands for a switch, None leaves a flag out."""
+    values = {**TINY, "data": data, "work_dir": work_dir, **changes}
+    words = []
+    for name, value in values.items():
+        words += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+@dataclass
+class Finished:
+    """How a run ended: exit code (negative: the signal that killed it), and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """train.py in a process of its own, as `python train.py <arguments>` would be, but without the seconds that importing torch takes."""
+
+    def __init__(self, arguments: list[str], before: Callable[[], None] | None = None):
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
+        self.process = _server().Process(target=_train, args=(arguments, str(self._out), str(self._err), before))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Returns as soon as the condition holds or the run has ended."""
+        end = time.monotonic() + timeout
+        while self.process.is_alive() and not condition():
+            assert time.monotonic() < end, f"nothing happened within {timeout} s: {self.out}"
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def finish(self, timeout: float = 60.0) -> Finished:
+        self.process.join(timeout)
+        hung = self.process.is_alive()
+        if hung:
+            self.process.kill()
+            self.process.join()
+        finished = Finished(self.process.exitcode, self.out, self._err.read_text() if self._err.exists() else "")
+        assert not hung, f"no end within {timeout} s: {finished}"
+        return finished
+
+
+def run(arguments: list[str], before: Callable[[], None] | None = None, timeout: float = 60.0) -> Finished:
+    return Running(arguments, before).finish(timeout)
+
+
+def completed(arguments: list[str], before: Callable[[], None] | None = None) -> Finished:
+    """A run that must succeed."""
+    finished = run(arguments, before)
+    assert finished.code == 0, finished.err[-3000:] + finished.out[-2000:]
+    return finished
+
+
+@cache
+def _server():
+    """Starts the process that all runs are forked from: it has imported everything, and has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["pytest", "train", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.tensor", "tests.tiny"]
+    )
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    try:
+        from multiprocessing.forkserver import ensure_running
+
+        ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return context
+
+
+def _train(arguments: list[str], out: str, err: str, before: Callable[[], None] | None) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if before is not None:
+            before()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def metrics(work_dir: Path, split: str | None = None) -> list[dict]:
+    """The lines of metrics.jsonl but for what measures time."""
+    lines = [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines if split in (None, line["split"])]
+
+
+def checkpoints(work_dir: Path) -> list[Path]:
+    return sorted((work_dir / "checkpoints").glob("step-*"))
+
+
+def quality(result: dict) -> list[dict]:
+    """The rows of result.json or eval.json without speeds."""
+    return [{name: value for name, value in row.items() if name not in VOLATILE} for row in result["quality"]]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Asserts that two runs recorded the same numbers and have bit for bit the same weights, optimiser, memory and random state.
+
+    A run that was stopped by a signal may have one checkpoint the other has not; the last and the best must be there in both.
+    """
+    assert metrics(one) == metrics(other)
+    results = [read_json(folder / "result.json") for folder in (one, other)]
+    assert quality(results[0]) == quality(results[1]) and results[0]["best_step"] == results[1]["best_step"]
+    assert results[0]["curve"] == results[1]["curve"]
+    for name in ("steps", "tokens", "flops"):
+        assert results[0]["training"][name] == results[1]["training"][name]
+    for step in {results[0]["best_step"], results[0]["training"]["steps"]}:
+        ours, theirs = (folder / "checkpoints" / f"step-{step:08d}" for folder in (one, other))
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        for path in ours.glob("*.safetensors"):
+            assert path.read_bytes() == (theirs / path.name).read_bytes(), path
