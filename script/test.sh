@@ -3,4 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 bash script/setup.sh
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1  # one process a core
+exec .venv/bin/python -m pytest --numprocesses auto "$@"

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict] = {
         "max_test_steps": 400,
         "precision": "bf16",
     },
-    # the quickstart's: about two minutes a method on two cores, any processor
+    # the quickstart's: a minute or two a method on two cores, any processor
     "quick": {
         "dataset": "enwik8",
         "n_layer": 2,
@@ -52,13 +52,13 @@ PRESETS: dict[str, dict] = {
         "d_ff": 512,
         "dropout": 0.0,
         "lr": 2e-3,
-        "max_step": 600,
+        "max_step": 1200,
         "batch_size": 16,
         "tgt_len": 64,
         "mem_len": 64,
         "eval_tgt_len": 64,
-        "log_interval": 20,
-        "eval_interval": 200,
+        "log_interval": 50,
+        "eval_interval": 300,
         "max_eval_steps": 40,
         "max_test_steps": 80,
         "precision": "fp32",

@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
 TEXTS = "table method title preset dataset.name dataset.title dataset.fingerprint metric.name model.architecture"
 RECORD_FIELDS = {
     "a non-empty text": f"{TEXTS} environment.device environment.precision",
-    "a finite number": "training.seconds",
+    "a finite number": "training.seconds training.cpu_seconds",
     "a whole number, 0 or more": "seed parameters.total training.steps environment.threads",
     "a whole number or null": "model.num_experts",
     "true or false": "sparse metric.lower_is_better",
