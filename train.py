@@ -9,9 +9,10 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
+from utils.command_line import evaluation_ks, parse, parse_ks, smoe_config, stored_run, top_k_schedule
 from utils.data import Corpus
 from utils.errors import exit_on_user_error
-from utils.flags import Flags, evaluation_ks, parse, parse_ks, smoe_config, stored_run, top_k_schedule
+from utils.flags import Flags
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once

@@ -20,7 +20,7 @@ has() {
 # pretrain ARGS...: train.py, enwik8 prepared first where no other text is asked for and every flag is right
 pretrain() {
   if ! has data "$@" && ! has dataset "$@" && ! has help "$@" && [ ! -e data/enwik8/meta.json ]; then
-    "$PYTHON" -m utils.flags "$@" >/dev/null
+    "$PYTHON" -m utils.command_line "$@" >/dev/null
     "$PYTHON" data/prepare.py enwik8 >/dev/null
   fi
   if [ "${NPROC:-1}" -gt 1 ]; then

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from utils.command_line import evaluation_ks, parse, parse_ks, stored_run, top_k_schedule
 from utils.errors import UserError
-from utils.flags import REFUSED, Flags, evaluation_ks, parse, parse_ks, stored_run, top_k_schedule
+from utils.flags import REFUSED, Flags
 from utils.presets import PRESETS
 
 # VITA-Group/Random-MoE-as-Dropout at 0272cea, script/table1/transformer_xl, whole

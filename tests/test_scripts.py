@@ -33,7 +33,7 @@ def test_passes_flags_on_and_refuses_wrong_ones(path, tmp_path):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_flags_of_the_script(path):
     """The command of each script is one that the flags accept, at paper scale."""
-    from utils.flags import parse
+    from utils.command_line import parse
 
     words = path.read_text().split("\npretrain ")[1].replace('"$@"', "").split()
     flags = parse(words)

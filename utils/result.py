@@ -6,8 +6,9 @@ from torch import nn
 
 from smoe_dropout import moe_layers
 from smoe_dropout.registry import METHODS, load
+from utils.command_line import departures
 from utils.data import Corpus
-from utils.flags import Flags, departures
+from utils.flags import Flags
 from utils.flops import parameter_counts
 
 SCHEMA = 1

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from utils.checkpoint import sync
+from utils.command_line import read_config
 from utils.errors import UserError
-from utils.flags import Flags, read_config
+from utils.flags import Flags
 
 # flags that may differ between a run and its continuation: they change no number
 NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda")

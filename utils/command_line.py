@@ -1,0 +1,292 @@
+"""The command line of train.py: flags, presets and methods, checked before anything is read. Imports no torch.
+
+Order of precedence: the command line, the method's flags, the preset, the defaults in flags.py. `_` and `-` are alike in names.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.methods.base import Method
+from smoe_dropout.registry import METHODS, canonical_router, load, unknown
+from smoe_dropout.schedule import TopKSchedule
+from utils.errors import UserError, exit_on_user_error
+from utils.flags import CHOICES, DERIVED, NOT_NEGATIVE, OF_EXPERTS, OF_THE_RUN, POSITIVE, REFUSED, Flags
+from utils.presets import PRESETS
+
+
+def parse(argv: Sequence[str] | None = None) -> Flags:
+    """The flags of a command line, with preset and method filled in and every default decided.
+
+    Raises UserError listing all mistakes; a flag that cannot be parsed ends the process with tyro's message and exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, mistakes = _without_refused(argv)
+    defaults, more = _defaults(argv)
+    flags = _from_command_line(argv, defaults)
+    mistakes += more + check(flags)
+    if mistakes:
+        raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
+    return resolve(flags)
+
+
+def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
+    """With --eval_only, the flags of the run in --work_dir with the command line laid over them; else None. Raises UserError as `parse`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"--eval_only", "--eval-only"} & set(argv):
+        return None
+    folder = _value_of(argv, "work_dir")
+    if folder is None:
+        raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
+    stored = read_config(Path(folder))
+    names = {field.name for field in dataclasses.fields(Flags)}
+    flags = _from_command_line(argv, Flags(**{name: value for name, value in stored.items() if name in names}))
+    if mistakes := check(flags):
+        raise UserError("; ".join(mistakes))
+    if flags.k is not None:
+        if not flags.moe:
+            raise UserError(f"--k {flags.k}: the run in {folder} is dense; leave it out")
+        parse_ks(flags.k, flags.moe_num_expert)
+    return flags
+
+
+def _from_command_line(argv: list[str], defaults: Flags) -> Flags:
+    return tyro.cli(Flags, args=argv, default=defaults, prog="train.py", config=(tyro.conf.HelptextFromCommentsOff,))
+
+
+def _without_refused(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line without official flags that are refused and their values, and a sentence for each of them."""
+    kept, mistakes, refused = [], [], False
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+            name = flag.removeprefix("--").replace("-", "_")
+            refused = name in REFUSED
+            if refused:
+                mistakes.append(f"{flag}: {REFUSED[name]}")
+        if not refused:
+            kept.append(word)
+    return kept, mistakes
+
+
+def _value_of(argv: list[str], name: str) -> str | None:
+    """The last value of --name on the command line, before the whole of it can be parsed."""
+    value = None
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        if word in (f"--{name}", f"--{name.replace('_', '-')}"):
+            value = following
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
+    preset, method, mistakes = _value_of(argv, "preset") or Flags.preset, _value_of(argv, "method"), []
+    if method is not None and method not in METHODS:
+        mistakes.append("--method: " + unknown("method", method, METHODS))
+        method = None
+    meant = load(METHODS, "method", method).flags if method else {}
+    return Flags(**{**PRESETS.get(preset, PRESETS[Flags.preset]), **meant, "preset": preset}), mistakes
+
+
+def check(flags: Flags) -> list[str]:
+    """One sentence for every mistake, with flag, value and remedy."""
+    found = [
+        f"--{name}: " + unknown("value", str(getattr(flags, name)), list(choices))
+        for name, choices in CHOICES.items()
+        if getattr(flags, name) not in choices
+    ]
+    found += [f"--{name} {getattr(flags, name)} must be at least 1" for name in POSITIVE if getattr(flags, name) < 1]
+    found += [f"--{name} {getattr(flags, name)} must not be negative" for name in NOT_NEGATIVE if getattr(flags, name) < 0]
+    for name in ("d_ff", "d_inner"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            found.append(f"--{name} {getattr(flags, name)} must be at least 1")
+    for name in ("dropout", "dropatt"):
+        if not 0 <= getattr(flags, name) < 1:
+            found.append(f"--{name} {getattr(flags, name)} must be from 0 to below 1")
+    for name in ("lr", "clip", "init_std", "decay_rate"):
+        if not getattr(flags, name) > 0:
+            found.append(f"--{name} {getattr(flags, name)} must be positive")
+    if flags.eval_tgt_len > flags.mem_len + flags.tgt_len:
+        found.append(f"--eval_tgt_len {flags.eval_tgt_len} must not exceed mem_len + tgt_len = {flags.mem_len + flags.tgt_len}")
+    if flags.d_model % 2:
+        found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
+    if flags.same_length and flags.mem_len == 0:
+        found.append("--same_length lets every position see --mem_len positions, and that is 0: leave one of them out")
+    if flags.k is not None and not flags.eval_only:
+        found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
+    if flags.cuda and flags.device == "cpu":
+        found.append("--cuda contradicts --device cpu: leave one out")
+    return found + (_check_experts(flags) if flags.moe else _check_dense(flags))
+
+
+def _check_dense(flags: Flags) -> list[str]:
+    return [f"--{name} needs --moe" for name in OF_EXPERTS if getattr(flags, name) != getattr(Flags, name)]
+
+
+def _check_experts(flags: Flags) -> list[str]:
+    found, E = [], flags.moe_num_expert
+    if E < 1:
+        return found
+    if flags.d_inner is None and (flags.d_ff or 0) % E:
+        found.append(
+            f"--d_ff {flags.d_ff} is not divisible by --moe_num_expert {E}: choose another, or give the width of one expert by --d_inner"
+        )
+    for name in ("moe_top_k", "moe_top_k_min", "moe_top_k_max"):
+        k = getattr(flags, name)
+        if k is not None and not 1 <= k <= E:
+            found.append(f"--{name} {k} must be from 1 to --moe_num_expert {E}")
+    low, high = k_range(flags)
+    if low > high:
+        found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")
+    if flags.dynamic_overall_steps != -1 and flags.dynamic_overall_steps < 1:
+        found.append(f"--dynamic_overall_steps {flags.dynamic_overall_steps} must be at least 1, or -1 for all --max_step steps")
+    _layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
+    found += [f"--moe_index {flags.moe_index}: {mistake}" for mistake in mistakes]
+    try:
+        smoe_config(dataclasses.replace(flags, moe_index=None, moe_top_k=None))
+    except ConfigError as error:
+        found.append(str(error).replace("router", "--gate_name", 1) if "unknown router" in str(error) else str(error))
+    return found
+
+
+def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None, list[str]]:
+    """ "0,1,3" -> (0, 1, 3); None for all layers; and sentences for what is wrong with it."""
+    if text is None:
+        return None, []
+    words = text.split(",")
+    if not all(_is_count(word) for word in words):
+        return None, ["expected layer numbers separated by commas, such as 0,1,2,3"]
+    layers = tuple(int(word) for word in words)
+    outside = [layer for layer in layers if layer >= n_layer]
+    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
+    mistakes = [f"layer {', '.join(map(str, outside))} is outside 0..{n_layer - 1} (--n_layer {n_layer})"] if outside else []
+    mistakes += [f"layer {', '.join(map(str, repeated))} is named more than once"] if repeated else []
+    return layers, mistakes
+
+
+def _is_count(word: str) -> bool:
+    return word.strip().isascii() and word.strip().isdigit()
+
+
+def k_range(flags: Flags) -> tuple[int, int]:
+    """k_min and k_max of the schedule: paper, E/2 and E."""
+    E = flags.moe_num_expert
+    low = max(1, E // 2) if flags.moe_top_k_min is None else flags.moe_top_k_min
+    return low, E if flags.moe_top_k_max is None else flags.moe_top_k_max
+
+
+def resolve(flags: Flags) -> Flags:
+    """Every default that depends on another flag decided, so that config.json says what was run."""
+    E = flags.moe_num_expert
+    d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
+    changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
+    changes["data"] = flags.data or f"data/{flags.dataset}"
+    if flags.cuda:
+        changes["device"] = "cuda"
+    if flags.moe:
+        router, implied = canonical_router(flags.gate_name)
+        changes["gate_name"] = router
+        if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
+            changes["moe_index"] = None  # all layers, which is the default
+        changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
+        changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
+        changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
+        changes["dynamic_overall_steps"] = flags.max_step if flags.dynamic_overall_steps == -1 else flags.dynamic_overall_steps
+    flags = dataclasses.replace(flags, **changes)
+    if flags.method is None:
+        flags = dataclasses.replace(flags, method=matching_method(flags))
+    if flags.work_dir is None:
+        name = flags.run_name or flags.method or "custom"
+        flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{name}-seed{flags.seed}")
+    return flags
+
+
+def matching_method(flags: Flags) -> str | None:
+    """The name of the method that the official flags spell out, if one does."""
+    for name in METHODS:
+        wanted: Method = load(METHODS, "method", name)
+        if all(getattr(flags, key) == value for key, value in wanted.flags.items()):
+            return name
+    return None
+
+
+def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
+    meant = load(METHODS, "method", flags.method).flags if flags.method else {}
+    usual = Flags(**{**PRESETS[flags.preset], **meant, "preset": flags.preset, "method": flags.method})
+    own = [field.name for field in dataclasses.fields(Flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
+    found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
+    follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
+    found |= {name: getattr(flags, name) for name in DERIVED if getattr(flags, name) != getattr(follows, name)}
+    if flags.d_ff != usual.d_ff:
+        found["d_ff"] = flags.d_ff
+    experts = {name: value for name, value in found.items() if name in (*OF_EXPERTS, "moe", "moe_num_expert", "d_inner")}
+    return {name: value for name, value in found.items() if name not in experts}, experts if flags.moe else {}
+
+
+def smoe_config(flags: Flags) -> SMoEConfig:
+    """The library's configuration of the experts. ConfigError as there."""
+    return SMoEConfig(
+        num_experts=flags.moe_num_expert,
+        top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
+        d_expert=flags.d_inner,
+        router=flags.gate_name,
+        freeze_router=flags.freeze_gate,
+        gate_weight=flags.gate_weight,
+        output_scale=flags.output_scale,
+        balance_loss=flags.load_balance,
+        layers=parse_layers(flags.moe_index, flags.n_layer)[0],
+        backend=flags.expert_backend,
+        init_std=flags.init_std,
+    )
+
+
+def top_k_schedule(flags: Flags) -> TopKSchedule | None:
+    """k by step; None for a dense model."""
+    if not flags.moe:
+        return None
+    if flags.dynamic_moe:
+        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps)
+    return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
+
+
+def evaluation_ks(flags: Flags) -> list[int | None]:
+    """k at which the final test is made: powers of two up to E, E/2 and E; [None], once, for a dense model."""
+    if not flags.moe:
+        return [None]
+    E = flags.moe_num_expert
+    return sorted({1 << power for power in range(E.bit_length()) if 1 << power <= E} | {max(1, E // 2), E})
+
+
+def parse_ks(text: str, E: int) -> list[int | None]:
+    """The --k of --eval_only. Raises UserError."""
+    words = text.split(",")
+    if not all(_is_count(word) and 1 <= int(word) <= E for word in words):
+        raise UserError(f"--k {text}: expected numbers of active experts from 1 to {E}, separated by commas, such as 1,2,4")
+    return [int(word) for word in words]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The stored flags of a run. UserError if the folder holds none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no run: {path} is missing") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object; choose another --work_dir")
+    return config
+
+
+if __name__ == "__main__":  # python -m utils.command_line ARGS...: checks a command line of train.py and prints what it decides
+    with exit_on_user_error():
+        print(json.dumps(dataclasses.asdict(parse()), indent=1))
