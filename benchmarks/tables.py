@@ -1,7 +1,14 @@
-"""Records as Markdown tables, for the terminal and README.md. Imports no torch."""
+"""Records as Markdown tables, for the terminal and, by `python -m benchmarks.tables`, for README.md. Imports no torch."""
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from utils.errors import UserError, run_main
+from utils.report import update_readme
+
+RECORDS = Path("results/benchmarks")
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -63,3 +70,17 @@ def _head(cells: list[str]) -> list[str]:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def render(records: Path = RECORDS) -> str:
+    """The tables of all committed records, in the order a reader wants them. UserError if there is none."""
+    found = [
+        json.loads((records / f"{name}.json").read_text()) for name in ("step", "layer", "data") if (records / f"{name}.json").exists()
+    ]
+    if not found:
+        raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks step` first")
+    return "\n\n".join(map(markdown, found))
+
+
+if __name__ == "__main__":
+    run_main(lambda: update_readme(Path("README.md"), "benchmarks", render()))
