@@ -45,78 +45,66 @@ class TransformerXLConfig:
         return asdict(self)
 
 
-def shift(term: Tensor, mask_TK: Tensor) -> Tensor:
-    """Moves row i of [..., T, K] left by T - 1 - i, so that column j holds the term of distance i + M - j, and adds a mask [T, K].
+def position_scores(qv_HBTC: Tensor, r_HKC: Tensor) -> Tensor:
+    """qv r^T for every pair of position and distance [H, B*T, K + 1], with a last column of zeros, which `by_key` needs."""
+    return torch.bmm(qv_HBTC.flatten(1, 2), F.pad(r_HKC, (0, 0, 0, 1)).transpose(1, 2))
 
-    No copy is made to shift: flat element T - 1 + i (K - 1) + j is row i, column j. Entries with j > i + M come from the wrong row, so
-    the mask must be -inf there.
+
+def by_key(scores: Tensor, batch_size: int) -> Tensor:
+    """The same memory read by key instead of by distance: [H, B*T, K + 1] -> a view [H, B, T, K].
+
+    Column j of row i is the term of distance i + M - j, which stands T - 1 - i columns further right. In rows of K + 1 values that is flat
+    element T - 1 + i K + j, so leaving out the first T - 1 values and reading rows of K shifts every row by its own amount without a copy.
+    Where j > i + M, in the future, stands something else: mask it.
     """
-    T, K = term.shape[-2:]
-    term = term.contiguous()
-    strides = (*term.stride()[:-2], max(K - 1, 1), 1)
-    return term.as_strided(term.shape, strides, term.storage_offset() + T - 1) + mask_TK
-
-
-def unshift(grad: Tensor) -> Tensor:
-    """The gradient of `shift`; relies on the gradient being zero where the mask is -inf."""
-    T, K = grad.shape[-2:]
-    result = grad.new_empty(*grad.shape[:-2], T * K)
-    result[..., : T - 1] = 0
-    result[..., T - 1 : T * K - 1].unflatten(-1, (T, K - 1)).copy_(grad[..., :-1])
-    result[..., -1] = grad[..., -1, -1]
-    return result.unflatten(-1, (T, K))
-
-
-class Shift(torch.autograd.Function):
-    """`shift` with its gradient."""
-
-    @staticmethod
-    def forward(ctx, term: Tensor, mask_TK: Tensor) -> Tensor:
-        return shift(term, mask_TK)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return unshift(grad), None
+    T, K = scores.shape[1] // batch_size, scores.shape[2] - 1
+    return scores.unflatten(1, (batch_size, T)).flatten(2)[..., T - 1 : T - 1 + T * K].unflatten(-1, (T, K))
 
 
 def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dropout: float) -> Tensor:
     """softmax(qu k^T + shift(qv r^T) + mask) v -> [H, B, T, C], queries scaled already; torch's fused attention with the position term as
     its bias. This is the definition, and the way taken on GPUs and with attention dropout.
     """
-    distance = torch.bmm(qv_HBTC.flatten(1, 2), r_HKC.transpose(1, 2)).unflatten(1, qv_HBTC.shape[1:3])
-    bias = Shift.apply(distance, mask_TK)
+    bias = by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]) + mask_TK
     return F.scaled_dot_product_attention(qu_HBTC, k_HBKC, v_HBKC, attn_mask=bias, dropout_p=dropout, scale=1.0)
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
-    """The same with few passes over the scores [H, B, T, K]: shift and mask in one, q k^T added by its own product, softmax in place, and
-    a softmax gradient of three vectorised passes (torch's own is several times slower in bf16).
+    """The same in one buffer of scores, forward and backward: shifted by `by_key`, q k^T added by its own matrix product, softmax in place.
+
+    A fresh buffer of this size costs more in page faults than the arithmetic on it, and torch's softmax gradient is several times slower
+    than three vectorised passes in bf16.
     """
 
     @staticmethod
     def forward(ctx, qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK):
-        H, B, T, _ = qu_HBTC.shape
-        distance = torch.bmm(qv_HBTC.flatten(1, 2), r_HKC.transpose(1, 2)).view(H, B, T, -1)
-        scores = shift(distance, mask_TK).flatten(0, 1)
-        scores.baddbmm_(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
-        p = torch.softmax(scores, -1, out=scores)
-        ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p)
+        buffer = position_scores(qv_HBTC, r_HKC)
+        p = by_key(buffer, qu_HBTC.shape[1]).flatten(0, 1)
+        p.add_(mask_TK).baddbmm_(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
+        for rows_TK in p:  # the view as a whole is not contiguous, and softmax would copy it
+            torch.softmax(rows_TK, -1, out=rows_TK)
+        ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, buffer)
         return torch.bmm(p, v_HBKC.flatten(0, 1)).view_as(qu_HBTC)
 
     @staticmethod
     def backward(ctx, grad_HBTC):
         if torch.is_grad_enabled():
             raise RuntimeError("RelativeAttentionCPU cannot be differentiated twice: use relative_attention_sdpa")
-        qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
-        grad = grad_HBTC.flatten(0, 1)
+        qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, buffer = ctx.saved_tensors
+        (_, B, T, _), K = qu_HBTC.shape, k_HBKC.shape[2]
+        p, grad = by_key(buffer, B).flatten(0, 1), grad_HBTC.flatten(0, 1)
         grad_v = torch.bmm(p.transpose(1, 2), grad).view_as(v_HBKC)
-        grad_p = torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2)).mul_(p)
-        grad_scores = grad_p.addcmul_(p, grad_p.sum(-1, keepdim=True), value=-1)
+        grad_buffer = torch.empty_like(buffer)
+        edges = grad_buffer.unflatten(1, (B, T)).flatten(2)  # what lies before and behind the view was not used
+        edges[..., : T - 1], edges[..., T - 1 + T * K :] = 0, 0
+        grad_scores = by_key(grad_buffer, B).flatten(0, 1)
+        torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2), out=grad_scores)
+        grad_scores.mul_(p).addcmul_(p, grad_scores.sum(-1, keepdim=True), value=-1)
         grad_qu = torch.bmm(grad_scores, k_HBKC.flatten(0, 1)).view_as(qu_HBTC)
         grad_k = torch.bmm(grad_scores.transpose(1, 2), qu_HBTC.flatten(0, 1)).view_as(k_HBKC)
-        grad_distance = unshift(grad_scores.view(*qu_HBTC.shape[:3], -1)).flatten(1, 2)
-        grad_qv = torch.bmm(grad_distance, r_HKC).view_as(qv_HBTC)
-        grad_r = torch.bmm(grad_distance.transpose(1, 2), qv_HBTC.flatten(1, 2))
+        by_distance = grad_buffer[..., :K]
+        grad_qv = torch.bmm(by_distance, r_HKC).view_as(qv_HBTC)
+        grad_r = torch.bmm(by_distance.transpose(1, 2), qv_HBTC.flatten(1, 2))
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
@@ -131,14 +119,15 @@ class RelativeAttention(nn.Module):
         self.position = nn.Linear(config.d_model, width, bias=False)
         self.out = nn.Linear(width, config.d_model, bias=False)
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        """[B, K, H*C] -> contiguous [H, B, K, C]: one matrix product a head for the position term, none copies r for every lane"""
-        return projected.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3).contiguous()
+    def _heads(self, *projected: Tensor) -> Tensor:
+        """[B, T, H*C] each, one after another in time -> contiguous [H, B, K, C]: then no matrix product copies r for every lane."""
+        return torch.cat([part.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3) for part in projected], 2).contiguous()
 
-    def forward(self, x_BTD: Tensor, context_BKD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
         width = self.n_head * self.d_head
-        q = self._heads(F.linear(x_BTD, self.qkv.weight[:width]))  # the memory asks nothing
-        k, v = (self._heads(part) for part in F.linear(context_BKD, self.qkv.weight[width:]).split(width, -1))
+        q_BTW, *kv_of_x = F.linear(x_BTD, self.qkv.weight).split(width, -1)
+        kv_of_memory = F.linear(memory_BMD, self.qkv.weight[width:]).split(width, -1)  # apart: it asks nothing and needs no gradient
+        q, k, v = self._heads(q_BTW), *(self._heads(*parts) for parts in zip(kv_of_memory, kv_of_x, strict=True))
         r = self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
         scale = 1 / math.sqrt(self.d_head)
         qu, qv = (((q + bias[:, None, None]) * scale).to(k.dtype) for bias in (u_HC, v_HC))
@@ -179,12 +168,11 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, *attention_inputs: Tensor) -> Tensor:
-        context = torch.cat([memory_BMD, x_BTD], 1)
         if self.pre_lnorm:
-            context = self.attention_norm(context)
-            x_BTD = x_BTD + self.dropout(self.attention(context[:, memory_BMD.shape[1] :], context, *attention_inputs))
+            normed, memory_BMD = self.attention_norm(x_BTD), self.attention_norm(memory_BMD)
+            x_BTD = x_BTD + self.dropout(self.attention(normed, memory_BMD, *attention_inputs))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, context, *attention_inputs)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, memory_BMD, *attention_inputs)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 

@@ -105,9 +105,10 @@ class OfficialAttention(nn.Module):
         self.n_head, self.d_head, self.dropatt = attention.n_head, attention.d_head, attention.dropatt
         self.qkv, self.position, self.out = attention.qkv, attention.position, attention.out
 
-    def forward(self, x_BTD: Tensor, context_BKD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
         heads = self.n_head, self.d_head
-        q, k, v = (part.unflatten(-1, heads) for part in self.qkv(context_BKD.transpose(0, 1)).chunk(3, -1))
+        context_KBD = torch.cat([memory_BMD.transpose(0, 1), x_BTD.transpose(0, 1)])
+        q, k, v = (part.unflatten(-1, heads) for part in self.qkv(context_KBD).chunk(3, -1))
         q = q[-x_BTD.shape[1] :]
         r = self.position(position_KD).unflatten(-1, heads)
         content = torch.einsum("tbhc,kbhc->tkbh", q + u_HC, k)

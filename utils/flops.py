@@ -11,7 +11,7 @@ def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int
     c: TransformerXLConfig = model.config
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
     projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
-    scores = 3 * 2 * width * queries * (segment + memory)  # content, position, values
+    scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
     total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
     sparse = moe_layers(model)
     for _, layer in sparse:

@@ -29,7 +29,7 @@ class MaskedExperts(torch.autograd.Function):
         hidden_ENH = x_ND.new_empty(E, x_ND.shape[0], H)
         pre_ENH = None if act.from_output else torch.empty_like(hidden_ENH)
         keep_ENH = keep_mask(hidden_ENH.shape, dropout, x_ND.device) if dropout > 0 else None
-        y_ND = gate_NE @ bias_down_ED
+        y_ND, weighted = gate_NE @ bias_down_ED, torch.empty_like(hidden_ENH[0])
         for expert in range(E):
             hidden = hidden_ENH[expert]
             torch.addmm(bias_up_EH[expert], x_ND, up_EHD[expert].t(), out=hidden)
@@ -38,7 +38,7 @@ class MaskedExperts(torch.autograd.Function):
             act.apply_(hidden)
             if keep_ENH is not None:
                 hidden.mul_(keep_ENH[expert]).mul_(kept_scale(dropout))
-            y_ND.addmm_(hidden * gate_NE[:, expert, None], down_EHD[expert])
+            y_ND.addmm_(torch.mul(hidden, gate_NE[:, expert, None], out=weighted), down_EHD[expert])
         ctx.save_for_backward(x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH)
         ctx.activation, ctx.dropout = activation, dropout
         return y_ND
@@ -52,12 +52,11 @@ class MaskedExperts(torch.autograd.Function):
         grad_gate = grad_ND @ bias_down_ED.t()
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
         grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), gate_NE.t() @ grad_ND
-        grad_x = torch.zeros_like(x_ND)
+        grad_x, grad_hidden, product = torch.zeros_like(x_ND), torch.empty_like(hidden_ENH[0]), torch.empty_like(hidden_ENH[0])
         for expert in range(up_EHD.shape[0]):
             hidden, gate = hidden_ENH[expert], gate_NE[:, expert, None]
-            grad_hidden = grad_ND @ down_EHD[expert].t()
-            product = grad_hidden * hidden
-            grad_gate[:, expert] += product.sum(-1)
+            torch.mm(grad_ND, down_EHD[expert].t(), out=grad_hidden)
+            grad_gate[:, expert] += torch.mul(grad_hidden, hidden, out=product).sum(-1)
             torch.mul(hidden, gate, out=product)
             torch.mm(product.t(), grad_ND, out=grad_down[expert])
             grad_hidden.mul_(gate if keep_ENH is None else gate * scale)

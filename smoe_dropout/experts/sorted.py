@@ -1,7 +1,8 @@
 """Sparse experts: tokens sorted by expert, one matrix product per expert and map, the results gathered by one weighted sum.
 
-Against the usual scatter, GEMMs, gather, weighted sum this keeps only the hidden values and indices for the backward pass (tokens are
-gathered again), and combines by `embedding_bag` over the inverse permutation instead of materialising [N, K, D].
+Against the usual scatter, GEMMs, gather, weighted sum this gathers tokens for one expert at a time, forward and backward, so that they
+stay in cache; keeps only hidden values, outputs and indices; and combines by `embedding_bag` over the inverse permutation instead of
+materialising [N, K, D].
 """
 
 import torch
@@ -35,27 +36,29 @@ def sort_by_expert(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 class SortedExperts(torch.autograd.Function):
+    """Goes expert by expert. Temporaries share one buffer over all experts: on a CPU a fresh one costs page faults."""
+
     @staticmethod
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
         token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0])
-        act = ACTIVATIONS[activation]
-        x_MD = x_ND.index_select(0, token_M)
-        hidden_MH = x_ND.new_empty(len(token_M), up_EHD.shape[1])
-        output_MD = torch.empty_like(x_MD)
+        act, (_, H, D) = ACTIVATIONS[activation], up_EHD.shape
+        hidden_MH, output_MD = x_ND.new_empty(len(token_M), H), x_ND.new_empty(len(token_M), D)
         pre_MH = None if act.from_output else torch.empty_like(hidden_MH)
         keep_MH = keep_mask(hidden_MH.shape, dropout, x_ND.device) if dropout > 0 else None
+        own_x = _room_for_one(x_ND, spans, D)
         for expert, (begin, end) in enumerate(spans):
             if begin == end:
                 continue
-            hidden = hidden_MH[begin:end]
-            torch.addmm(bias_up_EH[expert], x_MD[begin:end], up_EHD[expert].t(), out=hidden)
+            rows = slice(begin, end)
+            x = torch.index_select(x_ND, 0, token_M[rows], out=own_x[: end - begin])
+            hidden = torch.addmm(bias_up_EH[expert], x, up_EHD[expert].t(), out=hidden_MH[rows])
             if pre_MH is not None:
-                pre_MH[begin:end] = hidden
+                pre_MH[rows] = hidden
             act.apply_(hidden)
             if keep_MH is not None:
-                hidden.mul_(keep_MH[begin:end]).mul_(kept_scale(dropout))
-            torch.addmm(bias_down_ED[expert], hidden, down_EHD[expert], out=output_MD[begin:end])
-        ctx.save_for_backward(x_ND, weights_NK, up_EHD, down_EHD, bias_down_ED, token_M, row_NK, hidden_MH, pre_MH, keep_MH)
+                hidden.mul_(keep_MH[rows]).mul_(kept_scale(dropout))
+            torch.addmm(bias_down_ED[expert], hidden, down_EHD[expert], out=output_MD[rows])
+        ctx.save_for_backward(x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MH, keep_MH)
         ctx.spans, ctx.activation, ctx.dropout = spans, activation, dropout
         return _weighted_rows(row_NK, output_MD, weights_NK)
 
@@ -63,36 +66,41 @@ class SortedExperts(torch.autograd.Function):
     def backward(ctx, grad_ND):
         if torch.is_grad_enabled():
             raise RuntimeError("the sorted backend cannot be differentiated twice: use backend='reference'")
-        x_ND, weights_NK, up_EHD, down_EHD, bias_down_ED, token_M, row_NK, hidden_MH, pre_MH, keep_MH = ctx.saved_tensors
-        act, scale = ACTIVATIONS[ctx.activation], kept_scale(ctx.dropout)
+        x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MH, keep_MH = ctx.saved_tensors
+        act, (E, H, D) = ACTIVATIONS[ctx.activation], up_EHD.shape
         weight_M = weights_NK.new_empty(row_NK.numel())
         weight_M[row_NK.flatten()] = weights_NK.flatten()
-        x_MD, grad_MD = x_ND.index_select(0, token_M), grad_ND.index_select(0, token_M)
-        grad_weight_M = torch.zeros_like(weight_M)
+        grad_weight_M, grad_x_MD = torch.empty_like(weight_M), torch.empty_like(output_MD)
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
-        grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), torch.empty_like(bias_down_ED)
-        grad_x_MD = torch.empty_like(x_MD)
+        grad_bias_up, grad_bias_down = up_EHD.new_empty(E, H), up_EHD.new_empty(E, D)
+        own_grad, own_x, own_hidden = (_room_for_one(x_ND, ctx.spans, width) for width in (D, D, H))
         for expert, (begin, end) in enumerate(ctx.spans):
             if begin == end:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
                 for gradient in (grad_up, grad_bias_up, grad_down, grad_bias_down):
                     gradient[expert].zero_()
                 continue
-            rows = slice(begin, end)
-            hidden, grad, weight = hidden_MH[rows], grad_MD[rows], weight_M[rows, None]
-            grad_hidden = grad @ down_EHD[expert].t()
-            grad_weight_M[rows] = (grad_hidden * hidden).sum(-1) + grad @ bias_down_ED[expert]
-            grad = grad.mul_(weight)  # this Function's own copy
-            torch.mm(hidden.t(), grad, out=grad_down[expert])
+            rows, count = slice(begin, end), end - begin
+            grad = torch.index_select(grad_ND, 0, token_M[rows], out=own_grad[:count])
+            torch.sum(torch.mul(grad, output_MD[rows], out=own_x[:count]), -1, out=grad_weight_M[rows])
+            grad.mul_(weight_M[rows, None])  # scaled here, D wide, rather than behind the next product, H wide
+            torch.mm(hidden_MH[rows].t(), grad, out=grad_down[expert])
             torch.sum(grad, 0, out=grad_bias_down[expert])
-            grad_hidden.mul_(weight if keep_MH is None else weight * scale)
-            if keep_MH is not None and not act.from_output:  # from the output, a dropped value is a zero that the derivative sees
-                grad_hidden.mul_(keep_MH[rows])
-            act.grad_(grad_hidden, hidden if act.from_output else pre_MH[rows])
-            torch.mm(grad_hidden.t(), x_MD[rows], out=grad_up[expert])
+            grad_hidden = torch.mm(grad, down_EHD[expert].t(), out=own_hidden[:count])
+            if keep_MH is not None:
+                # what was dropped is a zero among the hidden values, which a derivative taken there sees by itself
+                grad_hidden.mul_(kept_scale(ctx.dropout) if act.from_output else keep_MH[rows] * kept_scale(ctx.dropout))
+            act.grad_(grad_hidden, hidden_MH[rows] if act.from_output else pre_MH[rows])
+            x = torch.index_select(x_ND, 0, token_M[rows], out=own_x[:count])
+            torch.mm(grad_hidden.t(), x, out=grad_up[expert])
             torch.sum(grad_hidden, 0, out=grad_bias_up[expert])
             torch.mm(grad_hidden, up_EHD[expert], out=grad_x_MD[rows])
         grad_x = _weighted_rows(row_NK, grad_x_MD, None)
         return grad_x, None, grad_weight_M[row_NK], grad_up, grad_bias_up, grad_down, grad_bias_down, None, None
+
+
+def _room_for_one(like: Tensor, spans: list[tuple[int, int]], width: int) -> Tensor:
+    """A buffer [largest number of tokens of an expert, width]."""
+    return like.new_empty(max(end - begin for begin, end in spans), width)
 
 
 def _weighted_rows(row_NK: Tensor, values_MD: Tensor, weights_NK: Tensor | None) -> Tensor:
