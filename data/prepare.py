@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import http.client
 import json
 import lzma
 import os
@@ -17,12 +16,10 @@ import shutil
 import signal
 import sys
 import sysconfig
-import urllib.error
-import urllib.request
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -36,6 +33,7 @@ if str(DATA_DIR.parent) not in sys.path:
     sys.path.insert(0, str(DATA_DIR.parent))
 
 from utils.data import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
+from utils.download import Unavailable, download, log  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
 
 PYSTDLIB = "pystdlib"
@@ -44,9 +42,6 @@ PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "
 PYSTDLIB_LOCAL = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize")  # this machine's own, not the library's
 LEAST_BYTES = 1_000
 SPACE_MARGIN = 16 << 20  # bytes of disk left free
-CONNECT_SECONDS = 10
-DOWNLOAD_ATTEMPTS = 5
-NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 READ_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, RuntimeError)  # the last: an encrypted zip
 PACKED = (".xz", ".gz", ".zip")
 
@@ -94,21 +89,6 @@ class Text(NamedTuple):
     source: str  # where it is from, for meta.json
     chunks: Iterator[bytes]
     least_bytes: int  # at least its size, for the disk check
-
-
-class Unavailable(UserError):
-    """A known text is neither here nor downloadable: the one mistake that --fallback mends."""
-
-    def __init__(self, fault: str, remedy: str) -> None:
-        super().__init__(f"{fault}: {remedy}")
-        self.fault = fault
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-# reading sources
 
 
 def refuse_source(path: Path, fault: object) -> NoReturn:
@@ -190,56 +170,6 @@ def stdlib_label() -> str:
 
 
 # downloading
-
-
-def fetch_rest(url: str, part: Path) -> bool:
-    """Appends to `part` what it lacks of `url`; True when the server has nothing more. Raises one of NETWORK_ERRORS."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return True  # nothing after the last byte here; whether these are the right bytes is checked next
-        raise
-    with response:
-        have = have if response.status == 206 else 0  # a server without ranges starts again
-        length = response.headers["Content-Length"]
-        total = have + int(length) if length else None
-        log(f"downloading {url}: {have:,} of {total or 0:,} bytes are here")
-        with open(part, "ab" if have else "wb") as file:
-            while chunk := response.read(1 << 16):
-                have += file.write(chunk)
-    return total is None or have >= total
-
-
-def download(url: str, target: Path, check: Callable[[Path], None], remedy: str) -> None:
-    """Brings `url` to `target` through `target`.part, which a later call resumes. `check(path)` raises UserError for a wrong file.
-
-    Raises Unavailable with `remedy`. A part that cannot be completed is kept, one with a wrong content is not.
-    """
-    part = target.with_name(f"{target.name}.part")
-    kept = part.stat().st_size if part.exists() else 0
-    for _ in range(DOWNLOAD_ATTEMPTS):
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            if fetch_rest(url, part):
-                break
-            reason = "the connection was cut"
-        except NETWORK_ERRORS as error:
-            reason = str(error) if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-        if not part.exists() or part.stat().st_size <= before:
-            raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy)
-    else:
-        raise Unavailable(f"{url} cannot be downloaded ({reason}; {part.stat().st_size:,} bytes are kept for another try)", remedy)
-    try:
-        check(part)
-    except UserError as error:
-        part.unlink()
-        if kept:  # the old part may have been the wrong one: once more from the start
-            return download(url, target, check, remedy)
-        raise Unavailable(f"{url} sent something else ({error})", remedy) from None
-    os.replace(part, target)
 
 
 def check_download(path: Path, known: Known) -> None:
