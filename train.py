@@ -74,14 +74,14 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         LaneIterator(split, flags.eval_batch_size, flags.eval_tgt_len)  # too short is better said now than after training
     say = print if engine.is_main else (lambda sentence: None)
 
-    folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
     checkpoints = RunFolder.checkpoints_of(flags)
+    if not flags.yes and not checkpoint.steps(checkpoints):
+        refuse_if_too_slow(engine, flags, train_data)
+    folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
         say(f"this run is complete: {checkpoints.parent / 'result.json'}")
         return 0
-    if newest is None and not flags.yes:
-        refuse_if_too_slow(engine, flags, train_data)
 
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
     model = engine.prepare(build_model(flags))

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import pickle
 from functools import partial
 
 import numpy as np
@@ -219,11 +218,10 @@ def test_output_scale_dense_is_E_times_the_mean(k):
     torch.testing.assert_close(dense(tokens(6)), 4 * mean(tokens(6)))
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
-def test_a_model_may_be_copied_after_a_training_pass(clone):
+def test_a_model_may_be_copied_after_a_training_pass():
     model, x = sparse(router="learned"), tokens(5)
     y = model(x)
-    twin = clone(model)
+    twin = copy.deepcopy(model)
     assert sd.auxiliary_loss(twin) is None and sd.expert_load(twin) == {}
     assert sd.auxiliary_loss(model) is not None and len(sd.expert_load(model)) == 2
     sd.set_top_k(model, 1)
