@@ -5,7 +5,7 @@ V symbols.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,6 @@ class TransformerXLConfig:
     def __post_init__(self):
         if self.same_length and self.mem_len == 0:
             raise ValueError("same_length lets every position see mem_len positions, itself included, and mem_len is 0")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def position_scores(qv_HBTC: Tensor, r_HKC: Tensor) -> Tensor:

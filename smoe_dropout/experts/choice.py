@@ -2,13 +2,16 @@
 
 import torch
 
-# multiply-adds of one expert's matrix product above which gathering tokens pays off at k/E of 0.9, measured on a 2-core AVX-512 CPU
+# Multiply-adds of one expert's matrix product. At 134e6 gathering tokens paid off up to k/E of about 0.9, at 8e6 to 13e6 up to about
+# 0.7 (records in results/benchmarks, one thread); the limit between them is a round number, not a measured crossover
 LARGE_PRODUCT = 60e6
-SPARSE_UP_TO_LARGE, SPARSE_UP_TO_SMALL = 0.9, 0.25
+SPARSE_UP_TO_LARGE, SPARSE_UP_TO_SMALL = 0.9, 0.7
 
 
 def choose_backend(tokens: int, k: int, num_experts: int, d_expert: int, d_model: int, dtype: torch.dtype, device: str) -> str:
-    """ "sorted" where few experts are active and each has enough work to gather for, else "masked"; "grouped" for bf16 on CUDA."""
+    """The backend's name: "sorted" where few experts are active and each has work enough to gather for, else "masked"; on CUDA in bf16
+    "grouped" for few.
+    """
     share = k / num_experts
     if device == "cuda" and dtype == torch.bfloat16 and share <= 0.7 and d_expert % 8 == d_model % 8 == 0:
         return "grouped"
