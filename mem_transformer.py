@@ -67,41 +67,38 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
-    """The same in one buffer of scores, forward and backward: shifted by `by_key`, q k^T added by its own matrix product, softmax in place.
+    """The same with as few passes over the scores as can be, and every matrix product on operands that need no copy.
 
-    A fresh buffer of this size costs more in page faults than the arithmetic on it, and torch's softmax gradient is several times slower
-    than three vectorised passes in bf16.
+    Only probabilities are kept. Where a product has the scores transposed, the narrow operand is transposed instead, and its result: torch
+    copies a transposed operand in bf16. torch's softmax gradient is several times slower there than three vectorised passes.
     """
 
     @staticmethod
     def forward(ctx, qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK):
-        buffer = position_scores(qv_HBTC, r_HKC)
-        p = by_key(buffer, qu_HBTC.shape[1]).flatten(0, 1)
-        p.add_(mask_TK).baddbmm_(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
-        for rows_TK in p:  # the view as a whole is not contiguous, and softmax would copy it
-            torch.softmax(rows_TK, -1, out=rows_TK)
-        ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, buffer)
+        p = torch.bmm(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
+        p.add_(by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]).flatten(0, 1)).add_(mask_TK)
+        torch.softmax(p, -1, out=p)
+        ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p)
         return torch.bmm(p, v_HBKC.flatten(0, 1)).view_as(qu_HBTC)
 
     @staticmethod
     def backward(ctx, grad_HBTC):
         if torch.is_grad_enabled():
             raise RuntimeError("RelativeAttentionCPU cannot be differentiated twice: use relative_attention_sdpa")
-        qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, buffer = ctx.saved_tensors
-        (_, B, T, _), K = qu_HBTC.shape, k_HBKC.shape[2]
-        p, grad = by_key(buffer, B).flatten(0, 1), grad_HBTC.flatten(0, 1)
-        grad_v = torch.bmm(p.transpose(1, 2), grad).view_as(v_HBKC)
-        grad_buffer = torch.empty_like(buffer)
-        edges = grad_buffer.unflatten(1, (B, T)).flatten(2)  # what lies before and behind the view was not used
+        qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
+        (H, B, T, _), K, grad = qu_HBTC.shape, k_HBKC.shape[2], grad_HBTC.flatten(0, 1)
+        grad_v = torch.bmm(grad.transpose(1, 2), p).transpose(1, 2).view_as(v_HBKC)
+        grad_p = torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2)).mul_(p)
+        by_distance = p.new_empty(H, B * T, K + 1)
+        edges = by_distance.unflatten(1, (B, T)).flatten(2)  # what lies before and behind the view was not used
         edges[..., : T - 1], edges[..., T - 1 + T * K :] = 0, 0
-        grad_scores = by_key(grad_buffer, B).flatten(0, 1)
-        torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2), out=grad_scores)
-        grad_scores.mul_(p).addcmul_(p, grad_scores.sum(-1, keepdim=True), value=-1)
+        grad_scores = by_key(by_distance, B).flatten(0, 1)
+        torch.addcmul(grad_p, p, grad_p.sum(-1, keepdim=True), value=-1, out=grad_scores)
         grad_qu = torch.bmm(grad_scores, k_HBKC.flatten(0, 1)).view_as(qu_HBTC)
-        grad_k = torch.bmm(grad_scores.transpose(1, 2), qu_HBTC.flatten(0, 1)).view_as(k_HBKC)
-        by_distance = grad_buffer[..., :K]
+        grad_k = torch.bmm(qu_HBTC.flatten(0, 1).transpose(1, 2), grad_scores).transpose(1, 2).view_as(k_HBKC)
+        by_distance = by_distance[..., :K]
         grad_qv = torch.bmm(by_distance, r_HKC).view_as(qv_HBTC)
-        grad_r = torch.bmm(by_distance.transpose(1, 2), qv_HBTC.flatten(1, 2))
+        grad_r = torch.bmm(qv_HBTC.flatten(1, 2).transpose(1, 2), by_distance).transpose(1, 2)
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 

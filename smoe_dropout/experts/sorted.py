@@ -5,6 +5,8 @@ stay in cache; keeps only hidden values, outputs and indices; and combines by `e
 materialising [N, K, D].
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,17 +24,35 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
     return SortedExperts.apply(x_ND, indices_NK, weights_NK, *tensors, weights.activation, weights.dropout)
 
 
-def sort_by_expert(indices_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Where each assignment goes when assignments are sorted by expert.
+class Span(NamedTuple):
+    """One expert's assignments: `tokens` among the sorted ones, `rows` in buffers, where up to `ROWS[dtype] - 1` rows of zeros follow."""
 
-    Returns the token of each sorted row [M], the sorted row of each assignment [N, K], and each expert's (begin, end) among the rows.
+    tokens: slice
+    rows: slice
+    count: int
+    size: int
+
+
+# Rows of an expert are filled up to a multiple of this: in bf16 the CPU library builds a kernel for every new size of a product, which
+# costs more than running it, and sizes change from step to step
+ROWS = {torch.bfloat16: 32, torch.float16: 32}
+
+
+def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[Span]]:
+    """Where each assignment goes when assignments are sorted by expert, each expert's rows filled up to a multiple.
+
+    Returns the token of each sorted assignment [M], the row of each assignment [N, K], and each expert's span.
     """
     flat_M = indices_NK.flatten()
     order_M = flat_M.to(torch.int16 if num_experts < 2**15 else torch.int64).argsort(stable=True)
+    counts, spans, token, row = torch.bincount(flat_M, minlength=num_experts).tolist(), [], 0, 0
+    for count in counts:
+        size = -(-count // multiple) * multiple
+        spans.append(Span(slice(token, token + count), slice(row, row + size), count, size))
+        token, row = token + count, row + size
     row_M = torch.empty_like(order_M)
-    row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    ends = torch.bincount(flat_M, minlength=num_experts).cumsum(0).tolist()
-    return order_M.div(indices_NK.shape[1], rounding_mode="floor"), row_M.view_as(indices_NK), list(zip([0, *ends], ends, strict=False))
+    row_M[order_M] = torch.cat([torch.arange(span.rows.start, span.rows.start + span.count) for span in spans]).to(order_M.device)
+    return order_M.div(indices_NK.shape[1], rounding_mode="floor"), row_M.view_as(indices_NK), spans
 
 
 class SortedExperts(torch.autograd.Function):
@@ -40,17 +60,16 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
-        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0])
-        act, (_, H, D) = ACTIVATIONS[activation], up_EHD.shape
-        hidden_MH, output_MD = x_ND.new_empty(len(token_M), H), x_ND.new_empty(len(token_M), D)
+        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], ROWS.get(x_ND.dtype, 1))
+        act, (_, H, D), total = ACTIVATIONS[activation], up_EHD.shape, spans[-1].rows.stop
+        hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
         pre_MH = None if act.from_output else torch.empty_like(hidden_MH)
         keep_MH = keep_mask(hidden_MH.shape, dropout, x_ND.device) if dropout > 0 else None
         own_x = _room_for_one(x_ND, spans, D)
-        for expert, (begin, end) in enumerate(spans):
-            if begin == end:
+        for expert, span in enumerate(spans):
+            if span.count == 0:
                 continue
-            rows = slice(begin, end)
-            x = torch.index_select(x_ND, 0, token_M[rows], out=own_x[: end - begin])
+            rows, x = span.rows, _gather(x_ND, token_M, span, own_x)
             hidden = torch.addmm(bias_up_EH[expert], x, up_EHD[expert].t(), out=hidden_MH[rows])
             if pre_MH is not None:
                 pre_MH[rows] = hidden
@@ -68,29 +87,28 @@ class SortedExperts(torch.autograd.Function):
             raise RuntimeError("the sorted backend cannot be differentiated twice: use backend='reference'")
         x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MH, keep_MH = ctx.saved_tensors
         act, (E, H, D) = ACTIVATIONS[ctx.activation], up_EHD.shape
-        weight_M = weights_NK.new_empty(row_NK.numel())
+        weight_M = weights_NK.new_zeros(len(output_MD))
         weight_M[row_NK.flatten()] = weights_NK.flatten()
         grad_weight_M, grad_x_MD = torch.empty_like(weight_M), torch.empty_like(output_MD)
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
         grad_bias_up, grad_bias_down = up_EHD.new_empty(E, H), up_EHD.new_empty(E, D)
         own_grad, own_x, own_hidden = (_room_for_one(x_ND, ctx.spans, width) for width in (D, D, H))
-        for expert, (begin, end) in enumerate(ctx.spans):
-            if begin == end:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
+        for expert, span in enumerate(ctx.spans):
+            if span.count == 0:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
                 for gradient in (grad_up, grad_bias_up, grad_down, grad_bias_down):
                     gradient[expert].zero_()
                 continue
-            rows, count = slice(begin, end), end - begin
-            grad = torch.index_select(grad_ND, 0, token_M[rows], out=own_grad[:count])
-            torch.sum(torch.mul(grad, output_MD[rows], out=own_x[:count]), -1, out=grad_weight_M[rows])
+            rows, grad = span.rows, _gather(grad_ND, token_M, span, own_grad)
+            torch.sum(torch.mul(grad, output_MD[rows], out=own_x[: span.size]), -1, out=grad_weight_M[rows])
             grad.mul_(weight_M[rows, None])  # scaled here, D wide, rather than behind the next product, H wide
             torch.mm(hidden_MH[rows].t(), grad, out=grad_down[expert])
             torch.sum(grad, 0, out=grad_bias_down[expert])
-            grad_hidden = torch.mm(grad, down_EHD[expert].t(), out=own_hidden[:count])
+            grad_hidden = torch.mm(grad, down_EHD[expert].t(), out=own_hidden[: span.size])
             if keep_MH is not None:
                 # what was dropped is a zero among the hidden values, which a derivative taken there sees by itself
                 grad_hidden.mul_(kept_scale(ctx.dropout) if act.from_output else keep_MH[rows] * kept_scale(ctx.dropout))
             act.grad_(grad_hidden, hidden_MH[rows] if act.from_output else pre_MH[rows])
-            x = torch.index_select(x_ND, 0, token_M[rows], out=own_x[:count])
+            x = _gather(x_ND, token_M, span, own_x)
             torch.mm(grad_hidden.t(), x, out=grad_up[expert])
             torch.sum(grad_hidden, 0, out=grad_bias_up[expert])
             torch.mm(grad_hidden, up_EHD[expert], out=grad_x_MD[rows])
@@ -98,9 +116,16 @@ class SortedExperts(torch.autograd.Function):
         return grad_x, None, grad_weight_M[row_NK], grad_up, grad_bias_up, grad_down, grad_bias_down, None, None
 
 
-def _room_for_one(like: Tensor, spans: list[tuple[int, int]], width: int) -> Tensor:
-    """A buffer [largest number of tokens of an expert, width]."""
-    return like.new_empty(max(end - begin for begin, end in spans), width)
+def _gather(values_ND: Tensor, token_M: Tensor, span: Span, room: Tensor) -> Tensor:
+    """The values of an expert's tokens, and zeros behind them [span.size, D], in `room`."""
+    torch.index_select(values_ND, 0, token_M[span.tokens], out=room[: span.count])
+    room[span.count : span.size].zero_()
+    return room[: span.size]
+
+
+def _room_for_one(like: Tensor, spans: list[Span], width: int) -> Tensor:
+    """A buffer [most rows of an expert, width]."""
+    return like.new_empty(max(span.size for span in spans), width)
 
 
 def _weighted_rows(row_NK: Tensor, values_MD: Tensor, weights_NK: Tensor | None) -> Tensor:
