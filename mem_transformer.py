@@ -66,6 +66,13 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
     return F.scaled_dot_product_attention(qu_HBTC, k_HBKC, v_HBKC, attn_mask=bias, dropout_p=dropout, scale=1.0)
 
 
+@torch.no_grad()
+def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK) -> Tensor:
+    """The softmax in `relative_attention_sdpa` [H, B, T, K], which does not return it."""
+    scores = by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]) + mask_TK
+    return (scores + qu_HBTC @ k_HBKC.transpose(-1, -2)).softmax(-1)
+
+
 class RelativeAttentionCPU(torch.autograd.Function):
     """The same with as few passes over the scores as can be, and every matrix product on operands that need no copy.
 
@@ -79,10 +86,12 @@ class RelativeAttentionCPU(torch.autograd.Function):
         p.add_(by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]).flatten(0, 1)).add_(mask_TK)
         torch.softmax(p, -1, out=p)
         ctx.save_for_backward(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p)
-        return torch.bmm(p, v_HBKC.flatten(0, 1)).view_as(qu_HBTC)
+        probabilities_HBTK = p.unflatten(0, qu_HBTC.shape[:2])
+        ctx.mark_non_differentiable(probabilities_HBTK)
+        return torch.bmm(p, v_HBKC.flatten(0, 1)).view_as(qu_HBTC), probabilities_HBTK
 
     @staticmethod
-    def backward(ctx, grad_HBTC):
+    def backward(ctx, grad_HBTC, _):
         if torch.is_grad_enabled():
             raise RuntimeError("RelativeAttentionCPU cannot be differentiated twice: use relative_attention_sdpa")
         qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
@@ -102,14 +111,31 @@ class RelativeAttentionCPU(torch.autograd.Function):
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
+class QueryKeyValue(nn.Linear):
+    """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], and keys and values of x and of memory, which asks nothing."""
+
+    def __init__(self, d_model: int, width: int):
+        super().__init__(d_model, 3 * width, bias=False)
+        self.width = width
+
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        q_BTW, *kv_of_x = super().forward(x_BTD).split(self.width, -1)
+        # apart: the memory needs no gradient
+        return q_BTW, tuple(kv_of_x), F.linear(memory_BMD, self.weight[self.width :]).split(self.width, -1)
+
+
 class RelativeAttention(nn.Module):
-    """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v."""
+    """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v.
+
+    With `keep_probabilities` set, `probabilities` holds those of the last pass [B, H, T, K], detached and before dropout.
+    """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = config.n_head, config.d_head, config.dropatt
+        self.keep_probabilities, self.probabilities = False, None
         width = config.n_head * config.d_head
-        self.qkv = nn.Linear(config.d_model, 3 * width, bias=False)
+        self.qkv = QueryKeyValue(config.d_model, width)
         self.position = nn.Linear(config.d_model, width, bias=False)
         self.out = nn.Linear(width, config.d_model, bias=False)
 
@@ -118,9 +144,7 @@ class RelativeAttention(nn.Module):
         return torch.cat([part.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3) for part in projected], 2).contiguous()
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
-        width = self.n_head * self.d_head
-        q_BTW, *kv_of_x = F.linear(x_BTD, self.qkv.weight).split(width, -1)
-        kv_of_memory = F.linear(memory_BMD, self.qkv.weight[width:]).split(width, -1)  # apart: it asks nothing and needs no gradient
+        q_BTW, kv_of_x, kv_of_memory = self.qkv(x_BTD, memory_BMD)
         q, k, v = self._heads(q_BTW), *(self._heads(*parts) for parts in zip(kv_of_memory, kv_of_x, strict=True))
         r = self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
         scale = 1 / math.sqrt(self.d_head)
@@ -129,9 +153,11 @@ class RelativeAttention(nn.Module):
         inputs = qu, qv, k, v, r, mask_TK.to(k.dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
             if x_BTD.device.type == "cpu" and dropout == 0:
-                y_HBTC = RelativeAttentionCPU.apply(*inputs)
+                y_HBTC, p_HBTK = RelativeAttentionCPU.apply(*inputs)
             else:
                 y_HBTC = relative_attention_sdpa(*inputs, dropout)
+                p_HBTK = relative_probabilities(*inputs) if self.keep_probabilities else None
+            self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
 
@@ -171,7 +197,7 @@ class DecoderLayer(nn.Module):
 
 
 class MemTransformerLM(nn.Module):
-    """Language model over segments: `losses, memory = model(tokens, targets, memory)`, the memory of one call given to the next."""
+    """Language model over segments: `losses, memory, logits = model(tokens, targets, memory)`, the memory of one call given to the next."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
@@ -222,10 +248,11 @@ class MemTransformerLM(nn.Module):
         hidden, memory = self.hidden(tokens_BT, memory)
         return self.head(hidden).float(), memory
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """Cross-entropy of each target in nats [B, T], and the next memory."""
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
+        """Cross-entropy of each target in nats [B, T], the next memory, and the logits [B, T, V]."""
         logits, memory = self.logits(tokens_BT, memory)
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT), memory
+        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+        return losses, memory, logits
 
     def _positions(self, length: int) -> Tensor:
         """Sinusoidal embeddings [K, D] of the distances K - 1 .. 0."""

@@ -9,7 +9,7 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
-from utils.command_line import evaluation_ks, parse, parse_ks, smoe_config, stored_run, top_k_schedule
+from utils.command_line import evaluation_ks, method_of, parse, parse_ks, stored_run, top_k_schedule
 from utils.data import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags import Flags
@@ -24,28 +24,31 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from mem_transformer import Memory, MemTransformerLM, TransformerXLConfig
-from smoe_dropout import auxiliary_loss, expert_load, moe_layers, moefy, set_top_k
+from mem_transformer import Memory
+from smoe_dropout import auxiliary_loss, expert_load, method_metrics, moe_layers, set_progress, set_top_k
 from smoe_dropout.io import load_weights, save_model
-from smoe_dropout.methods.base import Forward, Method, likelihood
-from smoe_dropout.registry import METHODS, load
+from smoe_dropout.methods.base import Forward, likelihood
 from utils import checkpoint
+from utils.averaging import WeightAverage
 from utils.data import LaneIterator, Segment, rank_lanes
 from utils.engine import Engine
 from utils.errors import TrainingError, UserError
 from utils.evaluation import LN2, evaluate, evaluate_all
 from utils.flops import forward_flops, parameter_counts
 from utils.interrupt import Interrupt
+from utils.model import build_model, forget_router_gradients, training_settings
 from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.progress import Progress, duration
 from utils.result import build_result, moe_layer_indices
 from utils.run_folder import RunFolder, resume_command, write_json
 
-N_TOKEN = 256  # bytes: any text can be read by any model
 CPU_PATIENCE = 2 * 3600  # seconds of training on a CPU beyond which we ask first
 
 
@@ -86,15 +89,16 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
     model = engine.prepare(build_model(flags))
     optimizer = build_optimizer(model, flags)
-    method: Method | None = load(METHODS, "method", flags.method) if flags.method else None
-    objective = method.objective if method else likelihood
+    method = method_of(flags)
+    objective = partial(method.objective if method else likelihood, settings=training_settings(flags, len(corpus.train)))
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
+    average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
     # weights and Adam's two moments, in three checkpoints kept and one in the making
     checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=3 * 4)
 
     state, memory = State(world_size=engine.world_size), None
     if newest is not None:
-        state, memory = restore(newest, engine, model, optimizer, train_data, plateau)
+        state, memory = restore(newest, engine, model, optimizer, train_data, plateau, average)
     else:
         torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
     if engine.is_main:
@@ -109,20 +113,24 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         k = schedule(step) if schedule else None
         if k is not None:
             set_top_k(model, k)
+        set_progress(model, step, flags.max_step)
         lr = learning_rate(flags, step, plateau.factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
         segment = next(train_data)
         if segment.first:
             memory = None
-        flops = forward_flops(model, flags.batch_size, segment.tokens.shape[1], memory[0].shape[1] if memory else 0, k)
 
-        loss_sum, memory = accumulate_gradients(engine, model, objective, segment, memory, flags)
+        loss_sum, memory, flops = accumulate_gradients(engine, model, objective, segment, memory, flags)
+        if 0 <= flags.dynamic_router_start <= step:
+            forget_router_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
         if not torch.isfinite(norm):
             raise TrainingError(not_finite(step, lr, norm, loss_sum, segment, state, checkpoints))
         optimizer.step()
         optimizer.zero_grad()
+        if average:
+            average.observe(model, step + 1)
 
         state.step, state.data = step + 1, train_data.state_dict()
         state.loss_sum += loss_sum
@@ -144,11 +152,11 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
             progress.update(state.step, f"loss {loss_sum / segment.targets.numel():.4f} | lr {lr:.2e}{at_k}", keep=False)
         if eval_due:
             paused = time.perf_counter()
-            validate(engine, folder, model, corpus, flags, k, state, plateau, progress.say)
+            validate(engine, folder, model, corpus, flags, k, state, plateau, average, progress.say)
             progress.paused += time.perf_counter() - paused
         if save_due:
             try:
-                save(checkpoints, engine, model, optimizer, memory, state, plateau)
+                save(checkpoints, engine, model, optimizer, memory, state, plateau, average)
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
                     f"step {state.step} cannot be saved in {checkpoints}: {error}; mend that and start the same command again"
@@ -158,12 +166,20 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
             return 128 + stop
 
     interrupt.at_once()  # everything is saved
+    reported = method_metrics(model)
+    averaged = None
+    if average and average.count:
+        say(f"final test of the mean of the weights after {average.count} steps")
+        with average.applied(model):
+            averaged = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
     load_best(model, checkpoints, state.best_step)
     say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
     quality = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
     if engine.is_main:
         training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
-        training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops}
+        training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops, "method_metrics": reported}
+        if averaged:
+            training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": averaged}
         memory_mib = engine.peak_memory_mib()
         arguments = (flags, corpus, model, quality, training, folder.metrics(), environment, memory_mib, state.best_step, sys.argv[1:])
         write_json(folder.path / "result.json", build_result(*arguments))
@@ -172,36 +188,39 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     return 0
 
 
-def build_model(flags: Flags) -> MemTransformerLM:
-    """The dense model, its feed-forward layers turned into experts where the flags say so."""
-    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
-    sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
-    model = MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
-    return moefy(model, smoe_config(flags)) if flags.moe else model
-
-
-def accumulate_gradients(engine, model, objective, segment: Segment, memory: Memory | None, flags: Flags) -> tuple[float, Memory]:
-    """Gradients of the mean over all tokens of the global batch, computed in `batch_chunk` parts.
-
-    Returns this process's summed loss in nats, and the memory of its lanes.
+class Gradients(NamedTuple):
+    """What one step's gradients came from: this process's summed loss in nats, the memory of its lanes, and the operations of all forward
+    passes over the global batch.
     """
+
+    loss_sum: float
+    memory: Memory
+    flops: int
+
+
+def accumulate_gradients(engine, model, objective, segment: Segment, memory: Memory | None, flags: Flags) -> Gradients:
+    """Gradients of the mean over all tokens of the global batch, computed in `batch_chunk` parts."""
     chunks = min(flags.batch_chunk, flags.batch_size // engine.world_size)  # the same on every process
     memories = zip(*(layer.tensor_split(chunks) for layer in memory), strict=True) if memory else [None] * chunks
     parts = zip(segment.tokens.tensor_split(chunks), segment.targets.tensor_split(chunks), memories, strict=True)
-    loss_sum, new_memories = 0.0, []
+    positions, remembered = segment.tokens.shape[1], memory[0].shape[1] if memory else 0
+    loss_sum, new_memories, flops = 0.0, [], 0.0
     for index, (tokens, targets, part_memory) in enumerate(parts):
 
         def forward(inputs=(tokens, targets, part_memory)) -> Forward:
-            return Forward(*engine.parallel(*inputs))
+            nonlocal flops
+            passed = Forward(*engine.parallel(*inputs))
+            flops += len(inputs[0]) / len(segment.tokens) * forward_flops(model, flags.batch_size, positions, remembered, None)
+            return passed
 
         with nullcontext() if index == chunks - 1 else engine.no_sync():
             part = objective(model, forward)
             # data parallelism takes the mean over processes, whatever their numbers of tokens: hence the world size
-            share = tokens.numel() * engine.world_size / (flags.batch_size * segment.tokens.shape[1])
+            share = tokens.numel() * engine.world_size / (flags.batch_size * positions)
             (part.total * share).backward()
         loss_sum += part.nll.item() * tokens.numel()
         new_memories.append(part.state)
-    return loss_sum, tuple(torch.cat(layer) for layer in zip(*new_memories, strict=True))
+    return Gradients(loss_sum, tuple(torch.cat(layer) for layer in zip(*new_memories, strict=True)), round(flops))
 
 
 def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float, k: int | None, norm: float) -> dict:
@@ -213,6 +232,7 @@ def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float
     line = {"step": state.step, "split": "train", "loss": loss, "bpc": loss / LN2, "lr": lr, "k": k, "grad_norm": norm}
     if auxiliary is not None:
         line["auxiliary_loss"] = auxiliary_sum / tokens
+    line |= method_metrics(model)
     state.loss_sum, state.loss_tokens = 0.0, 0
     line |= {"tokens_per_second": state.tokens / state.seconds, "seconds": state.seconds}
     if folder is not None:
@@ -222,12 +242,19 @@ def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float
     return line
 
 
-def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None, state: State, plateau: Plateau, say) -> None:
-    """bpc at the current k, E/2 and E; the best is chosen at E."""
+def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None, state: State, plateau: Plateau, average, say) -> None:
+    """bpc at the current k, E/2 and E; the best is chosen at E. That of the mean weights, too, where there is one."""
     E = flags.moe_num_expert
     ks = [None] if k is None else sorted({k, max(1, E // 2), E})
-    found = {at: evaluate(engine, model, corpus.valid, flags, at, flags.max_eval_steps)["bpc"] for at in ks}
+
+    def measure() -> dict[int | None, float]:
+        return {at: evaluate(engine, model, corpus.valid, flags, at, flags.max_eval_steps)["bpc"] for at in ks}
+
+    found = measure()
     line = {"step": state.step, "split": "valid", "k": k} | {"bpc" if at is None else f"bpc_k{at}": bpc for at, bpc in found.items()}
+    if average and average.count:
+        with average.applied(model):
+            line |= {"averaged_bpc" if at is None else f"averaged_bpc_k{at}": bpc for at, bpc in measure().items()}
     if folder is not None:
         folder.record(line)
     bpc = found[ks[-1]]
@@ -241,7 +268,7 @@ def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None,
     say(f"validation at step {state.step}: {values} bpc{', the best so far' if best else ''}")
 
 
-def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau) -> None:
+def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau, average: WeightAverage | None) -> None:
     """One whole checkpoint by all processes; the last two and the best stay."""
     state.plateau = plateau.state_dict()
     writer = checkpoint.Writer(root, state.step, engine.is_main)
@@ -252,13 +279,17 @@ def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, p
     if engine.is_main:
         save_model(model, writer.partial)
         writer.add("optimizer.safetensors", checkpoint.optimizer_tensors(optimizer))
+        if average:
+            writer.add("average.safetensors", average.state())
         writer.add_json("state.json", asdict(state))
         writer.finish()
         checkpoint.prune(root, keep={state.best_step})
     engine.barrier()
 
 
-def restore(folder, engine: Engine, model, optimizer, train_data: LaneIterator, plateau: Plateau) -> tuple[State, Memory | None]:
+def restore(
+    folder, engine: Engine, model, optimizer, train_data: LaneIterator, plateau: Plateau, average: WeightAverage | None
+) -> tuple[State, Memory | None]:
     """Everything as it was when the checkpoint was made. UserError for another number of processes."""
     state = State(**checkpoint.read_json(folder / "state.json"))
     if state.world_size != engine.world_size:
@@ -266,6 +297,8 @@ def restore(folder, engine: Engine, model, optimizer, train_data: LaneIterator, 
     state = replace(state, **checkpoint.read_json(folder / f"rank{engine.rank}.json"))
     load_weights(model, folder)
     checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
+    if average:
+        average.load_state(load_file(folder / "average.safetensors"))
     train_data.load_state_dict(state.data)
     plateau.load_state_dict(state.plateau)
     return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
@@ -290,7 +323,7 @@ def refuse_if_too_slow(engine: Engine, flags: Flags, train_data: LaneIterator) -
     for _ in range(2):  # the first also warms up
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=flags.precision == "bf16"):
-            losses, _ = model(segment.tokens[:1], segment.targets[:1], memory)
+            losses, _, _ = model(segment.tokens[:1], segment.targets[:1], memory)
         losses.mean().backward()
         seconds = min(seconds, time.perf_counter() - begin)
     estimate = seconds * segment.tokens.shape[0] * flags.max_step
@@ -311,6 +344,8 @@ def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, 
         dense = [index for index in range(flags.n_layer) if index not in indices]
         rest = f"; layers {dense} stay dense, {flags.d_inner} wide" if dense else ""
         say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
+        if flags.attn_moe:
+            say(f"queries, keys and values: top-1 experts in layers {indices}")
         say(f"router: {flags.gate_name}, {'frozen' if flags.freeze_gate else 'trained'}; k: {top_k_schedule(flags)}")
         if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):
             say(f"note: --moe_top_k {flags.moe_top_k} has no effect, k follows the schedule")

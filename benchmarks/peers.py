@@ -108,7 +108,7 @@ class OfficialAttention(nn.Module):
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
         heads = self.n_head, self.d_head
         context_KBD = torch.cat([memory_BMD.transpose(0, 1), x_BTD.transpose(0, 1)])
-        q, k, v = (part.unflatten(-1, heads) for part in self.qkv(context_KBD).chunk(3, -1))
+        q, k, v = (part.unflatten(-1, heads) for part in F.linear(context_KBD, self.qkv.weight).chunk(3, -1))
         q = q[-x_BTD.shape[1] :]
         r = self.position(position_KD).unflatten(-1, heads)
         content = torch.einsum("tbhc,kbhc->tkbh", q + u_HC, k)

@@ -67,7 +67,7 @@ def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precisio
     def step() -> float:
         nonlocal memory
         with autocast(precision):
-            losses, memory = model(batch[:, :-1], batch[:, 1:], memory)
+            losses, memory, _ = model(batch[:, :-1], batch[:, 1:], memory)
         loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -83,7 +83,7 @@ def kept_by(model: MemTransformerLM, flags: StepFlags, precision: Precision) -> 
     """MiB kept for the backward pass of one step with memory."""
     tokens = torch.zeros(flags.batch_size, flags.tgt_len, dtype=torch.int64)
     with torch.no_grad():
-        _, memory = model(tokens, tokens)
+        _, memory, _ = model(tokens, tokens)
 
     def forward():
         with autocast(precision):

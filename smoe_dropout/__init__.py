@@ -13,7 +13,7 @@ import importlib
 
 _EXPORTS = {
     "SMoEConfig": "config",
-    "ConfigError": "config",
+    "ConfigError": "options",
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
     "moefy": "hosts",
@@ -26,6 +26,8 @@ _EXPORTS = {
     "moe_layers": "control",
     "auxiliary_loss": "control",
     "expert_load": "control",
+    "set_progress": "training",
+    "method_metrics": "training",
     "save_model": "io",
     "load_weights": "io",
     "from_official": "io",

@@ -2,18 +2,16 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from smoe_dropout.registry import BACKENDS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
+from smoe_dropout.options import ConfigError
+from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
 GateWeight = Literal["softmax", "uniform"]
 OutputScale = Literal["mean", "dense"]
 ExpertInit = Literal["fresh", "split", "copy"]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be; the text lists every mistake, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class SMoEConfig:
     layers: which of the host's FFNs become experts, by index; None: all.
     backend: how experts are computed: "auto" or a name in `registry.BACKENDS`; all give the same result.
     init_std: standard deviation of fresh weights and of the router's.
+    method: a name in `registry.METHODS` whose layer routes and combines in its own way; None: the plain layer.
+    options: of the method and the router, by name; their files say which there are.
 
     Raises ConfigError, listing all mistakes at once.
     """
@@ -49,6 +49,8 @@ class SMoEConfig:
     layers: tuple[int, ...] | None = None
     backend: str = "auto"
     init_std: float = 0.02
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         router, implied = canonical_router(self.router) if isinstance(self.router, str) else (self.router, {})
@@ -74,6 +76,10 @@ class SMoEConfig:
             found.append(unknown("router", str(self.router), [*ROUTERS, *ROUTER_ALIASES]))
         if self.backend not in ("auto", *BACKENDS):
             found.append(unknown("backend", str(self.backend), ["auto", *BACKENDS]))
+        if self.method is not None and self.method not in METHODS:
+            found.append(unknown("method", str(self.method), METHODS))
+        if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
+            found.append(f"options = {self.options!r} must give values by name")
         if self.freeze_router not in (None, True, False):
             found.append(f"freeze_router = {self.freeze_router!r} must be True, False or None")
         for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
@@ -101,7 +107,7 @@ class SMoEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SMoEConfig":
         """Raises ConfigError for a field this version does not know."""
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         if foreign := sorted(set(values) - known):
             raise ConfigError(f"unknown field {', '.join(foreign)} in the configuration; known: {', '.join(sorted(known))}")
         return cls(**values)

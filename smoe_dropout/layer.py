@@ -1,24 +1,53 @@
 """The MoE feed-forward layer: route -> experts -> combine."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
+from smoe_dropout.options import NoOptions, build_options
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing
+from smoe_dropout.training import FollowsTraining
 
 
-class MoELayer(nn.Module):
+class Shared:
+    """What the MoE layers of one model share within one forward pass. `moefy` gives one to all of them.
+
+    tokens: the token ids the model was given, where a layer or router needs them. carried: what a layer hands on to the next one.
+    """
+
+    def __init__(self):
+        self.tokens: Tensor | None = None
+        self.carried: Tensor | None = None
+
+    def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward pre-hook of the host's token embedding."""
+        self.tokens = inputs[0]
+
+    def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
+        return {"tokens": None, "carried": None}
+
+
+class MoELayer(nn.Module, FollowsTraining):
     """[..., D] -> [..., D]: y = scale * sum_{i in top-k} g_i E_i(x) (paper section 3.1), in place of a feed-forward network.
 
-    A method that routes or combines otherwise overrides `route` or `combine`. After a forward pass `losses` holds the router's auxiliary
-    losses and `assigned` the indices [N, K] of that pass.
+    A method that routes or combines otherwise overrides `route` or `combine`. After a forward pass `losses` holds the auxiliary losses and
+    `assigned` the indices [N, K] of that pass.
+
+    Options: what a method's layer lets one set. needs: what of the host it has to see, "attention" for the attention module before it,
+    which then stands in `attention` and keeps its probabilities. index of count: its place among the MoE layers of the model.
     """
+
+    Options: type = NoOptions
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()
         self.config = config
+        self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.output_scale = float(config.num_experts) if config.output_scale == "dense" else 1.0
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
@@ -26,19 +55,35 @@ class MoELayer(nn.Module):
         self.experts = experts
         self.losses: dict[str, Tensor] = {}
         self.assigned: Tensor | None = None
+        self.index, self.count, self.shared = 0, 1, Shared()
+        self._before: list[nn.Module] = []  # in a list, so that it does not become a child
+
+    @property
+    def attention(self) -> nn.Module:
+        """The host's attention module before this layer."""
+        return self._before[0]
+
+    def place(self, index: int, count: int, shared: Shared, attention: nn.Module | None) -> None:
+        """Told by `moefy` where in the model the layer stands."""
+        self.index, self.count, self.shared = index, count, shared
+        self.router.shared = shared
+        self._before = [] if attention is None else [attention]
 
     def forward(self, x: Tensor) -> Tensor:
-        x_ND = x.reshape(-1, x.shape[-1])
-        routing = self.route(x_ND)
+        routing = self.route(x)
         self.losses, self.assigned = routing.losses, routing.indices_NK.detach()
-        return self.combine(x_ND, routing).view_as(x)
+        return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
 
-    def route(self, x_ND: Tensor) -> Routing:
-        return self.router(x_ND, self.top_k)
+    def route(self, x: Tensor) -> Routing:
+        """x [..., D] -> the routing of its N tokens."""
+        return self.router(x.reshape(-1, x.shape[-1]), self.top_k)
 
     def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        weights_NK = routing.weights_NK if self.output_scale == 1.0 else routing.weights_NK * self.output_scale
-        return self.experts(x_ND, routing.indices_NK, weights_NK)
+        return self.experts(x_ND, routing.indices_NK, self.scaled(routing.weights_NK))
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Gate weights times the output scale."""
+        return weights if self.output_scale == 1.0 else weights * self.output_scale
 
     def load(self) -> Tensor:
         """Share of the last pass's assignments that went to each expert [E]; sums to 1."""
@@ -47,9 +92,15 @@ class MoELayer(nn.Module):
         counts_E = torch.bincount(self.assigned.flatten(), minlength=self.num_experts)
         return counts_E / counts_E.sum().clamp(min=1)
 
+    @property
+    def computed_experts(self) -> int:
+        """Experts computed for a token: k, unless the router or the last pass took more."""
+        return self.router.computed(self.top_k)
+
+    def routing_flops(self, lanes: int, positions: int) -> int:
+        """Operations of routing `lanes` sequences of so many positions."""
+        return self.router.flops(lanes * positions)
+
     def __getstate__(self) -> dict:
         # what the last pass left belongs to its autograd graph, which can be neither copied nor pickled
         return {**self.__dict__, "losses": {}, "assigned": None}
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, output_scale={self.config.output_scale}"

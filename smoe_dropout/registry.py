@@ -11,6 +11,12 @@ from typing import Any
 ROUTERS: dict[str, str] = {
     "random": "smoe_dropout.routers:RandomRouter",
     "learned": "smoe_dropout.routers:LearnedRouter",
+    "none": "smoe_dropout.routers:NoRouter",
+    "hash": "smoe_dropout.routers.hash:HashRouter",
+    "uniform": "smoe_dropout.routers.uniform:UniformRouter",
+    "logit_drop": "smoe_dropout.routers.logit_drop:LogitDropRouter",
+    "dense_to_sparse": "smoe_dropout.routers.dense_to_sparse:DenseToSparseRouter",
+    "noisy_top_k": "smoe_dropout.routers.noisy_top_k:NoisyTopKRouter",
 }
 
 # the official code's gate names; its gates without a balance loss say so by setting it to 0
@@ -18,6 +24,12 @@ ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomNaiveGate": ("random", {}),
     "NaiveGate": ("learned", {"balance_loss": 0.0}),
     "CustomNaiveGate_Balance": ("learned", {}),
+    "balanced": ("learned", {}),
+    "CustomHashGate": ("hash", {}),
+    "CustomRandomGate": ("uniform", {}),
+    "CustomDropGate": ("logit_drop", {"balance_loss": 0.0}),
+    "CustomDTSGate": ("dense_to_sparse", {"balance_loss": 0.0}),
+    "NoisyGate": ("noisy_top_k", {"balance_loss": 0.0}),
 }
 
 BACKENDS: dict[str, str] = {
@@ -28,10 +40,22 @@ BACKENDS: dict[str, str] = {
     "fastmoe": "smoe_dropout.experts.fastmoe",
 }
 
+# flags of the official scripts that name no method mean the first one here that they spell out
 METHODS: dict[str, str] = {
-    "dense": "smoe_dropout.methods.dense:METHOD",
-    "smoe": "smoe_dropout.methods.smoe:METHOD",
     "smoe_dropout": "smoe_dropout.methods.smoe_dropout:METHOD",
+    "smoe": "smoe_dropout.methods.smoe:METHOD",
+    "dense_dropout": "smoe_dropout.methods.dense_dropout:METHOD",
+    "dense": "smoe_dropout.methods.dense:METHOD",
+    "elastic": "smoe_dropout.methods.elastic:METHOD",
+    "sandwich": "smoe_dropout.methods.sandwich:METHOD",
+    "thor": "smoe_dropout.methods.thor:METHOD",
+    "competesmoe": "smoe_dropout.methods.competesmoe:METHOD",
+    "momentumsmoe": "smoe_dropout.methods.momentumsmoe:METHOD",
+    "similarity": "smoe_dropout.methods.similarity:METHOD",
+    "attention": "smoe_dropout.methods.attention:METHOD",
+    "concrete_dropout": "smoe_dropout.methods.concrete_dropout:METHOD",
+    "dropblock": "smoe_dropout.methods.dropblock:METHOD",
+    "block_dropout": "smoe_dropout.methods.block_dropout:METHOD",
 }
 
 

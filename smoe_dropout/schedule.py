@@ -1,6 +1,7 @@
-"""k as a pure function of the training step: the seven modes of the official code, and a constant."""
+"""k as a pure function of the training step: the seven modes of the official code, a constant, and a draw at every step."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,16 +20,18 @@ def _doubling(step: int, total: int) -> int:
     return min(int(len(_DOUBLING) * step / total), len(_DOUBLING) - 1)
 
 
-# (step t, total T, k_min, k_max) -> k before clipping; Python's rounding, half to even, as in the official code
-SCHEDULES: dict[str, Callable[[int, int, int, int], int]] = {
-    "linear_increase": lambda t, T, low, high: round((high - low) * t / T) + low,
-    "linear_decrease": lambda t, T, low, high: round(-(high - low) * t / T) + high,
-    "cosine_decrease": lambda t, T, low, high: round((high - low) * math.cos(math.pi * t / (2 * T))) + low,
-    "cosine_increase": lambda t, T, low, high: round(-(high - low) * math.cos(math.pi * t / (2 * T))) + high,
-    "exp_increase": lambda t, T, low, high: round(-(high - low) * _exponential(t, T)) + high,
-    "multi_step_increase": lambda t, T, low, high: _DOUBLING[_doubling(t, T)],
-    "multi_step_decrease": lambda t, T, low, high: _DOUBLING[::-1][_doubling(t, T)],
-    "constant": lambda t, T, low, high: high,
+# (schedule, step t) -> k before clipping; Python's rounding, half to even, as in the official code
+SCHEDULES: dict[str, Callable[["TopKSchedule", int], int]] = {
+    "linear_increase": lambda s, t: round((s.k_max - s.k_min) * t / s.total_steps) + s.k_min,
+    "linear_decrease": lambda s, t: round(-(s.k_max - s.k_min) * t / s.total_steps) + s.k_max,
+    "cosine_decrease": lambda s, t: round((s.k_max - s.k_min) * math.cos(math.pi * t / (2 * s.total_steps))) + s.k_min,
+    "cosine_increase": lambda s, t: round(-(s.k_max - s.k_min) * math.cos(math.pi * t / (2 * s.total_steps))) + s.k_max,
+    "exp_increase": lambda s, t: round(-(s.k_max - s.k_min) * _exponential(t, s.total_steps)) + s.k_max,
+    "multi_step_increase": lambda s, t: _DOUBLING[_doubling(t, s.total_steps)],
+    "multi_step_decrease": lambda s, t: _DOUBLING[::-1][_doubling(t, s.total_steps)],
+    "constant": lambda s, t: s.k_max,
+    # not of the paper: a new draw at every step, uniform over k_min..k_max; k_max when they are over
+    "elastic": lambda s, t: random.Random(s.seed * 2**40 + t).randint(s.k_min, s.k_max) if t < s.total_steps else s.k_max,
 }
 
 
@@ -36,13 +39,14 @@ SCHEDULES: dict[str, Callable[[int, int, int, int], int]] = {
 class TopKSchedule:
     """k(step), within k_min..k_max; steps past `total_steps` keep the last value. Paper section 3.2: linear from E/2 to E.
 
-    Raises ValueError for an unknown mode, k_min > k_max, k_min < 1 or total_steps < 1.
+    `seed` decides what a schedule that draws k draws. Raises ValueError for an unknown mode, k_min > k_max, k_min < 1 or total_steps < 1.
     """
 
     mode: str
     k_min: int
     k_max: int
     total_steps: int
+    seed: int = 0
 
     def __post_init__(self):
         if self.mode not in SCHEDULES:
@@ -53,5 +57,5 @@ class TopKSchedule:
             raise ValueError(f"total_steps = {self.total_steps} must be at least 1")
 
     def __call__(self, step: int) -> int:
-        k = SCHEDULES[self.mode](min(step, self.total_steps), self.total_steps, self.k_min, self.k_max)
+        k = SCHEDULES[self.mode](self, min(step, self.total_steps))
         return min(max(k, self.k_min), self.k_max)

@@ -70,8 +70,8 @@ def language_models(**settings) -> list[MemTransformerLM]:
 def losses_and_gradients(model: MemTransformerLM) -> dict[str, torch.Tensor]:
     """Of two segments, the second with the memory of the first; gradients by the names of our parameters."""
     tokens = torch.randint(31, (3, 11), generator=torch.Generator().manual_seed(6))
-    first, memory = model(tokens[:, :5], tokens[:, 1:6])
-    second, memory = model(tokens[:, 5:10], tokens[:, 6:11], memory)
+    first, memory, _ = model(tokens[:, :5], tokens[:, 1:6])
+    second, memory, _ = model(tokens[:, 5:10], tokens[:, 6:11], memory)
     (first.mean() + second.mean()).backward()
     gradients = {name.replace("experts.experts.", "experts."): parameter.grad for name, parameter in model.named_parameters()}
     return {"first": first, "second": second, "memory": torch.stack(memory), **gradients}

@@ -50,21 +50,21 @@ def test_official_smoe_dropout_script_parses_as_it_stands():
 
 def test_official_dense_script_parses_as_it_stands():
     run = flags(OFFICIAL_DENSE)
-    assert (run.method, run.moe, run.d_inner, run.d_ff, run.work_dir) == ("dense", False, 8192, 8192, "Directly_Dense_Training")
+    assert (run.method, run.moe, run.d_inner, run.d_ff, run.work_dir) == ("dense_dropout", False, 8192, 8192, "Directly_Dense_Training")
     assert top_k_schedule(run) is None and evaluation_ks(run) == [None]
 
 
 def test_official_scripts_equal_our_methods_with_the_paper_preset():
     """But for folders, and k and layers, which the official flags name one by one."""
-    for official, method in ((OFFICIAL_SMOE_DROPOUT, "smoe_dropout"), (OFFICIAL_DENSE, "dense")):
+    for official, method in ((OFFICIAL_SMOE_DROPOUT, "smoe_dropout"), (OFFICIAL_DENSE, "dense_dropout")):
         ours = flags(f"--method {method} --work_dir x --data x")
         theirs = flags(f"{official} --work_dir x --data x")
         different = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
         assert different <= {"cuda", "device", "multi_gpu", "moe_top_k", "moe_index"}
 
 
-def test_no_flags_at_all_are_the_dense_model_of_the_paper():
-    assert flags("") == flags("--preset paper --method dense")
+def test_no_flags_at_all_are_the_dense_model_of_the_official_script():
+    assert flags("") == flags("--preset paper --method dense_dropout")
 
 
 @pytest.mark.parametrize("text", [OFFICIAL_SMOE_DROPOUT, OFFICIAL_DENSE])
@@ -95,7 +95,7 @@ def test_a_repeated_flag_means_its_last_value():
 @pytest.mark.parametrize(
     ("text", "method", "router", "balance"),
     [
-        ("--seed 1111", "dense", None, None),
+        ("--seed 1111", "dense_dropout", None, None),
         ("--moe --gate_name CustomNaiveGate --freeze_gate --dynamic_moe", "smoe_dropout", "random", None),
         ("--moe --gate_name CustomNaiveGate_Balance", "smoe", "learned", None),
         ("--moe --gate_name NaiveGate", "smoe", "learned", 0.0),

@@ -121,7 +121,7 @@ def test_model_is_the_transcription(pre_lnorm, embeddings, segments, float64):
     for index, length in enumerate(lengths):
         inputs, targets = tokens(2, length, index), tokens(2, length, index + 50)
         before = memory or model.initial_memory(2)
-        losses, memory = model(inputs, targets, memory)
+        losses, memory, _ = model(inputs, targets, memory)
         logits, _ = model.logits(inputs, before)
         hidden, _ = model.hidden(inputs, before)
         for lane in range(2):
@@ -215,6 +215,10 @@ def attention_inputs(T, M, same_length=False, heads=2, lanes=2, width=3, dtype=t
     return leaves, torch.zeros(T, M + T, dtype=dtype).masked_fill(hidden, -math.inf)
 
 
+def cpu_attention(*inputs):
+    return RelativeAttentionCPU.apply(*inputs)[0]
+
+
 LENGTHS = [(1, 0), (1, 3), (2, 0), (4, 0), (3, 5), (5, 2)]
 
 
@@ -223,7 +227,7 @@ LENGTHS = [(1, 0), (1, 3), (2, 0), (4, 0), (3, 5), (5, 2)]
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)], ids=str)
 def test_cpu_function_and_sdpa_agree(dtype, tolerance, T, M, same_length):
     results = []
-    for route, used in ((RelativeAttentionCPU.apply, dtype), (lambda *inputs: relative_attention_sdpa(*inputs, 0.0), torch.float64)):
+    for route, used in ((cpu_attention, dtype), (lambda *inputs: relative_attention_sdpa(*inputs, 0.0), torch.float64)):
         leaves, mask = attention_inputs(T, M, same_length, dtype=dtype)
         y = route(*(leaf.to(used) for leaf in leaves), mask.to(used))
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=used).sin().view(y.shape))
@@ -237,10 +241,10 @@ def test_cpu_function_and_sdpa_agree(dtype, tolerance, T, M, same_length):
 @pytest.mark.parametrize(("T", "M"), LENGTHS[:1] + LENGTHS[3:])
 def test_gradcheck_of_the_cpu_function(T, M, same_length):
     leaves, mask = attention_inputs(T, M, same_length, lanes=1, width=2)
-    assert gradcheck(lambda *inputs: RelativeAttentionCPU.apply(*inputs, mask), leaves)
+    assert gradcheck(lambda *inputs: cpu_attention(*inputs, mask), leaves)
 
 
-@pytest.mark.parametrize("route", [RelativeAttentionCPU.apply, lambda *inputs: relative_attention_sdpa(*inputs, 0.0)], ids=["cpu", "sdpa"])
+@pytest.mark.parametrize("route", [cpu_attention, lambda *inputs: relative_attention_sdpa(*inputs, 0.0)], ids=["cpu", "sdpa"])
 def test_second_derivative_is_right_or_refused(route):
     leaves, mask = attention_inputs(2, 1, heads=1, lanes=1, width=2)
     try:
@@ -265,10 +269,10 @@ def test_routes_agree_in_the_whole_model(monkeypatch):
     results = []
     for _ in range(2):
         model.zero_grad()
-        losses, _ = model(tokens(2, 5), tokens(2, 5, 3), memory)
+        losses, _, _ = model(tokens(2, 5), tokens(2, 5, 3), memory)
         losses.sum().backward()
         results.append({"loss": losses.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}})
-        monkeypatch.setattr(RelativeAttentionCPU, "apply", lambda *inputs: relative_attention_sdpa(*inputs, 0.0))
+        monkeypatch.setattr(RelativeAttentionCPU, "apply", lambda *inputs: (relative_attention_sdpa(*inputs, 0.0), inputs[0]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_losses_memory_and_gradients(path, backend):
             sd.freeze_routers(model, False)  # the official run froze nothing here
         memory, total = None, 0.0
         for index, (inputs, targets) in enumerate(segments(tensors["input.tokens"], config["tgt_len"])):
-            losses, memory = model(inputs, targets, memory)
+            losses, memory, _ = model(inputs, targets, memory)
             expected = tensors[f"k{k}.segment{index}.loss_per_token"].t()
             torch.testing.assert_close(losses, expected, atol=2e-6, rtol=0, msg=lambda text, k=k, i=index: f"k={k} segment {i}: {text}")
             total = total + losses.mean()
@@ -107,7 +107,7 @@ def test_training_curve(path):
         assert schedule(step) == tensors["top_k"][step]
         sd.set_top_k(model, schedule(step))
         optimizer.param_groups[0]["lr"] = 2.5e-3 * (1 + math.cos(math.pi * step / steps)) / 2
-        losses, memory = model(inputs, targets, memory)
+        losses, memory, _ = model(inputs, targets, memory)
         assert abs(losses.mean().item() - tensors["loss"][step].item()) < 1e-4, f"step {step}"
         optimizer.zero_grad()
         losses.mean().backward()

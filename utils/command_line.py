@@ -12,9 +12,10 @@ from typing import Any
 
 import tyro
 
-from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.methods.base import Method
-from smoe_dropout.registry import METHODS, canonical_router, load, unknown
+from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
+from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load, unknown
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError, exit_on_user_error
 from utils.flags import CHOICES, DERIVED, NOT_NEGATIVE, OF_EXPERTS, OF_THE_RUN, POSITIVE, REFUSED, Flags
@@ -123,11 +124,52 @@ def check(flags: Flags) -> list[str]:
         found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
-    return found + (_check_experts(flags) if flags.moe else _check_dense(flags))
+    if flags.swad_end != -1 and flags.swad_end < flags.swad_start:
+        found.append(f"--swad_end {flags.swad_end} lies before --swad_start {flags.swad_start}")
+    found += _check_experts(flags) if flags.moe else _check_dense(flags)
+    return found or _check_method(flags)
 
 
 def _check_dense(flags: Flags) -> list[str]:
     return [f"--{name} needs --moe" for name in OF_EXPERTS if getattr(flags, name) != getattr(Flags, name)]
+
+
+def _check_method(flags: Flags) -> list[str]:
+    """Of a command line that is right otherwise: what the method and its options make of it."""
+    method = method_of(flags)
+    if flags.dense_drop and not (method and method.flags.get("dense_drop")):
+        return [f"--dense_drop cannot be combined with --method {flags.method}{' and --moe' if flags.moe else ''}: leave one out"]
+    try:
+        method_options(flags)
+        sentence = method.refusal(smoe_config(flags, method)) if method and flags.moe else None
+    except ConfigError as error:
+        return [f"--method_options {flags.method_options}: {error}" if flags.method_options else str(error)]
+    return [f"--method {method.name}: {sentence}"] if sentence else []
+
+
+def method_of(flags: Flags) -> Method | None:
+    """The method given by name, or else by the official flags."""
+    name = flags.method or matching_method(resolve(dataclasses.replace(flags, method="custom")))
+    return load(METHODS, "method", name) if name else None
+
+
+def parse_options(text: str | None) -> dict[str, str]:
+    """ "alpha=5,inference=token" -> {"alpha": "5", "inference": "token"}. ConfigError for anything else."""
+    pairs = [word.partition("=") for word in (text or "").split(",") if word]
+    if not all(name.strip() and sign and value for name, sign, value in pairs):
+        raise ConfigError("expected name=value pairs separated by commas, such as alpha=5,inference=token")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def method_options(flags: Flags) -> Any:
+    """The method's options. ConfigError for one that neither the method nor the router has."""
+    values, method = parse_options(flags.method_options), method_of(flags)
+    own = method.options if method else NoOptions
+    kinds = [own]
+    if values and flags.moe:
+        kinds.append(load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).Options)
+    built = [build_options(kind, values, option_names(kinds)) for kind in kinds]
+    return built[0]
 
 
 def _check_experts(flags: Flags) -> list[str]:
@@ -202,6 +244,8 @@ def resolve(flags: Flags) -> Flags:
     flags = dataclasses.replace(flags, **changes)
     if flags.method is None:
         flags = dataclasses.replace(flags, method=matching_method(flags))
+    if flags.swad_end == -1:
+        flags = dataclasses.replace(flags, swad_end=flags.max_step)
     if flags.work_dir is None:
         name = flags.run_name or flags.method or "custom"
         flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{name}-seed{flags.seed}")
@@ -209,7 +253,7 @@ def resolve(flags: Flags) -> Flags:
 
 
 def matching_method(flags: Flags) -> str | None:
-    """The name of the method that the official flags spell out, if one does."""
+    """The name of the first method in the registry that the official flags spell out, if one does."""
     for name in METHODS:
         wanted: Method = load(METHODS, "method", name)
         if all(getattr(flags, key) == value for key, value in wanted.flags.items()):
@@ -228,11 +272,12 @@ def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     if flags.d_ff != usual.d_ff:
         found["d_ff"] = flags.d_ff
     experts = {name: value for name, value in found.items() if name in (*OF_EXPERTS, "moe", "moe_num_expert", "d_inner")}
-    return {name: value for name, value in found.items() if name not in experts}, experts if flags.moe else {}
+    options = parse_options(found.pop("method_options", None))
+    return {name: value for name, value in found.items() if name not in experts}, (experts if flags.moe else {}) | options
 
 
-def smoe_config(flags: Flags) -> SMoEConfig:
-    """The library's configuration of the experts. ConfigError as there."""
+def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
+    """The library's configuration of the experts, with the method's layer. ConfigError as there."""
     return SMoEConfig(
         num_experts=flags.moe_num_expert,
         top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
@@ -245,6 +290,8 @@ def smoe_config(flags: Flags) -> SMoEConfig:
         layers=parse_layers(flags.moe_index, flags.n_layer)[0],
         backend=flags.expert_backend,
         init_std=flags.init_std,
+        method=method.name if method and method.layer else None,
+        options=parse_options(flags.method_options),
     )
 
 
@@ -253,7 +300,7 @@ def top_k_schedule(flags: Flags) -> TopKSchedule | None:
     if not flags.moe:
         return None
     if flags.dynamic_moe:
-        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps)
+        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps, flags.seed)
     return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
 
 

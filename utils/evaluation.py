@@ -28,7 +28,8 @@ def evaluate(
 ) -> dict[str, float]:
     """bits per character over `data`, read in `eval_batch_size` lanes of `eval_tgt_len` with memory, and tokens per second.
 
-    k, mode and memory length of the model are as before afterwards. Lanes are shared out over processes; the mean is over all tokens.
+    Methods that draw experts draw the same at every evaluation, from the run's seed. k, mode and memory length of the model, and the random
+    generators, are as before afterwards. Lanes are shared out over processes; the mean is over all tokens.
     """
     lanes = rank_lanes(flags.eval_batch_size, engine.rank, engine.world_size, training=False)
     was_training, mem_len = model.training, model.mem_len
@@ -36,12 +37,13 @@ def evaluate(
     model.mem_len = evaluation_memory(flags)
     loss, tokens, memory, begin = 0.0, 0, None, time.perf_counter()
     try:
-        with top_k(model, k) if k is not None else nullcontext():
+        with top_k(model, k) if k is not None else nullcontext(), torch.random.fork_rng():
+            torch.manual_seed(flags.seed + engine.rank)
             iterator = LaneIterator(data, flags.eval_batch_size, flags.eval_tgt_len, engine.device, lanes)
             for index, segment in enumerate(iterator.one_pass() if len(lanes) else ()):
                 if index == max_steps:
                     break
-                losses, memory = model(segment.tokens, segment.targets, memory)
+                losses, memory, _ = model(segment.tokens, segment.targets, memory)
                 loss += losses.double().sum().item()
                 tokens += losses.numel()
     finally:

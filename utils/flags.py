@@ -17,6 +17,8 @@ class Flags:
     """sizes and lengths: paper, laptop or quick"""
     work_dir: str | None = None
     """the run's folder, exactly; default runs/<preset>/<dataset>/<run_name>-seed<seed>. The same command again resumes"""
+    method_options: str | None = None
+    """options of the method and the router, such as alpha=5,inference=token; a wrong one lists those there are"""
     run_name: str | None = None
     """name in the default work_dir; default the method's"""
     seed: int = 1111
@@ -109,6 +111,16 @@ class Flags:
     """softmax of the kept logits, or uniform"""
     expert_backend: str = "auto"
     """how experts are computed; all give the same result"""
+    attn_moe: bool = False
+    """official: queries, keys and values from 16 top-1 experts, in the layers that have experts"""
+    freeze_main_network: bool = False
+    """official: do not train the experts"""
+    freeze_main_network_all: bool = False
+    """official: train routers and embeddings only"""
+    dynamic_router_start: int = -1
+    """official: the router is trained up to this step and frozen from then on; -1: as --freeze_gate says"""
+    dense_drop: bool = False
+    """official: dense feed-forward layers, of which whole blocks are dropped"""
 
     # --- optimiser
     optim: str = "adam"
@@ -133,6 +145,12 @@ class Flags:
     """largest gradient norm"""
     max_step: int = 400_000
     """training steps"""
+    swad: bool = False
+    """keep the mean of the weights over steps swad_start to swad_end, and evaluate it beside the model"""
+    swad_start: int = 0
+    """first step of the mean"""
+    swad_end: int = -1
+    """last step of the mean; -1: max_step"""
 
     # --- machine and records
     device: str = "auto"
@@ -178,19 +196,11 @@ REFUSED: dict[str, str] = {
     "clip_nonemb": "use --clip, which takes all parameters",
     "finetune_v2": _NOT_BUILT,
     "finetune_v3": _NOT_BUILT,
-    "attn_moe": _NOT_BUILT,
-    "dense_drop": _NOT_BUILT,
-    "expert_drop": _NOT_BUILT,
-    "num_expert": "use --moe_num_expert",
-    "swad": _NOT_BUILT,
-    "swad_start": _NOT_BUILT,
-    "swad_end": _NOT_BUILT,
-    "freeze_main_network": _NOT_BUILT,
-    "freeze_main_network_all": _NOT_BUILT,
-    "dynamic_router_start": _NOT_BUILT,
-    "min_temp": _NOT_BUILT,
-    "max_temp": _NOT_BUILT,
-    "threshold": _NOT_BUILT,
+    "expert_drop": "use --dense_drop --method_options rate=0.5",
+    "num_expert": "use --moe_num_expert, or for --dense_drop --method_options blocks=16",
+    "min_temp": "use --method_options min_temp=0.3",
+    "max_temp": "use --method_options max_temp=2",
+    "threshold": "use --method_options threshold=0.001",
 }
 CHOICES = {
     "preset": tuple(PRESETS),
@@ -207,12 +217,25 @@ POSITIVE = (
 OF_EXPERTS = (
     *("moe_top_k", "gate_name", "moe_index", "freeze_gate", "load_balance", "dynamic_moe", "dynamic_moe_mode", "dynamic_overall_steps"),
     *("moe_top_k_min", "moe_top_k_max", "output_scale", "gate_weight", "expert_backend"),
+    *("attn_moe", "freeze_main_network", "freeze_main_network_all", "dynamic_router_start"),
 )
 # what decides a run but not what method it is; and what follows from other flags unless it is given
 OF_THE_RUN = (
     *("method", "preset", "work_dir", "run_name", "seed", "yes", "eval_only", "k", "data", "dataset", "batch_chunk", "eval_batch_size"),
-    *("max_eval_steps", "max_test_steps", "expert_backend", "device", "cuda", "multi_gpu", "precision", "threads"),
+    *(
+        "max_eval_steps",
+        "max_test_steps",
+        "expert_backend",
+        "swad",
+        "swad_start",
+        "swad_end",
+        "device",
+        "cuda",
+        "multi_gpu",
+        "precision",
+        "threads",
+    ),
     *("log_interval", "eval_interval", "save_interval"),
 )
 DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
-NOT_NEGATIVE = ("mem_len", "warmup_step", "mom", "eta_min", "lr_min", "patience", "threads", "save_interval", "seed")
+NOT_NEGATIVE = ("mem_len", "warmup_step", "mom", "eta_min", "lr_min", "patience", "threads", "save_interval", "seed", "swad_start")

@@ -7,7 +7,9 @@ from smoe_dropout import moe_layers
 
 
 def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int, k: int | None) -> int:
-    """Of one forward pass over `batch` lanes of `segment` positions with so many positions of memory, k experts active (None: dense)."""
+    """Of one forward pass over `batch` lanes of `segment` positions with so many positions of memory, k experts active (None: as many as
+    the layers compute at present; a dense model has none).
+    """
     c: TransformerXLConfig = model.config
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
     projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
@@ -15,8 +17,8 @@ def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int
     total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
     sparse = moe_layers(model)
     for _, layer in sparse:
-        E, H, D = layer.experts.up.shape
-        total += 2 * queries * D * (2 * H * (k or layer.top_k) + E)
+        _, H, D = layer.experts.up.shape
+        total += 4 * queries * D * H * (k or layer.computed_experts) + layer.routing_flops(batch, segment)
     return total + (c.n_layer - len(sparse)) * 4 * queries * c.d_model * c.d_inner
 
 

@@ -9,6 +9,7 @@ Both maps are stored [E, H, D]: a slice is one expert, and the view [E * H, D] i
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.experts.activations import ACTIVATIONS
@@ -56,6 +57,14 @@ class Experts(nn.Module):
             raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")
         with torch.autocast(device, enabled=False):
             return module.run(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), weights)
+
+    def each(self, x_ND: Tensor) -> Tensor:
+        """Every expert's output for every token [N, E, D], by plain autograd."""
+        w = self.weights(torch.get_autocast_dtype(x_ND.device.type) if torch.is_autocast_enabled(x_ND.device.type) else x_ND.dtype)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x_END = x_ND.to(w.up_EHD.dtype).expand(len(w.up_EHD), -1, -1)
+            hidden_ENH = ACTIVATIONS[w.activation].apply(torch.baddbmm(w.bias_up_EH[:, None], x_END, w.up_EHD.transpose(1, 2)))
+            return torch.baddbmm(w.bias_down_ED[:, None], F.dropout(hidden_ENH, w.dropout), w.down_EHD).transpose(0, 1)
 
     def backend_for(self, tokens: int, k: int, dtype: torch.dtype) -> str:
         """The backend that computes so many tokens with k active experts."""

@@ -3,13 +3,21 @@
 A host is a module with `find(model) -> list[Site]`. The residual, its dropout and the LayerNorm stay the host's own.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.hosts.site import Site
-from smoe_dropout.layer import MoELayer
+from smoe_dropout.layer import MoELayer, Shared
+from smoe_dropout.options import NoOptions, build_options, option_names
+from smoe_dropout.registry import METHODS, ROUTERS, load
+
+if TYPE_CHECKING:
+    from smoe_dropout.methods.base import Method
 
 HOSTS = ("smoe_dropout.hosts.sequential",)
 
@@ -28,16 +36,63 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     """Replaces feed-forward networks of `model` by MoE layers, in place, and returns it.
 
     `config.layers` picks them by index; the others stay dense. New weights are drawn from torch's default generator. The model's
-    parameters change: build its optimiser afterwards. ConfigError for a model already turned, a layer index it does not have, or a width
-    that E does not divide; the model is then untouched.
+    parameters change: build its optimiser afterwards. ConfigError for a model already turned, a layer index it does not have, a width
+    that E does not divide, or a method or option that cannot be here; the model is then untouched.
     """
     if any(isinstance(module, MoELayer) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} has MoE layers already")
+    method: Method | None = load(METHODS, "method", config.method) if config.method else None
+    check(method, config)
+    kind = (method.layer if method else None) or MoELayer
     sites = find_sites(model)
     chosen = range(len(sites)) if config.layers is None else config.layers
     if outside := [index for index in chosen if index >= len(sites)]:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
-    replacements = [(sites[index], sites[index].experts(config)) for index in chosen]
-    for site, experts in replacements:
-        site.replace(MoELayer(site.d_model, experts, config))
+    layers = [kind(sites[index].d_model, sites[index].experts(config), config) for index in chosen]
+    needs, shared = kind.needs | layers[0].router.needs, Shared()
+    attentions = [attention_before(model, sites[index]) if "attention" in needs else None for index in chosen]
+    embedding = token_embedding(model) if "tokens" in needs else None
+    for place, (index, layer) in enumerate(zip(chosen, layers, strict=True)):
+        layer.place(place, len(layers), shared, attentions[place])
+        sites[index].replace(layer)
+        if attentions[place] is not None:
+            attentions[place].keep_probabilities = True
+    if embedding is not None:
+        embedding.register_forward_pre_hook(shared.see_tokens)
     return model
+
+
+def check(method: Method | None, config: SMoEConfig) -> None:
+    """ConfigError for an option that neither the method nor the router has, or a configuration that the method cannot take."""
+    kinds = [method.options] if method else []
+    if config.options and config.router in ROUTERS:
+        kinds.append(load(ROUTERS, "router", config.router).Options)
+    known = option_names(kinds)
+    for kind in kinds or [NoOptions]:
+        build_options(kind, config.options, known)
+    if method and method.sparse and (sentence := method.refusal(config)):
+        raise ConfigError(sentence)
+
+
+def attention_before(model: nn.Module, site: Site) -> nn.Module:
+    """The last attention module ahead of a site that can keep its probabilities. ConfigError if there is none."""
+    found = None
+    for module in model.modules():
+        if module is getattr(site.parent, site.name):
+            break
+        found = module if hasattr(module, "keep_probabilities") else found
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no attention module that keeps its probabilities before {site.name!r}, which this method needs"
+        )
+    return found
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """What the host looks token ids up in: its input embedding, or else its first nn.Embedding. ConfigError if there is none."""
+    if callable(getter := getattr(model, "get_input_embeddings", None)):
+        return getter()
+    found = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} has no token embedding, and this router routes by token ids")
+    return found

@@ -30,4 +30,9 @@ def _site(parent: nn.Module, name: str, ffn: nn.Sequential) -> Site | None:
         return None
     inner = dropouts[2].p if 2 in dropouts else 0.0
     final = None if ffn[-1] is down else ffn[-1]
-    return Site(parent, name, up.weight, up.bias, down.weight, down.bias, name_of_activation, inner, final)
+
+    def put_dropout(module: nn.Module) -> None:
+        setattr(parent, name, nn.Sequential(up, activation, module, down, *([] if final is None else [final])))
+
+    tensors = up.weight, up.bias, down.weight, down.bias
+    return Site(parent, name, *tensors, name_of_activation, inner, final, put_dropout)

@@ -1,5 +1,6 @@
 """One feed-forward network of a host model, and the experts it becomes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ class Site:
     activation: str
     dropout: float
     final: nn.Module | None = None  # what of the host follows the network inside the same child, and stays
+    put_dropout: Callable[[nn.Module], None] | None = None  # makes a module the dropout of the dense network's hidden units
 
     @property
     def d_model(self) -> int:

@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smoe_dropout.options import NoOptions
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from smoe_dropout.config import SMoEConfig
+    from smoe_dropout.layer import MoELayer
+
 
 class Forward(NamedTuple):
-    """One pass of the model over a batch: losses per token in nats, and the state to carry to the next batch."""
+    """One pass of the model over a batch: losses per token in nats, the state to carry to the next batch, and logits [..., V]."""
 
     token_losses: Tensor
     state: Any
+    logits: Tensor
 
 
 class Objective(NamedTuple):
@@ -25,14 +31,28 @@ class Objective(NamedTuple):
     state: Any
 
 
-def likelihood(model: nn.Module, forward: Callable[[], Forward]) -> Objective:
-    """Mean cross-entropy plus the routers' auxiliary losses. `forward` runs the model once; a method may run it more often."""
+class Settings(NamedTuple):
+    """Of a training run: the schedule's smallest and largest k, the method's options, and the number of training tokens."""
+
+    k_min: int
+    k_max: int
+    options: Any
+    train_tokens: int
+
+
+def likelihood(model: nn.Module, forward: Callable[[], Forward], settings: Settings) -> Objective:
+    """Mean cross-entropy plus the layers' auxiliary losses. `forward` runs the model once; a method may run it more often."""
+    passed = forward()
+    nll = passed.token_losses.mean()
+    return Objective(with_auxiliary(model, nll), nll, passed.state)
+
+
+def with_auxiliary(model: nn.Module, loss: Tensor) -> Tensor:
+    """The loss plus the auxiliary losses of the pass before."""
     from smoe_dropout.control import auxiliary_loss
 
-    losses, state = forward()
-    nll = losses.mean()
     auxiliary = auxiliary_loss(model)
-    return Objective(nll if auxiliary is None else nll + auxiliary, nll, state)
+    return loss if auxiliary is None else loss + auxiliary
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,10 @@ class Method:
 
     flags: the training flags that the method stands for, by field name; what the user gives on the command line wins.
     objective: what is minimised.
+    options: what else may be set, a frozen dataclass.
+    layer: a MoELayer that routes or combines in its own way.
+    convert: of a dense method, what changes the model, given its options; builds on `hosts.find_sites`.
+    refusal: the sentence for a configuration the method cannot take, or None.
     """
 
     name: str
@@ -48,4 +72,8 @@ class Method:
     source: str
     sparse: bool
     flags: Mapping[str, Any] = field(default_factory=dict)
-    objective: Callable[[nn.Module, Callable[[], Forward]], Objective] = likelihood
+    objective: Callable[[nn.Module, Callable[[], Forward], Settings], Objective] = likelihood
+    options: type = NoOptions
+    layer: type[MoELayer] | None = None
+    convert: Callable[[nn.Module, Any], nn.Module] | None = None
+    refusal: Callable[[SMoEConfig], str | None] = lambda config: None

@@ -1,5 +1,11 @@
-"""The dense model with ordinary dropout: an FFN of the width that the experts have together."""
+"""The dense model without dropout: an FFN of the width that the experts have together."""
 
 from smoe_dropout.methods.base import Method
 
-METHOD = Method(name="dense", title="Dense", source="arXiv 2303.01610, Table 1", sparse=False, flags={"moe": False})
+METHOD = Method(
+    name="dense",
+    title="Dense",
+    source="arXiv 2303.01610, Table 1",
+    sparse=False,
+    flags={"moe": False, "dropout": 0.0, "dense_drop": False},
+)

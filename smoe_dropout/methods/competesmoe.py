@@ -1,0 +1,119 @@
+"""CompeteSMoE: now and then all experts run and the strongest responses win; the router learns to foresee them.
+
+Pham et al. 2024 (arXiv 2402.02526): on a competition step s_i = ||E_i(x)||_2, y = sum over the top-k of s with weights softmax(s_S), and
+the router's loss is MSE(softmax(router logits), softmax(s)), the target detached. Every other step, and inference, is an ordinary learned
+top-k router with its balance loss. Each layer flips a coin at each step. Options of the successor (Nguyen et al. 2025, arXiv 2505.13380):
+affinity "softplus", mean softplus(E_i(x)), weights s_S / sum; competition steps drawn beforehand (`predrawn`), at most two layers a step,
+after a warm-up.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoe_dropout.draw import shared
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.methods.base import Method
+from smoe_dropout.options import require
+from smoe_dropout.training import Reports
+
+
+@dataclass(frozen=True)
+class Options:
+    """flip_rate: probability of competition per layer and step (successor: 0.07). affinity: what wins. predrawn: at most max_layers compete
+    in a step, none within the first warm_up of training. draw_seed: decides the steps, where `set_progress` tells the step; else they are
+    drawn from torch's default generator. router_loss: weight of the distillation (successor: 0.01).
+    """
+
+    flip_rate: float = 0.03
+    affinity: Literal["norm", "softplus"] = "norm"
+    predrawn: bool = False
+    max_layers: int = 2
+    warm_up: float = 0.05
+    draw_seed: int = 0
+    router_loss: float = 1.0
+
+    def __post_init__(self):
+        require(0 <= self.flip_rate <= 1, f"option flip_rate = {self.flip_rate} must be from 0 to 1")
+        require(0 <= self.warm_up < 1, f"option warm_up = {self.warm_up} must be from 0 to below 1")
+        require(self.max_layers >= 1, f"option max_layers = {self.max_layers} must be at least 1")
+        require(self.router_loss >= 0, f"option router_loss = {self.router_loss} must not be negative")
+
+
+class CompeteLayer(MoELayer, Reports):
+    """Needs a router with `logits`. `passes` and `competitions` count training passes and those with competition; saved with the model."""
+
+    Options = Options
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("competitions", torch.zeros((), dtype=torch.int64))
+        self.competed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.competed = self.training and self.flips()
+        if self.training:
+            self.passes += 1
+            self.competitions += self.competed
+        return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().forward(x)
+
+    def flips(self) -> bool:
+        o = self.options
+        if self.step is None and o.predrawn:
+            raise RuntimeError("predrawn competition steps need smoe_dropout.set_progress(model, step, total_steps) before each step")
+        if self.step is None:
+            return bool(shared(torch.rand(())) < o.flip_rate)
+        if o.predrawn and self.step < o.warm_up * self.total_steps:
+            return False
+        return self.index in competing_layers(o.draw_seed, self.step, self.count, o.flip_rate, o.max_layers if o.predrawn else self.count)
+
+    def compete(self, x_ND: Tensor) -> Tensor:
+        outputs_NED = self.experts.each(x_ND)
+        affinity_NE = affinities(outputs_NED, self.options.affinity)
+        top_NK, indices_NK = affinity_NE.topk(self.top_k, dim=-1)
+        weights_NK = top_NK.softmax(-1) if self.options.affinity == "norm" else top_NK / top_NK.sum(-1, keepdim=True)
+        target_NE = affinity_NE.detach().softmax(-1)
+        distillation = F.mse_loss(self.router.logits(x_ND).softmax(-1), target_NE)
+        self.losses = {"router": self.options.router_loss * distillation}
+        self.assigned = indices_NK.detach()
+        chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
+        return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)
+
+    @property
+    def computed_experts(self) -> int:
+        return self.num_experts if self.competed else super().computed_experts
+
+    def metrics(self) -> dict[str, float]:
+        share = self.competitions.item() / max(self.passes.item(), 1)
+        return {"competition_share": share, "extra_expert_flops": share * (self.num_experts - self.top_k) / self.top_k}
+
+
+def affinities(outputs_NED: Tensor, kind: str) -> Tensor:
+    """How strongly each expert responds, in float32 at least [N, E]."""
+    outputs_NED = outputs_NED.to(torch.promote_types(outputs_NED.dtype, torch.float32))
+    return outputs_NED.norm(dim=-1) if kind == "norm" else F.softplus(outputs_NED).mean(-1)
+
+
+@lru_cache(maxsize=8)
+def competing_layers(seed: int, step: int, layers: int, rate: float, most: int) -> frozenset[int]:
+    """Which layers compete in a step: each with probability `rate`, and if those are too many, `most` of them."""
+    generator = random.Random(seed * 2**40 + step)
+    found = [layer for layer in range(layers) if generator.random() < rate]
+    return frozenset(found if len(found) <= most else generator.sample(found, most))
+
+
+METHOD = Method(
+    name="competesmoe",
+    title="CompeteSMoE",
+    source="arXiv 2402.02526; arXiv 2505.13380",
+    sparse=True,
+    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    options=Options,
+    layer=CompeteLayer,
+)

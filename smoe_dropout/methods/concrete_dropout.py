@@ -1,0 +1,85 @@
+"""Concrete dropout: dropout whose rate is learned (Gal, Hron and Kendall 2017, arXiv 1705.07832), on the FFN's hidden units.
+
+z = sigmoid((log p - log(1 - p) + log u - log(1 - u)) / t), u ~ U(0, 1), t = 0.1; hidden * (1 - z) / (1 - p). Regulariser of each layer,
+added to the mean cross-entropy, N the number of training tokens and K the number of hidden units: l^2 / N * ||W||^2 / (1 - p) + 1 / N * K
+(p log p + (1 - p) log(1 - p)), W the map behind the dropout; the second factor is that of the authors' code for cross-entropy. The rate
+starts at 0.1.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout.hosts import find_sites
+from smoe_dropout.methods.base import Method, Objective
+from smoe_dropout.options import require
+from smoe_dropout.training import Reports
+
+
+@dataclass(frozen=True)
+class Options:
+    """rate: where the rate starts. temperature: of the relaxation. length_scale: l of the prior."""
+
+    rate: float = 0.1
+    temperature: float = 0.1
+    length_scale: float = 0.01
+
+    def __post_init__(self):
+        require(0 < self.rate < 1, f"option rate = {self.rate} must be between 0 and 1")
+        require(self.temperature > 0, f"option temperature = {self.temperature} must be positive")
+        require(self.length_scale >= 0, f"option length_scale = {self.length_scale} must not be negative")
+
+
+class ConcreteDropout(nn.Module, Reports):
+    """[..., H] -> [..., H]. `logit` is log p - log(1 - p), a parameter. No dropout in evaluation."""
+
+    def __init__(self, options: Options):
+        super().__init__()
+        self.options = options
+        self.logit = nn.Parameter(torch.logit(torch.tensor(options.rate)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training:
+            return hidden
+        noise = torch.logit(torch.rand(hidden.shape, device=hidden.device), eps=1e-7)
+        keep = torch.sigmoid(-(self.logit + noise) / self.options.temperature)
+        return hidden * (keep / (1 - self.logit.sigmoid())).to(hidden.dtype)
+
+    def regulariser(self, weight_DH: Tensor, train_tokens: int) -> Tensor:
+        p = self.logit.sigmoid()
+        negative_entropy = -(torch.special.entr(p) + torch.special.entr(1 - p))
+        squares = weight_DH.square().sum() * self.options.length_scale**2 / (1 - p)
+        return (squares + weight_DH.shape[1] * negative_entropy) / train_tokens
+
+    def metrics(self) -> dict[str, float]:
+        return {"rate": self.logit.sigmoid().item()}
+
+
+def convert(model: nn.Module, options: Options) -> nn.Module:
+    """A learned rate for each feed-forward network's hidden units; other dropout stays."""
+    for site in find_sites(model):
+        site.put_dropout(ConcreteDropout(options).to(site.up.device))
+    return model
+
+
+def objective(model, forward, settings) -> Objective:
+    passed = forward()
+    nll = passed.token_losses.mean()
+    chains = [module for module in model.modules() if isinstance(module, nn.Sequential)]
+    pairs = [(a, b) for chain in chains for a, b in pairwise(chain) if isinstance(a, ConcreteDropout)]
+    penalty = sum(dropout.regulariser(behind.weight, settings.train_tokens) for dropout, behind in pairs)
+    return Objective(nll + penalty, nll, passed.state)
+
+
+METHOD = Method(
+    name="concrete_dropout",
+    title="Dense, Concrete dropout",
+    source="arXiv 1705.07832; arXiv 2303.01610, Table 1",
+    sparse=False,
+    flags={"moe": False, "dropout": 0.0, "dense_drop": False},
+    objective=objective,
+    options=Options,
+    convert=convert,
+)

@@ -1,0 +1,80 @@
+"""DropBlock on the FFN's hidden units: contiguous blocks are dropped (Ghiasi, Lin and Le 2018, arXiv 1810.12890).
+
+Each position where a block of `width` units fits is its begin with probability gamma = rate / width * H / (H - width + 1) (eq. 1, in one
+dimension); what lies in a block becomes 0, the rest is scaled by units / kept units (algorithm 1). Drawn for every token. The rate grows
+linearly from 0 over training. Blocks are as wide as an expert, H / blocks: the dense counterpart of dropping experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout.hosts import find_sites
+from smoe_dropout.methods.base import Method
+from smoe_dropout.options import ConfigError, require
+from smoe_dropout.training import FollowsTraining, Reports
+
+
+@dataclass(frozen=True)
+class Options:
+    """rate: share of units dropped at the end of training. blocks: how many blocks the hidden units make up."""
+
+    rate: float = 0.1
+    blocks: int = 16
+
+    def __post_init__(self):
+        require(0 <= self.rate < 1, f"option rate = {self.rate} must be from 0 to below 1")
+        require(self.blocks >= 1, f"option blocks = {self.blocks} must be at least 1")
+
+
+class DropBlock(nn.Module, FollowsTraining, Reports):
+    """[..., H] -> [..., H]. Without `set_progress` the rate is the last one from the start. None is dropped in evaluation."""
+
+    def __init__(self, width: int, rate: float):
+        super().__init__()
+        self.width, self.final_rate = width, rate
+
+    @property
+    def rate(self) -> float:
+        return self.final_rate * (1.0 if self.step is None else self.progress)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return hidden
+        H = hidden.shape[-1]
+        gamma = self.rate / self.width * H / (H - self.width + 1)
+        begins = torch.rand(*hidden.shape[:-1], H - self.width + 1, device=hidden.device) < gamma
+        kept = ~covered(begins, self.width)
+        return hidden * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(hidden.dtype)
+
+    def metrics(self) -> dict[str, float]:
+        return {"rate": self.rate}
+
+
+def covered(begins: Tensor, width: int) -> Tensor:
+    """Which units lie in a block that begins at a marked position: [..., H - width + 1] -> [..., H]."""
+    padded = nn.functional.pad(begins.to(torch.int32), (width, width - 1)).cumsum(-1)
+    return padded[..., width:] > padded[..., :-width]
+
+
+def convert(model: nn.Module, options: Options) -> nn.Module:
+    """DropBlock in place of each feed-forward network's own dropout. ConfigError if a width is not divided by the number of blocks."""
+    sites = find_sites(model)
+    for site in sites:
+        if site.d_ff % options.blocks:
+            raise ConfigError(f"option blocks = {options.blocks} does not divide the feed-forward width {site.d_ff}")
+    for site in sites:
+        site.put_dropout(DropBlock(site.d_ff // options.blocks, options.rate))
+    return model
+
+
+METHOD = Method(
+    name="dropblock",
+    title="Dense, DropBlock",
+    source="arXiv 1810.12890; arXiv 2303.01610, Table 1",
+    sparse=False,
+    flags={"moe": False, "dropout": 0.0, "dense_drop": False},
+    options=Options,
+    convert=convert,
+)

@@ -1,0 +1,39 @@
+"""Elastic k by the sandwich rule: each step trains the largest k, the smallest, and one drawn between them.
+
+Yu and Huang 2019 (arXiv 1903.05134, section 3.1 and 3.2), there for widths: the largest learns from the labels, the others from the
+largest, loss = (CE_max + KL(p_max || p_min) + KL(p_max || p_drawn)) / 3, p_max detached. Same frozen random router as SMoE-Dropout; three
+passes a step.
+"""
+
+from smoe_dropout.methods.base import Method, Objective
+
+
+def objective(model, forward, settings) -> Objective:
+    from smoe_dropout.control import get_top_k, top_k
+
+    drawn = get_top_k(model)  # the schedule's
+    with top_k(model, settings.k_max):
+        largest = forward()
+    nll = total = largest.token_losses.mean()
+    teacher = largest.logits.detach().log_softmax(-1)
+    for k in (settings.k_min, drawn):
+        with top_k(model, k):
+            student = forward().logits.log_softmax(-1)
+        total = total + (teacher.exp() * (teacher - student)).sum(-1).mean()
+    return Objective(total / 3, nll, largest.state)
+
+
+METHOD = Method(
+    name="sandwich",
+    title="Elastic k, sandwich",
+    source="this repository; arXiv 1903.05134",
+    sparse=True,
+    flags={
+        "moe": True,
+        "gate_name": "random",
+        "freeze_gate": True,
+        "dynamic_moe": True,
+        "dynamic_moe_mode": "elastic",
+    },
+    objective=objective,
+)

@@ -1,0 +1,64 @@
+"""Similarity-aware routing: a token's router scores are averaged over the tokens it resembles (Nguyen et al. 2025, arXiv 2505.00792).
+
+e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. Here j runs over
+the positions up to i of the same segment, since a language model's route may not depend on what follows. tau = sqrt(d) and W_s = identity
+at the start are ours: the paper's are not known.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.methods.base import Method
+from smoe_dropout.options import require
+from smoe_dropout.routers import Routing
+
+
+@dataclass(frozen=True)
+class Options:
+    """tau: temperature; 0: the square root of the model's width."""
+
+    tau: float = 0.0
+
+    def __post_init__(self):
+        require(self.tau >= 0, f"option tau = {self.tau} must be positive, or 0 for the square root of d_model")
+
+
+class SimilarityLayer(MoELayer):
+    """Takes [B, T, D]: sequences of a host with attention. `similarity` is W_s."""
+
+    Options = Options
+    needs = frozenset({"attention"})
+
+    def __init__(self, d_model: int, *arguments):
+        super().__init__(d_model, *arguments)
+        up = self.experts.up
+        self.similarity = nn.Parameter(torch.eye(d_model, device=up.device, dtype=torch.promote_types(up.dtype, torch.float32)))
+        self.tau = self.options.tau or math.sqrt(d_model)
+
+    def route(self, x: Tensor) -> Routing:
+        logits_BTE = self.router.logits(x)
+        with torch.autocast(x.device.type, enabled=False):
+            u_BTD = x.to(logits_BTE.dtype)
+            scores_BTT = (u_BTD @ self.similarity) @ u_BTD.transpose(1, 2) / self.tau
+            future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
+            mixed_BTE = scores_BTT.masked_fill(future_TT, -math.inf).softmax(-1) @ logits_BTE
+        return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
+
+    def routing_flops(self, lanes: int, positions: int) -> int:
+        d_model, tokens = self.similarity.shape[0], lanes * positions
+        return super().routing_flops(lanes, positions) + 2 * tokens * (d_model**2 + positions * (d_model + self.num_experts))
+
+
+METHOD = Method(
+    name="similarity",
+    title="Similarity-aware SMoE",
+    source="arXiv 2505.00792",
+    sparse=True,
+    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    options=Options,
+    layer=SimilarityLayer,
+)

@@ -1,0 +1,79 @@
+"""THOR: experts drawn at random, two passes a step that are to agree (Zuo et al. 2021, arXiv 2110.04260).
+
+Training: in each pass each layer draws one expert, uniformly, for the whole batch. Loss = (CE_1 + CE_2) + alpha * 1/2 (KL(p_1 || p_2) +
+KL(p_2 || p_1)), a mean over tokens, KL a sum over symbols. Inference at k: the average of k experts drawn for each sequence, or for each
+token; at k = E of all. That reading of "k experts" is ours.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.draw import shared
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.methods.base import Method, Objective
+from smoe_dropout.options import require
+from smoe_dropout.routers import Routing
+
+
+@dataclass(frozen=True)
+class Options:
+    """alpha: weight of the consistency term. inference: what experts are drawn for."""
+
+    alpha: float = 1.0
+    inference: Literal["sentence", "token"] = "sentence"
+
+    def __post_init__(self):
+        require(0 <= self.alpha < float("inf"), f"option alpha = {self.alpha} must be a number and not negative")
+
+
+class ThorLayer(MoELayer):
+    """Draws k different experts with weight 1/k each, from torch's default generator."""
+
+    Options = Options
+
+    def route(self, x: Tensor) -> Routing:
+        lanes, tokens, k = len(x) if x.dim() > 2 else 1, x.numel() // x.shape[-1], self.top_k
+        if self.training:
+            draws = shared(torch.rand(1, self.num_experts, device=x.device))
+        else:
+            draws = torch.rand(tokens if self.options.inference == "token" else lanes, self.num_experts, device=x.device)
+        drawn = draws.topk(k, dim=-1).indices
+        indices_NK = drawn.repeat_interleave(tokens // max(len(drawn), 1), 0) if tokens else drawn[:0]
+        return Routing(indices_NK, torch.full(indices_NK.shape, 1 / k, device=x.device), {})
+
+
+def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
+    """1/2 (KL(p || q) + KL(q || p)) for each row [...]."""
+    log_p, log_q = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
+
+
+def objective(model, forward, settings) -> Objective:
+    """The state carried on is the first pass's. `nll` is the mean of both passes'."""
+    first, second = forward(), forward()
+    nll = first.token_losses.mean() + second.token_losses.mean()
+    consistency = symmetric_kl(first.logits, second.logits).mean()
+    return Objective(nll + settings.options.alpha * consistency, nll / 2, first.state)
+
+
+def refusal(config: SMoEConfig) -> str | None:
+    if config.num_experts < 2:
+        return f"num_experts = {config.num_experts}: two passes can only differ with 2 experts or more"
+    return None
+
+
+METHOD = Method(
+    name="thor",
+    title="THOR",
+    source="arXiv 2110.04260",
+    sparse=True,
+    flags={"moe": True, "gate_name": "none", "freeze_gate": False, "dynamic_moe": False, "moe_top_k": 1},
+    objective=objective,
+    options=Options,
+    layer=ThorLayer,
+    refusal=refusal,
+)

@@ -1,0 +1,62 @@
+"""Dense-to-sparse gate (Nie et al. 2021, arXiv 2112.14397), as CustomDTSGate of arXiv 2303.01610's code.
+
+Training: p = softmax((W x + b + G) / temperature), G Gumbel noise, the temperature falling linearly from 2 to 0.3 over training. The
+number of experts is the mean number of p above the threshold, at least k; their p, unnormalised, are the gate weights. Evaluation: top-k
+softmax.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.options import require
+from smoe_dropout.routers import LinearRouter, Routing, switch_balance_loss
+from smoe_dropout.training import FollowsTraining, Reports
+
+
+@dataclass(frozen=True)
+class Options:
+    """max_temp, min_temp: temperature at the begin and the end of training. threshold: p above it counts as active."""
+
+    max_temp: float = 2.0
+    min_temp: float = 0.3
+    threshold: float = 0.001
+
+    def __post_init__(self):
+        require(
+            0 < self.min_temp <= self.max_temp,
+            f"options min_temp = {self.min_temp} and max_temp = {self.max_temp} must satisfy 0 < min_temp <= max_temp",
+        )
+        require(0 <= self.threshold < 1, f"option threshold = {self.threshold} must be from 0 to below 1")
+
+
+class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
+    """Many experts at first, few at the end."""
+
+    Options = Options
+    active = 0
+
+    @property
+    def temperature(self) -> float:
+        return self.options.max_temp + (self.options.min_temp - self.options.max_temp) * self.progress
+
+    def forward(self, x_ND: Tensor, k: int) -> Routing:
+        logits_NE = self.logits(x_ND)
+        if not self.training:
+            return self.choose(logits_NE, k)
+        gumbel_NE = -torch.empty_like(logits_NE).exponential_().log()
+        p_NE = ((logits_NE + gumbel_NE) / self.temperature).softmax(-1)
+        above = int((p_NE > self.options.threshold).sum(-1, dtype=torch.float32).mean()) if len(x_ND) else 0
+        self.active = max(k, above)
+        weights_NK, indices_NK = p_NE.topk(self.active, dim=-1)
+        losses = {}
+        if self.balance_loss > 0:
+            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK)
+        return Routing(indices_NK, weights_NK, losses)
+
+    def computed(self, k: int) -> int:
+        return max(k, self.active) if self.training else k
+
+    def metrics(self) -> dict[str, float]:
+        return {"temperature": self.temperature, "active_experts": self.active}

@@ -1,0 +1,37 @@
+"""Routing by a hash of the token id (Roller et al. 2021, arXiv 2106.04426, "Hash Layers").
+
+Expert e of token id t has the score mix(t E + e + seed), a 64-bit integer hash; the k largest scores choose, and weights are 1/k, as in
+the official gate of arXiv 2303.01610. That gate hashed the position in the batch; this one hashes the token.
+"""
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.routers import Router, Routing
+
+
+class HashRouter(Router):
+    """The same experts for every occurrence of a token id. No parameters; `seed` is drawn once per layer and saved with the model."""
+
+    needs = frozenset({"tokens"})
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(config)
+        self.register_buffer("seed", torch.randint(2**62, ()))
+
+    def forward(self, x_ND: Tensor, k: int) -> Routing:
+        tokens_N = self.shared.tokens.flatten()
+        if len(tokens_N) != len(x_ND):
+            raise RuntimeError(f"the hash router saw {len(tokens_N)} token ids and has to route {len(x_ND)} positions")
+        experts_E = torch.arange(self.num_experts, device=x_ND.device)
+        scores_NE = mix(tokens_N[:, None] * self.num_experts + experts_E + self.seed)
+        indices_NK = scores_NE.topk(k, dim=-1).indices
+        return Routing(indices_NK, torch.full(indices_NK.shape, 1 / k, device=x_ND.device, dtype=torch.float32), {})
+
+
+def mix(values: Tensor) -> Tensor:
+    """A 64-bit integer hash: xor-shifts and multiplications that wrap around, by the constants of MurmurHash3's finaliser."""
+    for factor in (-0xAE502812AA7333, -0x3B314601E57A13AD):
+        values = (values ^ ((values >> 33) & 0x7FFFFFFF)) * factor
+    return values ^ ((values >> 33) & 0x7FFFFFFF)

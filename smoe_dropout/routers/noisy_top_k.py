@@ -1,0 +1,53 @@
+"""Noisy top-k gating with the importance and load losses (Shazeer et al. 2017, arXiv 1701.06538, section 4 and appendix A).
+
+H(x) = W_g x + eps * softplus(W_noise x), eps ~ N(0, 1) in training; the k largest H choose, their softmax weighs. Losses, each times the
+balance coefficient: CV(sum of gate weights)^2, and CV(load)^2 with the smooth load P(x, i) = Phi((W_g x)_i - kth_excluding(H, k, i)) /
+softplus((W_noise x)_i)).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.routers import LinearRouter, Routing
+
+
+class NoisyTopKRouter(LinearRouter):
+    """Shazeer et al. start from zero weights; here they are N(0, init_std^2), as every router's. The paper's coefficient is 0.1."""
+
+    balance_by_default = 0.1
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(d_model, config)
+        self.noise_weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
+        self.requires_grad_(not self.freeze)
+
+    def forward(self, x_ND: Tensor, k: int) -> Routing:
+        clean_NE = self.logits(x_ND)
+        if not self.training:
+            return self.choose(clean_NE, k)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))
+        noisy_NE = clean_NE + torch.randn_like(clean_NE) * deviation_NE
+        top_NK, indices_NK = noisy_NE.topk(k, dim=-1)
+        weights_NK, losses = self.weigh(top_NK), {}
+        if self.balance_loss > 0:
+            importance_E = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK).sum(0)
+            losses["importance"] = self.balance_loss * squared_variation(importance_E)
+            if k < self.num_experts:  # all experts are always chosen otherwise
+                losses["load"] = self.balance_loss * squared_variation(smooth_load(clean_NE, noisy_NE, deviation_NE, k))
+        return Routing(indices_NK, weights_NK, losses)
+
+
+def smooth_load(clean_NE: Tensor, noisy_NE: Tensor, deviation_NE: Tensor, k: int) -> Tensor:
+    """Expected number of tokens of each expert under a new draw of its own noise [E]."""
+    top = noisy_NE.topk(k + 1, dim=-1).values
+    # the k-th largest of the others: for a chosen expert the (k+1)-th of all, for another one the k-th
+    threshold_NE = torch.where(noisy_NE > top[:, k, None], top[:, k, None], top[:, k - 1, None])
+    return torch.special.ndtr((clean_NE - threshold_NE) / deviation_NE).sum(0)
+
+
+def squared_variation(values_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, variance / mean^2."""
+    return values_E.var(correction=0) / (values_E.mean() ** 2 + 1e-10)

@@ -1,0 +1,19 @@
+"""Experts drawn anew for every token in every pass: the "per-step random" gate of arXiv 2303.01610's code (CustomRandomGate)."""
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.routers import Router, Routing
+
+
+class UniformRouter(Router):
+    """Scores r ~ U(0, 1) for each token and expert; the k largest choose, their softmax weighs. In evaluation too."""
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(config)
+
+    def forward(self, x_ND: Tensor, k: int) -> Routing:
+        scores_NE = torch.rand(len(x_ND), self.num_experts, device=x_ND.device)
+        top_NK, indices_NK = scores_NE.topk(k, dim=-1)
+        return Routing(indices_NK, self.weigh(top_NK), {})

@@ -1,0 +1,55 @@
+"""The model that the flags describe, dense or with experts, and what of it is trained."""
+
+from torch import nn
+
+from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout import freeze_routers, moe_layers, moefy
+from smoe_dropout.attention import expert_attention
+from smoe_dropout.methods.base import Settings
+from utils.command_line import method_of, method_options, parse_layers, smoe_config, top_k_schedule
+from utils.flags import Flags
+
+N_TOKEN = 256  # bytes: any text can be read by any model
+ATTENTION_EXPERTS = 16  # as in the official code
+
+
+def build_model(flags: Flags) -> MemTransformerLM:
+    """The dense model, its feed-forward layers turned into what the method makes of them."""
+    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
+    sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
+    model = MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
+    if flags.moe:
+        model = moefy(model, smoe_config(flags, method_of(flags)))
+    elif (method := method_of(flags)) and method.convert:
+        model = method.convert(model, method_options(flags))
+    if flags.attn_moe:
+        model = expert_attention(model, parse_layers(flags.moe_index, flags.n_layer)[0], ATTENTION_EXPERTS, flags.init_std)
+    freeze(model, flags)
+    return model
+
+
+def freeze(model: nn.Module, flags: Flags) -> None:
+    """--freeze_main_network: the experts. --freeze_main_network_all: all in the layers but routers; embeddings and output stay trained."""
+    if flags.freeze_main_network_all:
+        routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.router.parameters()}
+        for parameter in model.layers.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in routers)
+    elif flags.freeze_main_network:
+        for _, layer in moe_layers(model):
+            layer.experts.requires_grad_(False)
+    if flags.dynamic_router_start == 0:
+        freeze_routers(model)
+
+
+def forget_router_gradients(model: nn.Module) -> None:
+    """Keeps routers as they are in the coming update: without a gradient the optimiser passes over them."""
+    for _, layer in moe_layers(model):
+        for parameter in layer.router.parameters():
+            parameter.grad = None
+
+
+def training_settings(flags: Flags, train_tokens: int) -> Settings:
+    """What a method's objective is told of the run."""
+    schedule = top_k_schedule(flags)
+    ks = (schedule.k_min, schedule.k_max) if schedule else (1, 1)
+    return Settings(*ks, method_options(flags), train_tokens)
