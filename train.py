@@ -47,6 +47,7 @@ from utils.model import build_model, forget_router_gradients, training_settings
 from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.progress import Progress, duration
 from utils.result import build_result, moe_layer_indices
+from utils.routing import describe_routing
 from utils.run_folder import RunFolder, resume_command, write_json
 
 CPU_PATIENCE = 2 * 3600  # seconds of training on a CPU beyond which we ask first
@@ -172,6 +173,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         say(f"final test of the mean of the weights after {average.count} steps")
         with average.applied(model):
             averaged = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
+    routing = describe_routing(model, corpus, flags, checkpoints)
     load_best(model, checkpoints, state.best_step)
     say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
     quality = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
@@ -181,8 +183,8 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         if averaged:
             training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": averaged}
         memory_mib = engine.peak_memory_mib()
-        arguments = (flags, corpus, model, quality, training, folder.metrics(), environment, memory_mib, state.best_step, sys.argv[1:])
-        write_json(folder.path / "result.json", build_result(*arguments))
+        measured = (quality, training, routing, folder.metrics(), environment, memory_mib, state.best_step)
+        write_json(folder.path / "result.json", build_result(flags, corpus, model, *measured, sys.argv[1:]))
         folder.close()
         say(f"done: {folder.path / 'result.json'}")
     return 0

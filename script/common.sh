@@ -17,12 +17,17 @@ has() {
   return 1
 }
 
-# pretrain ARGS...: train.py, enwik8 prepared first where no other text is asked for and every flag is right
-pretrain() {
+# prepare_text ARGS...: enwik8, where no other text is asked for and every flag is right
+prepare_text() {
   if ! has data "$@" && ! has dataset "$@" && ! has help "$@" && [ ! -e data/enwik8/meta.json ]; then
     "$PYTHON" -m utils.command_line "$@" >/dev/null
     "$PYTHON" data/prepare.py enwik8 >/dev/null
   fi
+}
+
+# pretrain ARGS...: train.py, its text prepared first
+pretrain() {
+  prepare_text "$@"
   if [ "${NPROC:-1}" -gt 1 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" train.py "$@"
   else

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
 
+from smoe_dropout.registry import METHODS
+from tests import tiny
 from tests.conftest import ROOT
 
 SCRIPTS = sorted((ROOT / "script").rglob("*.sh"))
-RUNS = [path for path in SCRIPTS if path.parent.name in ("table1", "figure5")]
+RUNS = [path for path in SCRIPTS if path.parent.name in ("table1", "figure5") and path.name != "run_all.sh"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -42,3 +45,43 @@ def test_flags_of_the_script(path):
     assert flags.d_inner == (512 if flags.moe else 8192)
     assert json.dumps(flags.work_dir)
     assert flags.n_layer == (int(path.stem.split("layers")[0]) if path.parent.name == "figure5" else 4)
+
+
+def test_every_method_has_its_script():
+    """By its name; scripts of the same method differ in what they add."""
+    commands = {path.stem: path.read_text().split("--method ")[1].split()[0] for path in RUNS if path.parent.name == "table1"}
+    assert set(METHODS) == set(commands.values()) and all(commands[method] == method for method in METHODS)
+
+
+def test_run_all_goes_on_where_it_was(tmp_path):
+    """In a copy of the tree with three rows, two seeds each: a failure is said and passed over, finished runs are left alone."""
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns(".git", "runs", "data", ".venv", "__pycache__", "results", "Figs")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    (copy / "results").mkdir()
+    shutil.copy(ROOT / "results" / "published.json", copy / "results")
+    for path in (copy / "script" / "table1").glob("*.sh"):
+        if path.stem not in ("run_all", "dense", "smoe", "thor"):
+            path.unlink()
+    corpus = tiny.write_corpus(tmp_path / "words")
+    sizes = tiny.flags(corpus, tmp_path / "unused", dataset="words")
+    where = sizes.index("--work_dir")
+    words = ["bash", "script/table1/run_all.sh", *sizes[:where], *sizes[where + 2 :]]
+
+    def run(*more: str):
+        return subprocess.run([*words, *more], cwd=copy, capture_output=True, text=True, check=False, env={**os.environ, "JOBS": "2"})
+
+    assert run("--seed", "3").returncode == 2 and not (copy / "runs").exists()
+    broken = copy / "script" / "table1" / "smoe.sh"
+    whole = broken.read_text()
+    broken.write_text(whole.replace('"$@"', '"$@" --lr -1'))
+    first = run()
+    assert first.returncode == 1 and first.stdout.count("FAILED: error: --lr -1.0 must be positive") == 2
+    broken.write_text(whole)
+    results = {path: path.stat().st_mtime_ns for path in (copy / "runs").rglob("result.json")}
+    assert len(results) == 4
+    second = run()
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert len(list((copy / "runs").rglob("result.json"))) == 6 and list((copy / "runs").rglob("Figs/slimmable*.png"))
+    assert all(path.stat().st_mtime_ns == time for path, time in results.items())
+    assert second.stdout.count("(n = 2)") == 3 and second.stdout.count("this run is complete") == 4

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,11 @@ from smoe_dropout.registry import METHODS
 from utils.framework_figure import draw_framework
 
 DPI = 150
-# Okabe and Ito's palette, which colour-blind readers can tell apart; dense models take black and greys, yellow is too pale for lines.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one for what does not fit in; dense models take
+# black and greys, yellow is too pale for lines.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#117733", "#AA4499")
+FIXED_ROUTER = "random"  # its methods, which differ in how k is trained, get figures of their own
+CROWD = 8  # methods beyond which the legend takes a column of its own, and k is written at one of them only
 GREYS = ("#000000", "#666666", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE_MARKERS = ("*", "p", "h", "d", "8")
@@ -101,7 +105,11 @@ def _parameter_axis(ax, points: list[tuple]) -> None:
 def _label_k(ax, drawn: dict[str, list[tuple]], look: dict[str, dict], falling: bool) -> None:
     """Writes k at the markers, on the side the curve leaves free; methods that share a place get one label, at the highest of them."""
     places: dict[tuple, list[tuple]] = {}
-    for title, points in drawn.items():
+    sparse = {title: points for title, points in drawn.items() if points[0][0] is not None}
+    if len(sparse) > CROWD:
+        highest = max(sparse, key=lambda title: statistics.mean(point[2] for point in sparse[title]))
+        sparse = {highest: sparse[highest]}
+    for title, points in sparse.items():
         for k, x, y, _ in points:
             if k is not None:
                 places.setdefault((k, round(math.log(x) * 50)), []).append((y, x, title))
@@ -148,11 +156,13 @@ def draw_slimmable(group, path: Path) -> bool:
     """Test quality against activated parameters, one curve a sparse method; a second panel shows k >= E/2 where small k dwarfs it."""
     look = styles(group.methods)
     drawn = {method.title: quality_points(method) for method in group.methods}
+    crowd = len(drawn) > CROWD
     half = {m.title: (m.records[0]["model"]["num_experts"] or 0) // 2 for m in group.methods}
     upper = {t: kept for t, points in drawn.items() if (kept := [p for p in points if p[0] is None or p[0] >= half[t]])}
     zoom = _worth_zooming(drawn, upper)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2 if zoom else 1, figsize=(9.2, 4.3) if zoom else (6.6, 4.3), squeeze=False, layout="constrained")
+        size = (9.2 if zoom else 6.6) + 3 * crowd, 4.3 + 0.7 * crowd
+        figure, axes = plt.subplots(1, 2 if zoom else 1, figsize=size, squeeze=False, layout="constrained")
         for ax, part in zip(axes[0], (drawn, upper), strict=False):
             _draw_quality(ax, part, look, group.metric["lower_is_better"])
         axes[0][0].set_ylabel(f"test {group.metric['name']}{' (lower is better)' if group.metric['lower_is_better'] else ''}")
@@ -160,7 +170,8 @@ def draw_slimmable(group, path: Path) -> bool:
             axes[0][0].set_title("all k", fontsize=10)
             axes[0][1].set_title("k ≥ E/2", fontsize=10)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) if len(labels) < 5 else math.ceil(len(labels) / 2))
+        columns = 1 if crowd else len(labels) if len(labels) < 5 else math.ceil(len(labels) / 2)
+        figure.legend(handles, labels, loc="outside right center" if crowd else "outside lower center", ncols=columns)
         _title(figure, group)
         save(figure, path)
     return True
@@ -251,9 +262,13 @@ def draw_all(groups: list, folder: Path, prefix: str = "") -> list[Path]:
     """Draws every figure there are records of, and the framework; returns the files written."""
     written = []
     for group in groups:
-        for kind, draw in (("slimmable", draw_slimmable), ("curves", draw_curves)):
+        fixed = replace(group, methods=[m for m in group.methods if not m.sparse or m.records[0]["model"].get("router") == FIXED_ROUTER])
+        kinds = [("slimmable", draw_slimmable, group), ("curves", draw_curves, group)]
+        if 1 < sum(m.sparse for m in fixed.methods) < sum(m.sparse for m in group.methods):
+            kinds += [("fixed_router", draw_slimmable, fixed), ("fixed_router_curves", draw_curves, fixed)]
+        for kind, draw, drawn in kinds:
             path = folder / f"{prefix}{'_' if prefix else ''}{kind}_{group.stem('_')}.png"
-            if draw(group, path):
+            if draw(drawn, path):
                 written.append(path)
     draw_framework(folder / "framework.png")
     return [*written, folder / "framework.png"]

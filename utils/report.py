@@ -70,6 +70,15 @@ def _pair_cell(method: Method, name: str) -> Cell:
     return Cell(" / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH)
 
 
+def _routing_cell(found: list[dict]) -> Cell:
+    """Means over seeds of what utils.routing measured."""
+    if not found:
+        return Cell()
+    changed = [one["fluctuation"] for one in found if one["fluctuation"] is not None]
+    share = f"{100 * statistics.mean(changed):.0f} %" if changed else DASH
+    return Cell(f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}")
+
+
 def _mark_best(rows: list[list[Cell]], column: int, lower_is_better: bool) -> None:
     cells = [row[column] for row in rows if row[column].value is not None]
     if len(cells) < 2:  # the best of one says nothing
@@ -125,7 +134,15 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
         rows[-1] += [Cell(" / ".join(f"{value:,.0f}" for value in seconds)), _pair_cell(method, "flops_per_token")]
     for column in (1, 2):
         _mark_best(rows, column, group.metric["lower_is_better"])
+    routed = [[record["routing"] for record in method.records if record.get("routing")] for method in group.methods]
+    if any(routed):
+        header.append("Load entropy (of 1) / routes changing late, k = E/2")
+        for row, found in zip(rows, routed, strict=True):
+            row.append(_routing_cell(found))
     notes = ["Training time is the median over seeds, validations left out; where a run shared its machine, CPU seconds say more."]
+    if any(routed):
+        entropy = "Load entropy: of the experts' shares of assignments, over log E."
+        notes.append(f"{entropy} Routes changing late: share of tokens whose top expert differs between the last two checkpoints.")
     known = [(method.title, entry) for method, entry in zip(group.methods, published, strict=True) if entry]
     if known:
         header.append(f"Published ({known[0][1]['dataset']}, paper), E/2 / E")

@@ -1,0 +1,97 @@
+"""How a trained model routes: how evenly experts are used, and how much routes still change late in training.
+
+    python -m utils.routing RUN...      measures finished runs anew and puts it into their result.json
+
+Both at k = E/2, on the first validation segments.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout import moe_layers, top_k
+from smoe_dropout.io import load_weights
+from utils import checkpoint
+from utils.data import Corpus, LaneIterator
+from utils.errors import UserError, run_main
+from utils.flags import Flags
+from utils.run_folder import RunFolder, write_json
+
+SEGMENTS = 20  # of validation read
+
+
+def describe_routing(model: nn.Module, corpus: Corpus, flags: Flags, checkpoints: Path) -> dict[str, Any] | None:
+    """None for a dense model. The model ends with the weights of the last checkpoint.
+
+    load_entropy: entropy of the share of assignments each expert gets, over log E, mean of the layers; 1 is even use. fluctuation: share of
+    tokens whose top expert differs between the last two checkpoints (arXiv 2505.00792), mean of the layers; None where there is only one.
+    """
+    if not moe_layers(model):
+        return None
+    k, steps = max(1, flags.moe_num_expert // 2), checkpoint.steps(checkpoints)[-2:]
+    chosen = []
+    for step in steps:
+        load_weights(model, checkpoints / checkpoint.name_of(step))
+        chosen.append(assignments(model, corpus, flags, k, seed=step))
+    changed = [(one[:, 0] != other[:, 0]).double().mean().item() for one, other in zip(*chosen, strict=True)] if len(steps) == 2 else None
+    entropies = [load_entropy(indices_NK, flags.moe_num_expert) for indices_NK in chosen[-1]]
+    return {
+        "k": k,
+        "steps": steps,
+        "load_entropy": sum(entropies) / len(entropies),
+        "load_entropy_by_layer": entropies,
+        "fluctuation": sum(changed) / len(changed) if changed else None,
+        "fluctuation_by_layer": changed,
+    }
+
+
+@torch.no_grad()
+def assignments(model: nn.Module, corpus: Corpus, flags: Flags, k: int, seed: int) -> list[Tensor]:
+    """For each MoE layer the experts of the first validation tokens, the one of the largest gate weight first [N, K]. `seed` is for methods
+    that draw experts.
+    """
+    device = next(model.parameters()).device
+    layers, seen, memory = [layer for _, layer in moe_layers(model)], [], None
+    was_training = model.training
+    model.eval()
+    with top_k(model, k), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        iterator = LaneIterator(corpus.valid, flags.eval_batch_size, flags.eval_tgt_len, device).one_pass()
+        for _, segment in zip(range(SEGMENTS), iterator, strict=False):
+            _, memory, _ = model(segment.tokens, segment.targets, memory)
+            seen.append([layer.assigned.cpu() for layer in layers])
+    model.train(was_training)
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+
+def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
+    """Entropy of the experts' shares over its largest value, log E; 1 for a single expert."""
+    if num_experts == 1:
+        return 1.0
+    shares_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).double() / indices_NK.numel()
+    return (torch.special.entr(shares_E).sum() / torch.tensor(float(num_experts)).log()).item()
+
+
+def main(arguments: list[str]) -> None:
+    """Adds `routing` to the result.json of finished runs."""
+    from utils.command_line import stored_run
+    from utils.model import build_model
+
+    if not arguments:
+        raise UserError("usage: python -m utils.routing RUN..., folders of finished runs")
+    for folder in map(Path, arguments):
+        path = folder / "result.json"
+        if not path.exists():
+            raise UserError(f"{path} is missing: only a finished run can be described")
+        flags = stored_run(["--eval_only", "--work_dir", str(folder)])
+        routing = describe_routing(build_model(flags), Corpus.open(flags.data), flags, RunFolder.checkpoints_of(flags))
+        write_json(path, json.loads(path.read_text()) | {"routing": routing})
+        print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
