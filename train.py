@@ -45,12 +45,11 @@ from utils.flops import forward_flops, parameter_counts
 from utils.interrupt import Interrupt
 from utils.model import build_model, forget_router_gradients, training_settings
 from utils.optimizer import Plateau, build_optimizer, learning_rate
-from utils.progress import Progress, duration
+from utils.probe import refuse_if_too_slow
+from utils.progress import Progress
 from utils.result import build_result, moe_layer_indices
 from utils.routing import describe_routing
 from utils.run_folder import RunFolder, resume_command, write_json
-
-CPU_PATIENCE = 2 * 3600  # seconds of training on a CPU beyond which we ask first
 
 
 @dataclass
@@ -80,7 +79,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
 
     checkpoints = RunFolder.checkpoints_of(flags)
     if not flags.yes and not checkpoint.steps(checkpoints):
-        refuse_if_too_slow(engine, flags, train_data)
+        refuse_if_too_slow(engine, flags, corpus, train_data)
     folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
@@ -312,30 +311,6 @@ def load_best(model, checkpoints, step: int) -> None:
     load_weights(model, folder)
 
 
-def refuse_if_too_slow(engine: Engine, flags: Flags, train_data: LaneIterator) -> None:
-    """On a CPU, times a training step of one lane, and raises UserError when the whole run would take hours."""
-    if engine.device.type != "cpu":
-        return
-    model = build_model(flags).train()
-    if flags.moe:
-        set_top_k(model, flags.moe_top_k_max if flags.dynamic_moe else flags.moe_top_k)
-    segment = next(train_data.one_pass())
-    memory = tuple(torch.zeros(1, flags.mem_len, flags.d_model) for _ in range(flags.n_layer + 1))
-    seconds = float("inf")
-    for _ in range(2):  # the first also warms up
-        begin = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=flags.precision == "bf16"):
-            losses, _, _ = model(segment.tokens[:1], segment.targets[:1], memory)
-        losses.mean().backward()
-        seconds = min(seconds, time.perf_counter() - begin)
-    estimate = seconds * segment.tokens.shape[0] * flags.max_step
-    if estimate > CPU_PATIENCE:
-        raise UserError(
-            f"{flags.max_step:,} steps of batch {flags.batch_size} x {flags.tgt_len} would take about {duration(estimate)} on this CPU "
-            f"(timed just now): use --preset laptop (minutes) or --preset quick, run on a GPU, or add --yes to go on"
-        )
-
-
 def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, say) -> None:
     """What is about to be run, in a few lines."""
     counts = parameter_counts(model)
@@ -348,7 +323,9 @@ def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, 
         say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
         if flags.attn_moe:
             say(f"queries, keys and values: top-1 experts in layers {indices}")
-        say(f"router: {flags.gate_name}, {'frozen' if flags.freeze_gate else 'trained'}; k: {top_k_schedule(flags)}")
+        trained = [parameter.requires_grad for _, layer in moe_layers(model) for parameter in layer.router.parameters()]
+        state_of_router = ("trained" if any(trained) else "frozen") if trained else "without parameters"
+        say(f"router: {flags.gate_name}, {state_of_router}; k: {top_k_schedule(flags)}")
         if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):
             say(f"note: --moe_top_k {flags.moe_top_k} has no effect, k follows the schedule")
         say(f"computed by: {computed_by(flags, model)}")

@@ -38,14 +38,15 @@ class LayerFlags(Common):
     """dropout rate of the hidden layer"""
 
 
-def contestants(flags: LayerFlags, k: int) -> dict[str, nn.Module]:
+def contestants(flags: LayerFlags, k: int, precision: Precision) -> dict[str, nn.Module]:
     """Layers by name, with equal weights each of its own; the dense network is the baseline."""
     torch.manual_seed(0)
     experts = Experts(flags.num_experts, flags.d_model, flags.d_expert, "relu", flags.dropout, "auto", 0.02)
     layer = MoELayer(flags.d_model, experts, SMoEConfig(num_experts=flags.num_experts, top_k=k, d_expert=flags.d_expert))
+    weights = experts.weights(torch.bfloat16 if precision == "bf16" else torch.float32)
     found: dict[str, nn.Module] = {DENSE: dense_ffn(experts)}
     for backend in OURS:
-        if backend == "auto" or load(BACKENDS, "backend", backend).refusal(experts.weights(torch.float32), "cpu") is None:
+        if backend == "auto" or load(BACKENDS, "backend", backend).refusal(weights, "cpu") is None:
             found[f"ours: {backend}"] = copy.deepcopy(layer)
             found[f"ours: {backend}"].experts.backend = backend
     return found | {name: with_peer(layer, name) for name in EXPERT_PEERS}
@@ -65,11 +66,14 @@ def forward(module: nn.Module, x_ND: Tensor, precision: Precision) -> Tensor:
 
 def measure_row(flags: LayerFlags, precision: Precision, k: int) -> dict[str, Any]:
     """All contestants at one k in one precision."""
-    modules = contestants(flags, k)
-    x_ND, grad_ND = torch.randn(flags.tokens, flags.d_model, requires_grad=True), torch.randn(flags.tokens, flags.d_model)
+    modules = contestants(flags, k, precision)
+    # new tokens in every round, the same for all contestants: experts then get other numbers of tokens, as in training
+    xs = [torch.randn(flags.tokens, flags.d_model, requires_grad=True) for _ in range(flags.rounds + 1)]
+    x_ND, grad_ND = xs[0], torch.randn(flags.tokens, flags.d_model)
 
     def call(module: nn.Module) -> Callable[[], Any]:
-        return lambda: forward_backward(module, x_ND, grad_ND, precision)
+        rounds = iter(xs)
+        return lambda: forward_backward(module, next(rounds), grad_ND, precision)
 
     results = summarise(interleave({name: call(module) for name, module in modules.items()}, flags.rounds), DENSE)
     for name, module in modules.items():

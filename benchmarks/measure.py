@@ -1,10 +1,11 @@
-"""Interleaved timing. Contestants take turns A B C A B C ... in one process, and each is compared with the baseline of its own round, so
-that what slows the machine down for a while slows both.
+"""Interleaved timing. Contestants take turns in one process, in another order each round, and each is compared with the baseline of its
+own round, so that what slows the machine down for a while slows both.
 
 Peak memory is left out: on a CPU the process's peak only grows. `kept_mib` counts what is kept for the backward pass instead.
 """
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -38,10 +39,10 @@ class Common:
 def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call in each round, the warm-up round left out."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
+    for number in range(rounds + 1):
+        for name in random.Random(number).sample(list(calls), len(calls)):  # another order each round: nobody always follows the same one
             begin = time.perf_counter()
-            call()
+            calls[name]()
             seconds[name].append(time.perf_counter() - begin)
     return {name: values[1:] for name, values in seconds.items()}
 

@@ -89,7 +89,7 @@ def kept_by(model: MemTransformerLM, flags: StepFlags, precision: Precision) -> 
         with autocast(precision):
             return model(tokens, tokens, memory)
 
-    return kept_mib(forward, model.parameters())
+    return kept_mib(forward, [*model.parameters(), tokens, *memory])
 
 
 def measure_row(flags: StepFlags, precision: Precision) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def test_schedule_properties(mode):
         values = [schedule(step) for step in range(total + 1)]
         case = f"{schedule}: {values}"
         assert all(type(k) is int and low <= k <= high for k in values), case
-        if mode == "elastic":  # draws, of which a function of its own test
+        if mode == "elastic":  # drawn at random: has a test of its own
             continue
         steps = {later - earlier for earlier, later in itertools.pairwise(values)} | {0}
         assert (max(steps) <= 0) if mode.endswith("decrease") else (min(steps) >= 0), case

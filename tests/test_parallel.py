@@ -76,6 +76,7 @@ EXACT = [method for method in METHODS if method not in DRAW]
 def test_methods_that_draw_run_on_two_processes(method, corpus, tmp_path):
     both = run_two(tiny.flags(corpus, tmp_path / "two", method=method, **SETTINGS))
     assert [run.code for run in both] == [0, 0], both[0].err + both[1].err
+    assert tiny.read_json(tmp_path / "two" / "result.json")["environment"]["world_size"] == 2
 
 
 @pytest.mark.parametrize("method", EXACT)

@@ -1,12 +1,15 @@
 """Tables and figures from records with known numbers."""
 
 import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from utils import report
 from utils.errors import EXIT_USER_ERROR, UserError, run_main
 
@@ -333,10 +336,12 @@ def test_colours_stay_with_their_method():
     assert len({style["color"] for style in first.values()}) == 3
 
 
-def test_tables_do_without_matplotlib(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_tables_do_without_matplotlib(folder):
     store(record())
-    report.main([])
+    code = "import sys; sys.modules['matplotlib'] = None; from utils import report; report.main([])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "SMoE-Dropout" in done.stdout, done.stderr
 
 
 def test_numbers_are_short():
@@ -354,3 +359,28 @@ def test_numbers_are_short():
 def test_user_errors_are_user_errors():
     with pytest.raises(UserError, match=r"gone\.json"):
         report.read_record(Path("gone.json"))
+
+
+def test_routing_has_a_column_where_it_was_measured(folder):
+    """Means over the seeds; methods without it, and tables without any, go without."""
+    found = [{"load_entropy": entropy, "fluctuation": share} for entropy, share in ((0.9, 0.2), (0.8, 0.1))]
+    store(dense(), *(record(seed=seed, routing=routing) for seed, routing in enumerate(found, 1)))
+    report.main(["--readme", "README.md"])
+    text = Path("README.md").read_text()
+    header, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|") and ":--" not in line]
+    column = next(i for i, name in enumerate(header) if name.startswith("Load entropy"))
+    assert [row[column].strip(" |") for row in rows] == [report.DASH, "0.850 / 15 %"] and "Routes changing late" in text
+    store(record("other", "Other", 1, routing={"load_entropy": 0.5, "fluctuation": None}))
+    report.main(["--readme", "README.md"])
+    assert "0.500 / –" in Path("README.md").read_text()
+
+
+def test_methods_of_the_frozen_router_get_figures_of_their_own(folder):
+    """Where there are several of them beside others."""
+    fixed = [record(name, name, model__router="random") for name in ("a", "b")]
+    store(dense(), *fixed)
+    report.main(["--figs", "Figs"])
+    assert not list(Path("Figs").glob("fixed_router*"))
+    store(record("c", "c", model__router="learned"))
+    report.main(["--figs", "Figs"])
+    assert len(list(Path("Figs").glob("fixed_router*.png"))) == 2

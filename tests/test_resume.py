@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,11 +29,15 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
-    """The folder of a run of each method that nothing happened to."""
+    """Gives the folder of a run of a method that nothing happened to."""
     root = tmp_path_factory.mktemp("unbroken")
-    for method in METHODS:
+
+    @cache
+    def of(method: str) -> Path:
         tiny.completed(tiny.flags(corpus, root / method, method=method, **LONG))
-    return root
+        return root / method
+
+    return of
 
 
 def die(kind: str, number: int, half: bool) -> None:
@@ -101,24 +105,21 @@ def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(corpus, unbroken, 
         assert tiny.run(arguments, partial(die, kind, number, draw.random() < 0.5)).code == -signal.SIGKILL, moments
     assert last_step(tmp_path / "run") >= LONG["max_step"] // 2, f"the kills did not come far: {moments}"
     tiny.completed(arguments)
-    tiny.same_run(tmp_path / "run", unbroken / "smoe_dropout")
+    tiny.same_run(tmp_path / "run", unbroken("smoe_dropout"))
     assert len(tiny.read_json(tmp_path / "run" / "env.json")) > KILLS / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_after_a_kill(method, corpus, unbroken, tmp_path):
     arguments = tiny.flags(corpus, tmp_path, method=method, **LONG)
-    run = tiny.Running(arguments)
-    run.wait_until(lambda: last_step(tmp_path) >= 18)
-    run.send(signal.SIGKILL)
-    assert run.finish().code == -signal.SIGKILL
+    assert tiny.run(arguments, partial(die, "step", 20, False)).code == -signal.SIGKILL
     finished = tiny.completed(arguments)
     assert "resumed at step" in finished.out
-    tiny.same_run(tmp_path, unbroken / method)
+    tiny.same_run(tmp_path, unbroken(method))
     assert len(tiny.read_json(tmp_path / "env.json")) == 2
     again = tiny.completed(arguments)  # a finished run is left alone
     assert again.out == f"this run is complete: {tmp_path / 'result.json'}\n"
-    tiny.same_run(tmp_path, unbroken / method)
+    tiny.same_run(tmp_path, unbroken(method))
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -134,10 +135,7 @@ def test_plateau_and_adagrad_resume_too(lr, corpus, tmp_path):
     changes = {"method": "dense", "optim": "adagrad", "scheduler": "dev_perf", "lr": lr, **LONG}
     tiny.completed(tiny.flags(corpus, tmp_path / "unbroken", **changes))
     arguments = tiny.flags(corpus, tmp_path / "run", **changes)
-    run = tiny.Running(arguments)
-    run.wait_until(lambda: last_step(tmp_path / "run") >= 30)
-    run.send(signal.SIGKILL)
-    run.finish()
+    assert tiny.run(arguments, partial(die, "validation", 3, False)).code == -signal.SIGKILL
     tiny.completed(arguments)
     assert lr == 0.5 or len({line["lr"] for line in tiny.metrics(tmp_path / "run", "train")}) > 2
     tiny.same_run(tmp_path / "run", tmp_path / "unbroken")
@@ -162,7 +160,7 @@ def test_a_signal_saves_at_the_step_and_says_how_to_go_on(number, code, corpus, 
     assert command[0] == "python" and Path(command[1]).name == "train.py" and command[2:] == arguments
     assert not (tmp_path / "result.json").exists()
     tiny.completed(command[2:])
-    tiny.same_run(tmp_path, unbroken / "smoe_dropout")
+    tiny.same_run(tmp_path, unbroken("smoe_dropout"))
 
 
 def stop_in_the_final_test() -> None:
@@ -204,10 +202,7 @@ def test_as_a_plain_process_sigterm_ends_with_143_and_tensorboard_keeps_every_st
 
 def test_tensorboard_keeps_the_steps_before_a_kill(corpus, tmp_path):
     arguments = tiny.flags(corpus, tmp_path, method="dense", **{**LONG, "log_interval": 1})
-    run = tiny.Running(arguments)
-    run.wait_until(lambda: last_step(tmp_path) >= 25)
-    run.send(signal.SIGKILL)
-    run.finish()
+    assert tiny.run(arguments, partial(die, "step", 26, False)).code == -signal.SIGKILL
     tiny.completed(arguments)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()

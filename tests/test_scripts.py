@@ -1,9 +1,10 @@
 """The bash scripts: sound syntax, one row each, flags passed on, and every flag of theirs known."""
 
-import json
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from smoe_dropout.registry import METHODS
 from tests import tiny
 from tests.conftest import ROOT
 
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # scripts find the Python of the tests
 SCRIPTS = sorted((ROOT / "script").rglob("*.sh"))
 RUNS = [path for path in SCRIPTS if path.parent.name in ("table1", "figure5") and path.name != "run_all.sh"]
 
@@ -24,11 +26,11 @@ def test_syntax(path):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_passes_flags_on_and_refuses_wrong_ones(path, tmp_path):
     """From another folder; a wrong flag is answered before data are looked for."""
-    done = subprocess.run(["bash", path, "--lr", "-1", "--preset", "laptop"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", path, "--lr", "-1", "--preset", "laptop"], cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --lr -1.0 must be positive")
     missing = tmp_path / "nothing"
-    done = subprocess.run(["bash", path, "--data", missing], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", path, "--data", missing], cwd=tmp_path, capture_output=True, text=True, env=ENV)
     assert done.returncode == 2
     assert str(missing) in done.stderr
 
@@ -43,7 +45,9 @@ def test_flags_of_the_script(path):
     assert (flags.d_model, flags.tgt_len, flags.max_step, flags.preset) == (256, 512, 400_000, "paper")
     assert flags.d_ff == 8192
     assert flags.d_inner == (512 if flags.moe else 8192)
-    assert json.dumps(flags.work_dir)
+    own = {"directly_dense_training": "dense_dropout", "8layers_smoe_dropout": "smoe_dropout-8layers"}
+    own["12layers_smoe_dropout"] = "smoe_dropout-12layers"
+    assert flags.work_dir == f"runs/paper/enwik8/{own.get(path.stem, path.stem)}-seed1111"
     assert flags.n_layer == (int(path.stem.split("layers")[0]) if path.parent.name == "figure5" else 4)
 
 
@@ -69,7 +73,7 @@ def test_run_all_goes_on_where_it_was(tmp_path):
     words = ["bash", "script/table1/run_all.sh", *sizes[:where], *sizes[where + 2 :]]
 
     def run(*more: str):
-        return subprocess.run([*words, *more], cwd=copy, capture_output=True, text=True, check=False, env={**os.environ, "JOBS": "2"})
+        return subprocess.run([*words, *more], cwd=copy, capture_output=True, text=True, env={**ENV, "JOBS": "2", "SEEDS": "1 2"})
 
     assert run("--seed", "3").returncode == 2 and not (copy / "runs").exists()
     broken = copy / "script" / "table1" / "smoe.sh"

@@ -39,7 +39,9 @@ def run(request, corpus, tmp_path_factory):
 def test_result_has_every_field(run):
     method, folder = run
     result = tiny.read_json(folder / "result.json")
-    assert {name: type(value) for name, value in result.items()} == RESULT
+    assert {name: type(value) for name, value in result.items()} == RESULT | {"routing": dict if method.sparse else type(None)}
+    if method.sparse:
+        assert result["routing"]["k"] == E // 2 and 0 <= result["routing"]["load_entropy"] <= 1 + 1e-9
     name = f"{method.name} (moe_num_expert={E})" if method.sparse else method.name  # what departs from the method is said
     assert (result["schema"], result["status"], result["method"], result["sparse"]) == (1, "complete", name, method.sparse)
     assert result["preset"].startswith("quick (") and "max_step=24" in result["preset"]
@@ -102,10 +104,7 @@ def test_loss_falls_and_routers_are_trained_only_where_they_should(run):
         if name.endswith(".router.weight") or frozen:
             assert torch.equal(states[0][name], states[1][name]) == frozen, name
     if routed:
-        assert set(load_file(tiny.checkpoints(folder)[-1] / "optimizer.safetensors")) and len(states[0]) == len(states[1])
-        assert all(states[1][name].abs().sum() > 0 for name in routers if name.endswith("weight"))
-        load_line = tiny.metrics(folder, "train")[-1]
-        assert ("auxiliary_loss" in load_line) == (not method.flags["freeze_gate"])
+        assert ("auxiliary_loss" in tiny.metrics(folder, "train")[-1]) == (not method.flags["freeze_gate"])
 
 
 def initial_weights(path: str) -> None:

@@ -187,6 +187,10 @@ def _check_experts(flags: Flags) -> list[str]:
     low, high = k_range(flags)
     if low > high:
         found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")
+    if flags.dynamic_router_start > 0 and flags.freeze_gate:
+        found.append(
+            f"--dynamic_router_start {flags.dynamic_router_start} trains the router up to that step, --freeze_gate never: leave one out"
+        )
     if flags.dynamic_overall_steps != -1 and flags.dynamic_overall_steps < 1:
         found.append(f"--dynamic_overall_steps {flags.dynamic_overall_steps} must be at least 1, or -1 for all --max_step steps")
     _layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)

@@ -6,6 +6,7 @@ Both at k = E/2, on the first validation segments.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
     if num_experts == 1:
         return 1.0
     shares_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).double() / indices_NK.numel()
-    return (torch.special.entr(shares_E).sum() / torch.tensor(float(num_experts)).log()).item()
+    return torch.special.entr(shares_E).sum().item() / math.log(num_experts)
 
 
 def main(arguments: list[str]) -> None:

@@ -45,7 +45,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     check(method, config)
     kind = (method.layer if method else None) or MoELayer
     sites = find_sites(model)
-    chosen = range(len(sites)) if config.layers is None else config.layers
+    chosen = range(len(sites)) if config.layers is None else sorted(config.layers)
     if outside := [index for index in chosen if index >= len(sites)]:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
     layers = [kind(sites[index].d_model, sites[index].experts(config), config) for index in chosen]

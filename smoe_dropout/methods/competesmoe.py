@@ -52,8 +52,8 @@ class CompeteLayer(MoELayer, Reports):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("competitions", torch.zeros((), dtype=torch.int64))
+        for name in ("passes", "competitions"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=self.experts.up.device))
         self.competed = False
 
     def forward(self, x: Tensor) -> Tensor:
