@@ -24,19 +24,19 @@ class ExpertQueryKeyValue(nn.Module):
         nn.init.zeros_(self.router.bias)
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        q, k, v = self.project(x_BTD).split(self.width, -1)
-        _, k_of_memory, v_of_memory = self.project(memory_BMD).split(self.width, -1)
-        return q, (k, v), (k_of_memory, v_of_memory)
+        q, k, v = self.project(x_BTD, self.weight, self.bias).split(self.width, -1)
+        kv_of_memory = self.project(memory_BMD, self.weight[:, self.width :], self.bias[:, self.width :]).split(self.width, -1)
+        return q, (k, v), kv_of_memory
 
-    def project(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., 3W], every token by its own expert."""
+    def project(self, x: Tensor, weight_EWD: Tensor, bias_EW: Tensor) -> Tensor:
+        """[..., D] -> [..., W], every token by its own expert."""
         x_ND = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             expert_N = self.router(x_ND.to(self.router.weight.dtype)).argmax(-1)
         order_N = expert_N.argsort(stable=True)
         counts = torch.bincount(expert_N, minlength=len(self.weight)).tolist()
         sorted_ND = x_ND[order_N].split(counts)
-        parts = [F.linear(part, weight, bias) for part, weight, bias in zip(sorted_ND, self.weight, self.bias, strict=True)]
+        parts = [F.linear(part, weight, bias) for part, weight, bias in zip(sorted_ND, weight_EWD, bias_EW, strict=True)]
         return torch.cat(parts)[order_N.argsort()].unflatten(0, x.shape[:-1])
 
 

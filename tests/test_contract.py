@@ -58,15 +58,13 @@ def backward(model: MemTransformerLM, flags: Flags, step: int, seed: int, memory
     return found
 
 
-def trained(name: str, seed: int = 0, steps: int = STEPS, **changes) -> tuple[MemTransformerLM, Flags]:
-    """A model after a few updates, its last graph alive."""
-    model, flags = build(name, seed, **changes)
+def train(model: MemTransformerLM, flags: Flags, steps: int) -> None:
+    """A few updates; the graph of the last pass stays alive."""
     optimizer, memory = build_optimizer(model, flags), None
     for step in range(steps):
         optimizer.zero_grad()
         memory = backward(model, flags, step, seed=step, memory=memory).state
         optimizer.step()
-    return model, flags
 
 
 @torch.no_grad()
@@ -127,12 +125,8 @@ def test_exactly_what_is_not_declared_frozen_is_trained(name):
     assert frozen == (routers(model) if method.flags.get("freeze_gate") else set())
     assert bool(routers(model)) == (method.sparse and method.flags["gate_name"] != "none")
     before = copy.deepcopy(dict(model.named_parameters()))
-    optimizer, memory = build_optimizer(model, flags), None
     with gradients(model) as reached:
-        for step in range(STEPS):
-            memory = backward(model, flags, step, seed=step, memory=memory).state
-            optimizer.step()
-            optimizer.zero_grad()
+        train(model, flags, STEPS)
     assert reached.keys() == before.keys() - frozen
     for parameter, found in reached.items():
         experts = ".experts." in parameter  # none of them is left out
@@ -171,9 +165,10 @@ def test_the_objective_leaves_k_as_the_schedule_set_it(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_survive_a_file(name, tmp_path):
-    model, _ = trained(name)
+    model, flags = build(name)
+    train(model, flags, STEPS)
     save_model(model, tmp_path)
-    fresh, flags = build(name, seed=1)
+    fresh, _ = build(name, seed=1)
     ks = [None] if not flags.moe else [1, 2, E]
     assert not torch.equal(answer(fresh), answer(model))
     load_weights(fresh, tmp_path)
@@ -186,7 +181,8 @@ def test_weights_survive_a_file(name, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_copy_made_between_passes_is_whole_and_apart(name):
     """With the graph of a training pass alive; afterwards neither of the two reaches into the other."""
-    model, flags = trained(name, steps=2)
+    model, flags = build(name)
+    train(model, flags, steps=2)
     twin = copy.deepcopy(model)
     ours = answer(model)
     assert torch.equal(answer(twin), ours)
@@ -209,14 +205,15 @@ def test_nothing_of_a_pass_survives_it(name):
         set_top_k(model, 2)
     first = answer(model)
     assert torch.equal(answer(model), first)
-    assert auxiliary_loss(model) is None  # those of training are gone
     torch.manual_seed(3)
     backward(model, flags, 0, seed=70, lanes=LANES + 1, positions=POSITIONS - 1)
+    assert all(layer.shared.carried is None for _, layer in moe_layers(model))
     if flags.moe:
         set_top_k(model, 2)
     with torch.no_grad():
         model.eval()(*text(80, lanes=1, positions=2))
     assert torch.equal(answer(model), first)
+    assert auxiliary_loss(model) is None  # that of training is gone
 
 
 @pytest.mark.parametrize("name", METHODS)

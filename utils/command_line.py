@@ -124,6 +124,12 @@ def check(flags: Flags) -> list[str]:
         found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
+    if flags.swad and flags.swad_start > flags.max_step:
+        found.append(f"--swad_start {flags.swad_start} lies behind --max_step {flags.max_step}")
+    if flags.swad_end == 0:
+        found.append("--swad_end 0 leaves no step to average: give a later one, or -1 for --max_step")
+    if not flags.swad and (flags.swad_start, flags.swad_end) not in ((0, -1), (0, flags.max_step)):
+        found.append("--swad_start and --swad_end need --swad")
     if flags.swad_end != -1 and flags.swad_end < flags.swad_start:
         found.append(f"--swad_end {flags.swad_end} lies before --swad_start {flags.swad_start}")
     found += _check_experts(flags) if flags.moe else _check_dense(flags)
@@ -136,11 +142,14 @@ def _check_dense(flags: Flags) -> list[str]:
 
 def _check_method(flags: Flags) -> list[str]:
     """Of a command line that is right otherwise: what the method and its options make of it."""
+    if flags.method is not None and flags.method not in METHODS:
+        return []  # said already
     method = method_of(flags)
     if flags.dense_drop and not (method and method.flags.get("dense_drop")):
-        return [f"--dense_drop cannot be combined with --method {flags.method}{' and --moe' if flags.moe else ''}: leave one out"]
+        others = [f"--method {flags.method}"] * (flags.method is not None) + ["--moe"] * flags.moe
+        return [f"--dense_drop cannot be combined with {' and '.join(others)}: leave one out"]
     try:
-        method_options(flags)
+        built_options(flags)
         sentence = method.refusal(smoe_config(flags, method)) if method and flags.moe else None
     except ConfigError as error:
         return [f"--method_options {flags.method_options}: {error}" if flags.method_options else str(error)]
@@ -162,14 +171,17 @@ def parse_options(text: str | None) -> dict[str, str]:
 
 
 def method_options(flags: Flags) -> Any:
-    """The method's options. ConfigError for one that neither the method nor the router has."""
+    """The method's options."""
+    return built_options(flags)[0]
+
+
+def built_options(flags: Flags) -> list[Any]:
+    """The options of the method, and if any are given those of the router. ConfigError for one that neither has, or a wrong value."""
     values, method = parse_options(flags.method_options), method_of(flags)
-    own = method.options if method else NoOptions
-    kinds = [own]
+    kinds = [method.options if method else NoOptions]
     if values and flags.moe:
         kinds.append(load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).Options)
-    built = [build_options(kind, values, option_names(kinds)) for kind in kinds]
-    return built[0]
+    return [build_options(kind, values, option_names(kinds)) for kind in kinds]
 
 
 def _check_experts(flags: Flags) -> list[str]:
@@ -187,6 +199,8 @@ def _check_experts(flags: Flags) -> list[str]:
     low, high = k_range(flags)
     if low > high:
         found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")
+    if flags.dynamic_router_start < -1:
+        found.append(f"--dynamic_router_start {flags.dynamic_router_start} must be a step, or -1 for none")
     if flags.dynamic_router_start > 0 and flags.freeze_gate:
         found.append(
             f"--dynamic_router_start {flags.dynamic_router_start} trains the router up to that step, --freeze_gate never: leave one out"
@@ -196,7 +210,7 @@ def _check_experts(flags: Flags) -> list[str]:
     _layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
     found += [f"--moe_index {flags.moe_index}: {mistake}" for mistake in mistakes]
     try:
-        smoe_config(dataclasses.replace(flags, moe_index=None, moe_top_k=None))
+        smoe_config(dataclasses.replace(flags, moe_index=None, moe_top_k=None, method_options=None))
     except ConfigError as error:
         found.append(str(error).replace("router", "--gate_name", 1) if "unknown router" in str(error) else str(error))
     return found
@@ -276,7 +290,11 @@ def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     if flags.d_ff != usual.d_ff:
         found["d_ff"] = flags.d_ff
     experts = {name: value for name, value in found.items() if name in (*OF_EXPERTS, "moe", "moe_num_expert", "d_inner")}
-    options = parse_options(found.pop("method_options", None))
+    found.pop("method_options", None)
+    given = [
+        (field.name, getattr(built, field.name), field.default) for built in built_options(flags) for field in dataclasses.fields(built)
+    ]
+    options = {name: value for name, value, default in given if value != default}
     return {name: value for name, value in found.items() if name not in experts}, (experts if flags.moe else {}) | options
 
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout import moe_layers
+from smoe_dropout.attention import ExpertQueryKeyValue
 
 
 def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int, k: int | None) -> int:
@@ -19,6 +20,9 @@ def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int
     for _, layer in sparse:
         _, H, D = layer.experts.up.shape
         total += 4 * queries * D * H * (k or layer.computed_experts) + layer.routing_flops(batch, segment)
+    for module in model.modules():
+        if isinstance(module, ExpertQueryKeyValue):
+            total += 2 * keys * module.router.weight.numel()
     return total + (c.n_layer - len(sparse)) * 4 * queries * c.d_model * c.d_inner
 
 
@@ -41,4 +45,8 @@ def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
     for _, layer in moe_layers(model):
         one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
         idle += (layer.num_experts - (k or layer.top_k)) * one
-    return total - idle, ffn_total - idle
+    elsewhere = 0  # experts outside the feed-forward layers, of which one is active
+    for module in model.modules():
+        if isinstance(module, ExpertQueryKeyValue):
+            elsewhere += sum((len(tensor) - 1) * tensor[0].numel() for tensor in (module.weight, module.bias))
+    return total - idle - elsewhere, ffn_total - idle

@@ -69,7 +69,8 @@ def build_result(
 
 def in_brackets(values: dict[str, Any]) -> str:
     """ " (name=value, ...)", or nothing for nothing: behind a name, so that what differs is not averaged with what does not."""
-    return f" ({', '.join(f'{name}={value}' for name, value in values.items())})" if values else ""
+    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def moe_layer_indices(flags: Flags) -> list[int]:
