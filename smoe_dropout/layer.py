@@ -23,9 +23,9 @@ class Shared:
         self.tokens: Tensor | None = None
         self.carried: Tensor | None = None
 
-    def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """A forward pre-hook of the host's token embedding."""
-        self.tokens = inputs[0]
+        self.tokens = inputs[0] if inputs else named["input"]
 
     def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
         return {"tokens": None, "carried": None}

@@ -14,6 +14,8 @@ import smoe_dropout as sd
 from smoe_dropout.layer import Shared
 from smoe_dropout.registry import ROUTERS, load
 from tests.test_moefy import transformer_xl
+from utils.command_line import parse
+from utils.errors import UserError
 
 D = 8
 
@@ -319,9 +321,19 @@ def feed_forwards(layers: int = 1) -> nn.Sequential:
     return nn.Sequential(*(nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, D)) for _ in range(layers)))
 
 
-def test_no_router_chooses_nothing():
-    with pytest.raises(RuntimeError, match="'none' chooses nothing"):
-        sd.moefy(feed_forwards(), sd.SMoEConfig(4, 2, router="none"))(tokens())
+LOGITS = ("competesmoe", "similarity", "attention")
+PAIRS = [("none", None), ("random", "thor"), *((router, method) for router in ("hash", "uniform", "noisy_top_k") for method in LOGITS)]
+
+
+@pytest.mark.parametrize(("router", "method"), PAIRS)
+def test_routers_that_a_method_cannot_use_are_refused(router, method):
+    """Nothing to choose with, choices that are never asked for, and logits that there are none of or not all there is to it."""
+    model = feed_forwards()
+    with pytest.raises(sd.ConfigError, match=f"router '{router}'"):
+        sd.moefy(model, sd.SMoEConfig(4, 2, router=router, method=method))
+    assert not sd.moe_layers(model)
+    with pytest.raises(UserError, match=f"router '{router}'"):
+        parse(["--preset", "quick", "--moe", "--gate_name", router, *(["--method", method] if method else [])])
 
 
 @pytest.mark.parametrize(

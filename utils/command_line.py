@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load, unknown
 from smoe_dropout.schedule import TopKSchedule
@@ -150,10 +150,10 @@ def _check_method(flags: Flags) -> list[str]:
         return [f"--dense_drop cannot be combined with {' and '.join(others)}: leave one out"]
     try:
         built_options(flags)
-        sentence = method.refusal(smoe_config(flags, method)) if method and flags.moe else None
+        sentence = refused(method, smoe_config(flags, method)) if flags.moe else None
     except ConfigError as error:
         return [f"--method_options {flags.method_options}: {error}" if flags.method_options else str(error)]
-    return [f"--method {method.name}: {sentence}"] if sentence else []
+    return [f"--method {method.name}: {sentence}" if method else f"--gate_name: {sentence}"] if sentence else []
 
 
 def method_of(flags: Flags) -> Method | None:

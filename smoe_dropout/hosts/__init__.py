@@ -6,18 +6,15 @@ A host is a module with `find(model) -> list[Site]`. The residual, its dropout a
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer, Shared
+from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.options import NoOptions, build_options, option_names
 from smoe_dropout.registry import METHODS, ROUTERS, load
-
-if TYPE_CHECKING:
-    from smoe_dropout.methods.base import Method
 
 HOSTS = ("smoe_dropout.hosts.sequential",)
 
@@ -58,7 +55,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         if attentions[place] is not None:
             attentions[place].keep_probabilities = True
     if embedding is not None:
-        embedding.register_forward_pre_hook(shared.see_tokens)
+        embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
     return model
 
 
@@ -70,7 +67,7 @@ def check(method: Method | None, config: SMoEConfig) -> None:
     known = option_names(kinds)
     for kind in kinds or [NoOptions]:
         build_options(kind, config.options, known)
-    if method and method.sparse and (sentence := method.refusal(config)):
+    if sentence := refused(method, config):
         raise ConfigError(sentence)
 
 

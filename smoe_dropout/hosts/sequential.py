@@ -32,7 +32,8 @@ def _site(parent: nn.Module, name: str, ffn: nn.Sequential) -> Site | None:
     final = None if ffn[-1] is down else ffn[-1]
 
     def put_dropout(module: nn.Module) -> None:
-        setattr(parent, name, nn.Sequential(up, activation, module, down, *([] if final is None else [final])))
+        whole = nn.Sequential(up, activation, module, down, *([] if final is None else [final]))
+        setattr(parent, name, whole.train(parent.training))
 
     tensors = up.weight, up.bias, down.weight, down.bias
     return Site(parent, name, *tensors, name_of_activation, inner, final, put_dropout)

@@ -48,4 +48,5 @@ METHOD = Method(
     sparse=True,
     flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
     layer=AttentionLayer,
+    routers=("learned", "random"),
 )

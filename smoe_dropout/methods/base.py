@@ -64,6 +64,7 @@ class Method:
     options: what else may be set, a frozen dataclass.
     layer: a MoELayer that routes or combines in its own way.
     convert: of a dense method, what changes the model, given its options; builds on `hosts.find_sites`.
+    routers: those the method can use; empty: any that chooses experts.
     refusal: the sentence for a configuration the method cannot take, or None.
     """
 
@@ -76,4 +77,15 @@ class Method:
     options: type = NoOptions
     layer: type[MoELayer] | None = None
     convert: Callable[[nn.Module, Any], nn.Module] | None = None
+    routers: tuple[str, ...] = ()
     refusal: Callable[[SMoEConfig], str | None] = lambda config: None
+
+
+def refused(method: Method | None, config: SMoEConfig) -> str | None:
+    """The sentence for experts so configured that this method, or none, cannot take, or None."""
+    allowed = method.routers if method else ()
+    if allowed and config.router not in allowed:
+        return f"router {config.router!r} cannot be used here: this method takes {' or '.join(allowed)}"
+    if config.router == "none" and not allowed:
+        return "router 'none' is for methods that draw experts themselves: choose one that chooses"
+    return method.refusal(config) if method else None

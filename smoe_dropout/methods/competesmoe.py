@@ -116,4 +116,5 @@ METHOD = Method(
     flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
     options=Options,
     layer=CompeteLayer,
+    routers=("learned", "random"),
 )

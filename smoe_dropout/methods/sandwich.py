@@ -5,7 +5,7 @@ largest, loss = (CE_max + KL(p_max || p_min) + KL(p_max || p_drawn)) / 3, p_max 
 passes a step.
 """
 
-from smoe_dropout.methods.base import Method, Objective
+from smoe_dropout.methods.base import Method, Objective, with_auxiliary
 
 
 def objective(model, forward, settings) -> Objective:
@@ -14,12 +14,13 @@ def objective(model, forward, settings) -> Objective:
     drawn = get_top_k(model)  # the schedule's
     with top_k(model, settings.k_max):
         largest = forward()
-    nll = total = largest.token_losses.mean()
+    nll = largest.token_losses.mean()
+    total = with_auxiliary(model, nll)
     teacher = largest.logits.detach().log_softmax(-1)
     for k in (settings.k_min, drawn):
         with top_k(model, k):
             student = forward().logits.log_softmax(-1)
-        total = total + (teacher.exp() * (teacher - student)).sum(-1).mean()
+        total = with_auxiliary(model, total + (teacher.exp() * (teacher - student)).sum(-1).mean())
     return Objective(total / 3, nll, largest.state)
 
 

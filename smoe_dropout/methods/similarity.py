@@ -61,4 +61,5 @@ METHOD = Method(
     flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
     options=Options,
     layer=SimilarityLayer,
+    routers=("learned", "random"),
 )

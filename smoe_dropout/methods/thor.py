@@ -75,5 +75,6 @@ METHOD = Method(
     objective=objective,
     options=Options,
     layer=ThorLayer,
+    routers=("none",),
     refusal=refusal,
 )

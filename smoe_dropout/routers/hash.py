@@ -21,6 +21,8 @@ class HashRouter(Router):
         self.register_buffer("seed", torch.randint(2**62, ()))
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
+        if self.shared is None or self.shared.tokens is None:
+            raise RuntimeError("the hash router has seen no token ids: they come from the host's token embedding")
         tokens_N = self.shared.tokens.flatten()
         if len(tokens_N) != len(x_ND):
             raise RuntimeError(f"the hash router saw {len(tokens_N)} token ids and has to route {len(x_ND)} positions")
