@@ -29,6 +29,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     )
 
 
+def sites_in_blocks(model: nn.Module, blocks: int) -> list[Site]:
+    """The model's feed-forward networks, for a method that drops blocks of hidden units. ConfigError if a width is not that many blocks."""
+    sites = find_sites(model)
+    for site in sites:
+        if site.d_ff % blocks:
+            raise ConfigError(f"option blocks = {blocks} does not divide the feed-forward width {site.d_ff}")
+    return sites
+
+
 def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     """Replaces feed-forward networks of `model` by MoE layers, in place, and returns it.
 

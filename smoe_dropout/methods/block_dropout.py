@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.draw import shared
-from smoe_dropout.hosts import find_sites
+from smoe_dropout.hosts import sites_in_blocks
 from smoe_dropout.methods.base import Method
-from smoe_dropout.options import ConfigError, require
+from smoe_dropout.options import require
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class BlockDropout(nn.Module):
 
 def convert(model: nn.Module, options: Options) -> nn.Module:
     """Block dropout in every feed-forward network. ConfigError if a width is not divided by the number of blocks."""
-    sites = find_sites(model)
-    for site in sites:
-        if site.d_ff % options.blocks:
-            raise ConfigError(f"option blocks = {options.blocks} does not divide the feed-forward width {site.d_ff}")
-    for site in sites:
+    for site in sites_in_blocks(model, options.blocks):
         site.put_dropout(BlockDropout(options, site.dropout))
     return model
 

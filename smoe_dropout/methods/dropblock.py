@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.hosts import find_sites
+from smoe_dropout.hosts import sites_in_blocks
 from smoe_dropout.methods.base import Method
-from smoe_dropout.options import ConfigError, require
+from smoe_dropout.options import require
 from smoe_dropout.training import FollowsTraining, Reports
 
 
@@ -60,11 +60,7 @@ def covered(begins: Tensor, width: int) -> Tensor:
 
 def convert(model: nn.Module, options: Options) -> nn.Module:
     """DropBlock in place of each feed-forward network's own dropout. ConfigError if a width is not divided by the number of blocks."""
-    sites = find_sites(model)
-    for site in sites:
-        if site.d_ff % options.blocks:
-            raise ConfigError(f"option blocks = {options.blocks} does not divide the feed-forward width {site.d_ff}")
-    for site in sites:
+    for site in sites_in_blocks(model, options.blocks):
         site.put_dropout(DropBlock(site.d_ff // options.blocks, options.rate))
     return model
 
