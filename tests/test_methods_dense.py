@@ -28,7 +28,7 @@ def hidden(*shape: int) -> torch.Tensor:
 
 
 def concrete(**options) -> concrete_dropout.ConcreteDropout:
-    return concrete_dropout.ConcreteDropout(concrete_dropout.Options(**options))
+    return concrete_dropout.ConcreteDropout(concrete_dropout.Options(**options), H)
 
 
 @pytest.mark.parametrize(("rate", "temperature"), [(0.1, 0.1), (0.5, 0.1), (0.8, 1.0)])
@@ -74,8 +74,10 @@ def penalty(p: float, W: np.ndarray, l: float, N: int) -> float:  # noqa: E741
 @pytest.mark.parametrize("length", [0.0, 0.01, 2.0])
 def test_regulariser_and_its_gradients(rate, length):
     module, N = concrete(rate=rate, length_scale=length).double(), 70
-    weight = hidden(5, H).double().requires_grad_()
-    loss, W, p = module.regulariser(weight, N), numpy(weight), module.logit.sigmoid().item()
+    module.behind.append(nn.Linear(H, 5).double())
+    weight = module.behind[0].weight
+    nn.init.normal_(weight)
+    loss, W, p = module.regulariser(N), numpy(weight), module.logit.sigmoid().item()
     assert p == pytest.approx(rate) and loss.item() == pytest.approx(penalty(p, W, length, N), rel=1e-9)
     to_logit, to_weight = torch.autograd.grad(loss, [module.logit, weight])
     slope = (penalty(p + 1e-6, W, length, N) - penalty(p - 1e-6, W, length, N)) / 2e-6

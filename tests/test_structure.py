@@ -17,9 +17,9 @@ MODEL = ROOT / "mem_transformer.py"
 OURS = {"smoe_dropout", "utils", "train", "finetune", "mem_transformer", "tests", "data", "benchmarks", "script"}
 
 # names of methods that are words besides: "dense" is the key under which a model without k is recorded and plotted, and a value of
-# output_scale; "attention" what a layer may need of its host; "elastic" a schedule of k
+# output_scale, and how BERT calls a linear map; "attention" what a layer may need of its host; "elastic" a schedule of k
 ENGLISH = {
-    "dense": {"result.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py"},
+    "dense": {"result.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py", "intermediate_output.py"},
     "attention": {"__init__.py"},
     "elastic": {"schedule.py"},
 }

@@ -40,8 +40,15 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# by name, since transformers has its own classes for these and need not be installed
+_CLASSES = {
+    **{"ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu"},
+    **{"GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"},
+}
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The name of an activation module in `ACTIVATIONS`, or None for one that experts cannot compute."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
+    return _CLASSES.get(type(module).__name__)

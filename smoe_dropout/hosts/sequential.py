@@ -31,9 +31,10 @@ def _site(parent: nn.Module, name: str, ffn: nn.Sequential) -> Site | None:
     inner = dropouts[2].p if 2 in dropouts else 0.0
     final = None if ffn[-1] is down else ffn[-1]
 
-    def put_dropout(module: nn.Module) -> None:
+    def put_dropout(module: nn.Module) -> nn.Module:
         whole = nn.Sequential(up, activation, module, down, *([] if final is None else [final]))
         setattr(parent, name, whole.train(parent.training))
+        return down
 
     tensors = up.weight, up.bias, down.weight, down.bias
     return Site(parent, name, *tensors, name_of_activation, inner, final, put_dropout)

@@ -23,7 +23,9 @@ class Site:
     activation: str
     dropout: float
     final: nn.Module | None = None  # what of the host follows the network inside the same child, and stays
-    put_dropout: Callable[[nn.Module], None] | None = None  # makes a module the dropout of the dense network's hidden units
+    # makes a module the dropout of the dense network's hidden units, and returns the module of the map behind it
+    put_dropout: Callable[[nn.Module], nn.Module] | None = None
+    put: Callable[[nn.Module], None] | None = None  # makes a module the network, where that is more than one child
 
     @property
     def d_model(self) -> int:
@@ -34,6 +36,9 @@ class Site:
         return self.up.shape[0]
 
     def replace(self, module: nn.Module) -> None:
+        if self.put is not None:
+            self.put(module)
+            return
         whole = module if self.final is None else nn.Sequential(module, self.final)
         setattr(self.parent, self.name, whole.train(self.parent.training))
 

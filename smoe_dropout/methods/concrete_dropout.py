@@ -7,7 +7,6 @@ starts at 0.1.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,12 @@ class Options:
 
 
 class ConcreteDropout(nn.Module, Reports):
-    """[..., H] -> [..., H]. `logit` is log p - log(1 - p), a parameter. No dropout in evaluation."""
+    """[..., H] -> [..., H]. `logit` is log p - log(1 - p), a parameter. No dropout in evaluation. units: H."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, units: int):
         super().__init__()
-        self.options = options
+        self.options, self.units = options, units
+        self.behind: list[nn.Module] = []  # the module of the map that follows; in a list, so that it does not become a child
         self.logit = nn.Parameter(torch.logit(torch.tensor(options.rate)))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -47,11 +47,11 @@ class ConcreteDropout(nn.Module, Reports):
         keep = torch.sigmoid(-(self.logit + noise) / self.options.temperature)
         return hidden * (keep / (1 - self.logit.sigmoid())).to(hidden.dtype)
 
-    def regulariser(self, weight_DH: Tensor, train_tokens: int) -> Tensor:
+    def regulariser(self, train_tokens: int) -> Tensor:
         p = self.logit.sigmoid()
         negative_entropy = -(torch.special.entr(p) + torch.special.entr(1 - p))
-        squares = weight_DH.square().sum() * self.options.length_scale**2 / (1 - p)
-        return (squares + weight_DH.shape[1] * negative_entropy) / train_tokens
+        squares = self.behind[0].weight.square().sum() * self.options.length_scale**2 / (1 - p)
+        return (squares + self.units * negative_entropy) / train_tokens
 
     def metrics(self) -> dict[str, float]:
         return {"rate": self.logit.sigmoid().item()}
@@ -60,16 +60,15 @@ class ConcreteDropout(nn.Module, Reports):
 def convert(model: nn.Module, options: Options) -> nn.Module:
     """A learned rate for each feed-forward network's hidden units; other dropout stays."""
     for site in find_sites(model):
-        site.put_dropout(ConcreteDropout(options).to(site.up.device))
+        dropout = ConcreteDropout(options, site.d_ff).to(site.up.device)
+        dropout.behind.append(site.put_dropout(dropout))
     return model
 
 
 def objective(model, forward, settings) -> Objective:
     passed = forward()
     nll = passed.token_losses.mean()
-    chains = [module for module in model.modules() if isinstance(module, nn.Sequential)]
-    pairs = [(a, b) for chain in chains for a, b in pairwise(chain) if isinstance(a, ConcreteDropout)]
-    penalty = sum(dropout.regulariser(behind.weight, settings.train_tokens) for dropout, behind in pairs)
+    penalty = sum(module.regulariser(settings.train_tokens) for module in model.modules() if isinstance(module, ConcreteDropout))
     return Objective(nll + penalty, nll, passed.state)
 
 

@@ -19,7 +19,9 @@ from smoe_dropout.routers import Routing
 
 @dataclass(frozen=True)
 class Options:
-    """mu: momentum. gamma: step size of m. adam: an Adam step in the first layer, with beta1, beta2 and the step size adam_gamma."""
+    """mu: momentum, 0.7 as in the authors' scripts (their code's default is 0.9). gamma: step size of m. adam: an Adam step in the first
+    layer, with beta1, beta2 and the step size adam_gamma.
+    """
 
     mu: float = 0.7
     gamma: float = 1.0

@@ -1,0 +1,147 @@
+"""Models of the transformers library: where their feed-forward networks are, and that experts stand in for them exactly."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import smoe_dropout as sd
+from smoe_dropout.hosts import find_sites
+from smoe_dropout.registry import METHODS, load
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+GPT2 = {"vocab_size": 31, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 32, "n_positions": 20, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def bert(act="gelu"):
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, hidden_act=act, max_position_embeddings=20))
+
+
+def roberta(act="gelu"):
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, hidden_act=act, max_position_embeddings=24))
+
+
+def gpt2(act="gelu_new"):
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, activation_function=act))
+
+
+HOSTS = {"bert": bert, "roberta": roberta, "gpt2": gpt2}
+TOKENS = torch.randint(3, 31, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def made(host: str, *act: str) -> nn.Module:
+    """With weights and biases that matter, in evaluation mode."""
+    torch.manual_seed(0)
+    model = HOSTS[host](*act).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.3)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_sites_in_the_order_of_the_layers(host):
+    model = made(host)
+    sites = find_sites(model)
+    assert [(site.d_model, site.d_ff) for site in sites] == [(16, 32)] * 3
+    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    assert [int("".join(c for c in names[site.up.data_ptr()].split(".mlp")[0] if c.isdigit())[-1]) for site in sites] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("host", "act"), [(h, a) for h in HOSTS for a in ("relu", "gelu", "gelu_new", "silu", "gelu_pytorch_tanh")])
+def test_split_at_all_experts_is_the_dense_model(host, act):
+    model = made(host, act)
+    dense = logits(model)
+    exact = sd.SMoEConfig(4, 4, expert_init="split", gate_weight="uniform", output_scale="dense")
+    torch.testing.assert_close(logits(sd.moefy(model, exact)), dense, rtol=1e-5, atol=1e-5)
+    with sd.top_k(model, 1):
+        assert not torch.allclose(logits(model), dense, atol=1e-2)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_copies_are_the_dense_model_at_any_k(host, k):
+    model = made(host)
+    dense = logits(model)
+    sd.moefy(model, sd.SMoEConfig(4, k, expert_init="copy"))
+    torch.testing.assert_close(logits(model), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_chosen_layers_and_what_else_the_host_has_stay(host):
+    """The LayerNorm, the residual and its dropout are the host's own; parameters outside the chosen layers are untouched."""
+    dense, model = made(host), sd.moefy(made(host), sd.SMoEConfig(4, 2, layers=(0, 2)))
+    before, after = dict(dense.named_parameters()), dict(model.named_parameters())
+    assert len(sd.moe_layers(model)) == 2 and any(".1." in name for name in before.keys() & after.keys())
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+    gone = before.keys() - after.keys()
+    assert len(gone) == 8 and not [name for name in gone if ".1." in name or "norm" in name.lower() or "ln_" in name]
+    count = sum(isinstance(module, nn.Dropout) for module in dense.modules())
+    assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == count
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("router", ["random", "learned", "hash"])
+def test_a_step_of_training_moves_what_it_should(host, router):
+    model = sd.moefy(made(host), sd.SMoEConfig(4, 2, router=router, balance_loss=0.1 if router == "learned" else None)).train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    loss = model(TOKENS, labels=TOKENS).loss
+    auxiliary = sd.auxiliary_loss(model)
+    assert (auxiliary is not None) == (router == "learned")
+    (loss if auxiliary is None else loss + auxiliary).backward()
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name for name in before if ".experts." in name} <= moved
+    assert {name for name in before if ".router." in name and name.endswith("weight")} & moved == (
+        {name for name in before if ".router.weight" in name} if router == "learned" else set()
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_generation_works_at_any_k(k):
+    """With its cache of keys and values, it gives what the whole text gives."""
+    model = sd.moefy(made("gpt2"), sd.SMoEConfig(4, 2))
+    with sd.top_k(model, k):
+        text = model.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
+        for end in range(4, text.shape[1]):
+            assert model(text[:, :end]).logits[0, -1].argmax() == text[0, end]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_round_trip_and_copy(host, tmp_path):
+    model = sd.moefy(made(host), sd.SMoEConfig(4, 2))
+    sd.save_model(model, tmp_path)
+    torch.manual_seed(5)
+    loaded = sd.load_weights(sd.moefy(HOSTS[host]().eval(), sd.SMoEConfig(4, 2)), tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_on_this_host(name, host):
+    """They run and train, or are refused with a reason that names what is missing, the model untouched."""
+    method, model = load(METHODS, "method", name), made(host)
+    dense = logits(model)
+    if method.convert:
+        method.convert(model, method.options())
+        assert torch.equal(logits(model), dense)  # dropout of whatever kind is off in evaluation
+        assert not torch.equal(model.train()(TOKENS).logits, dense)
+        return
+    settings = {"router": method.flags.get("gate_name", "random"), "method": name if method.layer else None}
+    if method.layer and "attention" in method.layer.needs:
+        with pytest.raises(sd.ConfigError, match="attention module that keeps its probabilities"):
+            sd.moefy(model, sd.SMoEConfig(4, 2, **settings))
+        assert torch.equal(logits(model), dense)
+        return
+    if method.sparse:
+        sd.moefy(model, sd.SMoEConfig(4, 2, **settings))
+        model.train()(TOKENS, labels=TOKENS).loss.backward()
+        assert all(layer.experts.up.grad.isfinite().all() and layer.experts.up.grad.any() for _, layer in sd.moe_layers(model))
