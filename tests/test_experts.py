@@ -112,7 +112,7 @@ PLAIN_ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_definition_is_the_plain_transcription(activation, case):
     random = np.random.default_rng(2)
     experts, indices = experts_of(case, "reference", activation), case.indices(random)
@@ -121,7 +121,11 @@ def test_definition_is_the_plain_transcription(activation, case):
     expected = np.zeros_like(x)
     for n in range(case.tokens):
         for slot, i in enumerate(indices[n].tolist()):
-            hidden = [PLAIN_ACTIVATIONS[activation](pre) for pre in up[i] @ x[n] + bias_up[i]]
+            pre, plain = up[i] @ x[n] + bias_up[i], PLAIN_ACTIVATIONS[activation.removesuffix("_gated")]
+            if activation.endswith("_gated"):
+                hidden = [plain(gate) * value for gate, value in zip(pre[: len(pre) // 2], pre[len(pre) // 2 :], strict=True)]
+            else:
+                hidden = [plain(value) for value in pre]
             expected[n] += weights[n, slot] * (down[i].T @ hidden + bias_down[i])
     y = experts(torch.tensor(x), indices, torch.tensor(weights))
     np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-12, atol=1e-12)

@@ -28,7 +28,12 @@ def gpt2(act="gelu_new"):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, activation_function=act))
 
 
-HOSTS = {"bert": bert, "roberta": roberta, "gpt2": gpt2}
+def llama(act="silu"):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, hidden_act=act, max_position_embeddings=20, mlp_bias=True))
+
+
+HOSTS = {"bert": bert, "roberta": roberta, "gpt2": gpt2, "llama": llama}
+CAUSAL = ("gpt2", "llama")
 TOKENS = torch.randint(3, 31, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
@@ -82,7 +87,7 @@ def test_chosen_layers_and_what_else_the_host_has_stay(host):
     assert len(sd.moe_layers(model)) == 2 and any(".1." in name for name in before.keys() & after.keys())
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
     gone = before.keys() - after.keys()
-    assert len(gone) == 8 and not [name for name in gone if ".1." in name or "norm" in name.lower() or "ln_" in name]
+    assert len(gone) == (12 if host == "llama" else 8) and not [name for name in gone if ".1." in name or "norm" in name.lower() or "ln_" in name]
     count = sum(isinstance(module, nn.Dropout) for module in dense.modules())
     assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == count
 
@@ -105,10 +110,11 @@ def test_a_step_of_training_moves_what_it_should(host, router):
     )
 
 
+@pytest.mark.parametrize("host", CAUSAL)
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_generation_works_at_any_k(k):
+def test_generation_works_at_any_k(k, host):
     """With its cache of keys and values, it gives what the whole text gives."""
-    model = sd.moefy(made("gpt2"), sd.SMoEConfig(4, 2))
+    model = sd.moefy(made(host), sd.SMoEConfig(4, 2))
     with sd.top_k(model, k):
         text = model.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
         for end in range(4, text.shape[1]):

@@ -18,8 +18,8 @@ def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int
     total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
     sparse = moe_layers(model)
     for _, layer in sparse:
-        _, H, D = layer.experts.up.shape
-        total += 4 * queries * D * H * (k or layer.computed_experts) + layer.routing_flops(batch, segment)
+        one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
+        total += 2 * queries * one * (k or layer.computed_experts) + layer.routing_flops(batch, segment)
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):
             total += 2 * keys * module.router.weight.numel()

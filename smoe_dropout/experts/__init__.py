@@ -2,7 +2,8 @@
 
 Shape suffixes: N tokens, K active experts, D model width, E experts, H hidden width of one expert, M = N * K assignments.
 
-Both maps are stored [E, H, D]: a slice is one expert, and the view [E * H, D] is the dense FFN that the experts make up together. Every way
+Both maps are stored [E, H, D]: a slice is one expert, and the view [E * H, D] is the dense FFN that the experts make up together. With a
+gated activation `up` is [E, 2H, D], the rows of the gate before the others, so that one product makes both. Every way
 (a module in this package with `run` and `refusal`) gives the same outputs and gradients; `reference` is the definition.
 """
 
@@ -41,8 +42,9 @@ class Experts(nn.Module):
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(unknown("backend", backend, ["auto", *BACKENDS]))
         self.activation, self.dropout, self.backend = activation, dropout, backend
-        self.up = nn.Parameter(torch.empty(num_experts, d_expert, d_model).normal_(0.0, init_std))
-        self.bias_up = nn.Parameter(torch.zeros(num_experts, d_expert))
+        width = d_expert * ACTIVATIONS[activation].width
+        self.up = nn.Parameter(torch.empty(num_experts, width, d_model).normal_(0.0, init_std))
+        self.bias_up = nn.Parameter(torch.zeros(num_experts, width))
         self.down = nn.Parameter(torch.empty(num_experts, d_expert, d_model).normal_(0.0, init_std))
         self.bias_down = nn.Parameter(torch.zeros(num_experts, d_model))
 
@@ -68,12 +70,12 @@ class Experts(nn.Module):
 
     def backend_for(self, tokens: int, k: int, dtype: torch.dtype) -> str:
         """The backend that computes so many tokens with k active experts."""
-        return choose_backend(tokens, k, *self.up.shape, dtype, self.up.device.type) if self.backend == "auto" else self.backend
+        return choose_backend(tokens, k, *self.down.shape, dtype, self.up.device.type) if self.backend == "auto" else self.backend
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         tensors = (parameter.to(dtype) for parameter in (self.up, self.bias_up, self.down, self.bias_down))
         return ExpertWeights(*tensors, activation=self.activation, dropout=self.dropout if self.training else 0.0)
 
     def extra_repr(self) -> str:
-        E, H, D = self.up.shape
+        E, H, D = self.down.shape
         return f"num_experts={E}, d_model={D}, d_expert={H}, activation={self.activation}, dropout={self.dropout}, backend={self.backend}"

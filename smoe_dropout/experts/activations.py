@@ -1,4 +1,7 @@
-"""Activations of an expert's hidden layer: what autograd applies, and the derivative the hand-written backward passes use."""
+"""Activations of an expert's hidden layer: what autograd applies, and what the hand-written passes use.
+
+A gated one, such as SwiGLU (Shazeer 2020, arXiv 2002.05202), takes 2H values, of which the first H are the gate: act(gate) * rest.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,36 +12,58 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """`apply(pre)` gives the hidden values, `apply_(pre)` the same overwriting its input, `grad_(grad, pre)` overwrites grad with the
-    gradient to pre. `from_output`: the derivative may be taken at the hidden values instead of pre, so pre need not be kept.
+    """`apply(pre)` gives the hidden values; `into(pre, hidden)` writes them; `grad(grad, pre)` is the gradient to pre, and may overwrite
+    `grad`. `from_output`: hidden and pre may be one tensor, since the derivative can be taken at the hidden values. `width`: values of pre
+    for one hidden value.
     """
 
     apply: Callable[[Tensor], Tensor]
-    apply_: Callable[[Tensor], Tensor]
-    grad_: Callable[[Tensor, Tensor], Tensor]
-    from_output: bool
+    into: Callable[[Tensor, Tensor], None]
+    grad: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool = False
+    width: int = 1
 
 
-def _relu_grad_(grad: Tensor, pre: Tensor) -> Tensor:
+def _relu_grad(grad: Tensor, pre: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(grad, pre, 0, grad_input=grad)
 
 
-def _tanh_gelu(pre: Tensor) -> Tensor:
-    return F.gelu(pre, approximate="tanh")
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        lambda pre: F.gelu(pre, approximate=approximate),
+        lambda pre, hidden: torch.ops.aten.gelu.out(pre, approximate=approximate, out=hidden),
+        lambda grad, pre: torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate=approximate, grad_input=grad),
+    )
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, torch.relu_, _relu_grad_, from_output=True),
-    "gelu": Activation(F.gelu, lambda pre: pre.copy_(F.gelu(pre)), lambda g, pre: g.copy_(torch.ops.aten.gelu_backward(g, pre)), False),
-    "gelu_tanh": Activation(
-        _tanh_gelu,
-        lambda pre: pre.copy_(_tanh_gelu(pre)),
-        lambda g, pre: g.copy_(torch.ops.aten.gelu_backward(g, pre, approximate="tanh")),
-        False,
+def _gated(act: Activation) -> Activation:
+    def apply(pre: Tensor) -> Tensor:
+        gate, value = pre.chunk(2, -1)
+        return act.apply(gate) * value
+
+    def into(pre: Tensor, hidden: Tensor) -> None:
+        gate, value = pre.chunk(2, -1)
+        torch.mul(act.apply(gate), value, out=hidden)
+
+    def grad(grad: Tensor, pre: Tensor) -> Tensor:
+        gate, value = pre.chunk(2, -1)
+        opened = act.apply(gate)
+        return torch.cat([act.grad(grad * value, opened if act.from_output else gate.contiguous()), grad * opened], -1)
+
+    return Activation(apply, into, grad, width=2)
+
+
+_PLAIN: dict[str, Activation] = {
+    "relu": Activation(F.relu, lambda pre, hidden: torch.clamp_min(pre, 0, out=hidden), _relu_grad, from_output=True),
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "silu": Activation(
+        F.silu,
+        lambda pre, hidden: torch.ops.aten.silu.out(pre, out=hidden),
+        lambda grad, pre: torch.ops.aten.silu_backward.grad_input(grad, pre, grad_input=grad),
     ),
-    "silu": Activation(F.silu, lambda pre: F.silu(pre, inplace=True), lambda g, pre: g.copy_(torch.ops.aten.silu_backward(g, pre)), False),
 }
-
+ACTIVATIONS: dict[str, Activation] = _PLAIN | {f"{name}_gated": _gated(act) for name, act in _PLAIN.items()}
 
 # by name, since transformers has its own classes for these and need not be installed
 _CLASSES = {

@@ -25,21 +25,18 @@ class MaskedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
-        act, (E, H, _) = ACTIVATIONS[activation], up_EHD.shape
-        hidden_ENH = x_ND.new_empty(E, x_ND.shape[0], H)
-        pre_ENH = None if act.from_output else torch.empty_like(hidden_ENH)
+        act, (E, H, _), N = ACTIVATIONS[activation], down_EHD.shape, len(x_ND)
+        hidden_ENH = x_ND.new_empty(E, N, H)
+        pre_ENP = hidden_ENH if act.from_output else x_ND.new_empty(E, N, up_EHD.shape[1])
         keep_ENH = keep_mask(hidden_ENH.shape, dropout, x_ND.device) if dropout > 0 else None
         y_ND, weighted = gate_NE @ bias_down_ED, torch.empty_like(hidden_ENH[0])
         for expert in range(E):
             hidden = hidden_ENH[expert]
-            torch.addmm(bias_up_EH[expert], x_ND, up_EHD[expert].t(), out=hidden)
-            if pre_ENH is not None:
-                pre_ENH[expert] = hidden
-            act.apply_(hidden)
+            act.into(torch.addmm(bias_up_EH[expert], x_ND, up_EHD[expert].t(), out=pre_ENP[expert]), hidden)
             if keep_ENH is not None:
                 hidden.mul_(keep_ENH[expert]).mul_(kept_scale(dropout))
             y_ND.addmm_(torch.mul(hidden, gate_NE[:, expert, None], out=weighted), down_EHD[expert])
-        ctx.save_for_backward(x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH)
+        ctx.save_for_backward(x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENP, keep_ENH)
         ctx.activation, ctx.dropout = activation, dropout
         return y_ND
 
@@ -47,7 +44,7 @@ class MaskedExperts(torch.autograd.Function):
     def backward(ctx, grad_ND):
         if torch.is_grad_enabled():
             raise RuntimeError("the masked backend cannot be differentiated twice: use backend='reference'")
-        x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENH, keep_ENH = ctx.saved_tensors
+        x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENP, keep_ENH = ctx.saved_tensors
         act, scale = ACTIVATIONS[ctx.activation], kept_scale(ctx.dropout)
         grad_gate = grad_ND @ bias_down_ED.t()
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
@@ -62,8 +59,8 @@ class MaskedExperts(torch.autograd.Function):
             grad_hidden.mul_(gate if keep_ENH is None else gate * scale)
             if keep_ENH is not None and not act.from_output:
                 grad_hidden.mul_(keep_ENH[expert])
-            act.grad_(grad_hidden, hidden if act.from_output else pre_ENH[expert])
-            torch.mm(grad_hidden.t(), x_ND, out=grad_up[expert])
-            torch.sum(grad_hidden, 0, out=grad_bias_up[expert])
-            grad_x.addmm_(grad_hidden, up_EHD[expert])
+            grad_pre = act.grad(grad_hidden, pre_ENP[expert])
+            torch.mm(grad_pre.t(), x_ND, out=grad_up[expert])
+            torch.sum(grad_pre, 0, out=grad_bias_up[expert])
+            grad_x.addmm_(grad_pre, up_EHD[expert])
         return grad_x, grad_gate, grad_up, grad_bias_up, grad_down, grad_bias_down, None, None

@@ -61,23 +61,20 @@ class SortedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
         token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], ROWS.get(x_ND.dtype, 1))
-        act, (_, H, D), total = ACTIVATIONS[activation], up_EHD.shape, spans[-1].rows.stop
+        act, (_, H, D), total = ACTIVATIONS[activation], down_EHD.shape, spans[-1].rows.stop
         hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
-        pre_MH = None if act.from_output else torch.empty_like(hidden_MH)
+        pre_MP = hidden_MH if act.from_output else x_ND.new_empty(total, up_EHD.shape[1])
         keep_MH = keep_mask(hidden_MH.shape, dropout, x_ND.device) if dropout > 0 else None
         own_x = _room_for_one(x_ND, spans, D)
         for expert, span in enumerate(spans):
             if span.count == 0:
                 continue
-            rows, x = span.rows, _gather(x_ND, token_M, span, own_x)
-            hidden = torch.addmm(bias_up_EH[expert], x, up_EHD[expert].t(), out=hidden_MH[rows])
-            if pre_MH is not None:
-                pre_MH[rows] = hidden
-            act.apply_(hidden)
+            rows, x, hidden = span.rows, _gather(x_ND, token_M, span, own_x), hidden_MH[span.rows]
+            act.into(torch.addmm(bias_up_EH[expert], x, up_EHD[expert].t(), out=pre_MP[rows]), hidden)
             if keep_MH is not None:
                 hidden.mul_(keep_MH[rows]).mul_(kept_scale(dropout))
             torch.addmm(bias_down_ED[expert], hidden, down_EHD[expert], out=output_MD[rows])
-        ctx.save_for_backward(x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MH, keep_MH)
+        ctx.save_for_backward(x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MP, keep_MH)
         ctx.spans, ctx.activation, ctx.dropout = spans, activation, dropout
         return _weighted_rows(row_NK, output_MD, weights_NK)
 
@@ -85,13 +82,13 @@ class SortedExperts(torch.autograd.Function):
     def backward(ctx, grad_ND):
         if torch.is_grad_enabled():
             raise RuntimeError("the sorted backend cannot be differentiated twice: use backend='reference'")
-        x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MH, keep_MH = ctx.saved_tensors
-        act, (E, H, D) = ACTIVATIONS[ctx.activation], up_EHD.shape
+        x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MP, keep_MH = ctx.saved_tensors
+        act, (E, H, D) = ACTIVATIONS[ctx.activation], down_EHD.shape
         weight_M = weights_NK.new_zeros(len(output_MD))
         weight_M[row_NK.flatten()] = weights_NK.flatten()
         grad_weight_M, grad_x_MD = torch.empty_like(weight_M), torch.empty_like(output_MD)
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
-        grad_bias_up, grad_bias_down = up_EHD.new_empty(E, H), up_EHD.new_empty(E, D)
+        grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), up_EHD.new_empty(E, D)
         own_grad, own_x, own_hidden = (_room_for_one(x_ND, ctx.spans, width) for width in (D, D, H))
         for expert, span in enumerate(ctx.spans):
             if span.count == 0:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
@@ -107,11 +104,11 @@ class SortedExperts(torch.autograd.Function):
             if keep_MH is not None:
                 # what was dropped is a zero among the hidden values, which a derivative taken there sees by itself
                 grad_hidden.mul_(kept_scale(ctx.dropout) if act.from_output else keep_MH[rows] * kept_scale(ctx.dropout))
-            act.grad_(grad_hidden, hidden_MH[rows] if act.from_output else pre_MH[rows])
+            grad_pre = act.grad(grad_hidden, pre_MP[rows])
             x = _gather(x_ND, token_M, span, own_x)
-            torch.mm(grad_hidden.t(), x, out=grad_up[expert])
-            torch.sum(grad_hidden, 0, out=grad_bias_up[expert])
-            torch.mm(grad_hidden, up_EHD[expert], out=grad_x_MD[rows])
+            torch.mm(grad_pre.t(), x, out=grad_up[expert])
+            torch.sum(grad_pre, 0, out=grad_bias_up[expert])
+            torch.mm(grad_pre, up_EHD[expert], out=grad_x_MD[rows])
         grad_x = _weighted_rows(row_NK, grad_x_MD, None)
         return grad_x, None, grad_weight_M[row_NK], grad_up, grad_bias_up, grad_down, grad_bias_down, None, None
 

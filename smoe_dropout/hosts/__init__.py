@@ -16,7 +16,7 @@ from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.options import NoOptions, build_options, option_names
 from smoe_dropout.registry import METHODS, ROUTERS, load
 
-HOSTS = ("smoe_dropout.hosts.sequential", "smoe_dropout.hosts.intermediate_output", "smoe_dropout.hosts.conv1d")
+HOSTS = ("smoe_dropout.hosts.sequential", "smoe_dropout.hosts.intermediate_output", "smoe_dropout.hosts.conv1d", "smoe_dropout.hosts.gated")
 
 
 def find_sites(model: nn.Module) -> list[Site]:

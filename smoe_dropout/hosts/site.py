@@ -12,7 +12,9 @@ from smoe_dropout.experts import Experts
 
 @dataclass(frozen=True)
 class Site:
-    """`parent.name` is the feed-forward network up -> activation -> dropout -> down (-> final). up [F, D], down [D, F] as in nn.Linear."""
+    """`parent.name` is the feed-forward network up -> activation -> dropout -> down (-> final). up [F, D], down [D, F] as in nn.Linear; a
+    gated activation has a `gate` [F, D] besides.
+    """
 
     parent: nn.Module
     name: str
@@ -25,6 +27,8 @@ class Site:
     final: nn.Module | None = None  # what of the host follows the network inside the same child, and stays
     # makes a module the dropout of the dense network's hidden units, and returns the module of the map behind it
     put_dropout: Callable[[nn.Module], nn.Module] | None = None
+    gate: Tensor | None = None
+    bias_gate: Tensor | None = None
     put: Callable[[nn.Module], None] | None = None  # makes a module the network, where that is more than one child
 
     @property
@@ -51,19 +55,21 @@ class Site:
         experts = Experts(E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
         experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
-            self._fill(experts, self.up.unflatten(0, (E, -1)), self.down.t().unflatten(0, (E, -1)), 1 / E)
+            self._fill(experts, lambda rows: rows.unflatten(0, (E, -1)), 1 / E)
         if config.expert_init == "copy":
-            self._fill(experts, self.up.expand(E, -1, -1), self.down.t().expand(E, -1, -1), 1.0)
+            self._fill(experts, lambda rows: rows.expand(E, *rows.shape), 1.0)
         return experts
 
     @torch.no_grad()
-    def _fill(self, experts: Experts, up_EHD: Tensor, down_EHD: Tensor, bias_share: float) -> None:
-        """Expert i gets rows i of the dense maps, and `bias_share` of the output bias, so that all of them together have it once."""
-        experts.up.copy_(up_EHD)
-        experts.down.copy_(down_EHD)
-        if self.bias_up is not None:
-            experts.bias_up.copy_(
-                self.bias_up.expand(experts.up.shape[0], -1) if bias_share == 1 else self.bias_up.view_as(experts.bias_up)
-            )
+    def _fill(self, experts: Experts, dealt: Callable[[Tensor], Tensor], bias_share: float) -> None:
+        """Every expert gets its rows of the dense maps as `dealt`, [F, ...] -> [E, H, ...], and `bias_share` of the output bias, so that
+        all of them together have it once.
+        """
+        maps = [self.up] if self.gate is None else [self.gate, self.up]
+        biases = [self.bias_up] if self.gate is None else [self.bias_gate, self.bias_up]
+        experts.up.copy_(torch.cat([dealt(rows) for rows in maps], 1))
+        experts.down.copy_(dealt(self.down.t()))
+        zeros = self.up.new_zeros(self.d_ff)
+        experts.bias_up.copy_(torch.cat([dealt(zeros if bias is None else bias) for bias in biases], 1))
         if self.bias_down is not None:
             experts.bias_down.copy_(self.bias_down * bias_share)
