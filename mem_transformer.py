@@ -114,6 +114,8 @@ class RelativeAttentionCPU(torch.autograd.Function):
 class QueryKeyValue(nn.Linear):
     """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], and keys and values of x and of memory, which asks nothing."""
 
+    takes_memory = True
+
     def __init__(self, d_model: int, width: int):
         super().__init__(d_model, 3 * width, bias=False)
         self.width = width

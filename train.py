@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from mem_transformer import Memory
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, moe_layers, set_progress, set_top_k
 from smoe_dropout.io import load_weights, save_model
-from smoe_dropout.methods.base import Forward, likelihood
+from smoe_dropout.methods.base import Forward, cross_entropy
 from utils import checkpoint
 from utils.averaging import WeightAverage
 from utils.data import LaneIterator, Segment, rank_lanes
@@ -48,8 +48,8 @@ from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.probe import refuse_if_too_slow
 from utils.progress import Progress
 from utils.result import build_result, moe_layer_indices
-from utils.routing import describe_routing
-from utils.run_folder import RunFolder, resume_command, write_json
+from utils.routing import describe_routing, validation_before_the_end
+from utils.run_folder import RunFolder, describe_environment, resume_command, write_json
 
 
 @dataclass
@@ -90,11 +90,11 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     model = engine.prepare(build_model(flags))
     optimizer = build_optimizer(model, flags)
     method = method_of(flags)
-    objective = partial(method.objective if method else likelihood, settings=training_settings(flags, len(corpus.train)))
+    objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(corpus.train)))
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
     average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
-    # weights and Adam's two moments, in three checkpoints kept and one in the making
-    checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=3 * 4)
+    # weights and Adam's two moments, in four checkpoints kept and one in the making; with --swad the mean besides
+    checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + bool(average)) * 5)
 
     state, memory = State(world_size=engine.world_size), None
     if newest is not None:
@@ -103,7 +103,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
     if engine.is_main:
         folder.truncate_metrics(state.step)
-        environment = folder.write_environment(engine, sys.argv)
+        folder.write_environment(engine, sys.argv)
     describe(flags, corpus, model, engine, state, say)
 
     interrupt, progress = Interrupt(), Progress(state.step, flags.max_step, engine.is_main)
@@ -156,7 +156,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
             progress.paused += time.perf_counter() - paused
         if save_due:
             try:
-                save(checkpoints, engine, model, optimizer, memory, state, plateau, average)
+                save(checkpoints, engine, model, optimizer, memory, state, plateau, average, keep=validation_before_the_end(flags))
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
                     f"step {state.step} cannot be saved in {checkpoints}: {error}; mend that and start the same command again"
@@ -166,27 +166,33 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
             return 128 + stop
 
     interrupt.at_once()  # everything is saved
-    reported = method_metrics(model)
-    averaged = None
+    finish(engine, folder, flags, corpus, model, checkpoints, state, average, progress.say)
+    return 0
+
+
+def finish(engine, folder: RunFolder | None, flags: Flags, corpus: Corpus, model, checkpoints, state: State, average, say) -> None:
+    """The final test at every k, and the record."""
+    ks, splits = evaluation_ks(flags), {"valid": corpus.valid, "test": corpus.test}
+    training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
+    training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops}
     if average and average.count:
         say(f"final test of the mean of the weights after {average.count} steps")
         with average.applied(model):
-            averaged = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
+            quality = evaluate_all(engine, model, splits, flags, ks, say)
+        training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": quality}
     routing = describe_routing(model, corpus, flags, checkpoints)
     load_best(model, checkpoints, state.best_step)
     say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
-    quality = evaluate_all(engine, model, {"valid": corpus.valid, "test": corpus.test}, flags, evaluation_ks(flags), progress.say)
-    if engine.is_main:
-        training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
-        training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops, "method_metrics": reported}
-        if averaged:
-            training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": averaged}
-        memory_mib = engine.peak_memory_mib()
-        measured = (quality, training, routing, folder.metrics(), environment, memory_mib, state.best_step)
-        write_json(folder.path / "result.json", build_result(flags, corpus, model, *measured, sys.argv[1:]))
-        folder.close()
-        say(f"done: {folder.path / 'result.json'}")
-    return 0
+    quality = evaluate_all(engine, model, splits, flags, ks, say)
+    if folder is None:
+        return
+    metrics = folder.metrics()
+    last = next(line for line in reversed(metrics) if line["split"] == "train")
+    training["method_metrics"] = {name: value for name, value in last.items() if "." in name}  # those named after modules
+    measured = (quality, training, routing, metrics, describe_environment(engine), engine.peak_memory_mib(), state.best_step)
+    write_json(folder.path / "result.json", build_result(flags, corpus, model, *measured, sys.argv[1:]))
+    folder.close()
+    say(f"done: {folder.path / 'result.json'}")
 
 
 class Gradients(NamedTuple):
@@ -269,8 +275,10 @@ def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None,
     say(f"validation at step {state.step}: {values} bpc{', the best so far' if best else ''}")
 
 
-def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau, average: WeightAverage | None) -> None:
-    """One whole checkpoint by all processes; the last two and the best stay."""
+def save(
+    root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
+) -> None:
+    """One whole checkpoint by all processes; the last two, the best and the one to keep stay."""
     state.plateau = plateau.state_dict()
     writer = checkpoint.Writer(root, state.step, engine.is_main)
     engine.barrier()
@@ -284,7 +292,7 @@ def save(root, engine: Engine, model, optimizer, memory: Memory, state: State, p
             writer.add("average.safetensors", average.state())
         writer.add_json("state.json", asdict(state))
         writer.finish()
-        checkpoint.prune(root, keep={state.best_step})
+        checkpoint.prune(root, keep={state.best_step, keep})
     engine.barrier()
 
 
@@ -323,7 +331,7 @@ def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, 
         say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
         if flags.attn_moe:
             say(f"queries, keys and values: top-1 experts in layers {indices}")
-        trained = [parameter.requires_grad for _, layer in moe_layers(model) for parameter in layer.router.parameters()]
+        trained = [parameter.requires_grad for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
         state_of_router = ("trained" if any(trained) else "frozen") if trained else "without parameters"
         say(f"router: {flags.gate_name}, {state_of_router}; k: {top_k_schedule(flags)}")
         if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):

@@ -42,9 +42,9 @@ class ExpertQueryKeyValue(nn.Module):
 
 def expert_attention(model: nn.Module, layers: list[int] | None, num_experts: int, init_std: float) -> nn.Module:
     """Makes the `qkv` of the attention modules experts, in place; of those in `layers` by order, or all. ConfigError if there are none."""
-    found = [module for module in model.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]
+    found = [module for module in model.modules() if getattr(getattr(module, "qkv", None), "takes_memory", False)]
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no attention whose queries, keys and values are one linear map 'qkv'")
+        raise ConfigError(f"{type(model).__name__} has no attention whose queries, keys and values, of memory too, are one map 'qkv'")
     for index, module in enumerate(found):
         if layers is None or index in layers:
             module.qkv = ExpertQueryKeyValue(module.qkv, num_experts, init_std)

@@ -46,7 +46,8 @@ def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Takes the routers' parameters out of training, or with `frozen=False` puts them back in. ValueError if there is no router."""
     for _, layer in _layers_or_raise(model):
-        layer.router.requires_grad_(not frozen)
+        for parameter in layer.routing_parameters():
+            parameter.requires_grad_(not frozen)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:

@@ -17,18 +17,20 @@ class Shared:
     """What the MoE layers of one model share within one forward pass. `moefy` gives one to all of them.
 
     tokens: the token ids the model was given, where a layer or router needs them. carried: what a layer hands on to the next one.
+    seed: torch's when the model was made, for draws that all layers make together.
     """
 
     def __init__(self):
         self.tokens: Tensor | None = None
         self.carried: Tensor | None = None
+        self.seed = torch.initial_seed()
 
     def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """A forward pre-hook of the host's token embedding."""
         self.tokens = inputs[0] if inputs else named["input"]
 
     def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
-        return {"tokens": None, "carried": None}
+        return {"tokens": None, "carried": None, "seed": self.seed}
 
 
 class MoELayer(nn.Module, FollowsTraining):
@@ -37,8 +39,8 @@ class MoELayer(nn.Module, FollowsTraining):
     A method that routes or combines otherwise overrides `route` or `combine`. After a forward pass `losses` holds the auxiliary losses and
     `assigned` the indices [N, K] of that pass.
 
-    Options: what a method's layer lets one set. needs: what of the host it has to see, "attention" for the attention module before it,
-    which then stands in `attention` and keeps its probabilities. index of count: its place among the MoE layers of the model.
+    Options: what a method's layer lets one set. needs: what of the host it has to see: "attention", that there is an attention module
+    before it, which then stands in `attention`; "probabilities", that it keeps them. index of count: its place among the MoE layers.
     """
 
     Options: type = NoOptions
@@ -91,6 +93,10 @@ class MoELayer(nn.Module, FollowsTraining):
             raise RuntimeError("this layer has not run yet, so no expert has a load")
         counts_E = torch.bincount(self.assigned.flatten(), minlength=self.num_experts)
         return counts_E / counts_E.sum().clamp(min=1)
+
+    def routing_parameters(self) -> list[nn.Parameter]:
+        """What decides the route: frozen and thawed together."""
+        return list(self.router.parameters())
 
     @property
     def computed_experts(self) -> int:

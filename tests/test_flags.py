@@ -247,3 +247,17 @@ def test_eval_only_takes_the_flags_of_the_run(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         stored_run(words)
+
+
+IGNORED = {
+    "--method thor --load_balance 0.1": "--load_balance 0.1 means nothing to router 'none'",
+    "--method smoe --gate_name hash --load_balance 0.1": "--load_balance 0.1 means nothing to router 'hash'",
+    "--method smoe --gate_name uniform --load_balance 0.1": "--load_balance 0.1 means nothing to router 'uniform'",
+    "--method smoe --gate_name dense_to_sparse --gate_weight uniform": "--gate_weight uniform means nothing to router 'dense_to_sparse'",
+    "--method concrete_dropout --moe": "--method concrete_dropout is dense, and --moe says otherwise",
+}
+
+
+@pytest.mark.parametrize("text", IGNORED)
+def test_what_would_have_no_effect_is_refused(text):
+    assert IGNORED[text] in sentence(text)

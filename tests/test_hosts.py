@@ -87,7 +87,9 @@ def test_chosen_layers_and_what_else_the_host_has_stay(host):
     assert len(sd.moe_layers(model)) == 2 and any(".1." in name for name in before.keys() & after.keys())
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
     gone = before.keys() - after.keys()
-    assert len(gone) == (12 if host == "llama" else 8) and not [name for name in gone if ".1." in name or "norm" in name.lower() or "ln_" in name]
+    assert len(gone) == (12 if host == "llama" else 8) and not [
+        name for name in gone if ".1." in name or "norm" in name.lower() or "ln_" in name
+    ]
     count = sum(isinstance(module, nn.Dropout) for module in dense.modules())
     assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == count
 

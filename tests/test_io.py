@@ -192,3 +192,12 @@ def test_official_layout_of_experts():
 def test_unknown_names_are_refused(translate, name):
     with pytest.raises(sd.ConfigError, match=re.escape(repr(name))):
         translate({name: torch.zeros(1)})
+
+
+def test_weights_of_another_method_are_refused(tmp_path):
+    """Which have the same names and shapes."""
+    from tests.test_moefy import transformer_xl
+
+    sd.save_model(sd.moefy(transformer_xl(), sd.SMoEConfig(4, 2, router="learned", method="momentumsmoe")), tmp_path)
+    with pytest.raises(sd.ConfigError, match="method = 'momentumsmoe', the model has None"):
+        sd.load_weights(sd.moefy(transformer_xl(), sd.SMoEConfig(4, 2, router="learned")), tmp_path)

@@ -72,6 +72,16 @@ def test_measured_anew_it_is_the_same(run, capsys):
     assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
 
 
+def test_other_checkpoints_change_nothing(run, tmp_path):
+    """Those of --save_interval, or of a run that was stopped between two validations."""
+    folder, arguments = run
+    again = [*arguments[: arguments.index("--work_dir")], "--work_dir", str(tmp_path), "--save_interval", "5"]
+    again += arguments[arguments.index("--work_dir") + 2 :]
+    tiny.completed(again)
+    assert [path.name[-2:] for path in tiny.checkpoints(tmp_path)][-3:] == ["16", "20", "24"]
+    assert tiny.read_json(tmp_path / "result.json")["routing"] == tiny.read_json(folder / "result.json")["routing"]
+
+
 def test_a_frozen_hash_route_never_changes_and_a_dense_model_has_none(tmp_path):
     corpus = tiny.write_corpus(tmp_path / "words")
     tiny.completed(tiny.flags(corpus, tmp_path / "hash", method="smoe", gate_name="hash"))

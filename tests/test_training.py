@@ -227,3 +227,11 @@ def test_a_schedule_that_ends_early_keeps_its_last_k(corpus, tmp_path):
     arguments = tiny.flags(corpus, tmp_path, method="smoe_dropout", dynamic_overall_steps=6, max_step=12, log_interval=1)
     tiny.completed(arguments)
     assert [line["k"] for line in tiny.metrics(tmp_path, "train")] == [2, 2, 3, 3, 3, 4] + [4] * 6
+
+
+def test_predrawn_competition_is_timed_and_trained(corpus, tmp_path):
+    """The step timed beforehand, too, is told where training stands."""
+    finished = tiny.completed(tiny.flags(corpus, tmp_path, method="competesmoe", method_options="predrawn=true,flip_rate=0.5"))
+    shares = [value for name, value in tiny.metrics(tmp_path, "train")[-1].items() if name.endswith("competition_share")]
+    assert "predrawn" in tiny.read_json(tmp_path / "result.json")["method"] and len(shares) == 2 and 0 < sum(shares) < 2
+    assert "done" in finished.out

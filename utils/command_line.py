@@ -148,12 +148,26 @@ def _check_method(flags: Flags) -> list[str]:
     if flags.dense_drop and not (method and method.flags.get("dense_drop")):
         others = [f"--method {flags.method}"] * (flags.method is not None) + ["--moe"] * flags.moe
         return [f"--dense_drop cannot be combined with {' and '.join(others)}: leave one out"]
+    if method and method.sparse != flags.moe:
+        kind = "has experts" if method.sparse else "is dense"
+        return [f"--method {method.name} {kind}, and --moe says otherwise: leave one out"]
     try:
         built_options(flags)
+        if found := _ignored_by_router(flags):
+            return found
         sentence = refused(method, smoe_config(flags, method)) if flags.moe else None
     except ConfigError as error:
         return [f"--method_options {flags.method_options}: {error}" if flags.method_options else str(error)]
     return [f"--method {method.name}: {sentence}" if method else f"--gate_name: {sentence}"] if sentence else []
+
+
+def _ignored_by_router(flags: Flags) -> list[str]:
+    """Settings given that the router makes nothing of."""
+    given = [name for name in ("load_balance", "gate_weight") if flags.moe and getattr(flags, name) != getattr(Flags, name)]
+    uses = load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).uses if given else ()
+    return [
+        f"--{name} {getattr(flags, name)} means nothing to router {flags.gate_name!r}: leave it out" for name in given if name not in uses
+    ]
 
 
 def method_of(flags: Flags) -> Method | None:

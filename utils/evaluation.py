@@ -22,6 +22,11 @@ def evaluation_memory(flags: Flags) -> int:
     return flags.mem_len + flags.tgt_len - flags.eval_tgt_len if flags.mem_len else 0
 
 
+def forked_random(device: torch.device):
+    """Within it, random generators may be seeded and used; afterwards they are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 @torch.no_grad()
 def evaluate(
     engine: Engine, model: MemTransformerLM, data: np.ndarray, flags: Flags, k: int | None, max_steps: int = -1
@@ -37,7 +42,7 @@ def evaluate(
     model.mem_len = evaluation_memory(flags)
     loss, tokens, memory, begin = 0.0, 0, None, time.perf_counter()
     try:
-        with top_k(model, k) if k is not None else nullcontext(), torch.random.fork_rng():
+        with top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
             torch.manual_seed(flags.seed + engine.rank)
             iterator = LaneIterator(data, flags.eval_batch_size, flags.eval_tgt_len, engine.device, lanes)
             for index, segment in enumerate(iterator.one_pass() if len(lanes) else ()):

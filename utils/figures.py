@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from smoe_dropout.registry import METHODS
+from smoe_dropout.registry import METHODS, load
 from utils.framework_figure import draw_framework
 
 DPI = 150
@@ -42,10 +42,10 @@ STYLE = {
 def styles(methods: list) -> dict[str, dict]:
     """Colour and marker of each method by title; markers differ even where colours have to repeat.
 
-    A registered method has the same ones in every figure, whichever others are drawn.
+    A registered sparse method has the same ones in every figure, whichever others are drawn.
     """
     order: dict[str, int] = {}
-    registered = list(METHODS)
+    registered = [name for name in METHODS if load(METHODS, "method", name).sparse]
     for method in (m for m in methods if m.sparse):
         taken = order.values()
         own = registered.index(method.name) if method.name in registered else len(registered)

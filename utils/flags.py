@@ -38,7 +38,7 @@ class Flags:
     batch_size: int = 22
     """lanes read side by side, over all processes"""
     batch_chunk: int = 1
-    """parts a batch is computed in, to save memory; the same result, but that a load-balance loss is taken of each part"""
+    """parts a batch is computed in, to save memory; the same result, but that balance losses and draws of a method are each part's"""
     tgt_len: int = 512
     """positions per training segment"""
     mem_len: int = 512
@@ -88,7 +88,7 @@ class Flags:
     moe_top_k: int | None = None
     """experts active per token where k is constant; default E/2"""
     gate_name: str = "random"
-    """router: random, learned, or an official name"""
+    """router: a name in smoe_dropout/registry.py, such as random, learned or hash, or an official one"""
     moe_index: str | None = None
     """layers that get experts, such as 0,1,2,3; default all"""
     freeze_gate: bool = False
@@ -116,7 +116,7 @@ class Flags:
     freeze_main_network: bool = False
     """official: do not train the experts"""
     freeze_main_network_all: bool = False
-    """official: train routers and embeddings only"""
+    """official: train nothing in the layers but routers"""
     dynamic_router_start: int = -1
     """official: the router is trained up to this step and frozen from then on; -1: as --freeze_gate says"""
     dense_drop: bool = False

@@ -28,7 +28,7 @@ def forward_flops(model: MemTransformerLM, batch: int, segment: int, memory: int
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """All parameters, those that are trained, and those of routers; a tied tensor counts once."""
-    routers = [parameter for _, layer in moe_layers(model) for parameter in layer.router.parameters()]
+    routers = [parameter for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
     return {
         "total": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

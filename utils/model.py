@@ -4,7 +4,7 @@ from torch import nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout import freeze_routers, moe_layers, moefy
-from smoe_dropout.attention import expert_attention
+from smoe_dropout.attention import ExpertQueryKeyValue, expert_attention
 from smoe_dropout.methods.base import Settings
 from utils.command_line import method_of, method_options, parse_layers, smoe_config, top_k_schedule
 from utils.flags import Flags
@@ -31,12 +31,15 @@ def build_model(flags: Flags) -> MemTransformerLM:
 def freeze(model: nn.Module, flags: Flags) -> None:
     """--freeze_main_network: the experts. --freeze_main_network_all: all in the layers but routers; embeddings and output stay trained."""
     if flags.freeze_main_network_all:
-        routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.router.parameters()}
+        routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.routing_parameters()}
         for parameter in model.layers.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in routers)
     elif flags.freeze_main_network:
         for _, layer in moe_layers(model):
             layer.experts.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, ExpertQueryKeyValue):
+                module.requires_grad_(False)
     if flags.dynamic_router_start == 0:
         freeze_routers(model)
 
@@ -44,7 +47,7 @@ def freeze(model: nn.Module, flags: Flags) -> None:
 def forget_router_gradients(model: nn.Module) -> None:
     """Keeps routers as they are in the coming update: without a gradient the optimiser passes over them."""
     for _, layer in moe_layers(model):
-        for parameter in layer.router.parameters():
+        for parameter in layer.routing_parameters():
             parameter.grad = None
 
 

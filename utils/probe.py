@@ -4,8 +4,8 @@ import time
 
 import torch
 
-from smoe_dropout import set_top_k
-from smoe_dropout.methods.base import Forward, likelihood
+from smoe_dropout import set_progress, set_top_k
+from smoe_dropout.methods.base import Forward, cross_entropy
 from utils.command_line import method_of, top_k_schedule
 from utils.data import Corpus, LaneIterator
 from utils.engine import Engine
@@ -22,9 +22,13 @@ def refuse_if_too_slow(engine: Engine, flags: Flags, corpus: Corpus, train_data:
     """On a CPU, times a training step, of one lane first, and raises UserError when the whole run would take hours."""
     if engine.device.type != "cpu":
         return
-    seconds = time_step(flags, corpus, train_data, 1) * flags.batch_size
+
+    def timed(lanes: int) -> float:  # all processes have to decide alike
+        return engine.sum([time_step(flags, corpus, train_data, lanes)])[0] / engine.world_size
+
+    seconds = timed(1) * flags.batch_size
     if seconds * flags.max_step > CPU_PATIENCE and seconds < PROBE_PATIENCE:  # a small model's lanes cost less together than one by one
-        seconds = time_step(flags, corpus, train_data, flags.batch_size)
+        seconds = timed(flags.batch_size)
     if seconds * flags.max_step > CPU_PATIENCE:
         raise UserError(
             f"{flags.max_step:,} steps of batch {flags.batch_size} x {flags.tgt_len} would take about "
@@ -36,6 +40,7 @@ def refuse_if_too_slow(engine: Engine, flags: Flags, corpus: Corpus, train_data:
 def time_step(flags: Flags, corpus: Corpus, train_data: LaneIterator, lanes: int) -> float:
     """Seconds for the gradients of so many lanes, with memory, at the largest k."""
     model, method = build_model(flags).train(), method_of(flags)
+    set_progress(model, flags.max_step - 1, flags.max_step)  # the full rate of what grows with training
     if flags.moe:
         set_top_k(model, top_k_schedule(flags).k_max)
     segment = next(train_data.one_pass())
@@ -48,6 +53,6 @@ def time_step(flags: Flags, corpus: Corpus, train_data: LaneIterator, lanes: int
     seconds = float("inf")
     for _ in range(2):  # the first also warms up
         begin = time.perf_counter()
-        (method.objective if method else likelihood)(model, forward, training_settings(flags, len(corpus.train))).total.backward()
+        (method.objective if method else cross_entropy)(model, forward, training_settings(flags, len(corpus.train))).total.backward()
         seconds = min(seconds, time.perf_counter() - begin)
     return seconds

@@ -18,7 +18,9 @@ from smoe_dropout import moe_layers, top_k
 from smoe_dropout.io import load_weights
 from utils import checkpoint
 from utils.data import Corpus, LaneIterator
+from utils.engine import Engine
 from utils.errors import UserError, run_main
+from utils.evaluation import evaluation_memory, forked_random
 from utils.flags import Flags
 from utils.run_folder import RunFolder, write_json
 
@@ -29,11 +31,13 @@ def describe_routing(model: nn.Module, corpus: Corpus, flags: Flags, checkpoints
     """None for a dense model. The model ends with the weights of the last checkpoint.
 
     load_entropy: entropy of the share of assignments each expert gets, over log E, mean of the layers; 1 is even use. fluctuation: share of
-    tokens whose top expert differs between the last two checkpoints (arXiv 2505.00792), mean of the layers; None where there is only one.
+    tokens whose top expert differs between the end and the validation before it (arXiv 2505.00792), mean of the layers; None where that
+    checkpoint is not there.
     """
     if not moe_layers(model):
         return None
-    k, steps = max(1, flags.moe_num_expert // 2), checkpoint.steps(checkpoints)[-2:]
+    k, wanted = max(1, flags.moe_num_expert // 2), (validation_before_the_end(flags), flags.max_step)
+    steps = [step for step in checkpoint.steps(checkpoints) if step in wanted]
     chosen = []
     for step in steps:
         load_weights(model, checkpoints / checkpoint.name_of(step))
@@ -50,6 +54,11 @@ def describe_routing(model: nn.Module, corpus: Corpus, flags: Flags, checkpoints
     }
 
 
+def validation_before_the_end(flags: Flags) -> int:
+    """The step of the last validation but the one at the end."""
+    return (flags.max_step - 1) // flags.eval_interval * flags.eval_interval
+
+
 @torch.no_grad()
 def assignments(model: nn.Module, corpus: Corpus, flags: Flags, k: int, seed: int) -> list[Tensor]:
     """For each MoE layer the experts of the first validation tokens, the one of the largest gate weight first [N, K]. `seed` is for methods
@@ -57,14 +66,16 @@ def assignments(model: nn.Module, corpus: Corpus, flags: Flags, k: int, seed: in
     """
     device = next(model.parameters()).device
     layers, seen, memory = [layer for _, layer in moe_layers(model)], [], None
-    was_training = model.training
+    was_training, mem_len = model.training, model.mem_len
     model.eval()
-    with top_k(model, k), torch.random.fork_rng():
+    model.mem_len = evaluation_memory(flags)
+    with top_k(model, k), forked_random(device):
         torch.manual_seed(seed)
         iterator = LaneIterator(corpus.valid, flags.eval_batch_size, flags.eval_tgt_len, device).one_pass()
         for _, segment in zip(range(SEGMENTS), iterator, strict=False):
             _, memory, _ = model(segment.tokens, segment.targets, memory)
             seen.append([layer.assigned.cpu() for layer in layers])
+    model.mem_len = mem_len
     model.train(was_training)
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
@@ -89,7 +100,9 @@ def main(arguments: list[str]) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: only a finished run can be described")
         flags = stored_run(["--eval_only", "--work_dir", str(folder)])
-        routing = describe_routing(build_model(flags), Corpus.open(flags.data), flags, RunFolder.checkpoints_of(flags))
+        with Engine(flags) as engine:
+            model = engine.prepare(build_model(flags))
+            routing = describe_routing(model, Corpus.open(flags.data), flags, RunFolder.checkpoints_of(flags))
         write_json(path, json.loads(path.read_text()) | {"routing": routing})
         print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")
 

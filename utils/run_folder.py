@@ -92,13 +92,14 @@ class RunFolder:
         if differences:
             raise UserError(f"--work_dir {self.path} holds another run: {', '.join(differences)}; choose another folder, or the same flags")
 
-    def write_environment(self, engine, argv: list[str]) -> dict[str, Any]:
+    def write_environment(self, engine, argv: list[str]) -> None:
         """env.json; what was recorded by the first start of the run stays under its time."""
-        environment = describe_environment(engine)
         path = self.path / "env.json"
         starts = json.loads(path.read_text()) if path.exists() else []
-        write_json(path, [*starts, {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "argv": argv, **environment}])
-        return environment
+        write_json(
+            path,
+            [*starts, {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "argv": argv, **describe_environment(engine)}],
+        )
 
     @property
     def metrics_path(self) -> Path:

@@ -10,7 +10,7 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 def refusal(weights, device: str) -> str | None:
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-    dtype, (_, H, D) = weights.up_EHD.dtype, weights.up_EHD.shape
+    dtype, (_, H, D) = weights.up_EHD.dtype, weights.down_EHD.shape
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"grouped_mm does not take {dtype}"
     if any(size * dtype.itemsize % 16 for size in (H, D)):

@@ -61,7 +61,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     for place, (index, layer) in enumerate(zip(chosen, layers, strict=True)):
         layer.place(place, len(layers), shared, attentions[place])
         sites[index].replace(layer)
-        if attentions[place] is not None:
+        if "probabilities" in needs:
             attentions[place].keep_probabilities = True
     if embedding is not None:
         embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)

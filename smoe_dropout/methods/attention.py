@@ -16,7 +16,7 @@ from smoe_dropout.routers import Routing
 class AttentionLayer(MoELayer):
     """Takes [B, T, D]; the attention before it keeps its probabilities [B, heads, T, keys], the last T keys being this segment's."""
 
-    needs = frozenset({"attention"})
+    needs = frozenset({"attention", "probabilities"})
 
     def route(self, x: Tensor) -> Routing:
         logits_BTE = self.router.logits(x)

@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     train_tokens: int
 
 
-def likelihood(model: nn.Module, forward: Callable[[], Forward], settings: Settings) -> Objective:
+def cross_entropy(model: nn.Module, forward: Callable[[], Forward], settings: Settings) -> Objective:
     """Mean cross-entropy plus the layers' auxiliary losses. `forward` runs the model once; a method may run it more often."""
     passed = forward()
     nll = passed.token_losses.mean()
@@ -73,7 +73,7 @@ class Method:
     source: str
     sparse: bool
     flags: Mapping[str, Any] = field(default_factory=dict)
-    objective: Callable[[nn.Module, Callable[[], Forward], Settings], Objective] = likelihood
+    objective: Callable[[nn.Module, Callable[[], Forward], Settings], Objective] = cross_entropy
     options: type = NoOptions
     layer: type[MoELayer] | None = None
     convert: Callable[[nn.Module, Any], nn.Module] | None = None

@@ -1,7 +1,8 @@
 """The dense model with whole expert-sized blocks dropped: --dense_drop of arXiv 2303.01610's code.
 
-In training each block of H / blocks hidden units is dropped for the whole batch with probability `rate`; kept ones are scaled by 1 / (1 -
-rate), which the official code leaves out.
+In training each block of H / blocks hidden units is dropped for every pass as a whole with probability `rate`; kept ones are scaled by
+1 / (1 - rate), which the official code leaves out. Its blocks are every E-th unit, these are neighbours; units are alike when training
+begins.
 """
 
 from dataclasses import dataclass

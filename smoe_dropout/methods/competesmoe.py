@@ -26,8 +26,7 @@ from smoe_dropout.training import Reports
 @dataclass(frozen=True)
 class Options:
     """flip_rate: probability of competition per layer and step (successor: 0.07). affinity: what wins. predrawn: at most max_layers compete
-    in a step, none within the first warm_up of training. draw_seed: decides the steps, where `set_progress` tells the step; else they are
-    drawn from torch's default generator. router_loss: weight of the distillation (successor: 0.01).
+    in a step, none within the first warm_up of training. router_loss: weight of the distillation (successor: 0.01).
     """
 
     flip_rate: float = 0.03
@@ -35,7 +34,6 @@ class Options:
     predrawn: bool = False
     max_layers: int = 2
     warm_up: float = 0.05
-    draw_seed: int = 0
     router_loss: float = 1.0
 
     def __post_init__(self):
@@ -46,7 +44,10 @@ class Options:
 
 
 class CompeteLayer(MoELayer, Reports):
-    """Needs a router with `logits`. `passes` and `competitions` count training passes and those with competition; saved with the model."""
+    """Needs a router with `logits`. Where `set_progress` tells the step, which layers compete in it follows from the seed torch had when
+    the model was made, else from torch's default generator. `passes` and `competitions` count training passes and those with competition;
+    they are saved with the model.
+    """
 
     Options = Options
 
@@ -68,10 +69,11 @@ class CompeteLayer(MoELayer, Reports):
         if self.step is None and o.predrawn:
             raise RuntimeError("predrawn competition steps need smoe_dropout.set_progress(model, step, total_steps) before each step")
         if self.step is None:
-            return bool(shared(torch.rand(())) < o.flip_rate)
+            return bool(shared(torch.rand((), device=self.experts.up.device)) < o.flip_rate)
         if o.predrawn and self.step < o.warm_up * self.total_steps:
             return False
-        return self.index in competing_layers(o.draw_seed, self.step, self.count, o.flip_rate, o.max_layers if o.predrawn else self.count)
+        most = o.max_layers if o.predrawn else self.count
+        return self.index in competing_layers(self.shared.seed, self.step, self.count, o.flip_rate, most)
 
     def compete(self, x_ND: Tensor) -> Tensor:
         outputs_NED = self.experts.each(x_ND)

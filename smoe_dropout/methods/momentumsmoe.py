@@ -49,7 +49,7 @@ class MomentumLayer(MoELayer):
         if o.adam and self.index == 0:
             f_ND = f_ND.to(torch.promote_types(f_ND.dtype, torch.float32))
             p, v = (1 - o.beta1) * f_ND, (1 - o.beta2) * f_ND**2
-            return o.adam_gamma * p / torch.sqrt(v + 1e-8)
+            return (o.adam_gamma * p / torch.sqrt(v + 1e-8)).to(m_ND.dtype)
         return m_ND
 
 

@@ -37,6 +37,7 @@ class SimilarityLayer(MoELayer):
         super().__init__(d_model, *arguments)
         up = self.experts.up
         self.similarity = nn.Parameter(torch.eye(d_model, device=up.device, dtype=torch.promote_types(up.dtype, torch.float32)))
+        self.similarity.requires_grad_(not self.router.freeze)
         self.tau = self.options.tau or math.sqrt(d_model)
 
     def route(self, x: Tensor) -> Routing:
@@ -47,6 +48,9 @@ class SimilarityLayer(MoELayer):
             future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
             mixed_BTE = scores_BTT.masked_fill(future_TT, -math.inf).softmax(-1) @ logits_BTE
         return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
+
+    def routing_parameters(self) -> list[nn.Parameter]:
+        return [*super().routing_parameters(), self.similarity]
 
     def routing_flops(self, lanes: int, positions: int) -> int:
         d_model, tokens = self.similarity.shape[0], lanes * positions

@@ -35,6 +35,7 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
     """Many experts at first, few at the end."""
 
     Options = Options
+    uses = ("load_balance",)
     active = 0
 
     @property

@@ -39,6 +39,9 @@ class NoisyTopKRouter(LinearRouter):
                 losses["load"] = self.balance_loss * squared_variation(smooth_load(clean_NE, noisy_NE, deviation_NE, k))
         return Routing(indices_NK, weights_NK, losses)
 
+    def flops(self, tokens: int) -> int:
+        return super().flops(tokens) * (2 if self.training else 1)
+
 
 def smooth_load(clean_NE: Tensor, noisy_NE: Tensor, deviation_NE: Tensor, k: int) -> Tensor:
     """Expected number of tokens of each expert under a new draw of its own noise [E]."""

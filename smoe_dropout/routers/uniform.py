@@ -10,6 +10,8 @@ from smoe_dropout.routers import Router, Routing
 class UniformRouter(Router):
     """Scores r ~ U(0, 1) for each token and expert; the k largest choose, their softmax weighs. In evaluation too."""
 
+    uses = ("gate_weight",)
+
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(config)
 
