@@ -19,7 +19,8 @@ class Reports:
     """A module with numbers worth logging."""
 
     def metrics(self) -> dict[str, float]:
-        raise NotImplementedError
+        """By name."""
+        return {}
 
 
 def set_progress(model: nn.Module, step: int, total_steps: int) -> None:

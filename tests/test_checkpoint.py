@@ -67,8 +67,9 @@ def second_validation_is_the_best() -> None:
     evaluation.evaluate = lambda *arguments: {**evaluate(*arguments), "bpc": float(next(qualities))}
 
 
-def test_the_last_two_and_the_best_are_kept_and_nothing_else(corpus, finished, tmp_path):
-    assert [path.name for path in tiny.checkpoints(finished)] == ["step-00000012", "step-00000016"]
+def test_the_last_two_the_best_and_the_last_validation_are_kept_and_nothing_else(corpus, finished, tmp_path):
+    """That before the end: routes there are compared with those at the end."""
+    assert [path.name for path in tiny.checkpoints(finished)] == ["step-00000008", "step-00000012", "step-00000016"]
     for path in tiny.checkpoints(finished):
         assert sorted(file.name for file in path.iterdir()) == list(FILES)
         checkpoint.verify(path)
@@ -134,7 +135,7 @@ def test_when_all_are_damaged_the_run_is_refused(corpus, stopped):
     for path in tiny.checkpoints(stopped):
         flip(path / "model.safetensors")
     run = tiny.run(tiny.flags(corpus, stopped, **SHORT))
-    assert run.code == 2 and run.out.count("WARNING: ") == 2
+    assert run.code == 2 and run.out.count("WARNING: ") == 3
     assert "no checkpoint in" in run.err and "is undamaged" in run.err and "another --work_dir" in run.err
 
 
@@ -147,7 +148,7 @@ def test_leftovers_of_kills_are_removed(corpus, finished, stopped):
     (root / "step-00000004" / "optimizer.safetensors").write_bytes(b"old")
     tiny.completed(tiny.flags(corpus, stopped, **SHORT))
     tiny.same_run(stopped, finished)
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000012", "step-00000016"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000008", "step-00000012", "step-00000016"]
 
 
 # folders

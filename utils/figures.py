@@ -234,7 +234,10 @@ def draw_curves(group, path: Path) -> bool:
 def _draw_k(ax, method, style: dict, width: float) -> None:
     """The number of active experts; `width` falls from method to method, so that equal k remain visible."""
     rows = [row for row in method.records[0]["curve"]["train"] if row[2] is not None]
-    if rows:
+    turns = sum(1 for (_, _, k, _), (_, _, later, _) in itertools.pairwise(rows) if later < k)
+    if turns > 2:  # up and down all the time: a line would fill the panel
+        ax.plot([row[0] for row in rows], [row[2] for row in rows], ".", color=style["color"], markersize=3)
+    elif rows:
         ax.step([row[0] for row in rows], [row[2] for row in rows], where="post", color=style["color"], linewidth=width)
 
 
