@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.layer import MoELayer
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.routers import Routing
 
 
@@ -46,7 +46,7 @@ METHOD = Method(
     title="Attention-aware SMoE",
     source="arXiv 2505.00792",
     sparse=True,
-    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    flags=LEARNED_ROUTER,
     layer=AttentionLayer,
     routers=("learned", "random"),
 )

@@ -55,6 +55,12 @@ def with_auxiliary(model: nn.Module, loss: Tensor) -> Tensor:
     return loss if auxiliary is None else loss + auxiliary
 
 
+# the training flags that several methods stand for
+DENSE = {"moe": False, "dropout": 0.0, "dense_drop": False}
+LEARNED_ROUTER = {"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False}
+FROZEN_ROUTER = {"moe": True, "gate_name": "random", "freeze_gate": True, "dynamic_moe": True}
+
+
 @dataclass(frozen=True)
 class Method:
     """name: as on the command line. title: as in tables. source: paper and section. sparse: whether it has experts.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoe_dropout.draw import shared
 from smoe_dropout.layer import MoELayer
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
 from smoe_dropout.training import Reports
 
@@ -115,7 +115,7 @@ METHOD = Method(
     title="CompeteSMoE",
     source="arXiv 2402.02526; arXiv 2505.13380",
     sparse=True,
-    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    flags=LEARNED_ROUTER,
     options=Options,
     layer=CompeteLayer,
     routers=("learned", "random"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.hosts import find_sites
-from smoe_dropout.methods.base import Method, Objective
+from smoe_dropout.methods.base import DENSE, Method, Objective
 from smoe_dropout.options import require
 from smoe_dropout.training import Reports
 
@@ -77,7 +77,7 @@ METHOD = Method(
     title="Dense, Concrete dropout",
     source="arXiv 1705.07832; arXiv 2303.01610, Table 1",
     sparse=False,
-    flags={"moe": False, "dropout": 0.0, "dense_drop": False},
+    flags=DENSE,
     objective=objective,
     options=Options,
     convert=convert,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.hosts import sites_in_blocks
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import DENSE, Method
 from smoe_dropout.options import require
 from smoe_dropout.training import FollowsTraining, Reports
 
@@ -70,7 +70,7 @@ METHOD = Method(
     title="Dense, DropBlock",
     source="arXiv 1810.12890; arXiv 2303.01610, Table 1",
     sparse=False,
-    flags={"moe": False, "dropout": 0.0, "dense_drop": False},
+    flags=DENSE,
     options=Options,
     convert=convert,
 )

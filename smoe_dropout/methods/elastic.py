@@ -4,18 +4,12 @@ Ours, after slimmable networks (Yu and Huang 2019, arXiv 1903.05134): every k th
 are a function of seed and step. k_min is E/2 unless --moe_top_k_min says otherwise.
 """
 
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import FROZEN_ROUTER, Method
 
 METHOD = Method(
     name="elastic",
     title="Elastic k",
     source="this repository; arXiv 1903.05134",
     sparse=True,
-    flags={
-        "moe": True,
-        "gate_name": "random",
-        "freeze_gate": True,
-        "dynamic_moe": True,
-        "dynamic_moe_mode": "elastic",
-    },
+    flags={**FROZEN_ROUTER, "dynamic_moe_mode": "elastic"},
 )

@@ -5,7 +5,7 @@ largest, loss = (CE_max + KL(p_max || p_min) + KL(p_max || p_drawn)) / 3, p_max 
 passes a step.
 """
 
-from smoe_dropout.methods.base import Method, Objective, with_auxiliary
+from smoe_dropout.methods.base import FROZEN_ROUTER, Method, Objective, with_auxiliary
 
 
 def objective(model, forward, settings) -> Objective:
@@ -29,12 +29,6 @@ METHOD = Method(
     title="Elastic k, sandwich",
     source="this repository; arXiv 1903.05134",
     sparse=True,
-    flags={
-        "moe": True,
-        "gate_name": "random",
-        "freeze_gate": True,
-        "dynamic_moe": True,
-        "dynamic_moe_mode": "elastic",
-    },
+    flags={**FROZEN_ROUTER, "dynamic_moe_mode": "elastic"},
     objective=objective,
 )

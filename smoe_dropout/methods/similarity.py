@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.layer import MoELayer
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
 from smoe_dropout.routers import Routing
 
@@ -62,7 +62,7 @@ METHOD = Method(
     title="Similarity-aware SMoE",
     source="arXiv 2505.00792",
     sparse=True,
-    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    flags=LEARNED_ROUTER,
     options=Options,
     layer=SimilarityLayer,
     routers=("learned", "random"),

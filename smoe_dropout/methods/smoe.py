@@ -3,12 +3,12 @@
 Shazeer et al. 2017 (arXiv 1701.06538) and Fedus et al. 2021 (arXiv 2101.03961, eq. 4-6); the paper's main rival, reported at k = E/2 and E.
 """
 
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 
 METHOD = Method(
     name="smoe",
     title="SMoE (learned router)",
     source="arXiv 1701.06538; arXiv 2101.03961",
     sparse=True,
-    flags={"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False},
+    flags=LEARNED_ROUTER,
 )

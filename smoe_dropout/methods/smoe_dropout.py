@@ -4,18 +4,12 @@ Chen et al. 2023 (arXiv 2303.01610, section 3): h(x) = W x + b drawn once; the t
 k(t) = clip(round((k_max - k_min) t / T) + k_min, k_min, k_max).
 """
 
-from smoe_dropout.methods.base import Method
+from smoe_dropout.methods.base import FROZEN_ROUTER, Method
 
 METHOD = Method(
     name="smoe_dropout",
     title="SMoE-Dropout",
     source="arXiv 2303.01610, section 3",
     sparse=True,
-    flags={
-        "moe": True,
-        "gate_name": "random",
-        "freeze_gate": True,
-        "dynamic_moe": True,
-        "dynamic_moe_mode": "linear_increase",
-    },
+    flags={**FROZEN_ROUTER, "dynamic_moe_mode": "linear_increase"},
 )
