@@ -359,3 +359,13 @@ def test_options_that_are_refused(name, options, words):
     with pytest.raises(sd.ConfigError, match=words):
         sd.moefy(model, sd.SMoEConfig(4, 2, router=name, options=options))
     assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("hash", {"balance_loss": 0.1}), ("hash", {"gate_weight": "uniform"}), ("uniform", {"balance_loss": 1})]
+)
+def test_settings_that_a_router_ignores_are_refused(name, settings):
+    model = feed_forwards()
+    with pytest.raises(sd.ConfigError, match=f"means nothing to router '{name}'"):
+        sd.moefy(model, sd.SMoEConfig(4, 2, router=name, **settings))
+    assert not sd.moe_layers(model)

@@ -163,11 +163,11 @@ def _check_method(flags: Flags) -> list[str]:
 
 def _ignored_by_router(flags: Flags) -> list[str]:
     """Settings given that the router makes nothing of."""
-    given = [name for name in ("load_balance", "gate_weight") if flags.moe and getattr(flags, name) != getattr(Flags, name)]
+    settings = {"load_balance": "balance_loss", "gate_weight": "gate_weight"}  # by their names in the library
+    given = [name for name in settings if flags.moe and getattr(flags, name) != getattr(Flags, name)]
     uses = load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).uses if given else ()
-    return [
-        f"--{name} {getattr(flags, name)} means nothing to router {flags.gate_name!r}: leave it out" for name in given if name not in uses
-    ]
+    idle = [name for name in given if settings[name] not in uses]
+    return [f"--{name} {getattr(flags, name)} means nothing to router {flags.gate_name!r}: leave it out" for name in idle]
 
 
 def method_of(flags: Flags) -> Method | None:

@@ -70,9 +70,13 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
 
 def check(method: Method | None, config: SMoEConfig) -> None:
     """ConfigError for an option that neither the method nor the router has, or a configuration that the method cannot take."""
+    router = load(ROUTERS, "router", config.router)
+    for name, given in (("balance_loss", config.balance_loss), ("gate_weight", config.gate_weight != "softmax")):
+        if given and name not in router.uses:
+            raise ConfigError(f"{name} = {getattr(config, name)!r} means nothing to router {config.router!r}: leave it out")
     kinds = [method.options] if method else []
-    if config.options and config.router in ROUTERS:
-        kinds.append(load(ROUTERS, "router", config.router).Options)
+    if config.options:
+        kinds.append(router.Options)
     known = option_names(kinds)
     for kind in kinds or [NoOptions]:
         build_options(kind, config.options, known)

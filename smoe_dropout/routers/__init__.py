@@ -30,7 +30,7 @@ class Routing(NamedTuple):
 
 class Router(nn.Module):
     """Base of routers. `Options`: what may be set, filled from the configuration. `needs`: what of the host it has to see, "tokens" for the
-    token ids, which then stand in `shared.tokens`. `uses`: of load_balance and gate_weight those that change something. Parameters are
+    token ids, which then stand in `shared.tokens`. `uses`: of balance_loss and gate_weight those that change something. Parameters are
     trained unless `frozen_by_default` or the configuration says otherwise.
     """
 
@@ -66,7 +66,7 @@ class LinearRouter(Router):
     choice by rounding them. Subclasses say whether they are frozen and what load balance they want unless the configuration does.
     """
 
-    uses = ("load_balance", "gate_weight")
+    uses = ("balance_loss", "gate_weight")
     balance_by_default = 0.0
 
     def __init__(self, d_model: int, config: SMoEConfig):

@@ -35,7 +35,7 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
     """Many experts at first, few at the end."""
 
     Options = Options
-    uses = ("load_balance",)
+    uses = ("balance_loss",)
     active = 0
 
     @property
