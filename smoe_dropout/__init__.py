@@ -6,6 +6,11 @@
     sd.set_top_k(model, schedule(step))                         # before each training step
     with sd.top_k(model, 4): ...                                # any k at inference
 
+With a model of the transformers library, its own Trainer and the same names:
+
+    trainer = Trainer(model, ..., callbacks=[sd.TopKScheduleCallback("linear_increase", 8, 16)])
+    sd.save_pretrained(model, folder); model = sd.from_pretrained(folder)
+
 Importing this package does not import torch; the first use of a name that needs it does.
 """
 
@@ -32,6 +37,9 @@ _EXPORTS = {
     "load_weights": "io",
     "from_official": "io",
     "to_official": "io",
+    "save_pretrained": "pretrained",
+    "from_pretrained": "pretrained",
+    "TopKScheduleCallback": "trainer_callback",
 }
 __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"

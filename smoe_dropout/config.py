@@ -29,6 +29,8 @@ class SMoEConfig:
         the whole FFN (sparse upcycling, arXiv 2212.05055).
     balance_loss: coefficient of the Switch load-balance loss; None leaves it to the router (learned: 0.01).
     layers: which of the host's FFNs become experts, by index; None: all.
+    sites: for an architecture that no host knows, or to overrule the hosts: which modules are FFNs, as glob patterns of their dotted names,
+        "encoder.layers.*.mlp", one or several; `layers` then counts the modules found.
     backend: how experts are computed: "auto" or a name in `registry.BACKENDS`; all give the same result.
     init_std: standard deviation of fresh weights and of the router's.
     method: a name in `registry.METHODS` whose layer routes and combines in its own way; None: the plain layer.
@@ -47,6 +49,7 @@ class SMoEConfig:
     expert_init: ExpertInit = "fresh"
     balance_loss: float | None = None
     layers: tuple[int, ...] | None = None
+    sites: str | tuple[str, ...] | None = None
     backend: str = "auto"
     init_std: float = 0.02
     method: str | None = None
@@ -59,6 +62,8 @@ class SMoEConfig:
             object.__setattr__(self, "balance_loss", implied["balance_loss"])
         if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.sites, list):
+            object.__setattr__(self, "sites", tuple(self.sites))
         mistakes = self.mistakes()
         if mistakes:
             raise ConfigError("; ".join(mistakes))
@@ -91,6 +96,8 @@ class SMoEConfig:
             found.append(f"init_std = {self.init_std!r} must be a positive number")
         if self.layers is not None:
             found += layer_mistakes(self.layers)
+        if self.sites is not None:
+            found += site_mistakes(self.sites)
         if self.expert_init == "copy" and self.output_scale == "dense":
             found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense one: use output_scale = 'mean'")
         if self.expert_init != "fresh" and self.d_expert is not None:
@@ -125,6 +132,14 @@ def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
     if repeated := sorted({str(index) for index in layers if layers.count(index) > 1}):
         found.append(f"layers names {', '.join(repeated)} more than once")
     return found
+
+
+def site_mistakes(sites: str | tuple[str, ...]) -> list[str]:
+    """Sentences for what is no choice of modules: not a pattern or a list of them, or an empty one."""
+    patterns = (sites,) if isinstance(sites, str) else sites
+    if not isinstance(patterns, tuple) or not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        return [f"sites = {sites!r} must be a pattern of module names such as 'encoder.layers.*.mlp', a list of them, or None"]
+    return []
 
 
 def _is_count(value: Any) -> bool:

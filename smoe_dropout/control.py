@@ -1,5 +1,6 @@
 """The knobs of a model with MoE layers: k, frozen routers, auxiliary losses, expert load."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ def set_top_k(model: nn.Module, k: int) -> None:
             raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.num_experts} experts of layer {name!r}")
     for _, layer in layers:
         layer.top_k = int(k)
+    _tell(model, layers)
 
 
 def get_top_k(model: nn.Module) -> int:
@@ -34,13 +36,15 @@ def get_top_k(model: nn.Module) -> int:
 @contextmanager
 def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
     """Within the block k experts are active; afterwards every layer has its own k back, also after an exception."""
-    before = [(layer, layer.top_k) for _, layer in _layers_or_raise(model)]
+    layers = _layers_or_raise(model)
+    before = [(layer, layer.top_k) for _, layer in layers]
     set_top_k(model, k)
     try:
         yield model
     finally:
         for layer, k_before in before:
             layer.top_k = k_before
+        _tell(model, layers)
 
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
@@ -51,7 +55,10 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sum of the routers' losses of the last forward pass in training mode, or None where there are none."""
+    """Sum of the routers' losses of the last forward pass in training mode, or None where there are none.
+
+    To be added to the loss in a training loop of one's own; a model of the transformers library adds it to the loss it returns by itself.
+    """
     losses = [loss for _, layer in moe_layers(model) for loss in layer.losses.values()]
     return sum(losses[1:], losses[0]) if losses else None
 
@@ -59,6 +66,18 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
     """For every MoE layer that ran, the share of assignments each expert got in its last forward pass [E]."""
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
+
+
+def _tell(model: nn.Module, layers: list[tuple[str, MoELayer]]) -> None:
+    """Passes k on to what depends on it: the configuration that a transformers model is saved with, and the compiler."""
+    k, most = layers[0][1].top_k, max(layer.num_experts for _, layer in layers)
+    for module in model.modules():
+        told = getattr(getattr(module, "config", None), __package__, None)
+        if isinstance(told, dict):
+            told["top_k"] = k
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        # one graph per k, in training and in evaluation; past its limit torch.compile runs eagerly without a word
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * most + 8)
 
 
 def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:

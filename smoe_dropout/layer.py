@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.options import NoOptions, build_options
+from smoe_dropout.recomputation import Pass, check, recomputing, remembered
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing
 from smoe_dropout.training import FollowsTraining
@@ -41,10 +42,12 @@ class MoELayer(nn.Module, FollowsTraining):
 
     Options: what a method's layer lets one set. needs: what of the host it has to see: "attention", that there is an attention module
     before it, which then stands in `attention`; "probabilities", that it keeps them. index of count: its place among the MoE layers.
+    repeatable: whether a pass can be repeated for its gradient, one layer alone, as activation checkpointing does.
     """
 
     Options: type = NoOptions
     needs: frozenset[str] = frozenset()
+    repeatable = True
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()
@@ -57,6 +60,7 @@ class MoELayer(nn.Module, FollowsTraining):
         self.experts = experts
         self.losses: dict[str, Tensor] = {}
         self.assigned: Tensor | None = None
+        self.last_pass: Pass | None = None
         self.index, self.count, self.shared = 0, 1, Shared()
         self._before: list[nn.Module] = []  # in a list, so that it does not become a child
 
@@ -73,8 +77,23 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.route(x)
-        self.losses, self.assigned = routing.losses, routing.indices_NK.detach()
+        self.keep(x, routing.losses, routing.indices_NK.detach())
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
+
+    def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
+        """Notes what a pass leaves behind. RuntimeError where a pass is repeated for its gradient and cannot be, or is not the same."""
+        if not recomputing():
+            self.losses, self.assigned = losses, assigned_NK
+            if self.training and not torch.compiler.is_compiling():
+                self.last_pass = remembered(x, self.top_k, losses)
+            elif "tokens" in self.router.needs:  # which are now those of this pass
+                self.last_pass = None
+            return
+        if not self.repeatable:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot repeat a pass for its gradient, one layer alone: train without gradient checkpointing"
+            )
+        check(self.last_pass, x, self.top_k, losses)
 
     def route(self, x: Tensor) -> Routing:
         """x [..., D] -> the routing of its N tokens."""
@@ -109,4 +128,4 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def __getstate__(self) -> dict:
         # what the last pass left belongs to its autograd graph, which can be neither copied nor pickled
-        return {**self.__dict__, "losses": {}, "assigned": None}
+        return {**self.__dict__, "losses": {}, "assigned": None, "last_pass": None}

@@ -9,6 +9,7 @@ from torch import nn
 import smoe_dropout as sd
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.registry import METHODS, load
+from smoe_dropout.routers import LearnedRouter
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,10 +101,9 @@ def test_a_step_of_training_moves_what_it_should(host, router):
     model = sd.moefy(made(host), sd.SMoEConfig(4, 2, router=router, balance_loss=0.1 if router == "learned" else None)).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
-    loss = model(TOKENS, labels=TOKENS).loss
-    auxiliary = sd.auxiliary_loss(model)
+    loss, auxiliary = model(TOKENS, labels=TOKENS).loss, sd.auxiliary_loss(model)
     assert (auxiliary is not None) == (router == "learned")
-    (loss if auxiliary is None else loss + auxiliary).backward()
+    loss.backward()  # with the auxiliary losses in it
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert {name for name in before if ".experts." in name} <= moved
@@ -151,5 +151,8 @@ def test_methods_on_this_host(name, host):
         return
     if method.sparse:
         sd.moefy(model, sd.SMoEConfig(4, 2, **settings))
-        model.train()(TOKENS, labels=TOKENS).loss.backward()
+        loss = model.train()(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        routers = [layer.router.weight for _, layer in sd.moe_layers(model) if isinstance(layer.router, LearnedRouter)]
+        assert all(weight.grad.any() for weight in routers) and (sd.auxiliary_loss(model) is not None) == bool(routers)
         assert all(layer.experts.up.grad.isfinite().all() and layer.experts.up.grad.any() for _, layer in sd.moe_layers(model))

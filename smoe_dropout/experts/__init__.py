@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.choice import choose_backend
+from smoe_dropout.experts.compiled import opaque
 from smoe_dropout.registry import BACKENDS, load, unknown
 
 
@@ -54,6 +55,8 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         weights = self.weights(dtype)
         backend = self.backend_for(x_ND.shape[0], indices_NK.shape[1], dtype)
+        if torch.compiler.is_compiling():
+            return opaque(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), weights, backend)
         module = load(BACKENDS, "backend", backend)
         if sentence := module.refusal(weights, device):
             raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")

@@ -10,28 +10,36 @@ import importlib
 from torch import nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.hosts.named import described, find_named
 from smoe_dropout.hosts.site import Site
+from smoe_dropout.huggingface import adopt, is_pretrained_model
 from smoe_dropout.layer import MoELayer, Shared
 from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.options import NoOptions, build_options, option_names
 from smoe_dropout.registry import METHODS, ROUTERS, load
 
-HOSTS = ("smoe_dropout.hosts.sequential", "smoe_dropout.hosts.intermediate_output", "smoe_dropout.hosts.conv1d", "smoe_dropout.hosts.gated")
+HOSTS = tuple(f"{__name__}.{name}" for name in ("torch_layers", "sequential", "intermediate_output", "conv1d", "gated"))
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """The model's feed-forward networks in order, by the first host that knows any. ConfigError if none does."""
+def find_sites(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site]:
+    """The model's feed-forward networks in order: the modules that `patterns` name, or those of the first host that knows any.
+
+    ConfigError if there are none, with the patterns that would name some; or for a pattern that names something else.
+    """
+    if patterns is not None:
+        return find_named(model, patterns)
     for module in HOSTS:
         if sites := importlib.import_module(module).find(model):
             return sites
     raise ConfigError(
-        f"{type(model).__name__} has no feed-forward network a host knows, such as nn.Sequential(Linear, activation, [Dropout], Linear)"
+        f"{type(model).__name__} has no feed-forward network a host knows, such as nn.Sequential(Linear, activation, [Dropout], Linear); "
+        f"{described(model)}"
     )
 
 
-def sites_in_blocks(model: nn.Module, blocks: int) -> list[Site]:
+def sites_in_blocks(model: nn.Module, blocks: int, patterns: str | tuple[str, ...] | None = None) -> list[Site]:
     """The model's feed-forward networks, for a method that drops blocks of hidden units. ConfigError if a width is not that many blocks."""
-    sites = find_sites(model)
+    sites = find_sites(model, patterns)
     for site in sites:
         if site.d_ff % blocks:
             raise ConfigError(f"option blocks = {blocks} does not divide the feed-forward width {site.d_ff}")
@@ -50,7 +58,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
     kind = (method.layer if method else None) or MoELayer
-    sites = find_sites(model)
+    sites = find_sites(model, config.sites)
     chosen = range(len(sites)) if config.layers is None else sorted(config.layers)
     if outside := [index for index in chosen if index >= len(sites)]:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
@@ -65,6 +73,8 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
             attentions[place].keep_probabilities = True
     if embedding is not None:
         embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
+    if is_pretrained_model(model):
+        adopt(model, config)
     return model
 
 

@@ -20,6 +20,7 @@ from smoe_dropout.draw import shared
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
+from smoe_dropout.recomputation import recomputing
 from smoe_dropout.training import Reports
 
 
@@ -59,7 +60,7 @@ class CompeteLayer(MoELayer, Reports):
 
     def forward(self, x: Tensor) -> Tensor:
         self.competed = self.training and self.flips()
-        if self.training:
+        if self.training and not recomputing():
             self.passes += 1
             self.competitions += self.competed
         return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().forward(x)
@@ -82,8 +83,7 @@ class CompeteLayer(MoELayer, Reports):
         weights_NK = top_NK.softmax(-1) if self.options.affinity == "norm" else top_NK / top_NK.sum(-1, keepdim=True)
         target_NE = affinity_NE.detach().softmax(-1)
         distillation = F.mse_loss(self.router.logits(x_ND).softmax(-1), target_NE)
-        self.losses = {"router": self.options.router_loss * distillation}
-        self.assigned = indices_NK.detach()
+        self.keep(x_ND, {"router": self.options.router_loss * distillation}, indices_NK.detach())
         chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
         return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)
 

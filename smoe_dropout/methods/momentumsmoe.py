@@ -39,6 +39,7 @@ class MomentumLayer(MoELayer):
     """Its output is the step that the host's residual adds. The momentum is handed from layer to layer within one pass."""
 
     Options = Options
+    repeatable = False  # the layers before are not repeated with it
 
     def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
         f_ND = super().combine(x_ND, routing)

@@ -124,7 +124,9 @@ def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
     tokens is the loss of the whole batch.
     """
     num_experts = logits_NE.shape[-1]
-    assigned_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).to(logits_NE.dtype)
+    flat_M = indices_NK.flatten()
+    ones_M = torch.ones_like(flat_M, dtype=logits_NE.dtype)
+    assigned_E = logits_NE.new_zeros(num_experts).scatter_add(0, flat_M, ones_M)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(assigned_E)
     share_E = assigned_E / assigned_E.sum().clamp(min=1)

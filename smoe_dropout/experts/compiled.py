@@ -1,0 +1,114 @@
+"""Experts under torch.compile: one operator that the compiler does not look into, whatever the backend.
+
+Traced, the loops over experts would become graphs of thousands of nodes, one for every k, and those of `sorted` could not be traced at all,
+since their sizes depend on the data. The backward pass computes the hidden values again, as activation checkpointing does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from smoe_dropout.registry import BACKENDS, load
+
+
+def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights, backend: str) -> Tensor:
+    """What the backend's `run` computes, by the operator. Dropout is drawn anew, from a seed that torch's default generator gives."""
+    tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
+    seed = torch.randint(2**62, ()) if weights.dropout > 0 else torch.zeros((), dtype=torch.int64)
+    return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, weights.activation, weights.dropout)
+
+
+@torch.library.custom_op("smoe_dropout::experts", mutates_args=())
+def _experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    bias_up: Tensor,
+    down: Tensor,
+    bias_down: Tensor,
+    seed: Tensor,
+    backend: str,
+    activation: str,
+    dropout: float,
+) -> Tensor:
+    with _seeded(seed, dropout):
+        return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, activation, dropout).contiguous()
+
+
+@torch.library.custom_op("smoe_dropout::experts_backward", mutates_args=())
+def _experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    bias_up: Tensor,
+    down: Tensor,
+    bias_down: Tensor,
+    seed: Tensor,
+    backend: str,
+    activation: str,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, weights, *tensors = (tensor.detach().requires_grad_() for tensor in (x, weights, up, bias_up, down, bias_down))
+    with _seeded(seed, dropout), _recorded():
+        y = _run(x, indices, weights, tensors, backend, activation, dropout)
+    return tuple(gradient.contiguous() for gradient in torch.autograd.grad(y, (x, weights, *tensors), grad))
+
+
+def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, activation: str, dropout: float) -> Tensor:
+    from smoe_dropout.experts import ExpertWeights
+
+    module, whole = load(BACKENDS, "backend", backend), ExpertWeights(*tensors, activation, dropout)
+    if sentence := module.refusal(whole, x.device.type):
+        raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")
+    with torch.autocast(x.device.type, enabled=False):
+        return module.run(x, indices, weights, whole)
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Within an operator torch leaves autograd out, whatever the grad mode; in the block it is back."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.ADInplaceOrView
+    )
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded - keys), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _seeded(seed: Tensor, dropout: float) -> Iterator[None]:
+    """Random numbers of the seed within the block; the generators outside it are left as they were."""
+    if dropout == 0:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed))
+        yield
+
+
+@_experts.register_fake
+def _(x, *_rest):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_experts_backward.register_fake
+def _(grad, x, indices, weights, up, bias_up, down, bias_down, *_rest):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (x, weights, up, bias_up, down, bias_down))
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.settings = inputs[8:]
+
+
+def _backward(ctx, grad):
+    gradients = _experts_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return gradients[0], None, *gradients[1:], None, None, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,182 @@
+"""Feed-forward networks of an architecture that no host knows, by the names of their modules: `SMoEConfig(sites="encoder.layers.*.mlp")`.
+
+What a module computes is found out by running it on a few random inputs with random weights, and comparing with down(act(up x)), or
+down(act(gate x) * up x), for every activation that experts have.
+"""
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_dropout.experts.activations import ACTIVATIONS
+from smoe_dropout.hosts.site import Site
+from smoe_dropout.options import ConfigError
+
+TOLERANCE = 2e-5  # of the output's size; float32 computes to about 1e-6, gelu and its tanh form differ by about 3e-4
+
+
+class Network(NamedTuple):
+    """A module that is a feed-forward network: its linear maps by name within it, `gate` None where there is none, and its activation."""
+
+    gate: str | None
+    up: str
+    down: str
+    activation: str
+
+
+def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
+    """The modules whose dotted names match (fnmatch; `*` matches dots too), in the model's order.
+
+    Such a module holds two linear maps D -> F -> D, or three where it is gated, an activation (as a module or in its forward), and no other
+    parameters. Of its nn.Dropouts, in the order of its children, one ahead of the last map is taken for the dropout of hidden units, and
+    one behind it for that of the output; a dropout that is only called in a forward cannot be seen and is lost.
+
+    ConfigError for a pattern that matches nothing, matches within each other, or a module that is something else.
+    """
+    patterns, found = (patterns,) if isinstance(patterns, str) else patterns, {}
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not (matched := fnmatch.filter(names, pattern)):
+            raise ConfigError(f"sites = {pattern!r} matches no module of {type(model).__name__}; {described(model)}")
+        found |= dict.fromkeys(matched)
+    chosen = [name for name in names if name in found]
+    for outer, inner in itertools.permutations(chosen, 2):
+        if inner.startswith(f"{outer}."):
+            raise ConfigError(f"sites matches {inner!r} and {outer!r}, which contains it: name one of them")
+    return [_site(model, name) for name in chosen]
+
+
+def described(model: nn.Module) -> str:
+    """A sentence with the model's feed-forward networks as patterns to name them by, or that it has none."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if name and not any(name.startswith(f"{outer}.") for outer in found) and isinstance(network := recognise(module), Network):
+            up = _weight(module.get_submodule(network.up))
+            found[name] = f"{up.shape[1]} -> {up.shape[0]} -> {up.shape[1]}"
+    if not found:
+        return "no module of it computes down(activation(up x)) and nothing else"
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, sizes in found.items():
+        groups.setdefault((re.sub(r"\b\d+\b", "*", name), sizes), []).append(name)
+    listed = [
+        f"{pattern!r} ({len(names)} modules, {sizes})" if len(names) > 1 else f"{names[0]!r} (1 module, {sizes})"
+        for (pattern, sizes), names in groups.items()
+    ]
+    return f"feed-forward networks to name in sites=: {', '.join(listed)}"
+
+
+def recognise(module: nn.Module) -> Network | str:
+    """What the module computes, or the sentence that says why it is no feed-forward network."""
+    maps = {name: _weight(child) for name, child in module.named_modules() if name and _weight(child) is not None}
+    if len(maps) not in (2, 3):
+        return f"it holds {len(maps)} linear maps"
+    own = {id(parameter) for name in maps for parameter in module.get_submodule(name).parameters()}
+    if other := [name for name, parameter in module.named_parameters() if id(parameter) not in own]:
+        return f"it has the parameter {other[0]!r} besides its linear maps"
+    orders = [names for names in itertools.permutations(maps) if _fits([maps[name] for name in names])]
+    if not orders:
+        return f"its linear maps {', '.join(f'{w.shape[1]} -> {w.shape[0]}' for w in maps.values())} do not lead from D to F and back to D"
+    found = [match for names in orders if (match := _best_match(module, names))]
+    if not found:
+        return "what it computes is not down(activation(up x)): a residual, a norm, a scale or another activation is in it"
+    return min(found, key=lambda match: match[0])[1]
+
+
+def _fits(weights: list[Tensor]) -> bool:
+    """Whether maps [out, in] in the order ([gate], up, down) lead from D to F and back."""
+    *first, down = weights
+    return all(weight.shape == (down.shape[1], down.shape[0]) for weight in first)
+
+
+def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Network] | None:
+    """The activation that comes nearest, the maps being these, with its relative error; None if none is within the tolerance."""
+    draw = torch.Generator().manual_seed(0)
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        fan_in = max(_weight(module.get_submodule(name.rpartition(".")[0])).shape[1], 1)
+        parameters[name] = torch.randn(parameter.shape, generator=draw) * (1.0 if parameter.dim() < 2 else 1.5 / fan_in**0.5)
+    buffers = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if not buffer.is_meta}
+    linears = [(_transposed(module.get_submodule(name), parameters[f"{name}.weight"]), parameters.get(f"{name}.bias")) for name in names]
+    *first, down = linears
+    x_1ND = torch.randn(1, 4, first[0][0].shape[1], generator=draw)
+    with _evaluated(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            y = torch.func.functional_call(module, parameters | buffers, (x_1ND,))
+        except Exception:  # whatever its forward wants, it is no feed-forward network
+            return None
+        if not isinstance(y, Tensor) or y.shape != x_1ND.shape:
+            return None
+        pre = torch.cat([F.linear(x_1ND, *linear) for linear in first], -1)
+        errors = []
+        for name, activation in ACTIVATIONS.items():
+            if activation.width == len(first):
+                expected = F.linear(activation.apply(pre), *down)
+                errors.append((((y.float() - expected).norm() / expected.norm()).item(), name))
+    error, activation = min(errors)
+    return (error, Network(names[0] if len(names) == 3 else None, *names[-2:], activation)) if error < TOLERANCE else None
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; afterwards every part has its own mode back."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def _site(model: nn.Module, name: str) -> Site:
+    module, network = model.get_submodule(name), recognise(model.get_submodule(name))
+    if isinstance(network, str):
+        raise ConfigError(
+            f"sites names {name!r}, a {type(module).__name__}, which is no feed-forward network: {network}; a module named in sites "
+            "must be two linear maps with an activation between them, or three of a gated one, and nothing else but dropout"
+        )
+    inner, final = _dropouts(name, module, network.down)
+    outer, _, child = name.rpartition(".")
+    down = module.get_submodule(network.down)
+
+    def put_dropout(dropout: nn.Module) -> nn.Module:
+        holder, _, place = network.down.rpartition(".")
+        setattr(module.get_submodule(holder), place, nn.Sequential(dropout, down).train(module.training))
+        return down
+
+    maps = [(_weight(part), part.bias) for part in (module.get_submodule(network.up), down)]
+    gate = module.get_submodule(network.gate) if network.gate else None
+    gates = (None, None) if gate is None else (_weight(gate), gate.bias)
+    parent = model.get_submodule(outer)
+    return Site(parent, child, *maps[0], *maps[1], network.activation, inner, final, put_dropout, *gates)
+
+
+def _dropouts(name: str, module: nn.Module, down: str) -> tuple[float, nn.Module | None]:
+    """The probability of the dropout ahead of the last map, and the dropout behind it."""
+    names = [path for path, _ in module.named_modules()]
+    dropouts = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Dropout)]
+    before = [part for path, part in dropouts if names.index(path) < names.index(down)]
+    behind = [part for path, part in dropouts if names.index(path) > names.index(down)]
+    if len(before) > 1 or len(behind) > 1:
+        raise ConfigError(
+            f"sites names {name!r}, which has {len(before)} dropouts ahead of its last map {down!r} and {len(behind)} behind it"
+        )
+    return before[0].p if before else 0.0, behind[0] if behind else None
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """The weight [out, in] of a linear map, None of anything else. Conv1D of transformers keeps it as [in, out]."""
+    if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        return None
+    return _transposed(module, module.weight)
+
+
+def _transposed(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight if isinstance(module, nn.Linear) else weight.t()

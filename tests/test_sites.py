@@ -1,0 +1,244 @@
+"""Feed-forward networks named by pattern, and those of torch's own Transformer layers."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import smoe_dropout as sd
+from smoe_dropout.hosts import find_sites, sites_in_blocks
+
+D, WIDE = 8, 16
+EXACT = {"num_experts": 4, "top_k": 4, "expert_init": "split", "gate_weight": "uniform", "output_scale": "dense"}
+
+
+class Plain(nn.Module):
+    """An activation that is only called, and a dropout on either side."""
+
+    def __init__(self, act=F.relu, inner=0.3, final=0.2, bias=True):
+        super().__init__()
+        self.first, self.drop = nn.Linear(D, WIDE, bias=bias), nn.Dropout(inner)
+        self.second, self.last = nn.Linear(WIDE, D, bias=bias), nn.Dropout(final)
+        self.act = act
+
+    def forward(self, x):
+        return self.last(self.second(self.drop(self.act(self.first(x)))))
+
+
+class Gated(nn.Module):
+    """Its maps in an order that tells nothing."""
+
+    def __init__(self, act=F.silu):
+        super().__init__()
+        self.back, self.value, self.opens = nn.Linear(WIDE, D), nn.Linear(D, WIDE), nn.Linear(D, WIDE, bias=False)
+        self.act = act
+
+    def forward(self, x):
+        return self.back(self.act(self.opens(x)) * self.value(x))
+
+
+class Wrong(Plain):
+    """`change(x, y)` is what its forward makes of input and output."""
+
+    def __init__(self, change, **parts):
+        super().__init__()
+        self.change = change
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.change(self, x, super().forward(x))
+
+
+class Block(nn.Module):
+    def __init__(self, ffn):
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(D), ffn
+
+    def forward(self, x):
+        return x + self.ffn(self.norm(x))
+
+
+def stacked(make=Plain, n_layer=3) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Sequential(*(Block(make()) for _ in range(n_layer))), "head": nn.Linear(D, 3)})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.5)
+    return model.eval()
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    return model["encoder"](torch.randn(2, 5, D, generator=torch.Generator().manual_seed(1)))
+
+
+def conv1d():
+    transformers = pytest.importorskip("transformers")
+    return nn.Sequential(transformers.pytorch_utils.Conv1D(WIDE, D), nn.GELU(), transformers.pytorch_utils.Conv1D(D, WIDE))
+
+
+NETWORKS = {
+    "relu": (Plain, "relu"),
+    "gelu": (lambda: Plain(F.gelu), "gelu"),
+    "gelu_tanh": (lambda: Plain(lambda x: F.gelu(x, approximate="tanh")), "gelu_tanh"),
+    "silu_without_bias": (lambda: Plain(lambda x: x * x.sigmoid(), bias=False), "silu"),
+    "swiglu": (Gated, "silu_gated"),
+    "geglu": (lambda: Gated(F.gelu), "gelu_gated"),
+    "conv1d": (conv1d, "gelu"),
+}
+
+
+@pytest.mark.parametrize(("make", "activation"), NETWORKS.values(), ids=NETWORKS)
+def test_named_networks_are_recognised_and_replaced_exactly(make, activation):
+    """Whatever their weights are, zeros too; modes, the global generator and the rest of the model stay as they were."""
+    model = stacked(make)
+    dense = run(model)
+    model["encoder"][1].ffn.train()
+    before, state = {name: module.training for name, module in model.named_modules()}, torch.get_rng_state()
+    sites = find_sites(model, "encoder.*.ffn")
+    assert [(site.activation, site.d_model, site.d_ff) for site in sites] == [(activation, D, WIDE)] * 3
+    assert {name: module.training for name, module in model.named_modules()} == before and torch.equal(torch.get_rng_state(), state)
+    sd.moefy(model.eval(), sd.SMoEConfig(**EXACT, sites="encoder.*.ffn"))
+    torch.testing.assert_close(run(model), dense, rtol=1e-5, atol=1e-5)
+    zeros = stacked(make)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    assert [site.activation for site in find_sites(zeros.bfloat16(), "encoder.*.ffn")] == [activation] * 3
+
+
+@pytest.mark.parametrize(("inner", "final"), [(0.3, 0.2), (0.3, 0.0), (0.0, 0.2)])
+def test_dropouts_of_a_named_network(inner, final):
+    model = sd.moefy(stacked(lambda: Plain(inner=inner, final=final)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
+    assert [layer.experts.dropout for _, layer in sd.moe_layers(model)] == [inner] * 3
+    assert [model["encoder"][1].ffn[1].p, len(model["encoder"][1].ffn)] == [final, 2]
+
+
+@pytest.mark.parametrize("sites", ["encoder.*.ffn", ("encoder.0.ffn", "*.2.ffn"), ["encoder.2.ffn", "encoder.0.ffn"]], ids=str)
+def test_patterns_and_layers_pick_in_the_models_order(sites):
+    config = sd.SMoEConfig(4, 2, sites=sites, layers=(1,))
+    assert sd.SMoEConfig.from_json(config.to_json()) == config and json.loads(config.to_json())["sites"] == (
+        sites if isinstance(sites, str) else list(sites)
+    )
+    names = [name for name, _ in sd.moe_layers(sd.moefy(stacked(), config))]
+    assert names == ["encoder.1.ffn.0" if sites == "encoder.*.ffn" else "encoder.2.ffn.0"]
+
+
+def test_patterns_overrule_the_hosts():
+    model = nn.Sequential(Block(nn.Sequential(nn.Linear(D, WIDE), nn.ReLU(), nn.Linear(WIDE, D))), Block(Plain())).eval()
+    assert [name for name, _ in sd.moe_layers(sd.moefy(copy.deepcopy(model), sd.SMoEConfig(4, 2)))] == ["0.ffn"]
+    assert [name for name, _ in sd.moe_layers(sd.moefy(model, sd.SMoEConfig(4, 2, sites="1.ffn")))] == ["1.ffn.0"]
+    assert len(sites_in_blocks(nn.Sequential(Block(Plain()), Block(Plain())), 4, "*.ffn")) == 2
+
+
+@pytest.mark.parametrize("sites", ["", (), ("a", ""), 3, ("a", 1)], ids=repr)
+def test_what_is_no_pattern_is_refused(sites):
+    with pytest.raises(sd.ConfigError, match="must be a pattern of module names"):
+        sd.SMoEConfig(4, 2, sites=sites)
+
+
+SUGGESTED = r"'encoder\.\*\.ffn' \(3 modules, 8 -> 16 -> 8\)"
+REFUSED = {
+    "unknown_architecture": (Plain, None, rf"no feed-forward network a host knows.*{SUGGESTED}"),
+    "no_match": (Plain, "encoder.*.mlp", rf"sites = 'encoder\.\*\.mlp' matches no module of ModuleDict.*{SUGGESTED}"),
+    "nested": (Plain, ("encoder.1.ffn", "encoder.1"), r"matches 'encoder\.1\.ffn' and 'encoder\.1', which contains it"),
+    "no_maps": (Plain, "encoder.*.norm", r"'encoder\.0\.norm', a LayerNorm.*holds 0 linear maps"),
+    "a_map": (Plain, "head", r"'head', a Linear.*holds 0 linear maps"),
+    "whole_block": (Plain, "encoder.?", r"has the parameter 'norm\.weight' besides"),
+    "shapes": (lambda: Wrong(lambda m, x, y: y, second=nn.Linear(WIDE, D + 1)), "encoder.*.ffn", "8 -> 16, 16 -> 9 do not lead"),
+    "residual": (lambda: Wrong(lambda m, x, y: x + y), "encoder.*.ffn", "a residual, a norm, a scale or another activation"),
+    "scale": (lambda: Wrong(lambda m, x, y: y / 2), "encoder.*.ffn", "a residual, a norm, a scale"),
+    "norm": (lambda: Wrong(lambda m, x, y: F.layer_norm(y, (D,))), "encoder.*.ffn", "a residual, a norm"),
+    "learned_scale": (
+        lambda: Wrong(lambda m, x, y: y * m.one, one=nn.Parameter(torch.ones(D))),
+        "encoder.*.ffn",
+        "parameter 'one' besides",
+    ),
+    "mixes_tokens": (lambda: Wrong(lambda m, x, y: y + x.mean(1, keepdim=True)), "encoder.*.ffn", "a residual"),
+    "activation": (lambda: Plain(torch.tanh), "encoder.*.ffn", "another activation is in it"),
+    "quick_gelu": (lambda: Plain(lambda x: x * (1.702 * x).sigmoid()), "encoder.*.ffn", "another activation is in it"),
+    "raises": (lambda: Plain(lambda x: x.view(-1, 3)), "encoder.*.ffn", "another activation is in it"),
+    "tuple": (lambda: Wrong(lambda m, x, y: (y, x)), "encoder.*.ffn", "another activation is in it"),
+    "dropouts": (
+        lambda: Wrong(lambda m, x, y: y, more=nn.Dropout(0.1)),
+        "encoder.*.ffn",
+        "1 dropouts ahead of its last map 'second' and 2",
+    ),
+    "width": (lambda: Plain(), "encoder.*.ffn", "width 16 of 'ffn' is not divisible by num_experts = 5"),
+}
+
+
+@pytest.mark.parametrize(("make", "sites", "words"), REFUSED.values(), ids=REFUSED)
+def test_refusal_says_why_and_leaves_the_model_alone(make, sites, words):
+    model = stacked(make)
+    modules, modes = dict(model.named_modules()), [module.training for module in model.modules()]
+    with pytest.raises(sd.ConfigError, match=words):
+        sd.moefy(model, sd.SMoEConfig(5 if "num_experts" in words else 4, 2, sites=sites))
+    assert dict(model.named_modules()) == modules and [module.training for module in model.modules()] == modes
+
+
+def test_a_model_without_any_network_is_told_so():
+    with pytest.raises(sd.ConfigError, match=r"no module of it computes down\(activation\(up x\)\)"):
+        sd.moefy(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D)), sd.SMoEConfig(4, 2))
+
+
+# torch's own layers
+
+
+def torch_stack(kind: str, norm_first: bool, activation="gelu") -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"dim_feedforward": WIDE, "dropout": 0.25, "activation": activation, "batch_first": True, "norm_first": norm_first}
+    if kind == "decoder":
+        model = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, 2, **settings), 2)
+    else:
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, **settings), 2, enable_nested_tensor=not norm_first)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.4)
+    return model
+
+
+@torch.no_grad()
+def torch_outputs(model: nn.Module) -> torch.Tensor:
+    """Of the positions that are not padding."""
+    x, padding = torch.randn(3, 6, D, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    y = model(x, x, tgt_key_padding_mask=padding) if isinstance(model, nn.TransformerDecoder) else model(x, src_key_padding_mask=padding)
+    return y[~padding]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()], ids=["relu", "gelu", "silu"])
+def test_torch_layers(kind, norm_first, training, activation):
+    """Split at k = E they are the dense layers, and it is the experts that run, in evaluation too, where torch has a fused kernel."""
+    model = torch_stack(kind, norm_first, activation).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    dense = torch_outputs(model)
+    sd.moefy(model, sd.SMoEConfig(**EXACT))
+    torch.testing.assert_close(torch_outputs(model), dense, rtol=1e-5, atol=1e-5)
+    assert all(layer.assigned.shape == (18, 4) for _, layer in sd.moe_layers(model))
+    with sd.top_k(model, 1):
+        assert not torch.allclose(torch_outputs(model), dense, atol=1e-2)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_torch_layers_keep_their_dropout_and_names():
+    model = sd.moefy(torch_stack("encoder", False), sd.SMoEConfig(4, 2, layers=(1,)))
+    ((name, layer),) = sd.moe_layers(model)
+    assert name == "layers.1.linear1" and layer.experts.dropout == 0.25
+    names = {name for name in model.state_dict() if name.startswith("layers.1.lin")}
+    assert names == {
+        f"layers.1.linear1.{part}"
+        for part in ("router.weight", "router.bias", *(f"experts.{n}" for n, _ in layer.experts.named_parameters()))
+    }
+    assert "layers.0.linear2.weight" in model.state_dict()
+    layer_type = type("Own", (nn.TransformerEncoderLayer,), {"_ff_block": lambda self, x: x})
+    with pytest.raises(sd.ConfigError, match="no feed-forward network a host knows"):
+        sd.moefy(nn.TransformerEncoder(layer_type(D, 2, WIDE), 1, enable_nested_tensor=False), sd.SMoEConfig(4, 2))
