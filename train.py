@@ -1,6 +1,7 @@
-"""Pre-trains a Transformer-XL language model, dense or with experts, and tests it at every number of active experts.
+"""Pre-trains a Transformer-XL, BERT or RoBERTa, dense or with experts, and tests it at every number of active experts.
 
     python train.py --preset laptop --method smoe_dropout --data data/enwik8
+    python train.py --preset laptop --method smoe_dropout --model bert --data data/books-bert
     torchrun --nproc_per_node 2 train.py ...        accelerate launch train.py ...
     python train.py --eval_only --k 1,2,4 --work_dir DIR
 
@@ -12,12 +13,12 @@ import sys
 from utils.command_line import evaluation_ks, method_of, parse, parse_ks, stored_run, top_k_schedule
 from utils.data import Corpus
 from utils.errors import exit_on_user_error
-from utils.flags import Flags
+from utils.flags import OF_PIECES, Flags
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
         FLAGS = parse() if not (run := stored_run()) else run
-        CORPUS = Corpus.open(FLAGS.data)
+        CORPUS = Corpus.open(FLAGS.data, FLAGS.model in OF_PIECES)
         CORPUS.verify()
 
 import math
@@ -31,35 +32,37 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mem_transformer import Memory
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, moe_layers, set_progress, set_top_k
+from smoe_dropout.hosts import find_sites
 from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.methods.base import Forward, cross_entropy
 from utils import checkpoint
 from utils.averaging import WeightAverage
-from utils.data import LaneIterator, Segment, rank_lanes
 from utils.engine import Engine
 from utils.errors import TrainingError, UserError
-from utils.evaluation import LN2, evaluate, evaluate_all
-from utils.flops import forward_flops, parameter_counts
+from utils.evaluation import evaluate, evaluate_all
+from utils.flops import parameter_counts
 from utils.interrupt import Interrupt
 from utils.model import build_model, forget_router_gradients, training_settings
+from utils.models import architecture
 from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.probe import refuse_if_too_slow
 from utils.progress import Progress
 from utils.result import build_result, moe_layer_indices
 from utils.routing import describe_routing, validation_before_the_end
 from utils.run_folder import RunFolder, describe_environment, resume_command, write_json
+from utils.tasks import Batch, Task
+from utils.tasks import State as Carried
 
 
 @dataclass
 class State:
-    """Where a run stands, besides weights, optimiser, memory and random generators."""
+    """Where a run stands, besides weights, optimiser, what the model carries on and random generators."""
 
     step: int = 0
     loss_sum: float = 0.0  # nats since the last log line, of this process's tokens
     loss_tokens: int = 0
-    best_bpc: float = float("inf")
+    best: float = float("inf")
     best_step: int = 0
     seconds: float = 0.0  # wall time of training steps, validations left out
     cpu_seconds: float = 0.0
@@ -71,15 +74,12 @@ class State:
 
 
 def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
-    lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-    train_data = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
-    for split in (corpus.valid, corpus.test):
-        LaneIterator(split, flags.eval_batch_size, flags.eval_tgt_len)  # too short is better said now than after training
+    task: Task = architecture(flags.model).Task(flags, corpus, engine)
     say = print if engine.is_main else (lambda sentence: None)
 
     checkpoints = RunFolder.checkpoints_of(flags)
     if not flags.yes and not checkpoint.steps(checkpoints):
-        refuse_if_too_slow(engine, flags, corpus, train_data)
+        refuse_if_too_slow(task)
     folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
@@ -87,7 +87,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         return 0
 
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
-    model = engine.prepare(build_model(flags))
+    model = engine.prepare(build_model(flags, corpus.vocabulary))
     optimizer = build_optimizer(model, flags)
     method = method_of(flags)
     objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(corpus.train)))
@@ -96,9 +96,9 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     # weights and Adam's two moments, in four checkpoints kept and one in the making; with --swad the mean besides
     checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + bool(average)) * 5)
 
-    state, memory = State(world_size=engine.world_size), None
+    state, carried = State(world_size=engine.world_size), None
     if newest is not None:
-        state, memory = restore(newest, engine, model, optimizer, train_data, plateau, average)
+        state, carried = restore(newest, task, model, optimizer, plateau, average)
     else:
         torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
     if engine.is_main:
@@ -117,25 +117,25 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         lr = learning_rate(flags, step, plateau.factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        segment = next(train_data)
-        if segment.first:
-            memory = None
+        batch = task.next()
+        if batch.first:
+            carried = None
 
-        loss_sum, memory, flops = accumulate_gradients(engine, model, objective, segment, memory, flags)
+        loss_sum, carried, flops = accumulate_gradients(task, model, objective, batch, carried)
         if 0 <= flags.dynamic_router_start <= step:
             forget_router_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
         if not torch.isfinite(norm):
-            raise TrainingError(not_finite(step, lr, norm, loss_sum, segment, state, checkpoints))
+            raise TrainingError(not_finite(step, lr, norm, loss_sum / batch.targets, checkpoints))
         optimizer.step()
         optimizer.zero_grad()
         if average:
             average.observe(model, step + 1)
 
-        state.step, state.data = step + 1, train_data.state_dict()
+        state.step, state.data = step + 1, task.state_dict()
         state.loss_sum += loss_sum
-        state.loss_tokens += segment.targets.numel()
-        state.tokens += flags.batch_size * segment.tokens.shape[1]
+        state.loss_tokens += batch.targets
+        state.tokens += batch.shape.rows * batch.shape.positions
         state.flops += 3 * flops  # the backward pass does twice the forward's work
         state.seconds += time.perf_counter() - begin
         state.cpu_seconds += time.process_time() - cpu_begin
@@ -146,17 +146,17 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
         save_due = eval_due or stop or (flags.save_interval and state.step % flags.save_interval == 0)
         at_k = "" if k is None else f" | k {k}"
         if log_due:
-            line = log(engine, folder, model, state, lr, k, float(norm))
-            progress.update(state.step, f"loss {line['loss']:.4f} | {line['bpc']:.4f} bpc | lr {lr:.2e}{at_k}", keep=True)
+            quality = log(task, folder, model, state, lr, k, float(norm))
+            progress.update(state.step, f"{quality} | lr {lr:.2e}{at_k}", keep=True)
         else:
-            progress.update(state.step, f"loss {loss_sum / segment.targets.numel():.4f} | lr {lr:.2e}{at_k}", keep=False)
+            progress.update(state.step, f"loss {loss_sum / batch.targets:.4f} | lr {lr:.2e}{at_k}", keep=False)
         if eval_due:
             paused = time.perf_counter()
-            validate(engine, folder, model, corpus, flags, k, state, plateau, average, progress.say)
+            validate(task, folder, model, k, state, plateau, average, progress.say)
             progress.paused += time.perf_counter() - paused
         if save_due:
             try:
-                save(checkpoints, engine, model, optimizer, memory, state, plateau, average, keep=validation_before_the_end(flags))
+                save(checkpoints, engine, model, optimizer, carried, state, plateau, average, keep=validation_before_the_end(flags))
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
                     f"step {state.step} cannot be saved in {checkpoints}: {error}; mend that and start the same command again"
@@ -166,77 +166,80 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
             return 128 + stop
 
     interrupt.at_once()  # everything is saved
-    finish(engine, folder, flags, corpus, model, checkpoints, state, average, progress.say)
+    finish(task, folder, model, checkpoints, state, average, progress.say)
     return 0
 
 
-def finish(engine, folder: RunFolder | None, flags: Flags, corpus: Corpus, model, checkpoints, state: State, average, say) -> None:
+def finish(task: Task, folder: RunFolder | None, model, checkpoints, state: State, average, say) -> None:
     """The final test at every k, and the record."""
-    ks, splits = evaluation_ks(flags), {"valid": corpus.valid, "test": corpus.test}
+    flags, engine = task.flags, task.engine
+    ks, splits = evaluation_ks(flags), ("valid", "test")
     training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
     training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops}
     if average and average.count:
         say(f"final test of the mean of the weights after {average.count} steps")
         with average.applied(model):
-            quality = evaluate_all(engine, model, splits, flags, ks, say)
+            quality = evaluate_all(task, model, splits, ks, say)
         training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": quality}
-    routing = describe_routing(model, corpus, flags, checkpoints)
+    routing = describe_routing(task, model, checkpoints)
     load_best(model, checkpoints, state.best_step)
     say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
-    quality = evaluate_all(engine, model, splits, flags, ks, say)
+    quality = evaluate_all(task, model, splits, ks, say)
     if folder is None:
         return
     metrics = folder.metrics()
     last = next(line for line in reversed(metrics) if line["split"] == "train")
     training["method_metrics"] = {name: value for name, value in last.items() if "." in name}  # those named after modules
     measured = (quality, training, routing, metrics, describe_environment(engine), engine.peak_memory_mib(), state.best_step)
-    write_json(folder.path / "result.json", build_result(flags, corpus, model, *measured, sys.argv[1:]))
+    write_json(folder.path / "result.json", build_result(task, model, *measured, sys.argv[1:]))
     folder.close()
     say(f"done: {folder.path / 'result.json'}")
 
 
 class Gradients(NamedTuple):
-    """What one step's gradients came from: this process's summed loss in nats, the memory of its lanes, and the operations of all forward
+    """What one step's gradients came from: this process's summed loss in nats, what its rows carry on, and the operations of all forward
     passes over the global batch.
     """
 
     loss_sum: float
-    memory: Memory
+    carried: Carried
     flops: int
 
 
-def accumulate_gradients(engine, model, objective, segment: Segment, memory: Memory | None, flags: Flags) -> Gradients:
-    """Gradients of the mean over all tokens of the global batch, computed in `batch_chunk` parts."""
-    chunks = min(flags.batch_chunk, flags.batch_size // engine.world_size)  # the same on every process
-    memories = zip(*(layer.tensor_split(chunks) for layer in memory), strict=True) if memory else [None] * chunks
-    parts = zip(segment.tokens.tensor_split(chunks), segment.targets.tensor_split(chunks), memories, strict=True)
-    positions, remembered = segment.tokens.shape[1], memory[0].shape[1] if memory else 0
-    loss_sum, new_memories, flops = 0.0, [], 0.0
-    for index, (tokens, targets, part_memory) in enumerate(parts):
+def accumulate_gradients(task: Task, model, objective, batch: Batch, carried: Carried) -> Gradients:
+    """Gradients of the mean over all targets of the global batch, computed in `batch_chunk` parts."""
+    engine, shape = task.engine, batch.shape
+    chunks = min(task.flags.batch_chunk, shape.rows // engine.world_size)  # the same on every process
+    states = list(zip(*(tensor.tensor_split(chunks) for tensor in carried), strict=True)) if carried else [None] * chunks
+    parts = zip(*(tensor.tensor_split(chunks) for tensor in batch.inputs), strict=True)
+    whole = shape._replace(remembered=carried[0].shape[1] if carried else 0)
+    loss_sum, new_states, flops = 0.0, [], 0.0
+    for index, (inputs, state) in enumerate(zip(parts, states, strict=True)):
+        rows, own = len(inputs[0]), len(batch.inputs[0])
 
-        def forward(inputs=(tokens, targets, part_memory)) -> Forward:
+        def forward(arguments=(*inputs, state), share=rows / own) -> Forward:
             nonlocal flops
-            passed = Forward(*engine.parallel(*inputs))
-            flops += len(inputs[0]) / len(segment.tokens) * forward_flops(model, flags.batch_size, positions, remembered, None)
+            passed = Forward(*engine.parallel(*arguments))
+            flops += share * task.forward_flops(model, whole, None)
             return passed
 
         with nullcontext() if index == chunks - 1 else engine.no_sync():
             part = objective(model, forward)
-            # data parallelism takes the mean over processes, whatever their numbers of tokens: hence the world size
-            share = tokens.numel() * engine.world_size / (flags.batch_size * positions)
-            (part.total * share).backward()
-        loss_sum += part.nll.item() * tokens.numel()
-        new_memories.append(part.state)
-    return Gradients(loss_sum, tuple(torch.cat(layer) for layer in zip(*new_memories, strict=True)), round(flops))
+            # data parallelism takes the mean over processes, whatever their numbers of rows: hence the world size
+            (part.total * (rows * engine.world_size / shape.rows)).backward()
+        loss_sum += part.nll.item() * rows * shape.targets
+        new_states.append(part.state)
+    joined = tuple(torch.cat(tensors) for tensors in zip(*new_states, strict=True)) if new_states[0] else None
+    return Gradients(loss_sum, joined, round(flops))
 
 
-def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float, k: int | None, norm: float) -> dict:
-    """One line of the training log: mean loss since the line before it, over all processes."""
+def log(task: Task, folder: RunFolder | None, model, state: State, lr: float, k: int | None, norm: float) -> str:
+    """One line of the training log: mean loss since the line before it, over all processes. Returns it in words."""
     auxiliary = auxiliary_loss(model)
     sums = [state.loss_sum, state.loss_tokens, 0.0 if auxiliary is None else auxiliary.item() * state.loss_tokens]
-    loss_sum, tokens, auxiliary_sum = engine.sum(sums)
-    loss = loss_sum / tokens
-    line = {"step": state.step, "split": "train", "loss": loss, "bpc": loss / LN2, "lr": lr, "k": k, "grad_norm": norm}
+    loss_sum, tokens, auxiliary_sum = task.engine.sum(sums)
+    loss, metric = loss_sum / tokens, task.metric
+    line = {"step": state.step, "split": "train", "loss": loss, metric.name: metric.of(loss), "lr": lr, "k": k, "grad_norm": norm}
     if auxiliary is not None:
         line["auxiliary_loss"] = auxiliary_sum / tokens
     line |= method_metrics(model)
@@ -246,43 +249,48 @@ def log(engine: Engine, folder: RunFolder | None, model, state: State, lr: float
         folder.record(line)
         for name, shares in expert_load(model).items():
             folder.record_histogram(f"expert_load/{name}", shares, state.step)
-    return line
+    return f"loss {loss:.4f}" + (f" | {metric.of(loss):.4f} {metric.name}" if metric.name != "loss" else "")
 
 
-def validate(engine, folder, model, corpus: Corpus, flags: Flags, k: int | None, state: State, plateau: Plateau, average, say) -> None:
-    """bpc at the current k, E/2 and E; the best is chosen at E. That of the mean weights, too, where there is one."""
+def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: State, plateau: Plateau, average, say) -> None:
+    """Quality at the current k, E/2 and E; the best is chosen at E. That of the mean weights, too, where there is one."""
+    flags, metric = task.flags, task.metric.name
     E = flags.moe_num_expert
     ks = [None] if k is None else sorted({k, max(1, E // 2), E})
 
     def measure() -> dict[int | None, float]:
-        return {at: evaluate(engine, model, corpus.valid, flags, at, flags.max_eval_steps)["bpc"] for at in ks}
+        return {at: evaluate(task, model, "valid", at, flags.max_eval_steps)[metric] for at in ks}
+
+    def named(found: dict[int | None, float], before: str = "") -> dict[str, float]:
+        return {f"{before}{metric}" + ("" if at is None else f"_k{at}"): value for at, value in found.items()}
 
     found = measure()
-    line = {"step": state.step, "split": "valid", "k": k} | {"bpc" if at is None else f"bpc_k{at}": bpc for at, bpc in found.items()}
+    line = {"step": state.step, "split": "valid", "k": k} | named(found)
     if average and average.count:
         with average.applied(model):
-            line |= {"averaged_bpc" if at is None else f"averaged_bpc_k{at}": bpc for at, bpc in measure().items()}
+            line |= named(measure(), "averaged_")
     if folder is not None:
         folder.record(line)
-    bpc = found[ks[-1]]
-    if not math.isfinite(bpc):
-        raise TrainingError(f"validation at step {state.step} is not finite ({bpc} bpc): try a smaller --lr or --clip in a new --work_dir")
-    plateau.observe(bpc)
-    best = bpc < state.best_bpc
+    quality = found[ks[-1]]
+    if not math.isfinite(quality):
+        where = f"validation at step {state.step} is not finite ({quality} {metric})"
+        raise TrainingError(f"{where}: try a smaller --lr or --clip in a new --work_dir")
+    plateau.observe(quality)
+    best = quality < state.best
     if best:
-        state.best_bpc, state.best_step = bpc, state.step
+        state.best, state.best_step = quality, state.step
     values = ", ".join(f"{value:.4f}" + ("" if at is None else f" at k = {at}") for at, value in found.items())
-    say(f"validation at step {state.step}: {values} bpc{', the best so far' if best else ''}")
+    say(f"validation at step {state.step}: {values} {metric}{', the best so far' if best else ''}")
 
 
 def save(
-    root, engine: Engine, model, optimizer, memory: Memory, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
+    root, engine: Engine, model, optimizer, carried: Carried, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
 ) -> None:
     """One whole checkpoint by all processes; the last two, the best and the one to keep stay."""
     state.plateau = plateau.state_dict()
     writer = checkpoint.Writer(root, state.step, engine.is_main)
     engine.barrier()
-    writer.add(f"rank{engine.rank}.safetensors", checkpoint.rank_tensors(memory, engine.device))
+    writer.add(f"rank{engine.rank}.safetensors", checkpoint.rank_tensors(carried, engine.device))
     writer.add_json(f"rank{engine.rank}.json", {"loss_sum": state.loss_sum, "loss_tokens": state.loss_tokens})
     engine.barrier()
     if engine.is_main:
@@ -296,10 +304,9 @@ def save(
     engine.barrier()
 
 
-def restore(
-    folder, engine: Engine, model, optimizer, train_data: LaneIterator, plateau: Plateau, average: WeightAverage | None
-) -> tuple[State, Memory | None]:
+def restore(folder, task: Task, model, optimizer, plateau: Plateau, average: WeightAverage | None) -> tuple[State, Carried]:
     """Everything as it was when the checkpoint was made. UserError for another number of processes."""
+    engine = task.engine
     state = State(**checkpoint.read_json(folder / "state.json"))
     if state.world_size != engine.world_size:
         raise UserError(f"{folder} was made by {state.world_size} processes, and this run has {engine.world_size}: start as many")
@@ -308,7 +315,7 @@ def restore(
     checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
     if average:
         average.load_state(load_file(folder / "average.safetensors"))
-    train_data.load_state_dict(state.data)
+    task.load_state_dict(state.data)
     plateau.load_state_dict(state.plateau)
     return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
 
@@ -327,7 +334,7 @@ def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, 
     if flags.moe:
         indices = moe_layer_indices(flags)
         dense = [index for index in range(flags.n_layer) if index not in indices]
-        rest = f"; layers {dense} stay dense, {flags.d_inner} wide" if dense else ""
+        rest = f"; layers {dense} stay dense, {find_sites(model)[0].d_ff} wide" if dense else ""
         say(f"experts: {flags.moe_num_expert} x {flags.d_inner} in layers {indices}{rest}")
         if flags.attn_moe:
             say(f"queries, keys and values: top-1 experts in layers {indices}")
@@ -352,10 +359,10 @@ def computed_by(flags: Flags, model) -> str:
     return ", ".join(f"{way} at k = {k}" for k, way in ways.items()) + (" (auto)" if flags.expert_backend == "auto" else "")
 
 
-def not_finite(step, lr, norm, loss_sum, segment: Segment, state: State, checkpoints) -> str:
+def not_finite(step, lr, norm, loss, checkpoints) -> str:
     last = checkpoint.steps(checkpoints)
     return (
-        f"loss or gradient is not finite at step {step}: loss {loss_sum / segment.targets.numel():.4g}, gradient norm {float(norm):.4g}, "
+        f"loss or gradient is not finite at step {step}: loss {loss:.4g}, gradient norm {float(norm):.4g}, "
         f"lr {lr:.3g}; the step was not taken; last good checkpoint: {checkpoints / checkpoint.name_of(last[-1]) if last else 'none'}; "
         f"try a smaller --lr or --clip, or --precision fp32, in a new --work_dir"
     )
@@ -367,12 +374,13 @@ def evaluate_run(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     newest = checkpoint.latest(root, print)
     if newest is None:
         raise UserError(f"{root} holds no checkpoint: train first")
-    model = build_model(flags)
+    task: Task = architecture(flags.model).Task(flags, corpus, engine)
+    model = build_model(flags, corpus.vocabulary)
     best_step = checkpoint.read_json(newest / "state.json")["best_step"]
     load_best(model, root, best_step or checkpoint.steps(root)[-1])
     model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
-    rows = evaluate_all(engine, model, {"test": corpus.test}, flags, ks, print if engine.is_main else lambda sentence: None)
+    rows = evaluate_all(task, model, ("test",), ks, print if engine.is_main else lambda sentence: None)
     if engine.is_main:
         write_json(root.parent / "eval.json", {"best_step": best_step, "data": corpus.fingerprint, "quality": rows})
     return 0

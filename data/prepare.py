@@ -388,6 +388,13 @@ def prepare(job: Job, known: Known | None, data_dir: Path) -> Path:
     return job.out
 
 
+def folder_name(name: str) -> str:
+    """The name, or a UserError where it cannot be a folder's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"the name {name!r} cannot be that of a folder: use letters, digits, '.', '_' and '-'")
+    return name
+
+
 def parse(argv: list[str] | None, known: dict[str, Known], data_dir: Path) -> Job:
     """The command line, with what is wrong in itself refused as a UserError."""
     parser = argparse.ArgumentParser(description="Prepare a text for byte-level training; prints the prepared folder.")
@@ -401,8 +408,7 @@ def parse(argv: list[str] | None, known: dict[str, Known], data_dir: Path) -> Jo
     parser.add_argument("--force", action="store_true", help="replace the splits in a folder that holds something else")
     parser.add_argument("--verify", action="store_true", help="hash a folder that is already prepared instead of trusting its sizes")
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
-        raise UserError(f"the name {args.name!r} cannot be that of a folder: use letters, digits, '.', '_' and '-'")
+    folder_name(args.name)
     if args.sources and args.name == PYSTDLIB:
         raise UserError(f"{PYSTDLIB} is read from Python itself: leave out --source, or choose another name")
     for name in known:

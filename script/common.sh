@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle threads do not spin: two runs side by side keep their speed
 
+BOOKCORPUS=bookcorpus/bookcorpus@refs/convert/parquet  # the hub's own Parquet of it
+
 if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON="$(command -v python3 || command -v python)"; fi
 
 # has FLAG ARGS...: whether --FLAG, --FLAG=value (with _ or -) is among the arguments
@@ -17,12 +19,22 @@ has() {
   return 1
 }
 
-# prepare_text ARGS...: enwik8, where no other text is asked for and every flag is right
+# field NAME: what the JSON on stdin has under it
+field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+
+# prepare_text ARGS...: enwik8 or BookCorpus, where no other text is asked for and every flag is right
 prepare_text() {
-  if ! has data "$@" && ! has dataset "$@" && ! has help "$@" && [ ! -e data/enwik8/meta.json ]; then
-    "$PYTHON" -m utils.command_line "$@" >/dev/null
-    "$PYTHON" data/prepare.py enwik8 >/dev/null
-  fi
+  local settings dataset
+  if has data "$@" || has dataset "$@" || has help "$@" || { ! has model "$@" && [ -e data/enwik8/meta.json ]; }; then return; fi
+  settings=$("$PYTHON" -m utils.command_line "$@")
+  dataset=$(field dataset <<<"$settings")
+  case $dataset in
+    enwik8) "$PYTHON" data/prepare.py enwik8 >/dev/null ;;
+    bookcorpus-*)
+      if [ ! -e "data/$dataset/meta.json" ]; then
+        "$PYTHON" data/prepare_pieces.py "$dataset" --tokenizer "${dataset#bookcorpus-}" --hub "$BOOKCORPUS" >/dev/null
+      fi ;;
+  esac
 }
 
 # pretrain ARGS...: train.py, its text prepared first

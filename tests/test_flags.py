@@ -76,14 +76,14 @@ def test_dash_and_underscore_are_alike(text):
 
 
 def test_command_line_beats_method_beats_preset_beats_default():
-    assert Flags.lr == 2.5e-4 and PRESETS["laptop"]["lr"] == 1e-3
+    assert Flags.lr == 2.5e-4 and PRESETS["transformer_xl"]["laptop"]["lr"] == 1e-3
     assert flags("--seed 1").lr == 2.5e-4 and flags("--preset laptop").lr == 1e-3 and flags("--preset laptop --lr 0.5").lr == 0.5
     assert flags("--lr 0.5 --preset=laptop").lr == 0.5
     assert flags("--moe").freeze_gate is False and flags("--method smoe_dropout").freeze_gate is True
     assert flags("--method smoe_dropout --dynamic_moe_mode cosine_increase").dynamic_moe_mode == "cosine_increase"
     assert flags("--method smoe_dropout --no-freeze_gate").freeze_gate is False
-    for name, values in PRESETS.items():
-        run = flags(f"--preset {name} --method smoe")
+    for model, name, values in [(model, name, values) for model, presets in PRESETS.items() for name, values in presets.items()]:
+        run = flags(f"--model {model} --preset {name} --method smoe")
         assert {key: getattr(run, key) for key in values} == values and run.d_inner * 16 == run.d_ff
 
 
@@ -150,7 +150,7 @@ MISTAKES = {
     "--seed=-1": ["--seed -1 must not be negative"],
     "--d_model 33": ["--d_model 33 must be even"],
     "--eval_tgt_len 2000": ["--eval_tgt_len 2000 must not exceed mem_len + tgt_len = 1024"],
-    "--optim adamw": ["--optim: unknown value 'adamw'; nearest: adam"],
+    "--optim lamb": ["--optim: unknown value 'lamb'; nearest: adam"],
     "--scheduler cosin": ["--scheduler: unknown value 'cosin'; nearest: cosine"],
     "--precision fp16": ["--precision: unknown value 'fp16'", "bf16"],
     "--k 2": ["--k chooses what --eval_only evaluates"],

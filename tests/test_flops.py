@@ -6,7 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
-from utils.flops import active_parameters, forward_flops, parameter_counts
+from utils.flops import active_parameters, parameter_counts
+from utils.models import Shape
+from utils.models.transformer_xl import forward_flops
 
 SIZES = {"n_token": 13, "n_layer": 3, "n_head": 2, "d_model": 12, "d_head": 5, "d_inner": 24, "mem_len": 7}
 E, D, H = 4, SIZES["d_model"], SIZES["d_inner"] // 4
@@ -34,7 +36,7 @@ LENGTHS = [(1, 1, 0), (3, 4, 7), (2, 9, 3)]
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_forward_flops_of_the_dense_model(lengths):
     model = build(None)
-    assert forward_flops(model, *lengths, None) == counted(model, *lengths)
+    assert forward_flops(model, Shape(*lengths), None) == counted(model, *lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -42,10 +44,10 @@ def test_forward_flops_of_the_dense_model(lengths):
 @pytest.mark.parametrize("sparse", ["all_layers", "one_layer", "wide_experts"])
 def test_forward_flops_at_each_k(sparse, backend, lengths):
     model = build(SPARSE[sparse], backend)
-    formula = {k: forward_flops(model, *lengths, k) for k in (1, 2, 4)}  # whatever k the model has at the moment
+    formula = {k: forward_flops(model, Shape(*lengths), k) for k in (1, 2, 4)}  # whatever k the model has at the moment
     for k, flops in formula.items():
         with sd.top_k(model, k):
-            assert flops == forward_flops(model, *lengths, None) == counted(model, *lengths)
+            assert flops == forward_flops(model, Shape(*lengths), None) == counted(model, *lengths)
     assert len(set(formula.values())) == 3
 
 
@@ -54,7 +56,7 @@ def test_forward_flops_at_each_k(sparse, backend, lengths):
 )
 def test_forward_flops_of_other_shapes(sizes):
     model = build({}, **sizes)
-    assert forward_flops(model, 2, 3, 4, 2) == counted(model, 2, 3, 4)
+    assert forward_flops(model, Shape(2, 3, 4), 2) == counted(model, 2, 3, 4)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.evaluation import evaluate_all
 from utils.flags import REFUSED, Flags
 from utils.model import build_model
+from utils.models import architecture
 
 STEPS = 24
 BASE = {"max_step": STEPS, "eval_interval": 6, "save_interval": 4, "log_interval": 3, "dropout": 0.2}
@@ -155,9 +156,9 @@ def test_the_mean_is_evaluated_beside_the_model(averaged, corpus):
     mean = load_file(tiny.checkpoints(work_dir)[-1] / "average.safetensors")
     mean.pop("count")
     assert not model.load_state_dict(mean, strict=False).unexpected_keys
-    text = Corpus.open(str(corpus))
     with Engine(run_flags) as engine:
-        ours = evaluate_all(engine, model, {"valid": text.valid, "test": text.test}, run_flags, [r["k"] for r in rows], print)
+        task = architecture(run_flags.model).Task(run_flags, Corpus.open(str(corpus)), engine)
+        ours = evaluate_all(task, model, ("valid", "test"), [r["k"] for r in rows], print)
     assert tiny.quality({"quality": ours}) == rows
 
 

@@ -3,20 +3,56 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_plug_in_example(tmp_path):
-    """Word for word, in a process that sees the library and nothing else of this repository."""
-    code = re.search(r"<!-- plug-in:begin -->\n```python\n(.*?)```\n<!-- plug-in:end -->", README, re.DOTALL).group(1)
+def example(name: str) -> str:
+    code = re.search(rf"<!-- {name}:begin -->\n```python\n(.*?)```\n<!-- {name}:end -->", README, re.DOTALL).group(1)
     assert len(code.strip().splitlines()) == 10
-    (tmp_path / "smoe_dropout").symlink_to(ROOT / "smoe_dropout")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    return code
+
+
+def output_of(code: str, folder: Path) -> str:
+    """In a process that sees the library and nothing else of this repository."""
+    (folder / "smoe_dropout").symlink_to(ROOT / "smoe_dropout")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "torch.Size([1, 64])"
+    return done.stdout
+
+
+def test_plug_in_example(tmp_path):
+    """Word for word."""
+    assert output_of(example("plug-in"), tmp_path).strip() == "torch.Size([1, 64])"
+
+
+def test_transformers_example(tmp_path):
+    """Word for word; the saved model loads in another process."""
+    pytest.importorskip("transformers")
+    loss = output_of(example("transformers"), tmp_path).splitlines()[-1]
+    assert 0 < float(loss) < 10
+    load = "import smoe_dropout as sd; model = sd.from_pretrained('out/experts'); print(sd.get_top_k(model), len(sd.moe_layers(model)))"
+    done = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "16 2"
+
+
+def test_tutorial(tmp_path):
+    """docs/plug_in.md, its blocks one after the other; what it promises of numbers holds."""
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plug_in.md").read_text(encoding="utf-8"), re.DOTALL)
+    files = [block for block in blocks if block.startswith("# cosine_router.py")]
+    (tmp_path / "cosine_router.py").write_text(*files)
+    lines = output_of("\n".join(block for block in blocks if block not in files), tmp_path).splitlines()
+    distances = [float(line.split("(")[1].split(",")[0]) for line in lines if line.startswith("tensor(") and "Max" in line]
+    assert len(distances) == 3 and max(distances[0], distances[2]) < 1e-5 < distances[1]
+    assert "'*.mixer' (3 modules, 32 -> 128 -> 32)" in "".join(lines)
+    assert "[(4, 6), (8, 8), (8, 8)]" in lines and "torch.Size([1, 24])" in lines
+    assert "True" in lines and lines[-1].endswith("tensor(True)")
 
 
 def test_scripts_and_pictures_are_there():

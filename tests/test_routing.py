@@ -13,8 +13,10 @@ from tests import tiny
 from utils import routing
 from utils.command_line import parse
 from utils.data import Corpus
+from utils.engine import Engine
 from utils.errors import UserError
 from utils.model import build_model
+from utils.models import architecture
 
 E = 4
 
@@ -51,7 +53,7 @@ def test_of_a_run_against_counts_by_hand(run):
         load_weights(model, path)
         set_top_k(model, E // 2)
         memory, seen = None, []
-        for begin in range(0, 8 * routing.SEGMENTS, 8):
+        for begin in range(0, 8 * routing.BATCHES, 8):
             _, memory, _ = model(lanes[:, begin : begin + 8], lanes[:, begin + 1 : begin + 9], memory)
             seen.append(torch.stack([layer.assigned for _, layer in moe_layers(model)]))
         chosen.append(torch.cat(seen, 1))
@@ -102,5 +104,7 @@ def test_one_checkpoint_has_no_fluctuation(run):
     flags = parse(arguments)
     for path in tiny.checkpoints(folder)[:-1]:
         (path / "manifest.json").unlink()
-    found = routing.describe_routing(build_model(flags), Corpus.open(flags.data), flags, folder / "checkpoints")
+    with Engine(flags) as engine:
+        task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
+        found = routing.describe_routing(task, build_model(flags), folder / "checkpoints")
     assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1

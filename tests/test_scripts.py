@@ -14,16 +14,22 @@ from tests.conftest import ROOT
 
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # scripts find the Python of the tests
 SCRIPTS = sorted((ROOT / "script").rglob("*.sh"))
-RUNS = [path for path in SCRIPTS if path.parent.name in ("table1", "figure5") and path.name != "run_all.sh"]
+FOLDERS = ("table1", "bert", "roberta", "figure5")
+RUNS = [path for path in SCRIPTS if path.parent.name in FOLDERS and path.name != "run_all.sh"]
+ENCODERS = [path for path in RUNS if path.parent.name in ("bert", "roberta")]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_syntax(path):
     subprocess.run(["bash", "-n", path], check=True)
     assert path.name == "common.sh" or os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=name)
 def test_passes_flags_on_and_refuses_wrong_ones(path, tmp_path):
     """From another folder; a wrong flag is answered before data are looked for."""
     done = subprocess.run(["bash", path, "--lr", "-1", "--preset", "laptop"], cwd=tmp_path, capture_output=True, text=True, env=ENV)
@@ -35,13 +41,16 @@ def test_passes_flags_on_and_refuses_wrong_ones(path, tmp_path):
     assert str(missing) in done.stderr
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_flags_of_the_script(path):
-    """The command of each script is one that the flags accept, at paper scale."""
+def flags_of(path: Path):
     from utils.command_line import parse
 
-    words = path.read_text().split("\npretrain ")[1].replace('"$@"', "").split()
-    flags = parse(words)
+    return parse(path.read_text().split("\npretrain ")[1].replace('"$@"', "").split())
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if path not in ENCODERS], ids=name)
+def test_flags_of_the_script(path):
+    """The command of each script is one that the flags accept, at paper scale."""
+    flags = flags_of(path)
     assert (flags.d_model, flags.tgt_len, flags.max_step, flags.preset) == (256, 512, 400_000, "paper")
     assert flags.d_ff == 8192
     assert flags.d_inner == (512 if flags.moe else 8192)
@@ -49,6 +58,21 @@ def test_flags_of_the_script(path):
     own["12layers_smoe_dropout"] = "smoe_dropout-12layers"
     assert flags.work_dir == f"runs/paper/enwik8/{own.get(path.stem, path.stem)}-seed1111"
     assert flags.n_layer == (int(path.stem.split("layers")[0]) if path.parent.name == "figure5" else 4)
+
+
+@pytest.mark.parametrize("path", ENCODERS, ids=name)
+def test_flags_of_the_scripts_for_encoders(path):
+    """Base size with the feed-forward width doubled, and the paper's optimiser, batch and length."""
+    flags, model = flags_of(path), path.parent.name
+    assert (flags.model, flags.method, flags.preset) == (model, path.stem, "paper")
+    assert (flags.n_layer, flags.d_model, flags.d_ff, flags.d_inner) == (12, 768, 6144, 384 if flags.moe else 6144)
+    assert (flags.optim, flags.scheduler, flags.lr, flags.batch_size, flags.max_step) == ("adamw", "linear", 5e-5, 64, 100_000)
+    assert flags.work_dir == f"runs/paper/bookcorpus-{'bert-base-uncased' if model == 'bert' else 'roberta-base'}/{path.stem}-seed1111"
+
+
+def test_both_encoders_have_the_same_rows():
+    rows = {model: {path.stem for path in ENCODERS if path.parent.name == model} for model in ("bert", "roberta")}
+    assert rows["bert"] == rows["roberta"] >= {"dense", "dense_dropout", "concrete_dropout", "dropblock", "smoe", "thor", "smoe_dropout"}
 
 
 def test_every_method_has_its_script():

@@ -1,5 +1,6 @@
 """Runs of train.py that take about a second: a small text, small flags, and processes forked from one that has imported torch already."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +42,12 @@ TINY = {  # a run of two layers; what belongs to a method is left to it
     **{"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 8, "batch_size": 4, "eval_batch_size": 2, "lr": 3e-3, "scheduler": "cosine"},
     **{"max_step": 24, "log_interval": 4, "eval_interval": 8, "device": "cpu", "threads": 1, "preset": "quick"},
 }
+ENCODER = {  # over them, a run of bert or roberta: without what only Transformer-XL knows
+    **{"d_head": None, "mem_len": None, "eval_tgt_len": None},
+    **{"d_model": 16, "d_ff": 32, "tgt_len": 10, "max_step": 20},
+}
+VOCABULARY = {"name": "tiny", "size": 40, "sha256": "0" * 64}  # pieces of words are 5 to 38
+SPECIAL = {"bert": {"pad": 0, "cls": 2, "sep": 3, "mask": 4}, "roberta": {"cls": 0, "pad": 1, "sep": 2, "mask": 39}}
 VOLATILE = ("seconds", "tokens_per_second")
 
 
@@ -59,6 +67,21 @@ def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 
         entries[split] = {"bytes": len(text[place]), "sha256": hashlib.sha256(text[place]).hexdigest()}
     meta = {"schema": 1, "name": "words", "title": "Words", "source": "tests", "official_text": False, "splits": entries, "symbols": 27}
     (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_pieces(folder: Path, model: str = "bert", train: int = 485, held_out: int = 59, run: int = 8) -> Path:
+    """A prepared text of word pieces with the special ones of the model's tokenizer; each piece stands `run` times in a row."""
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for split, count in {"train": train, "valid": held_out, "test": held_out}.items():
+        pieces = [piece for _ in range(count // run + 1) for piece in [draw.randrange(5, 39)] * run]
+        content = array("H", pieces[:count]).tobytes()
+        (folder / f"{split}.bin").write_bytes(content)
+        entries[split] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    meta = {"schema": 1, "name": "pieces", "title": f"Pieces, {model}", "source": "tests", "official_text": False, "splits": entries}
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": VOCABULARY | SPECIAL[model]}))
     return folder
 
 
@@ -131,7 +154,7 @@ def _server():
     """Starts the process that all runs are forked from: it has imported everything, and has run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pytest", "train", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.tensor", "tests.tiny"]
+        ["pytest", "train", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.tensor", "utils.models.roberta", "tests.tiny"]
     )
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -149,6 +172,7 @@ def _train(arguments: list[str], out: str, err: str, before: Callable[[], None] 
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    gc.freeze()  # the search for garbage at a run's end passes over what was imported before it
     sys.argv = [str(ROOT / "train.py"), *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

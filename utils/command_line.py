@@ -18,7 +18,7 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, option_n
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load, unknown
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError, exit_on_user_error
-from utils.flags import CHOICES, DERIVED, NOT_NEGATIVE, OF_EXPERTS, OF_THE_RUN, POSITIVE, REFUSED, Flags
+from utils.flags import CHOICES, DERIVED, MEANINGLESS, NOT_NEGATIVE, OF_EXPERTS, OF_PIECES, OF_THE_RUN, POSITIVE, REFUSED, Flags
 from utils.presets import PRESETS
 
 
@@ -88,12 +88,14 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 
 def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
-    preset, method, mistakes = _value_of(argv, "preset") or Flags.preset, _value_of(argv, "method"), []
+    model, preset = (_value_of(argv, name) or getattr(Flags, name) for name in ("model", "preset"))
+    method, mistakes = _value_of(argv, "method"), []
     if method is not None and method not in METHODS:
         mistakes.append("--method: " + unknown("method", method, METHODS))
         method = None
     meant = load(METHODS, "method", method).flags if method else {}
-    return Flags(**{**PRESETS.get(preset, PRESETS[Flags.preset]), **meant, "preset": preset}), mistakes
+    presets = PRESETS.get(model, PRESETS[Flags.model])
+    return Flags(**{**presets.get(preset, presets[Flags.preset]), **meant, "model": model, "preset": preset}), mistakes
 
 
 def check(flags: Flags) -> list[str]:
@@ -114,9 +116,11 @@ def check(flags: Flags) -> list[str]:
     for name in ("lr", "clip", "init_std", "decay_rate"):
         if not getattr(flags, name) > 0:
             found.append(f"--{name} {getattr(flags, name)} must be positive")
-    if flags.eval_tgt_len > flags.mem_len + flags.tgt_len:
+    found += _check_model(flags) if flags.model in MEANINGLESS else []
+    of_pieces = flags.model in OF_PIECES
+    if not of_pieces and flags.eval_tgt_len > flags.mem_len + flags.tgt_len:
         found.append(f"--eval_tgt_len {flags.eval_tgt_len} must not exceed mem_len + tgt_len = {flags.mem_len + flags.tgt_len}")
-    if flags.d_model % 2:
+    if not of_pieces and flags.d_model % 2:
         found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
     if flags.same_length and flags.mem_len == 0:
         found.append("--same_length lets every position see --mem_len positions, and that is 0: leave one of them out")
@@ -134,6 +138,23 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--swad_end {flags.swad_end} lies before --swad_start {flags.swad_start}")
     found += _check_experts(flags) if flags.moe else _check_dense(flags)
     return found or _check_method(flags)
+
+
+def _check_model(flags: Flags) -> list[str]:
+    """Of the flags that only some models know."""
+    usual = {**dataclasses.asdict(Flags()), **PRESETS[flags.model].get(flags.preset, {})}
+    found = [
+        f"--{name} means nothing to --model {flags.model}: leave it out"
+        for name in MEANINGLESS[flags.model]
+        if getattr(flags, name) != usual[name]
+    ]
+    if not 0 < flags.mask_rate < 1:
+        found.append(f"--mask_rate {flags.mask_rate} must be between 0 and 1")
+    if flags.model in OF_PIECES and flags.n_head >= 1 and flags.d_model % flags.n_head:
+        found.append(f"--d_model {flags.d_model} is not divisible by --n_head {flags.n_head}")
+    if flags.model in OF_PIECES and 1 <= flags.tgt_len < 3:
+        found.append(f"--tgt_len {flags.tgt_len} must be at least 3, for [CLS], a piece and [SEP]")
+    return found
 
 
 def _check_dense(flags: Flags) -> list[str]:
@@ -296,7 +317,7 @@ def matching_method(flags: Flags) -> str | None:
 def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
     meant = load(METHODS, "method", flags.method).flags if flags.method else {}
-    usual = Flags(**{**PRESETS[flags.preset], **meant, "preset": flags.preset, "method": flags.method})
+    usual = Flags(**{**PRESETS[flags.model][flags.preset], **meant, "model": flags.model, "preset": flags.preset, "method": flags.method})
     own = [field.name for field in dataclasses.fields(Flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,9 @@ def digest_of(chunks: Iterable[bytes], algorithm: str) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _remedy(name: str, force: bool = False) -> str:
+def _remedy(name: str, force: bool = False, pieces: bool = False) -> str:
+    if pieces:
+        return f"`python data/prepare_pieces.py {name} --tokenizer T --data_files FILE{' --force' if force else ''}`"
     source = "" if name in BUILT_IN else " --source FILE"
     return f"`python data/prepare.py {name or 'NAME'}{source}{' --force' if force else ''}`"
 
@@ -63,6 +66,8 @@ def _meta_fault(meta: Any) -> str | None:
             return f"lacks the text {key!r}"
     if not isinstance(meta.get("official_text"), bool):
         return "lacks the true or false 'official_text'"
+    if "vocabulary" in meta and Vocabulary.from_meta(meta["vocabulary"]) is None:
+        return "has a 'vocabulary' without name, size, sha256 and ids of this version"
     splits = meta.get("splits")
     for split in SPLITS:
         entry = splits.get(split) if isinstance(splits, dict) else None
@@ -71,36 +76,42 @@ def _meta_fault(meta: Any) -> str | None:
     return None
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_meta(folder: Path, pieces: bool) -> dict[str, Any]:
     path = folder / META
     try:
         meta = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a prepared text, it has no {META}: prepare one with {_remedy(folder.name)}") from None
+        raise UserError(
+            f"{folder} is not a prepared text, it has no {META}: prepare one with {_remedy(folder.name, pieces=pieces)}"
+        ) from None
     except ValueError as error:  # bad JSON or bad UTF-8
-        raise UserError(f"{path} is not readable as JSON ({error}): prepare it again with {_remedy(folder.name, force=True)}") from None
+        raise UserError(f"{path} is not readable as JSON ({error}): prepare it again with {_remedy(folder.name, True, pieces)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if fault := _meta_fault(meta):
-        raise UserError(f"{path} {fault}: prepare it again with {_remedy(folder.name, force=True)}")
+        raise UserError(f"{path} {fault}: prepare it again with {_remedy(folder.name, True, pieces)}")
     return meta
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
     path, expected = split_file(folder, split), meta["splits"][split]["bytes"]
     found = path.stat().st_size if path.is_file() else None
-    if found != expected or not found:
+    if found != expected or not found or ("vocabulary" in meta and found % 2):
         there = "is missing" if found is None else f"has {found:,} bytes"
-        raise UserError(f"{path} {there}, {META} says {expected:,} bytes: prepare it again with {_remedy(meta['name'], force=True)}")
+        raise UserError(
+            f"{path} {there}, {META} says {expected:,} bytes: prepare it again with {_remedy(meta['name'], True, 'vocabulary' in meta)}"
+        )
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        return np.memmap(path, dtype=np.uint16 if "vocabulary" in meta else np.uint8, mode="r")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder written by data/prepare.py. `train`, `valid`, `test`: read-only uint8 arrays of shape [bytes], on disk."""
+    """A folder written by data/prepare.py or data/prepare_pieces.py. `train`, `valid`, `test`: read-only arrays on disk, uint8 [bytes], or
+    uint16 [pieces] where there is a vocabulary.
+    """
 
     path: Path
     meta: dict[str, Any]
@@ -109,13 +120,14 @@ class Corpus:
     test: np.memmap
 
     @classmethod
-    def open(cls, path: str | Path) -> Corpus:
-        """Opens the folder `path` after checking meta.json and the size of each split; reads none of the text.
+    def open(cls, path: str | Path, pieces: bool = False) -> Corpus:
+        """Opens the folder `path` after checking meta.json and the size of each split; reads none of the text. `pieces`: what it should
+        hold, for the remedy.
 
         Raises UserError, with the remedy, where a file is missing, unknown or of another size than meta.json says.
         """
         folder = Path(path)
-        meta = _read_meta(folder)
+        meta = _read_meta(folder, pieces)
         return cls(folder, meta, *(_open_split(folder, split, meta) for split in SPLITS))
 
     @property
@@ -129,6 +141,16 @@ class Corpus:
         return self.meta["title"]
 
     @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Of word pieces; None for bytes."""
+        return Vocabulary.from_meta(self.meta["vocabulary"]) if "vocabulary" in self.meta else None
+
+    @property
+    def unit(self) -> str:
+        """What its arrays count."""
+        return "pieces" if "vocabulary" in self.meta else "bytes"
+
+    @property
     def fingerprint(self) -> str:
         """sha256, in hex, over the recorded hashes of the three splits: the same bytes, the same fingerprint."""
         return hashlib.sha256("".join(self.meta["splits"][split]["sha256"] for split in SPLITS).encode()).hexdigest()
@@ -139,7 +161,7 @@ class Corpus:
             path, expected = split_file(self.path, split), self.meta["splits"][split]["sha256"]
             _, found = digest_of(read_chunks(path), "sha256")
             if found != expected:
-                remedy = _remedy(self.name, force=True)
+                remedy = _remedy(self.name, True, self.vocabulary is not None)
                 raise UserError(f"{path} has sha256 {found}, {META} says {expected}: prepare it again with {remedy}")
 
 

@@ -1,25 +1,14 @@
 """Quality of a model on a text, at any number of active experts."""
 
-import math
 import time
 from contextlib import nullcontext
 
-import numpy as np
 import torch
+from torch import nn
 
-from mem_transformer import MemTransformerLM
 from smoe_dropout import top_k
-from utils.data import LaneIterator, rank_lanes
-from utils.engine import Engine
-from utils.flags import Flags
-from utils.flops import active_parameters, forward_flops
-
-LN2 = math.log(2)
-
-
-def evaluation_memory(flags: Flags) -> int:
-    """Positions of memory in evaluation: a shorter segment than in training sees as far back in all."""
-    return flags.mem_len + flags.tgt_len - flags.eval_tgt_len if flags.mem_len else 0
+from utils.flops import active_parameters
+from utils.tasks import Task
 
 
 def forked_random(device: torch.device):
@@ -28,53 +17,46 @@ def forked_random(device: torch.device):
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine, model: MemTransformerLM, data: np.ndarray, flags: Flags, k: int | None, max_steps: int = -1
-) -> dict[str, float]:
-    """bits per character over `data`, read in `eval_batch_size` lanes of `eval_tgt_len` with memory, and tokens per second.
+def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
+    """The task's quality on a split, positions read, and positions per second.
 
     Methods that draw experts draw the same at every evaluation, from the run's seed. k, mode and memory length of the model, and the random
-    generators, are as before afterwards. Lanes are shared out over processes; the mean is over all tokens.
+    generators, are as before afterwards. Rows are shared out over processes; the mean is over all positions with a loss.
     """
-    lanes = rank_lanes(flags.eval_batch_size, engine.rank, engine.world_size, training=False)
-    was_training, mem_len = model.training, model.mem_len
+    engine, was_training = task.engine, model.training
     model.eval()
-    model.mem_len = evaluation_memory(flags)
-    loss, tokens, memory, begin = 0.0, 0, None, time.perf_counter()
+    loss, targets, tokens, state, begin = 0.0, 0, 0, None, time.perf_counter()
     try:
-        with top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
-            torch.manual_seed(flags.seed + engine.rank)
-            iterator = LaneIterator(data, flags.eval_batch_size, flags.eval_tgt_len, engine.device, lanes)
-            for index, segment in enumerate(iterator.one_pass() if len(lanes) else ()):
+        with task.evaluation(model), top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
+            torch.manual_seed(task.flags.seed + engine.rank)
+            for index, batch in enumerate(task.held_out(split)):
                 if index == max_steps:
                     break
-                losses, memory, _ = model(segment.tokens, segment.targets, memory)
+                losses, state, _ = model(*batch.inputs, state)
                 loss += losses.double().sum().item()
-                tokens += losses.numel()
+                targets += losses.numel()
+                tokens += batch.inputs[0].numel()
     finally:
-        model.mem_len = mem_len
         model.train(was_training)
-    loss, tokens = engine.sum([loss, tokens])
-    return {"bpc": loss / tokens / LN2, "tokens": int(tokens), "tokens_per_second": tokens / (time.perf_counter() - begin)}
+    loss, targets, tokens = engine.sum([loss, targets, tokens])
+    quality = task.metric.of(loss / targets)
+    return {task.metric.name: quality, "tokens": int(tokens), "tokens_per_second": tokens / (time.perf_counter() - begin)}
 
 
-def evaluate_all(
-    engine: Engine, model: MemTransformerLM, splits: dict[str, np.ndarray], flags: Flags, ks: list[int | None], say
-) -> list[dict]:
-    """One row for each k: bpc on every split, tokens read, parameters and operations of a token, speed. `say` is told of each row."""
-    rows = []
+def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list[int | None], say) -> list[dict]:
+    """One row for each k: quality on every split, tokens read, parameters and operations of a token, speed. `say` is told of each row."""
+    rows, metric, shape = [], task.metric.name, task.evaluation_shape
     for k in ks:
-        measured = {name: evaluate(engine, model, data, flags, k, flags.max_test_steps) for name, data in splits.items()}
+        measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
         parameters, ffn_parameters = active_parameters(model, k)
-        flops = forward_flops(model, flags.eval_batch_size, flags.eval_tgt_len, evaluation_memory(flags), k)
-        row = {"k": k, **{name: values["bpc"] for name, values in measured.items()}}
-        row |= {f"{name}_tokens": values["tokens"] for name, values in measured.items()}
+        row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
+        row |= {f"{split}_tokens": values["tokens"] for split, values in measured.items()}
         row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
-        row["flops_per_token"] = flops / (flags.eval_batch_size * flags.eval_tgt_len)
-        row["tokens_per_second"] = list(measured.values())[-1]["tokens_per_second"]
+        row["flops_per_token"] = task.forward_flops(model, shape, k) / (shape.rows * shape.positions)
+        row["tokens_per_second"] = measured[splits[-1]]["tokens_per_second"]
         rows.append(row)
         at = "dense" if k is None else f"k = {k}"
-        quality = ", ".join(f"{name} {values['bpc']:.4f}" for name, values in measured.items())
+        quality = ", ".join(f"{split} {values[metric]:.4f}" for split, values in measured.items())
         cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs a token, {row['tokens_per_second']:,.0f} tokens/s"
-        say(f"{at:>7}: {quality} bpc; {cost}")
+        say(f"{at:>7}: {quality} {metric}; {cost}")
     return rows

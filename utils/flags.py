@@ -13,6 +13,8 @@ class Flags:
     # --- what to run
     method: str | None = None
     """a training method by name; stands for the flags in its file. Without it the official flags decide"""
+    model: str = "transformer_xl"
+    """transformer_xl over bytes, or bert or roberta over word pieces"""
     preset: str = "paper"
     """sizes and lengths: paper, laptop or quick"""
     work_dir: str | None = None
@@ -32,25 +34,27 @@ class Flags:
 
     # --- data
     data: str | None = None
-    """folder made by data/prepare.py; default data/<dataset>"""
+    """folder made by data/prepare.py, for word pieces by data/prepare_pieces.py; default data/<dataset>"""
     dataset: str = "enwik8"
     """name of the data set"""
     batch_size: int = 22
-    """lanes read side by side, over all processes"""
+    """lanes read side by side, or sequences, over all processes"""
     batch_chunk: int = 1
     """parts a batch is computed in, to save memory; the same result, but that balance losses and draws of a method are each part's"""
     tgt_len: int = 512
-    """positions per training segment"""
+    """positions per training segment, or of a sequence"""
     mem_len: int = 512
     """positions of memory in training"""
     eval_tgt_len: int = 128
     """positions per evaluation segment; memory is then mem_len + tgt_len - eval_tgt_len"""
     eval_batch_size: int = 10
-    """lanes in evaluation"""
+    """lanes or sequences in evaluation"""
+    mask_rate: float = 0.15
+    """share of pieces that bert and roberta have to name"""
     max_eval_steps: int = -1
-    """segments of a validation during training (-1: all)"""
+    """batches of a validation during training (-1: all)"""
     max_test_steps: int = -1
-    """segments of the final test (-1: all); the record says how much was read"""
+    """batches of the final test (-1: all); the record says how much was read"""
 
     # --- model
     n_layer: int = 4
@@ -124,13 +128,15 @@ class Flags:
 
     # --- optimiser
     optim: str = "adam"
-    """adam, sgd or adagrad"""
+    """adam, adamw, sgd or adagrad"""
     lr: float = 2.5e-4
     """learning rate"""
     mom: float = 0.0
     """momentum of sgd"""
+    weight_decay: float = 0.01
+    """of adamw"""
     scheduler: str = "cosine"
-    """cosine, inv_sqrt, constant or dev_perf"""
+    """cosine, linear, inv_sqrt, constant or dev_perf"""
     warmup_step: int = 0
     """steps of linear warm-up"""
     eta_min: float = 0.0
@@ -202,10 +208,15 @@ REFUSED: dict[str, str] = {
     "max_temp": "use --method_options max_temp=2",
     "threshold": "use --method_options threshold=0.001",
 }
+# flags that mean nothing to a model, and have to be left out
+_OF_TRANSFORMER_XL = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe")
+OF_PIECES = ("bert", "roberta")
+MEANINGLESS = {"transformer_xl": ("mask_rate",), "bert": _OF_TRANSFORMER_XL, "roberta": _OF_TRANSFORMER_XL}
 CHOICES = {
-    "preset": tuple(PRESETS),
-    "optim": ("adam", "sgd", "adagrad"),
-    "scheduler": ("cosine", "inv_sqrt", "constant", "dev_perf"),
+    "model": tuple(PRESETS),
+    "preset": tuple(PRESETS["transformer_xl"]),
+    "optim": ("adam", "adamw", "sgd", "adagrad"),
+    "scheduler": ("cosine", "linear", "inv_sqrt", "constant", "dev_perf"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "dynamic_moe_mode": tuple(SCHEDULES),
@@ -221,7 +232,21 @@ OF_EXPERTS = (
 )
 # what decides a run but not what method it is; and what follows from other flags unless it is given
 OF_THE_RUN = (
-    *("method", "preset", "work_dir", "run_name", "seed", "yes", "eval_only", "k", "data", "dataset", "batch_chunk", "eval_batch_size"),
+    *(
+        "method",
+        "model",
+        "preset",
+        "work_dir",
+        "run_name",
+        "seed",
+        "yes",
+        "eval_only",
+        "k",
+        "data",
+        "dataset",
+        "batch_chunk",
+        "eval_batch_size",
+    ),
     *(
         "max_eval_steps",
         "max_test_steps",
@@ -238,4 +263,16 @@ OF_THE_RUN = (
     *("log_interval", "eval_interval", "save_interval"),
 )
 DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
-NOT_NEGATIVE = ("mem_len", "warmup_step", "mom", "eta_min", "lr_min", "patience", "threads", "save_interval", "seed", "swad_start")
+NOT_NEGATIVE = (
+    "mem_len",
+    "warmup_step",
+    "mom",
+    "eta_min",
+    "lr_min",
+    "patience",
+    "threads",
+    "save_interval",
+    "seed",
+    "swad_start",
+    "weight_decay",
+)

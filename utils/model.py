@@ -2,26 +2,31 @@
 
 from torch import nn
 
-from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout import freeze_routers, moe_layers, moefy
 from smoe_dropout.attention import ExpertQueryKeyValue, expert_attention
 from smoe_dropout.methods.base import Settings
+from smoe_dropout.options import ConfigError
 from utils.command_line import method_of, method_options, parse_layers, smoe_config, top_k_schedule
+from utils.errors import UserError
 from utils.flags import Flags
+from utils.models import architecture
+from utils.vocabulary import Vocabulary
 
-N_TOKEN = 256  # bytes: any text can be read by any model
 ATTENTION_EXPERTS = 16  # as in the official code
 
 
-def build_model(flags: Flags) -> MemTransformerLM:
-    """The dense model, its feed-forward layers turned into what the method makes of them."""
-    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
-    sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
-    model = MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
-    if flags.moe:
-        model = moefy(model, smoe_config(flags, method_of(flags)))
-    elif (method := method_of(flags)) and method.convert:
-        model = method.convert(model, method_options(flags))
+def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module:
+    """The dense model, its feed-forward layers turned into what the method makes of them. `vocabulary`: of a model of word pieces.
+    UserError for a method that cannot be used with it.
+    """
+    model, method = architecture(flags.model).build(flags, vocabulary), method_of(flags)
+    try:
+        if flags.moe:
+            model = moefy(model, smoe_config(flags, method))
+        elif method and method.convert:
+            model = method.convert(model, method_options(flags))
+    except ConfigError as error:
+        raise UserError(f"--method {flags.method} cannot be used with --model {flags.model}: {error}") from None
     if flags.attn_moe:
         model = expert_attention(model, parse_layers(flags.moe_index, flags.n_layer)[0], ATTENTION_EXPERTS, flags.init_std)
     freeze(model, flags)
@@ -32,7 +37,7 @@ def freeze(model: nn.Module, flags: Flags) -> None:
     """--freeze_main_network: the experts. --freeze_main_network_all: all in the layers but routers; embeddings and output stay trained."""
     if flags.freeze_main_network_all:
         routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.routing_parameters()}
-        for parameter in model.layers.parameters():
+        for parameter in architecture(flags.model).blocks(model).parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in routers)
     elif flags.freeze_main_network:
         for _, layer in moe_layers(model):

@@ -14,6 +14,8 @@ def build_optimizer(model: nn.Module, flags: Flags) -> torch.optim.Optimizer:
     parameters: Iterable[nn.Parameter] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if flags.optim == "adam":
         return torch.optim.Adam(parameters, lr=flags.lr, fused=True)
+    if flags.optim == "adamw":
+        return torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
     if flags.optim == "sgd":
         return torch.optim.SGD(parameters, lr=flags.lr, momentum=flags.mom)
     return torch.optim.Adagrad(parameters, lr=flags.lr)
@@ -23,7 +25,8 @@ def learning_rate(flags: Flags, step: int, plateau_factor: float = 1.0) -> float
     """The rate of update number `step`, counted from 0.
 
     Linear warm-up, then: cosine lr (1 + cos(pi t / max_step)) / 2 down to eta_min, counted from step 0 as in the official code;
-    inv_sqrt lr / sqrt(t), also official; constant; dev_perf lr times a factor decided by `Plateau`.
+    linear from lr at the end of warm-up down to 0; inv_sqrt lr / sqrt(t), also official; constant; dev_perf lr times a factor decided by
+    `Plateau`.
     """
     if step < flags.warmup_step:
         end = flags.lr / math.sqrt(flags.warmup_step) if flags.scheduler == "inv_sqrt" else flags.lr
@@ -31,6 +34,8 @@ def learning_rate(flags: Flags, step: int, plateau_factor: float = 1.0) -> float
     if flags.scheduler == "cosine":
         progress = min(step / flags.max_step, 1.0)
         return flags.eta_min + (flags.lr - flags.eta_min) * (1 + math.cos(math.pi * progress)) / 2
+    if flags.scheduler == "linear":
+        return flags.lr * max(flags.max_step - step, 0) / max(flags.max_step - flags.warmup_step, 1)
     if flags.scheduler == "inv_sqrt":
         return flags.lr / math.sqrt(max(step, 1))
     if flags.scheduler == "dev_perf":

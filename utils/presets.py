@@ -1,6 +1,6 @@
-"""Sizes and lengths by name. A preset gives defaults for flags; what stands on the command line wins."""
+"""Sizes and lengths by model and name. A preset gives defaults for flags; what stands on the command line wins."""
 
-PRESETS: dict[str, dict] = {
+_TRANSFORMER_XL: dict[str, dict] = {
     # arXiv 2303.01610 and its official scripts: Transformer-XL on enwik8, 400,000 steps; meant for a GPU
     "paper": {
         "dataset": "enwik8",
@@ -63,4 +63,85 @@ PRESETS: dict[str, dict] = {
         "max_test_steps": 80,
         "precision": "fp32",
     },
+}
+
+# BERT and RoBERTa; {pieces}: the tokenizer
+_ENCODER: dict[str, dict] = {
+    # arXiv 2303.01610: AdamW 5e-5, linear decay, batch 64, 100,000 steps; base size with the feed-forward width doubled, and 512 pieces,
+    # are the usual reading
+    "paper": {
+        "dataset": "bookcorpus-{pieces}",
+        "n_layer": 12,
+        "d_model": 768,
+        "n_head": 12,
+        "d_ff": 6144,
+        "dropout": 0.1,
+        "dropatt": 0.1,
+        "optim": "adamw",
+        "scheduler": "linear",
+        "lr": 5e-5,
+        "clip": 1.0,
+        "max_step": 100_000,
+        "batch_size": 64,
+        "eval_batch_size": 64,
+        "tgt_len": 512,
+        "log_interval": 200,
+        "eval_interval": 5000,
+        "max_eval_steps": 50,
+        "precision": "bf16",
+    },
+    "laptop": {
+        "dataset": "books-{pieces}",
+        "n_layer": 4,
+        "d_model": 128,
+        "n_head": 4,
+        "d_ff": 1024,
+        "dropout": 0.0,
+        "optim": "adamw",
+        "scheduler": "linear",
+        "lr": 1e-3,
+        "clip": 1.0,
+        "warmup_step": 100,
+        "max_step": 2000,
+        "batch_size": 32,
+        "eval_batch_size": 32,
+        "tgt_len": 64,
+        "log_interval": 50,
+        "eval_interval": 500,
+        "max_eval_steps": 40,
+        "precision": "bf16",
+    },
+    "quick": {
+        "dataset": "books-{pieces}",
+        "n_layer": 2,
+        "d_model": 64,
+        "n_head": 2,
+        "d_ff": 256,
+        "dropout": 0.0,
+        "optim": "adamw",
+        "scheduler": "linear",
+        "lr": 2e-3,
+        "clip": 1.0,
+        "warmup_step": 50,
+        "max_step": 600,
+        "batch_size": 16,
+        "eval_batch_size": 16,
+        "tgt_len": 64,
+        "log_interval": 50,
+        "eval_interval": 200,
+        "max_eval_steps": 20,
+        "max_test_steps": 80,
+        "precision": "fp32",
+    },
+}
+
+
+def _encoder(pieces: str) -> dict[str, dict]:
+    return {name: {**values, "dataset": values["dataset"].format(pieces=pieces)} for name, values in _ENCODER.items()}
+
+
+PRESETS: dict[str, dict[str, dict]] = {
+    "transformer_xl": _TRANSFORMER_XL,
+    "bert": _encoder("bert-base-uncased"),
+    "roberta": _encoder("roberta-base"),
 }

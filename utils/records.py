@@ -58,7 +58,7 @@ QUALITY_FIELDS = {
 }
 # Runs of one method are only averaged, and methods of one table only compared, where these agree.
 SAME_IN_METHOD = ("training.steps", "model.num_experts", "parameters.total")
-SAME_IN_GROUP = ("dataset.fingerprint", "metric.name", "metric.lower_is_better")
+SAME_IN_GROUP = ("model.architecture", "dataset.fingerprint", "metric.name", "metric.lower_is_better")
 
 
 @dataclass

@@ -111,7 +111,8 @@ def _caption(group: Group) -> str:
     steps = _distinct((record["training"]["steps"] for record in records), "{:,}".format)
     numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     read = {entry.get("test_tokens") for record in records for entry in record["quality"]} - {None}
-    part = f", tested on {max(read):,} bytes" if read and max(read) < 0.99 * group.dataset["bytes"]["test"] else ""
+    unit = "bytes" if "bytes" in group.dataset else "pieces"
+    part = f", tested on {max(read):,} {unit}" if read and max(read) < 0.99 * group.dataset[unit]["test"] else ""
     return (
         f"{group.dataset['title']}, preset {group.preset}: {spread} ({numbers}), {steps} steps{part}, "
         f"{_distinct(p['precision'] for p in places)}, threads: {_distinct(p['threads'] for p in places)}, "

@@ -7,16 +7,15 @@ from torch import nn
 from smoe_dropout import moe_layers
 from smoe_dropout.registry import METHODS, load
 from utils.command_line import departures
-from utils.data import Corpus
 from utils.flags import Flags
 from utils.flops import parameter_counts
+from utils.tasks import Task
 
 SCHEMA = 1
 
 
 def build_result(
-    flags: Flags,
-    corpus: Corpus,
+    task: Task,
     model: nn.Module,
     quality: list[dict],
     training: dict[str, float],
@@ -28,6 +27,7 @@ def build_result(
     argv: list[str],
 ) -> dict[str, Any]:
     """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
+    flags, corpus = task.flags, task.corpus
     name = flags.method or "custom"
     title = load(METHODS, "method", flags.method).title if flags.method else "custom"
     of_preset, of_method = (in_brackets(found) for found in departures(flags))
@@ -44,13 +44,13 @@ def build_result(
             "name": corpus.name,
             "title": corpus.title,
             "fingerprint": corpus.fingerprint,
-            "bytes": {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")},
+            corpus.unit: {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")},
         },
-        "metric": {"name": "bpc", "lower_is_better": True},
+        "metric": {"name": task.metric.name, "lower_is_better": task.metric.lower_is_better},
         "seed": flags.seed,
         "model": {
-            "architecture": "Transformer-XL",
-            **{name: getattr(flags, name) for name in ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")},
+            "architecture": task.architecture.TITLE,
+            **{name: getattr(flags, name) for name in task.architecture.SIZES},
             "num_experts": flags.moe_num_expert if sparse else None,
             "moe_layers": moe_layer_indices(flags) if sparse else [],
             "router": flags.gate_name if sparse else None,
@@ -61,7 +61,7 @@ def build_result(
         "training": training,
         "routing": routing,
         "peak_memory_mib": round(peak_memory_mib, 1),
-        "curve": curve(metrics),
+        "curve": curve(metrics, task.metric.name),
         "environment": environment,
         "argv": argv,
     }
@@ -80,15 +80,15 @@ def moe_layer_indices(flags: Flags) -> list[int]:
     return list(range(flags.n_layer)) if flags.moe_index is None else [int(word) for word in flags.moe_index.split(",")]
 
 
-def curve(metrics: list[dict]) -> dict[str, list]:
-    """train: [step, bpc, k, lr]; valid: [step, {k or "dense": bpc}]."""
-    train = [[line["step"], line["bpc"], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
-    valid = [[line["step"], bpc_by_k(line)] for line in metrics if line["split"] == "valid"]
+def curve(metrics: list[dict], metric: str) -> dict[str, list]:
+    """train: [step, quality, k, lr]; valid: [step, {k or "dense": quality}]."""
+    train = [[line["step"], line[metric], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
+    valid = [[line["step"], by_k(line, metric)] for line in metrics if line["split"] == "valid"]
     return {"train": train, "valid": valid}
 
 
-def bpc_by_k(line: dict[str, Any]) -> dict[str, float]:
-    """The bpc_k8, bpc_k16 ... (or bpc) of a validation line as {"8": .., "16": ..} (or {"dense": ..})."""
-    if "bpc" in line:
-        return {"dense": line["bpc"]}
-    return {name.removeprefix("bpc_k"): value for name, value in line.items() if name.startswith("bpc_k")}
+def by_k(line: dict[str, Any], metric: str) -> dict[str, float]:
+    """The metric_k8, metric_k16 ... (or metric) of a validation line as {"8": .., "16": ..} (or {"dense": ..})."""
+    if metric in line:
+        return {"dense": line[metric]}
+    return {name.removeprefix(f"{metric}_k"): value for name, value in line.items() if name.startswith(f"{metric}_k")}

@@ -2,7 +2,7 @@
 
     python -m utils.routing RUN...      measures finished runs anew and puts it into their result.json
 
-Both at k = E/2, on the first validation segments.
+Both at k = E/2, on the first batches of validation.
 """
 
 import json
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from smoe_dropout import moe_layers, top_k
 from smoe_dropout.io import load_weights
 from utils import checkpoint
-from utils.data import Corpus, LaneIterator
+from utils.data import Corpus
 from utils.engine import Engine
 from utils.errors import UserError, run_main
-from utils.evaluation import evaluation_memory, forked_random
+from utils.evaluation import forked_random
 from utils.flags import Flags
 from utils.run_folder import RunFolder, write_json
+from utils.tasks import Task
 
-SEGMENTS = 20  # of validation read
+BATCHES = 20  # of validation read
 
 
-def describe_routing(model: nn.Module, corpus: Corpus, flags: Flags, checkpoints: Path) -> dict[str, Any] | None:
+def describe_routing(task: Task, model: nn.Module, checkpoints: Path) -> dict[str, Any] | None:
     """None for a dense model. The model ends with the weights of the last checkpoint.
 
     load_entropy: entropy of the share of assignments each expert gets, over log E, mean of the layers; 1 is even use. fluctuation: share of
@@ -36,12 +37,13 @@ def describe_routing(model: nn.Module, corpus: Corpus, flags: Flags, checkpoints
     """
     if not moe_layers(model):
         return None
+    flags = task.flags
     k, wanted = max(1, flags.moe_num_expert // 2), (validation_before_the_end(flags), flags.max_step)
     steps = [step for step in checkpoint.steps(checkpoints) if step in wanted]
     chosen = []
     for step in steps:
         load_weights(model, checkpoints / checkpoint.name_of(step))
-        chosen.append(assignments(model, corpus, flags, k, seed=step))
+        chosen.append(assignments(task, model, k, seed=step))
     changed = [(one[:, 0] != other[:, 0]).double().mean().item() for one, other in zip(*chosen, strict=True)] if len(steps) == 2 else None
     entropies = [load_entropy(indices_NK, flags.moe_num_expert) for indices_NK in chosen[-1]]
     return {
@@ -60,22 +62,18 @@ def validation_before_the_end(flags: Flags) -> int:
 
 
 @torch.no_grad()
-def assignments(model: nn.Module, corpus: Corpus, flags: Flags, k: int, seed: int) -> list[Tensor]:
+def assignments(task: Task, model: nn.Module, k: int, seed: int) -> list[Tensor]:
     """For each MoE layer the experts of the first validation tokens, the one of the largest gate weight first [N, K]. `seed` is for methods
     that draw experts.
     """
     device = next(model.parameters()).device
-    layers, seen, memory = [layer for _, layer in moe_layers(model)], [], None
-    was_training, mem_len = model.training, model.mem_len
+    layers, seen, state, was_training = [layer for _, layer in moe_layers(model)], [], None, model.training
     model.eval()
-    model.mem_len = evaluation_memory(flags)
-    with top_k(model, k), forked_random(device):
+    with task.evaluation(model), top_k(model, k), forked_random(device):
         torch.manual_seed(seed)
-        iterator = LaneIterator(corpus.valid, flags.eval_batch_size, flags.eval_tgt_len, device).one_pass()
-        for _, segment in zip(range(SEGMENTS), iterator, strict=False):
-            _, memory, _ = model(segment.tokens, segment.targets, memory)
+        for _, batch in zip(range(BATCHES), task.held_out("valid", everything=True), strict=False):
+            _, state, _ = model(*batch.inputs, state)
             seen.append([layer.assigned.cpu() for layer in layers])
-    model.mem_len = mem_len
     model.train(was_training)
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
@@ -92,6 +90,7 @@ def main(arguments: list[str]) -> None:
     """Adds `routing` to the result.json of finished runs."""
     from utils.command_line import stored_run
     from utils.model import build_model
+    from utils.models import architecture
 
     if not arguments:
         raise UserError("usage: python -m utils.routing RUN..., folders of finished runs")
@@ -101,8 +100,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{path} is missing: only a finished run can be described")
         flags = stored_run(["--eval_only", "--work_dir", str(folder)])
         with Engine(flags) as engine:
-            model = engine.prepare(build_model(flags))
-            routing = describe_routing(model, Corpus.open(flags.data), flags, RunFolder.checkpoints_of(flags))
+            task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
+            model = engine.prepare(build_model(flags, task.corpus.vocabulary))
+            routing = describe_routing(task, model, RunFolder.checkpoints_of(flags))
         write_json(path, json.loads(path.read_text()) | {"routing": routing})
         print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every row of Table 1 that has no result yet, JOBS (2) at a time, for SEEDS ("1 2"); then the table and the figures. Interrupted, the same
-# command goes on where it was. Any flag of train.py that holds for all rows may follow, such as --preset laptop --data D --dataset NAME.
+# command goes on where it was. Any flag of train.py that holds for all rows may follow, such as --preset laptop --data D --dataset NAME;
+# --model bert or roberta runs the rows in that folder.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 for flag in seed work_dir run_name method; do
   if has "$flag" "$@"; then
@@ -11,8 +12,9 @@ done
 jobs=${JOBS:-2} seeds=${SEEDS:-1 2}
 settings=$("$PYTHON" -m utils.command_line --preset paper "$@")
 prepare_text --preset paper "$@"
-field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" <<<"$settings"; }
-data=$(field data) runs=$(dirname "$(field work_dir)")
+data=$(field data <<<"$settings") runs=$(dirname "$(field work_dir <<<"$settings")") model=$(field model <<<"$settings")
+folder=script/table1
+[ "$model" = transformer_xl ] || folder=script/table1/$model
 if [ ! -e "$data/meta.json" ]; then
   echo "error: $data is no prepared text: make one with data/prepare.py" >&2
   exit 2
@@ -21,7 +23,7 @@ has threads "$@" || set -- "$@" --threads "$(($(nproc) > jobs ? $(nproc) / jobs 
 mkdir -p "$runs"
 
 rows=$(for seed in $seeds; do
-  for script in script/table1/*.sh; do
+  for script in "$folder"/*.sh; do
     case $script in */run_all.sh | */directly_dense_training.sh) ;; *) echo "$script $seed" ;; esac  # the second is dense_dropout.sh
   done
 done)

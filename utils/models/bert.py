@@ -1,0 +1,66 @@
+"""BERT over word pieces, as the transformers library has it (Devlin et al. 2019, arXiv 1810.04805); no next-sentence prediction."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, PretrainedConfig, PreTrainedModel
+
+from utils.flags import Flags
+from utils.flops import expert_flops
+from utils.models import Shape
+from utils.tasks.masked import MaskedLanguageModelling as Task
+from utils.vocabulary import Vocabulary
+
+__all__ = ["SIZES", "TITLE", "Task", "blocks", "build", "forward_flops"]
+TITLE = "BERT"
+SIZES = ("n_layer", "d_model", "n_head", "d_ff", "d_inner", "tgt_len")
+
+
+class MaskedLM(nn.Module):
+    """A transformers model for masked language modelling whose head is asked at the masked positions only."""
+
+    def __init__(self, host: PreTrainedModel, head: str):
+        super().__init__()
+        self.host, self.head = host, head
+
+    def forward(self, tokens_BT: Tensor, places_BM: Tensor, targets_BM: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:
+        """Losses [B, M] in nats and logits [B, M, V] at the places; `state` is for models that carry one on."""
+        hidden_BTD = self.host.base_model(tokens_BT)[0]
+        chosen_BMD = hidden_BTD.gather(1, places_BM[..., None].expand(-1, -1, hidden_BTD.shape[-1]))
+        logits_BMV = getattr(self.host, self.head)(chosen_BMD).float()
+        losses = F.cross_entropy(logits_BMV.flatten(0, 1), targets_BM.flatten(), reduction="none")
+        return losses.view_as(targets_BM), None, logits_BMV
+
+
+def sizes(flags: Flags, vocabulary: Vocabulary) -> dict:
+    """The settings of a transformers configuration."""
+    return {
+        "vocab_size": vocabulary.size,
+        "hidden_size": flags.d_model,
+        "num_hidden_layers": flags.n_layer,
+        "num_attention_heads": flags.n_head,
+        "intermediate_size": flags.d_ff,
+        "hidden_dropout_prob": flags.dropout,
+        "attention_probs_dropout_prob": flags.dropatt,
+        "initializer_range": flags.init_std,
+        "pad_token_id": vocabulary.pad,
+        # without a GPU the fused attention's backward pass takes six times the plain one's time in bf16
+        "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
+    }
+
+
+def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:
+    return MaskedLM(BertForMaskedLM(BertConfig(**sizes(flags, vocabulary), max_position_embeddings=max(512, flags.tgt_len))), "cls")
+
+
+def blocks(model: MaskedLM) -> nn.ModuleList:
+    return model.host.base_model.encoder.layer
+
+
+def forward_flops(model: MaskedLM, shape: Shape, k: int | None) -> int:
+    """Of one forward pass, k experts active (None: as many as the layers compute at present; a dense model has none)."""
+    c: PretrainedConfig = model.host.config
+    tokens, D = shape.rows * shape.positions, c.hidden_size
+    attention = 8 * tokens * D**2 + 4 * tokens * shape.positions * D  # four projections; scores and values
+    head = 2 * shape.rows * shape.targets * D * (D + c.vocab_size)
+    return c.num_hidden_layers * attention + head + expert_flops(model, shape, k, c.num_hidden_layers, 4 * D * c.intermediate_size)

@@ -1,0 +1,17 @@
+"""RoBERTa over byte-level pieces, as the transformers library has it (Liu et al. 2019, arXiv 1907.11692)."""
+
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from utils.flags import Flags
+from utils.models.bert import SIZES, MaskedLM, Task, blocks, forward_flops, sizes
+from utils.vocabulary import Vocabulary
+
+__all__ = ["SIZES", "TITLE", "Task", "blocks", "build", "forward_flops"]
+TITLE = "RoBERTa"
+
+
+def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:
+    positions = max(512, flags.tgt_len) + vocabulary.pad + 1  # they are counted from pad + 1
+    settings = {"max_position_embeddings": positions, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    ids = {"bos_token_id": vocabulary.cls, "eos_token_id": vocabulary.sep}
+    return MaskedLM(RobertaForMaskedLM(RobertaConfig(**sizes(flags, vocabulary), **settings, **ids)), "lm_head")

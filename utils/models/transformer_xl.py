@@ -1,0 +1,39 @@
+"""Transformer-XL over bytes."""
+
+from torch import nn
+
+from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout.attention import ExpertQueryKeyValue
+from utils.flags import Flags
+from utils.flops import expert_flops
+from utils.models import Shape
+from utils.tasks.language_modelling import LanguageModelling as Task
+
+__all__ = ["SIZES", "TITLE", "Task", "blocks", "build", "forward_flops"]
+TITLE = "Transformer-XL"
+SIZES = ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")
+N_TOKEN = 256  # bytes: any text can be read by any model
+
+
+def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
+    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
+    sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
+    return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
+
+
+def blocks(model: MemTransformerLM) -> nn.ModuleList:
+    return model.layers
+
+
+def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
+    """Of one forward pass, k experts active (None: as many as the layers compute at present; a dense model has none)."""
+    c: TransformerXLConfig = model.config
+    batch, segment, memory, _ = shape
+    queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
+    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
+    scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
+    total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
+    for module in model.modules():
+        if isinstance(module, ExpertQueryKeyValue):
+            total += 2 * keys * module.router.weight.numel()
+    return total + expert_flops(model, shape, k, c.n_layer, 4 * c.d_model * c.d_inner)

@@ -1,0 +1,81 @@
+"""Predicting the next byte of a text that is read in order, with memory."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.data import LaneIterator, Segment, rank_lanes
+from utils.errors import UserError
+from utils.models import Shape
+from utils.tasks import Batch, Metric, State, Task
+
+LN2 = math.log(2)
+
+
+class LanguageModelling(Task):
+    """Lanes of Transformer-XL. Raises UserError for a corpus of word pieces, or one too short for the lanes of training or evaluation."""
+
+    metric = Metric("bpc", True, lambda nats: nats / LN2)
+
+    def __init__(self, flags, corpus, engine):
+        super().__init__(flags, corpus, engine)
+        if corpus.vocabulary is not None:
+            raise UserError(f"{corpus.path} holds word pieces, and --model {flags.model} reads bytes: prepare a text with data/prepare.py")
+        lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
+        self._training = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
+        for split in ("valid", "test"):
+            self._lanes(split, range(flags.eval_batch_size))  # too short is better said now than after training
+
+    def _lanes(self, split: str, lanes: range) -> LaneIterator:
+        flags = self.flags
+        return LaneIterator(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes)
+
+    @staticmethod
+    def _batch(segment: Segment, rows: int) -> Batch:
+        positions = segment.tokens.shape[1]
+        return Batch((segment.tokens, segment.targets), Shape(rows, positions, targets=positions), segment.first)
+
+    def next(self) -> Batch:
+        return self._batch(next(self._training), self.flags.batch_size)
+
+    def peek(self) -> Batch:
+        return self._batch(next(self._training.one_pass()), self.flags.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._training.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._training.load_state_dict(state)
+
+    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
+        rows = self.flags.eval_batch_size
+        lanes = range(rows) if everything else rank_lanes(rows, self.engine.rank, self.engine.world_size, training=False)
+        if len(lanes):
+            yield from (self._batch(segment, rows) for segment in self._lanes(split, lanes).one_pass())
+
+    def full_state(self, rows: int) -> State:
+        flags = self.flags
+        return tuple(torch.zeros(rows, flags.mem_len, flags.d_model) for _ in range(flags.n_layer + 1))
+
+    @property
+    def evaluation_memory(self) -> int:
+        """Positions of memory in evaluation: a shorter segment than in training sees as far back in all."""
+        flags = self.flags
+        return flags.mem_len + flags.tgt_len - flags.eval_tgt_len if flags.mem_len else 0
+
+    @contextmanager
+    def evaluation(self, model: nn.Module) -> Iterator[None]:
+        mem_len, model.mem_len = model.mem_len, self.evaluation_memory
+        try:
+            yield
+        finally:
+            model.mem_len = mem_len
+
+    @property
+    def evaluation_shape(self) -> Shape:
+        flags = self.flags
+        return Shape(flags.eval_batch_size, flags.eval_tgt_len, self.evaluation_memory, flags.eval_tgt_len)

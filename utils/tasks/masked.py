@@ -1,0 +1,110 @@
+"""Masked language modelling: pieces of a running text, some of which are hidden and have to be named (Devlin et al. 2019, section 3.1).
+
+Every sequence is [CLS] pieces [SEP], always of the full length, cut from the running text. Of its pieces a fixed number is chosen, a share
+--mask_rate; of these 80 % become [MASK], 10 % any other but special ones, 10 % stay. Masks are drawn anew in every epoch (Liu et al. 2019,
+section 4.1), in evaluation always the same ones. Order and masks are a function of the seed alone, whatever the number of processes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.data import rank_lanes
+from utils.errors import UserError
+from utils.models import Shape
+from utils.tasks import Batch, Metric, Task
+from utils.vocabulary import Vocabulary
+
+HELD_OUT_SEED = 20230303  # masks of evaluation are the same for every run and method
+
+
+class MaskedSequences:
+    """A text of word pieces uint16 [N] as `count` sequences of `length`, of which `masked` positions are asked for."""
+
+    def __init__(self, pieces: np.ndarray, vocabulary: Vocabulary, length: int, rate: float):
+        self.pieces, self.vocabulary, self.inner = pieces, vocabulary, length - 2
+        self.count, self.masked = len(pieces) // self.inner, max(1, round(rate * self.inner))
+
+    def sequence(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [length], masked places [masked] ascending, and what stood there [masked], all int64; the key decides the draw."""
+        v, draw = self.vocabulary, np.random.default_rng((*key, index))
+        inner = self.pieces[index * self.inner : (index + 1) * self.inner].astype(np.int64)
+        tokens = np.concatenate(([v.cls], inner, [v.sep]))
+        places = np.sort(draw.choice(self.inner, self.masked, replace=False)) + 1
+        targets, fate = tokens[places], draw.random(self.masked)
+        anything = draw.integers(0, v.size - len(v.special), self.masked)
+        for special in v.special:  # ascending: every other piece is as likely
+            anything += anything >= special
+        tokens[places] = np.where(fate < 0.8, v.mask, np.where(fate < 0.9, anything, targets))
+        return tokens, places, targets
+
+    def batch(self, indices: np.ndarray, key: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Tokens [B, T], places [B, M], targets [B, M] of some sequences."""
+        columns = zip(*(self.sequence(int(index), key) for index in indices), strict=True)
+        return tuple(torch.from_numpy(np.stack(column)).to(device) for column in columns)
+
+
+class MaskedLanguageModelling(Task):
+    """Raises UserError for a corpus of bytes, or one too short for a batch."""
+
+    metric = Metric("loss", True, lambda nats: nats)
+
+    def __init__(self, flags, corpus, engine):
+        super().__init__(flags, corpus, engine)
+        if corpus.vocabulary is None:
+            raise UserError(
+                f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces: make some with data/prepare_pieces.py"
+            )
+        self._splits = {
+            split: MaskedSequences(getattr(corpus, split), corpus.vocabulary, flags.tgt_len, flags.mask_rate)
+            for split in ("train", "valid", "test")
+        }
+        self._rows = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
+        self._step, self._epoch, self._order = 0, -1, np.empty(0, np.int64)
+        for split, wanted in (("train", flags.batch_size), ("valid", 1), ("test", 1)):
+            if (there := self._splits[split].count) < wanted:
+                pieces = f"{len(getattr(corpus, split)):,} pieces"
+                raise UserError(
+                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}: {wanted} are needed"
+                )
+
+    def _shape(self, rows: int) -> Shape:
+        return Shape(rows, self.flags.tgt_len, targets=self._splits["train"].masked)
+
+    def _training_batch(self, step: int, rows: range) -> Batch:
+        sequences, size = self._splits["train"], self.flags.batch_size
+        epoch, place = divmod(step, sequences.count // size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.flags.seed, epoch)).permutation(sequences.count)
+        chosen = self._order[place * size : (place + 1) * size][rows.start : rows.stop]
+        return Batch(sequences.batch(chosen, (self.flags.seed, epoch), self.engine.device), self._shape(size))
+
+    def next(self) -> Batch:
+        self._step += 1
+        return self._training_batch(self._step - 1, self._rows)
+
+    def peek(self) -> Batch:
+        return self._training_batch(self._step, self._rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("fingerprint") != self.corpus.fingerprint:
+            raise UserError(f"the saved state is of another text than {self.corpus.path}: resume with the same data")
+        self._step = state["step"]
+
+    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
+        sequences, rows, engine = self._splits[split], self.flags.eval_batch_size, self.engine
+        for start in range(0, sequences.count, rows):
+            whole = np.arange(start, min(start + rows, sequences.count))
+            own = range(len(whole)) if everything else rank_lanes(len(whole), engine.rank, engine.world_size, training=False)
+            if len(own):
+                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED,), engine.device)
+                yield Batch(inputs, self._shape(len(whole)))
+
+    @property
+    def evaluation_shape(self) -> Shape:
+        return self._shape(self.flags.eval_batch_size)
