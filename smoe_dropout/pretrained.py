@@ -24,6 +24,7 @@ from smoe_dropout.control import get_top_k, moe_layers
 from smoe_dropout.huggingface import NAME, Described, is_pretrained_model
 from smoe_dropout.io import stored_tensors
 from smoe_dropout.options import ConfigError
+from smoe_dropout.registry import METHODS, load
 
 CONFIG, GENERATION, WEIGHTS, MANIFEST = "config.json", "generation_config.json", "experts.safetensors", "manifest.json"
 THEIR_WEIGHTS, THEIR_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -159,12 +160,18 @@ def _built(path: Path, told: dict[str, Any], experts: SMoEConfig, model_class: t
         raise ConfigError(f"{path} is of a {host!r} model, and {kind.__name__} is not")
     try:
         config = config_class.from_dict(getattr(config_class, "_decode_special_floats", dict)(told["host"]))
-        model = kind._from_config(config)
+        model = kind._from_config(config, **_attention_of(experts))
         return moefy(model, experts)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # of many kinds: a value that is missing, of another type, or impossible together with others
         raise ConfigError(f"{path} gives no model {kind.__name__}: {error}") from error
+
+
+def _attention_of(experts: SMoEConfig) -> dict[str, str]:
+    """The plain implementation where a layer looks at its probabilities; config.json does not tell it."""
+    layer = load(METHODS, "method", experts.method).layer if experts.method else None
+    return {"attn_implementation": "eager"} if layer and "probabilities" in layer.needs else {}
 
 
 @torch.no_grad()

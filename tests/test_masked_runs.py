@@ -20,7 +20,6 @@ E, STEPS = 4, 14
 # an epoch ends after 12 steps, the rows of a batch cannot be halved, log lines lie off validations
 SETTINGS = {"batch_size": 5, "eval_batch_size": 4, "max_step": STEPS, "eval_interval": 8, "log_interval": 3}
 TITLES = {"bert": "BERT", "roberta": "RoBERTa"}
-NEED_ATTENTION = {"attention", "similarity"}  # which keeps its probabilities: that of transformers does not
 OF_ROBERTA = ("smoe_dropout", "dense", "thor", "attention")  # the rest of it is BERT's
 RUNS = [("bert", method) for method in METHODS] + [("roberta", method) for method in OF_ROBERTA if method in METHODS]
 
@@ -61,7 +60,7 @@ def refusal(run: tiny.Finished) -> str:
     return run.err
 
 
-@pytest.mark.parametrize(("model", "method"), [(model, method) for model, method in RUNS if method not in NEED_ATTENTION])
+@pytest.mark.parametrize(("model", "method"), RUNS)
 def test_every_method_completes_with_a_record(model, method, finished, corpora):
     folder, sparse = finished(model, method), load(METHODS, "method", method).sparse
     result = read_record(folder / "result.json")
@@ -88,12 +87,6 @@ def test_every_method_completes_with_a_record(model, method, finished, corpora):
     at_all = "loss_k4" if sparse else "loss"
     best = min(valid, key=lambda line: line[at_all])
     assert best["step"] == result["best_step"] and result["quality"][-1]["valid"] == pytest.approx(best[at_all], abs=1e-9)
-
-
-@pytest.mark.parametrize(("model", "method"), [(model, method) for model, method in RUNS if method in NEED_ATTENTION])
-def test_methods_that_need_attention_probabilities_are_refused(model, method, arguments, tmp_path):
-    said = refusal(tiny.run(arguments(model, tmp_path / "run", method=method)))
-    assert "attention" in said and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("model", "method"), [("bert", "smoe_dropout"), ("roberta", "dense"), ("bert", "thor")])

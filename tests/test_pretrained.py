@@ -100,6 +100,18 @@ def test_a_router_that_needs_tokens_and_a_generation_config(tmp_path):
     assert torch.equal(logits(loaded), logits(model)) and loaded.generate(TOKENS[:1], do_sample=False, pad_token_id=0).shape == (1, 12)
 
 
+@pytest.mark.parametrize("method", ["similarity", "attention"])
+def test_methods_that_look_at_attention(method, tmp_path):
+    """Whose implementation config.json does not tell."""
+    model = made("bert")
+    model.set_attn_implementation("eager")
+    sd.moefy(model, sd.SMoEConfig(**SMOE, router="learned", method=method))
+    sd.save_pretrained(model, tmp_path)
+    loaded = sd.from_pretrained(tmp_path)
+    loaded.set_attn_implementation("eager")  # as the model it is compared with
+    assert same(loaded, model) and torch.equal(logits(loaded), logits(model))
+
+
 def test_saving_again(tmp_path):
     """Over an older save of ours, finished or not; what else lies in the folder stays."""
     (tmp_path / "notes.txt").write_text("mine")

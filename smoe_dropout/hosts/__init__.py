@@ -10,6 +10,7 @@ import importlib
 from torch import nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.hosts.attention import attention_before, keep_probabilities
 from smoe_dropout.hosts.named import described, find_named
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.huggingface import adopt, is_pretrained_model
@@ -64,13 +65,13 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
     layers = [kind(sites[index].d_model, sites[index].experts(config), config) for index in chosen]
     needs, shared = kind.needs | layers[0].router.needs, Shared()
-    attentions = [attention_before(model, sites[index]) if "attention" in needs else None for index in chosen]
+    attentions = [attention_before(model, sites[index], "probabilities" in needs) if "attention" in needs else None for index in chosen]
     embedding = token_embedding(model) if "tokens" in needs else None
     for place, (index, layer) in enumerate(zip(chosen, layers, strict=True)):
         layer.place(place, len(layers), shared, attentions[place])
         sites[index].replace(layer)
         if "probabilities" in needs:
-            attentions[place].keep_probabilities = True
+            keep_probabilities(attentions[place])
     if embedding is not None:
         embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
     if is_pretrained_model(model):
@@ -92,20 +93,6 @@ def check(method: Method | None, config: SMoEConfig) -> None:
         build_options(kind, config.options, known)
     if sentence := refused(method, config):
         raise ConfigError(sentence)
-
-
-def attention_before(model: nn.Module, site: Site) -> nn.Module:
-    """The last attention module ahead of a site that can keep its probabilities. ConfigError if there is none."""
-    found = None
-    for module in model.modules():
-        if module is getattr(site.parent, site.name):
-            break
-        found = module if hasattr(module, "keep_probabilities") else found
-    if found is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no attention module that keeps its probabilities before {site.name!r}, which this method needs"
-        )
-    return found
 
 
 def token_embedding(model: nn.Module) -> nn.Module:

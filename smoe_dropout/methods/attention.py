@@ -1,13 +1,15 @@
 """Attention-aware routing: a token's router scores are averaged as the attention layer before averages values (arXiv 2505.00792).
 
 e_j = W u_j + b; e'_i = sum_j A_ij e_j, A the preceding attention's head of lowest mean entropy; then top-k of e'. Here A is cut to the
-positions of the same segment and divided by its sum, since memory has no router scores. The head is chosen for every position by the mean
-entropy over the positions up to it, so that no route depends on what follows. A is detached: routing does not train attention.
+positions of the same segment and divided by its sum, since memory has no router scores. Where attention is causal, the head is chosen
+for every position by the mean entropy over the positions up to it, so that no route depends on what follows, else by that over all. A is
+detached: routing does not train attention.
 """
 
 import torch
 from torch import Tensor
 
+from smoe_dropout.hosts.attention import is_causal
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.routers import Routing
@@ -21,20 +23,21 @@ class AttentionLayer(MoELayer):
     def route(self, x: Tensor) -> Routing:
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
-            mixed_BTE = segment_attention(self.attention.probabilities, logits_BTE.dtype) @ logits_BTE
+            mixed_BTE = segment_attention(self.attention.probabilities, logits_BTE.dtype, is_causal(self.attention)) @ logits_BTE
         return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
 
     def routing_flops(self, lanes: int, positions: int) -> int:
         return super().routing_flops(lanes, positions) + 2 * lanes * positions**2 * self.num_experts
 
 
-def segment_attention(probabilities_BHTK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention of the head of lowest mean entropy so far, among this segment's positions; rows sum to 1 [B, T, T]."""
+def segment_attention(probabilities_BHTK: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
+    """Attention of the head of lowest mean entropy, so far or over all, among this segment's positions; rows sum to 1 [B, T, T]."""
     p_BHTK = probabilities_BHTK.to(dtype)
     T = p_BHTK.shape[2]
     entropy_BHT = torch.special.entr(p_BHTK).sum(-1)
-    so_far_BHT = entropy_BHT.cumsum(-1)  # divided by the number of positions, the mean; the head of the smallest is the same
-    head_BT = so_far_BHT.argmin(1)
+    # divided by the number of positions, the mean; the head of the smallest is the same
+    summed_BHT = entropy_BHT.cumsum(-1) if causal else entropy_BHT.sum(-1, keepdim=True).expand_as(entropy_BHT)
+    head_BT = summed_BHT.argmin(1)
     chosen_BTT = p_BHTK[..., -T:].gather(1, head_BT[:, None, :, None].expand(-1, 1, -1, T))[:, 0]
     own = torch.eye(T, dtype=dtype, device=p_BHTK.device) * torch.finfo(dtype).tiny  # where all attention is on memory: the token itself
     chosen_BTT = chosen_BTT + own

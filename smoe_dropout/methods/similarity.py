@@ -1,7 +1,8 @@
 """Similarity-aware routing: a token's router scores are averaged over the tokens it resembles (Nguyen et al. 2025, arXiv 2505.00792).
 
 e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. Here j runs over
-the positions up to i of the same segment, since a language model's route may not depend on what follows. tau = sqrt(d) and W_s = identity
+the positions up to i of the same segment where attention is causal, since a language model's route may not depend on what follows, else
+over all, padding included. tau = sqrt(d) and W_s = identity
 at the start are ours: the paper's are not known.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.hosts.attention import is_causal
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
@@ -45,8 +47,10 @@ class SimilarityLayer(MoELayer):
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = x.to(logits_BTE.dtype)
             scores_BTT = (u_BTD @ self.similarity) @ u_BTD.transpose(1, 2) / self.tau
-            future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
-            mixed_BTE = scores_BTT.masked_fill(future_TT, -math.inf).softmax(-1) @ logits_BTE
+            if is_causal(self.attention):
+                future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
+                scores_BTT = scores_BTT.masked_fill(future_TT, -math.inf)
+            mixed_BTE = scores_BTT.softmax(-1) @ logits_BTE
         return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
 
     def routing_parameters(self) -> list[nn.Parameter]:

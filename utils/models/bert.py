@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, PretrainedConfig, PreTrainedModel
 
+from utils.command_line import method_of
 from utils.flags import Flags
 from utils.flops import expert_flops
 from utils.models import Shape
@@ -44,9 +45,15 @@ def sizes(flags: Flags, vocabulary: Vocabulary) -> dict:
         "attention_probs_dropout_prob": flags.dropatt,
         "initializer_range": flags.init_std,
         "pad_token_id": vocabulary.pad,
-        # without a GPU the fused attention's backward pass takes six times the plain one's time in bf16
-        "attn_implementation": "sdpa" if torch.cuda.is_available() else "eager",
+        "attn_implementation": attention(flags),
     }
+
+
+def attention(flags: Flags) -> str:
+    """Plain where a method looks at its probabilities, and on a CPU, where the fused backward pass takes six times as long in bf16."""
+    method = method_of(flags)
+    looks = method and method.layer and "probabilities" in method.layer.needs
+    return "sdpa" if torch.cuda.is_available() and not looks else "eager"
 
 
 def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:
