@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class State:
     step: int = 0
     loss_sum: float = 0.0  # nats since the last log line, of this process's tokens
     loss_tokens: int = 0
-    best: float = float("inf")
+    best: float = float("inf")  # the smaller the better: of a metric that grows with quality, its negative
     best_step: int = 0
     seconds: float = 0.0  # wall time of training steps, validations left out
     cpu_seconds: float = 0.0
@@ -275,10 +275,11 @@ def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: 
     if not math.isfinite(quality):
         where = f"validation at step {state.step} is not finite ({quality} {metric})"
         raise TrainingError(f"{where}: try a smaller --lr or --clip in a new --work_dir")
-    plateau.observe(quality)
-    best = quality < state.best
+    badness = quality if task.metric.lower_is_better else -quality
+    plateau.observe(badness)
+    best = badness < state.best
     if best:
-        state.best, state.best_step = quality, state.step
+        state.best, state.best_step = badness, state.step
     values = ", ".join(f"{value:.4f}" + ("" if at is None else f" at k = {at}") for at, value in found.items())
     say(f"validation at step {state.step}: {values} {metric}{', the best so far' if best else ''}")
 
@@ -307,7 +308,10 @@ def save(
 def restore(folder, task: Task, model, optimizer, plateau: Plateau, average: WeightAverage | None) -> tuple[State, Carried]:
     """Everything as it was when the checkpoint was made. UserError for another number of processes."""
     engine = task.engine
-    state = State(**checkpoint.read_json(folder / "state.json"))
+    stored = checkpoint.read_json(folder / "state.json")
+    if stored.keys() != {entry.name for entry in fields(State)}:
+        raise UserError(f"{folder} was made by another version of this program: choose another --work_dir")
+    state = State(**stored)
     if state.world_size != engine.world_size:
         raise UserError(f"{folder} was made by {state.world_size} processes, and this run has {engine.world_size}: start as many")
     state = replace(state, **checkpoint.read_json(folder / f"rank{engine.rank}.json"))

@@ -49,9 +49,11 @@ def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Takes the routers' parameters out of training, or with `frozen=False` puts them back in. ValueError if there is no router."""
-    for _, layer in _layers_or_raise(model):
+    layers = _layers_or_raise(model)
+    for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)
+    _tell(model, layers, freeze_router=frozen)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
@@ -68,13 +70,15 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
 
 
-def _tell(model: nn.Module, layers: list[tuple[str, MoELayer]]) -> None:
-    """Passes k on to what depends on it: the configuration that a transformers model is saved with, and the compiler."""
+def _tell(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: bool) -> None:
+    """Passes k, and what else has `changed`, on to what depends on it: the configuration that a transformers model is saved with, and the
+    compiler.
+    """
     k, most = layers[0][1].top_k, max(layer.num_experts for _, layer in layers)
     for module in model.modules():
         told = getattr(getattr(module, "config", None), __package__, None)
         if isinstance(told, dict):
-            told["top_k"] = k
+            told |= {"top_k": k, **changed}
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         # one graph per k, in training and in evaluation; past its limit torch.compile runs eagerly without a word
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * most + 8)

@@ -89,11 +89,22 @@ def described(config: Any, experts: SMoEConfig) -> Described:
 
 
 def normalises_by_items(model: nn.Module) -> bool:
-    """Whether the model divides the sum of its loss by `num_items_in_batch`: `loss_function` does; a loss of its own in `forward` does not,
-    although the Trainer, seeing **kwargs, takes it for granted (and then accumulates a sum of means).
+    """Whether the model divides the sum of its loss by `num_items_in_batch`: the `loss_function` of language models does; that of a
+    classifier and a loss of its own in `forward` do not, although the Trainer, seeing **kwargs, takes it for granted (and then accumulates
+    a sum of means).
     """
     names = inspect.unwrap(type(model).forward).__code__.co_names
-    return "loss_function" in names and getattr(model, "accepts_loss_kwargs", True)
+    return "loss_function" in names and _loss(model) is not None and getattr(model, "accepts_loss_kwargs", True)
+
+
+def _loss(model: nn.Module) -> Any:
+    """The loss of a language model, or None for any other model's."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or type(model).__name__, None)
+    if loss is None and getattr(model, "loss_type", None) is None:
+        loss = ForCausalLMLoss  # what transformers takes for a model that names none
+    return loss if loss in (ForCausalLMLoss, ForMaskedLMLoss) else None
 
 
 def add_auxiliary_loss(model: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> Any:

@@ -42,11 +42,13 @@ class MoELayer(nn.Module, FollowsTraining):
 
     Options: what a method's layer lets one set. needs: what of the host it has to see: "attention", that there is an attention module
     before it, which then stands in `attention`; "probabilities", that it keeps them. index of count: its place among the MoE layers.
-    repeatable: whether a pass can be repeated for its gradient, one layer alone, as activation checkpointing does.
+    own_losses: whether it has auxiliary losses besides its router's. repeatable: whether a pass can be repeated for its gradient, one
+    layer alone, as activation checkpointing does.
     """
 
     Options: type = NoOptions
     needs: frozenset[str] = frozenset()
+    own_losses = False
     repeatable = True
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
@@ -84,10 +86,10 @@ class MoELayer(nn.Module, FollowsTraining):
         """Notes what a pass leaves behind. RuntimeError where a pass is repeated for its gradient and cannot be, or is not the same."""
         if not recomputing():
             self.losses, self.assigned = losses, assigned_NK
-            if self.training and not torch.compiler.is_compiling():
-                self.last_pass = remembered(x, self.top_k, losses)
-            elif "tokens" in self.router.needs:  # which are now those of this pass
-                self.last_pass = None
+            if not torch.compiler.is_compiling():
+                known = remembered(x, self.top_k, losses, self.training)
+                if known is not None or "tokens" in self.router.needs:  # the tokens are now those of this pass
+                    self.last_pass = known
             return
         if not self.repeatable:
             raise RuntimeError(

@@ -85,7 +85,7 @@ def from_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{weights} cannot be read: {error}") from None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # it is built on the CPU
         model = _built(folder / CONFIG, told, experts, model_class)
     _fill(model, tensors, weights)
     if (folder / GENERATION).exists() and model.can_generate():

@@ -20,8 +20,8 @@ class TopKScheduleCallback(TrainerCallback):
     that of the last step: `set_top_k` or `with top_k(...)` takes another. Every entry of the Trainer's log history has `top_k`; loggers
     that stand before this callback, as those of `report_to` do, have seen the entry without it.
 
-    ConfigError when training starts, for a model without MoE layers, k_max beyond its experts, a schedule that cannot be, or label
-    smoothing, whose loss the Trainer computes by itself, without the auxiliary losses.
+    ConfigError when training starts, for a model without MoE layers, k_max beyond its experts, or label smoothing, whose loss the Trainer
+    computes by itself, without the auxiliary losses. ValueError at once, for a schedule that cannot be.
     """
 
     def __init__(self, mode: str, k_min: int, k_max: int, total_steps: int | None = None, seed: int = 0):
@@ -41,10 +41,10 @@ class TopKScheduleCallback(TrainerCallback):
         for name, layer in layers:
             if self.schedule.k_max > layer.num_experts:
                 raise ConfigError(f"k_max = {self.schedule.k_max} is more than the {layer.num_experts} experts of layer {name!r}")
-        if args.label_smoothing_factor and any(getattr(layer.router, "balance_loss", 0) for _, layer in layers):
+        if args.label_smoothing_factor and any(layer.own_losses or getattr(layer.router, "balance_loss", 0) for _, layer in layers):
             raise ConfigError(
-                f"label_smoothing_factor = {args.label_smoothing_factor}: the Trainer then computes the loss by itself, without the load "
-                "balance; leave it out, or set balance_loss=0"
+                f"label_smoothing_factor = {args.label_smoothing_factor}: the Trainer then computes the loss by itself, without the "
+                "auxiliary losses; leave it out, or set balance_loss=0"
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:

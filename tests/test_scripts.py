@@ -67,7 +67,9 @@ def test_flags_of_the_scripts_for_encoders(path):
     assert (flags.model, flags.method, flags.preset) == (model, path.stem, "paper")
     assert (flags.n_layer, flags.d_model, flags.d_ff, flags.d_inner) == (12, 768, 6144, 384 if flags.moe else 6144)
     assert (flags.optim, flags.scheduler, flags.lr, flags.batch_size, flags.max_step) == ("adamw", "linear", 5e-5, 64, 100_000)
-    assert flags.work_dir == f"runs/paper/bookcorpus-{'bert-base-uncased' if model == 'bert' else 'roberta-base'}/{path.stem}-seed1111"
+    assert (
+        flags.work_dir == f"runs/paper/{model}/bookcorpus-{'bert-base-uncased' if model == 'bert' else 'roberta-base'}/{path.stem}-seed1111"
+    )
 
 
 def test_both_encoders_have_the_same_rows():

@@ -115,6 +115,39 @@ def test_dropouts_of_a_named_network(inner, final):
     assert [model["encoder"][1].ffn[1].p, len(model["encoder"][1].ffn)] == [final, 2]
 
 
+class Late(nn.Module):
+    """Its dropout, registered first or last, falls on the input or the hidden units."""
+
+    def __init__(self, on_input: bool):
+        super().__init__()
+        self.early, self.first, self.second, self.late = nn.Dropout(0.4), nn.Linear(D, WIDE), nn.Linear(WIDE, D), nn.Dropout(0.3)
+        self.on_input = on_input
+
+    def forward(self, x):
+        return self.second(self.late(F.relu(self.first(self.early(x) if self.on_input else x))))
+
+
+def test_dropouts_count_where_they_are_called():
+    model = sd.moefy(stacked(lambda: Late(False)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
+    assert [layer.experts.dropout for _, layer in sd.moe_layers(model)] == [0.3] * 3
+    with pytest.raises(sd.ConfigError, match="1 ahead of its hidden units"):
+        sd.moefy(stacked(lambda: Late(True)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
+
+
+@pytest.mark.parametrize("sites", ["encoder.*.ffn", None])
+def test_a_network_that_stands_in_two_places_is_refused(sites):
+    shared = nn.Sequential(nn.Linear(D, WIDE), nn.ReLU(), nn.Linear(WIDE, D))
+    with pytest.raises(sd.ConfigError, match=r"encoder\.0\.ffn and encoder\.1\.ffn are one and the same"):
+        sd.moefy(stacked(lambda: shared), sd.SMoEConfig(4, 2, sites=sites))
+
+
+def test_all_hosts_are_asked():
+    """Networks of two kinds in one model, in the model's order."""
+    layers = [nn.TransformerEncoderLayer(D, 2, WIDE, batch_first=True), Block(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D)))]
+    model = nn.Sequential(*layers, nn.TransformerEncoderLayer(D, 2, 12, batch_first=True))
+    assert [site.d_ff for site in find_sites(model)] == [WIDE, 8, 12]
+
+
 @pytest.mark.parametrize("sites", ["encoder.*.ffn", ("encoder.0.ffn", "*.2.ffn"), ["encoder.2.ffn", "encoder.0.ffn"]], ids=str)
 def test_patterns_and_layers_pick_in_the_models_order(sites):
     config = sd.SMoEConfig(4, 2, sites=sites, layers=(1,))
@@ -161,9 +194,9 @@ REFUSED = {
     "raises": (lambda: Plain(lambda x: x.view(-1, 3)), "encoder.*.ffn", "another activation is in it"),
     "tuple": (lambda: Wrong(lambda m, x, y: (y, x)), "encoder.*.ffn", "another activation is in it"),
     "dropouts": (
-        lambda: Wrong(lambda m, x, y: y, more=nn.Dropout(0.1)),
+        lambda: Wrong(lambda m, x, y: m.more(y), more=nn.Dropout(0.1)),
         "encoder.*.ffn",
-        "1 dropouts ahead of its last map 'second' and 2",
+        "0 ahead of its hidden units, 1 of them, 2 of its output",
     ),
     "width": (lambda: Plain(), "encoder.*.ffn", "width 16 of 'ffn' is not divisible by num_experts = 5"),
 }

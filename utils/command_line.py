@@ -124,6 +124,8 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
     if flags.same_length and flags.mem_len == 0:
         found.append("--same_length lets every position see --mem_len positions, and that is 0: leave one of them out")
+    if flags.weight_decay != Flags.weight_decay and flags.optim != "adamw":
+        found.append(f"--weight_decay {flags.weight_decay} means nothing to --optim {flags.optim}: leave it out, or use --optim adamw")
     if flags.k is not None and not flags.eval_only:
         found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
     if flags.cuda and flags.device == "cpu":
@@ -301,7 +303,8 @@ def resolve(flags: Flags) -> Flags:
         flags = dataclasses.replace(flags, swad_end=flags.max_step)
     if flags.work_dir is None:
         name = flags.run_name or flags.method or "custom"
-        flags = dataclasses.replace(flags, work_dir=f"runs/{flags.preset}/{flags.dataset}/{name}-seed{flags.seed}")
+        folder = f"{flags.preset}/{flags.model}" if flags.model in OF_PIECES else flags.preset
+        flags = dataclasses.replace(flags, work_dir=f"runs/{folder}/{flags.dataset}/{name}-seed{flags.seed}")
     return flags
 
 

@@ -18,7 +18,7 @@ def forked_random(device: torch.device):
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
-    """The task's quality on a split, positions read, and positions per second.
+    """The task's quality on a split, positions read and those with a loss, and positions read per second.
 
     Methods that draw experts draw the same at every evaluation, from the run's seed. k, mode and memory length of the model, and the random
     generators, are as before afterwards. Rows are shared out over processes; the mean is over all positions with a loss.
@@ -40,7 +40,8 @@ def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps:
         model.train(was_training)
     loss, targets, tokens = engine.sum([loss, targets, tokens])
     quality = task.metric.of(loss / targets)
-    return {task.metric.name: quality, "tokens": int(tokens), "tokens_per_second": tokens / (time.perf_counter() - begin)}
+    speed = tokens / (time.perf_counter() - begin)
+    return {task.metric.name: quality, "tokens": int(tokens), "targets": int(targets), "tokens_per_second": speed}
 
 
 def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list[int | None], say) -> list[dict]:
@@ -50,7 +51,7 @@ def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list
         measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
         parameters, ffn_parameters = active_parameters(model, k)
         row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
-        row |= {f"{split}_tokens": values["tokens"] for split, values in measured.items()}
+        row |= {f"{split}_{name}": values[name] for split, values in measured.items() for name in ("tokens", "targets")}
         row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
         row["flops_per_token"] = task.forward_flops(model, shape, k) / (shape.rows * shape.positions)
         row["tokens_per_second"] = measured[splits[-1]]["tokens_per_second"]

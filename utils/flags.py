@@ -18,13 +18,13 @@ class Flags:
     preset: str = "paper"
     """sizes and lengths: paper, laptop or quick"""
     work_dir: str | None = None
-    """the run's folder, exactly; default runs/<preset>/<dataset>/<run_name>-seed<seed>. The same command again resumes"""
+    """the run's folder, exactly; default runs/<preset>/[<model>/]<dataset>/<run_name>-seed<seed>. The same command again resumes"""
     method_options: str | None = None
     """options of the method and the router, such as alpha=5,inference=token; a wrong one lists those there are"""
     run_name: str | None = None
     """name in the default work_dir; default the method's"""
     seed: int = 1111
-    """random seed of initialisation, router and dropout"""
+    """random seed of initialisation, router, dropout, and for word pieces order and masks"""
     yes: bool = False
     """go on although a CPU would take hours"""
     eval_only: bool = False

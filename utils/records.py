@@ -58,7 +58,7 @@ QUALITY_FIELDS = {
 }
 # Runs of one method are only averaged, and methods of one table only compared, where these agree.
 SAME_IN_METHOD = ("training.steps", "model.num_experts", "parameters.total")
-SAME_IN_GROUP = ("model.architecture", "dataset.fingerprint", "metric.name", "metric.lower_is_better")
+SAME_IN_GROUP = ("dataset.fingerprint", "metric.name", "metric.lower_is_better")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Method:
 
 @dataclass
 class Group:
-    """The methods to be compared: one dataset, one preset."""
+    """The methods to be compared: one dataset, one preset, one architecture."""
 
     dataset: dict
     preset: str
@@ -82,7 +82,12 @@ class Group:
 
     def stem(self, joint: str) -> str:
         """Dataset and preset as part of a file name."""
-        return joint.join(map(slug, (self.dataset["name"], self.preset)))
+        return joint.join(map(slug, (self.dataset["name"], *named_architecture(self.methods[0].records[0]), self.preset)))
+
+
+def named_architecture(record: Record) -> list[str]:
+    """The model, where a data set may be another's too: one of word pieces."""
+    return [record["model"]["architecture"]] if "pieces" in record["dataset"] else []
 
 
 def slug(text: str) -> str:
@@ -165,10 +170,10 @@ def _check_same(one: tuple[Path, Record], other: tuple[Path, Record], names: Ite
 
 
 def group_records(found: list[tuple[Path, Record]]) -> list[Group]:
-    """Groups by dataset title and preset, then by method: dense ones first, then by title. A run found twice counts once."""
+    """Groups by dataset title, preset and architecture, then by method: dense ones first, then by title. A run found twice counts once."""
     groups: dict[tuple, dict[tuple, dict[int, tuple[Path, Record]]]] = {}
     for path, record in found:
-        methods = groups.setdefault((record["dataset"]["title"], record["preset"]), {})
+        methods = groups.setdefault((record["dataset"]["title"], record["preset"], record["model"]["architecture"]), {})
         seeds = methods.setdefault((record["sparse"], record["title"], record["method"]), {})
         twin = seeds.setdefault(record["seed"], (path, record))
         if twin[1] != record:

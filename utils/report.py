@@ -16,7 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError, run_main
-from utils.records import PUBLISHED, Group, Method, Record, entry_at, find_records, group_records, load_records, read_record, slug
+from utils.records import (
+    PUBLISHED,
+    Group,
+    Method,
+    Record,
+    entry_at,
+    find_records,
+    group_records,
+    load_records,
+    named_architecture,
+    read_record,
+    slug,
+)
 
 DASH = "–"
 
@@ -111,10 +123,13 @@ def _caption(group: Group) -> str:
     steps = _distinct((record["training"]["steps"] for record in records), "{:,}".format)
     numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     read = {entry.get("test_tokens") for record in records for entry in record["quality"]} - {None}
-    unit = "bytes" if "bytes" in group.dataset else "pieces"
-    part = f", tested on {max(read):,} {unit}" if read and max(read) < 0.99 * group.dataset[unit]["test"] else ""
+    part = f", tested on {max(read):,} bytes" if read and max(read) < 0.99 * group.dataset.get("bytes", {"test": 0})["test"] else ""
+    asked = {entry.get("test_targets") for record in records for entry in record["quality"]} - {None}
+    if "pieces" in group.dataset and asked:
+        part = f", loss in nats of {max(asked):,} masked pieces"
+    model = "".join(f"{name} on " for name in named_architecture(records[0]))
     return (
-        f"{group.dataset['title']}, preset {group.preset}: {spread} ({numbers}), {steps} steps{part}, "
+        f"{model}{group.dataset['title']}, preset {group.preset}: {spread} ({numbers}), {steps} steps{part}, "
         f"{_distinct(p['precision'] for p in places)}, threads: {_distinct(p['threads'] for p in places)}, "
         f"device: {_distinct(p.get('device_name') or p['device'] for p in places)}."
     )
@@ -204,7 +219,7 @@ def collect(run_dirs: Iterable[Path], table: str, results: Path = Path("results"
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected.")
         if record["table"] != table:
             raise UserError(f"{path}: the record belongs to '{record['table']}'; give --table {record['table']}, not {table}.")
-        parts = (record["dataset"]["name"], record["preset"], record["method"], f"seed{record['seed']}")
+        parts = (record["dataset"]["name"], *named_architecture(record), record["preset"], record["method"], f"seed{record['seed']}")
         target = results / table / f"{'-'.join(map(slug, parts))}.json"
         if target in planned and planned[target][1] != record:
             raise UserError(f"{path}: would get the same name as {planned[target][0]}, {target.name}; collect only one of the two.")

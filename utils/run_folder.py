@@ -84,6 +84,8 @@ class RunFolder:
             write_json(path, config)
             return
         stored = read_config(self.path)
+        if absent := sorted(config.keys() - stored.keys()):
+            raise UserError(f"--work_dir {self.path} holds a run of an older version, without {', '.join(absent)}: choose another folder")
         differences = [
             f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
             for name in sorted(stored.keys() | config.keys())
@@ -164,7 +166,7 @@ class RunFolder:
 
 def describe_environment(engine) -> dict[str, Any]:
     """Commit, versions and hardware."""
-    packages = ("torch", "accelerate", "safetensors", "numpy")
+    packages = ("torch", "accelerate", "safetensors", "numpy", *(["transformers"] if "transformers" in sys.modules else []))
     return {
         "commit": _git_commit(),
         "python": platform.python_version(),

@@ -16,7 +16,7 @@ data=$(field data <<<"$settings") runs=$(dirname "$(field work_dir <<<"$settings
 folder=script/table1
 [ "$model" = transformer_xl ] || folder=script/table1/$model
 if [ ! -e "$data/meta.json" ]; then
-  echo "error: $data is no prepared text: make one with data/prepare.py" >&2
+  echo "error: $data is no prepared text: make one with data/prepare.py, for bert and roberta with data/prepare_pieces.py" >&2
   exit 2
 fi
 has threads "$@" || set -- "$@" --threads "$(($(nproc) > jobs ? $(nproc) / jobs : 1))"

@@ -34,7 +34,7 @@ def _experts(
     activation: str,
     dropout: float,
 ) -> Tensor:
-    with _seeded(seed, dropout):
+    with _seeded(seed, dropout, x.device):
         return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, activation, dropout).contiguous()
 
 
@@ -54,7 +54,7 @@ def _experts_backward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weights, *tensors = (tensor.detach().requires_grad_() for tensor in (x, weights, up, bias_up, down, bias_down))
-    with _seeded(seed, dropout), _recorded():
+    with _seeded(seed, dropout, x.device), _recorded():
         y = _run(x, indices, weights, tensors, backend, activation, dropout)
     return tuple(gradient.contiguous() for gradient in torch.autograd.grad(y, (x, weights, *tensors), grad))
 
@@ -81,12 +81,12 @@ def _recorded() -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: Tensor, dropout: float) -> Iterator[None]:
+def _seeded(seed: Tensor, dropout: float, device: torch.device) -> Iterator[None]:
     """Random numbers of the seed within the block; the generators outside it are left as they were."""
     if dropout == 0:
         yield
         return
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed))
         yield
 

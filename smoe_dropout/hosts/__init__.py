@@ -23,15 +23,24 @@ HOSTS = tuple(f"{__name__}.{name}" for name in ("torch_layers", "sequential", "i
 
 
 def find_sites(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site]:
-    """The model's feed-forward networks in order: the modules that `patterns` name, or those of the first host that knows any.
+    """The model's feed-forward networks in order: the modules that `patterns` name, or those that any host knows.
 
-    ConfigError if there are none, with the patterns that would name some; or for a pattern that names something else.
+    ConfigError if there are none, with the patterns that would name some; for a pattern that names something else; or for a network that
+    stands in several places of the model.
     """
     if patterns is not None:
-        return find_named(model, patterns)
-    for module in HOSTS:
-        if sites := importlib.import_module(module).find(model):
-            return sites
+        sites = find_named(model, patterns)
+    else:
+        places = {module: place for place, module in enumerate(model.modules())}
+        found = [site for module in HOSTS for site in importlib.import_module(module).find(model)]
+        sites = sorted(found, key=lambda site: places[getattr(site.parent, site.name)])
+    networks = {getattr(site.parent, site.name) for site in sites}
+    for network in networks:
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if module is network]
+        if len(names) > 1:
+            raise ConfigError(f"{' and '.join(names[:2])} are one and the same feed-forward network, which cannot become experts")
+    if sites:
+        return sites
     raise ConfigError(
         f"{type(model).__name__} has no feed-forward network a host knows, such as nn.Sequential(Linear, activation, [Dropout], Linear); "
         f"{described(model)}"

@@ -35,8 +35,8 @@ def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
     """The modules whose dotted names match (fnmatch; `*` matches dots too), in the model's order.
 
     Such a module holds two linear maps D -> F -> D, or three where it is gated, an activation (as a module or in its forward), and no other
-    parameters. Of its nn.Dropouts, in the order of its children, one ahead of the last map is taken for the dropout of hidden units, and
-    one behind it for that of the output; a dropout that is only called in a forward cannot be seen and is lost.
+    parameters. Of its nn.Dropouts, in the order in which they are called, one between the maps is that of hidden units, and one behind the
+    last map that of the output; a dropout that is a function called in a forward cannot be seen and is lost.
 
     ConfigError for a pattern that matches nothing, matches within each other, or a module that is something else.
     """
@@ -97,22 +97,12 @@ def _fits(weights: list[Tensor]) -> bool:
 
 def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Network] | None:
     """The activation that comes nearest, the maps being these, with its relative error; None if none is within the tolerance."""
-    draw = torch.Generator().manual_seed(0)
-    parameters = {}
-    for name, parameter in module.named_parameters():
-        fan_in = max(_weight(module.get_submodule(name.rpartition(".")[0])).shape[1], 1)
-        parameters[name] = torch.randn(parameter.shape, generator=draw) * (1.0 if parameter.dim() < 2 else 1.5 / fan_in**0.5)
-    buffers = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if not buffer.is_meta}
-    linears = [(_transposed(module.get_submodule(name), parameters[f"{name}.weight"]), parameters.get(f"{name}.bias")) for name in names]
+    tried = _tried(module, names)
+    if tried is None:
+        return None
+    x_1ND, y, linears, _ = tried
     *first, down = linears
-    x_1ND = torch.randn(1, 4, first[0][0].shape[1], generator=draw)
-    with _evaluated(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            y = torch.func.functional_call(module, parameters | buffers, (x_1ND,))
-        except Exception:  # whatever its forward wants, it is no feed-forward network
-            return None
-        if not isinstance(y, Tensor) or y.shape != x_1ND.shape:
-            return None
+    with torch.no_grad():
         pre = torch.cat([F.linear(x_1ND, *linear) for linear in first], -1)
         errors = []
         for name, activation in ACTIVATIONS.items():
@@ -121,6 +111,39 @@ def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Netwo
                 errors.append((((y.float() - expected).norm() / expected.norm()).item(), name))
     error, activation = min(errors)
     return (error, Network(names[0] if len(names) == 3 else None, *names[-2:], activation)) if error < TOLERANCE else None
+
+
+class Trial(NamedTuple):
+    """One pass of a module with random weights: what went in, what came out, its maps' (weight, bias), and its parts in the order of their
+    calls.
+    """
+
+    x_1ND: Tensor
+    y: Tensor
+    linears: list[tuple[Tensor, Tensor | None]]
+    called: list[nn.Module]
+
+
+def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | None:
+    """None where the module does not map [1, N, D] to [1, N, D]."""
+    draw = torch.Generator().manual_seed(0)
+    parameters, called = {}, []
+    for name, parameter in module.named_parameters():
+        fan_in = max(_weight(module.get_submodule(name.rpartition(".")[0])).shape[1], 1)
+        parameters[name] = torch.randn(parameter.shape, generator=draw) * (1.0 if parameter.dim() < 2 else 1.5 / fan_in**0.5)
+    buffers = {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if not buffer.is_meta}
+    linears = [(_transposed(module.get_submodule(name), parameters[f"{name}.weight"]), parameters.get(f"{name}.bias")) for name in names]
+    x_1ND = torch.randn(1, 4, linears[0][0].shape[1], generator=draw)
+    hooks = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in module.modules()]
+    try:
+        with _evaluated(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            y = torch.func.functional_call(module, parameters | buffers, (x_1ND,))
+    except Exception:  # whatever its forward wants, it is no feed-forward network
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Trial(x_1ND, y, linears, called) if isinstance(y, Tensor) and y.shape == x_1ND.shape else None
 
 
 @contextmanager
@@ -142,7 +165,7 @@ def _site(model: nn.Module, name: str) -> Site:
             f"sites names {name!r}, a {type(module).__name__}, which is no feed-forward network: {network}; a module named in sites "
             "must be two linear maps with an activation between them, or three of a gated one, and nothing else but dropout"
         )
-    inner, final = _dropouts(name, module, network.down)
+    inner, final = _dropouts(name, module, network)
     outer, _, child = name.rpartition(".")
     down = module.get_submodule(network.down)
 
@@ -158,17 +181,21 @@ def _site(model: nn.Module, name: str) -> Site:
     return Site(parent, child, *maps[0], *maps[1], network.activation, inner, final, put_dropout, *gates)
 
 
-def _dropouts(name: str, module: nn.Module, down: str) -> tuple[float, nn.Module | None]:
-    """The probability of the dropout ahead of the last map, and the dropout behind it."""
-    names = [path for path, _ in module.named_modules()]
-    dropouts = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Dropout)]
-    before = [part for path, part in dropouts if names.index(path) < names.index(down)]
-    behind = [part for path, part in dropouts if names.index(path) > names.index(down)]
-    if len(before) > 1 or len(behind) > 1:
+def _dropouts(name: str, module: nn.Module, network: Network) -> tuple[float, nn.Module | None]:
+    """The probability of the dropout of hidden units, and the dropout behind the last map."""
+    names = tuple(part for part in network[:3] if part)
+    called = [part for part in _tried(module, names).called if isinstance(part, nn.Dropout | nn.Linear) or _weight(part) is not None]
+    maps = [called.index(module.get_submodule(part)) for part in names]
+    dropouts = [(place, part) for place, part in enumerate(called) if isinstance(part, nn.Dropout)]
+    before = [part for place, part in dropouts if place < max(maps[:-1])]
+    inner = [part for place, part in dropouts if max(maps[:-1]) < place < maps[-1]]
+    behind = [part for place, part in dropouts if place > maps[-1]]
+    if before or len(inner) > 1 or len(behind) > 1:
         raise ConfigError(
-            f"sites names {name!r}, which has {len(before)} dropouts ahead of its last map {down!r} and {len(behind)} behind it"
+            f"sites names {name!r}, whose dropouts cannot be carried over: {len(before)} ahead of its hidden units, {len(inner)} of them, "
+            f"{len(behind)} of its output"
         )
-    return before[0].p if before else 0.0, behind[0] if behind else None
+    return inner[0].p if inner else 0.0, behind[0] if behind else None
 
 
 def _weight(module: nn.Module) -> Tensor | None:

@@ -17,7 +17,7 @@ _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"
 
 def find(model: nn.Module) -> list[Site]:
     """The sites in the order of the model's layers."""
-    stacks = {stack.layers[0]: stack for stack in model.modules() if isinstance(stack, nn.TransformerEncoder) and len(stack.layers)}
+    stacks = {layer: stack for stack in model.modules() if isinstance(stack, nn.TransformerEncoder) for layer in stack.layers}
     return [site for layer in model.modules() if isinstance(layer, _KINDS) and (site := _site(layer, stacks.get(layer)))]
 
 

@@ -56,7 +56,7 @@ def with_auxiliary(model: nn.Module, loss: Tensor) -> Tensor:
 
 
 # the training flags that several methods stand for
-DENSE = {"moe": False, "dropout": 0.0, "dense_drop": False}
+DENSE = {"moe": False, "dropout": 0.0, "dropatt": 0.0, "dense_drop": False}
 LEARNED_ROUTER = {"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False}
 FROZEN_ROUTER = {"moe": True, "gate_name": "random", "freeze_gate": True, "dynamic_moe": True}
 

@@ -51,6 +51,7 @@ class CompeteLayer(MoELayer, Reports):
     """
 
     Options = Options
+    own_losses = True
 
     def __init__(self, *arguments):
         super().__init__(*arguments)

@@ -53,7 +53,7 @@ def attention(flags: Flags) -> str:
     """Plain where a method looks at its probabilities, and on a CPU, where the fused backward pass takes six times as long in bf16."""
     method = method_of(flags)
     looks = method and method.layer and "probabilities" in method.layer.needs
-    return "sdpa" if torch.cuda.is_available() and not looks else "eager"
+    return "sdpa" if flags.device != "cpu" and torch.cuda.is_available() and not looks else "eager"
 
 
 def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:

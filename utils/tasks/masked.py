@@ -17,6 +17,8 @@ from utils.models import Shape
 from utils.tasks import Batch, Metric, Task
 from utils.vocabulary import Vocabulary
 
+ORDER, MASKS = 1, 2  # what a random stream is for
+HELD_OUT = ("valid", "test")
 HELD_OUT_SEED = 20230303  # masks of evaluation are the same for every run and method
 
 
@@ -77,9 +79,9 @@ class MaskedLanguageModelling(Task):
         sequences, size = self._splits["train"], self.flags.batch_size
         epoch, place = divmod(step, sequences.count // size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.flags.seed, epoch)).permutation(sequences.count)
+            self._epoch, self._order = epoch, np.random.default_rng((self.flags.seed, epoch, ORDER)).permutation(sequences.count)
         chosen = self._order[place * size : (place + 1) * size][rows.start : rows.stop]
-        return Batch(sequences.batch(chosen, (self.flags.seed, epoch), self.engine.device), self._shape(size))
+        return Batch(sequences.batch(chosen, (self.flags.seed, epoch, MASKS), self.engine.device), self._shape(size))
 
     def next(self) -> Batch:
         self._step += 1
@@ -102,7 +104,7 @@ class MaskedLanguageModelling(Task):
             whole = np.arange(start, min(start + rows, sequences.count))
             own = range(len(whole)) if everything else rank_lanes(len(whole), engine.rank, engine.world_size, training=False)
             if len(own):
-                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED,), engine.device)
+                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED, HELD_OUT.index(split), MASKS), engine.device)
                 yield Batch(inputs, self._shape(len(whole)))
 
     @property
