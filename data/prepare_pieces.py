@@ -1,4 +1,4 @@
-"""Prepares a text for BERT or RoBERTa: word pieces as train.bin, valid.bin, test.bin, with meta.json and the tokenizer (see data/README.md).
+"""Prepares a text for BERT or RoBERTa: word pieces as train.bin, valid.bin, test.bin, meta.json, and the tokenizer (see data/README.md).
 
     python data/prepare_pieces.py books-bert-base-uncased --tokenizer bert-base-uncased --data_files a.txt b.txt.xz
     python data/prepare_pieces.py bookcorpus-roberta-base --tokenizer roberta-base --hub bookcorpus/bookcorpus@refs/convert/parquet
@@ -54,9 +54,11 @@ def lines(job: argparse.Namespace) -> Iterator[list[str]]:
         for batch in rows.iter(batch_size=LINES):
             if job.column not in batch:
                 raise UserError(f"{source(job)} has no column {job.column!r}, but {', '.join(batch)}: name one with --column")
-            texts = [text or "" for text in batch[job.column]]
-            if other := next((text for text in texts if not isinstance(text, str)), None):
-                raise UserError(f"{source(job)}: the column {job.column!r} holds {other!r}, which is no text: name another with --column")
+            texts = ["" if text is None else text for text in batch[job.column]]
+            if others := [text for text in texts if not isinstance(text, str)]:
+                raise UserError(
+                    f"{source(job)}: the column {job.column!r} holds {others[0]!r}, which is no text: name another with --column"
+                )
             yield texts
     except UserError:
         raise
@@ -91,7 +93,9 @@ def load_tokenizer(name: str):
         tokenizer = kind.from_pretrained(name)
     except Exception as error:  # of the network, the hub or a parser
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--tokenizer {name} cannot be loaded: {reason}; give a folder with vocab.txt, or vocab.json and merges.txt") from error
+        raise UserError(
+            f"--tokenizer {name} cannot be loaded: {reason}; give a folder with vocab.txt, or vocab.json and merges.txt"
+        ) from error
     known = _bare_vocabulary(folder) if kind is not AutoTokenizer else tokenizer.get_vocab()
     lacking = [piece for piece in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{piece}_token") not in known]
     if lacking or len(tokenizer) > 1 << 16:
@@ -168,7 +172,15 @@ def build(job: argparse.Namespace, folder: Path) -> None:
     (folder / "whole").unlink()
     tokenizer.save_pretrained(folder / "tokenizer")
     title = job.title or (f"{job.name}, first {count:,} pieces" if job.limit else job.name)
-    meta = {"schema": SCHEMA, "name": job.name, "title": title, "source": source(job), "limit": job.limit, "column": job.column, "official_text": False}
+    meta = {
+        "schema": SCHEMA,
+        "name": job.name,
+        "title": title,
+        "source": source(job),
+        "limit": job.limit,
+        "column": job.column,
+        "official_text": False,
+    }
     meta |= {"splits": entries, "vocabulary": asdict(vocabulary_of(tokenizer, job.tokenizer))}
     write_synced(folder / META, [(json.dumps(meta, indent=1) + "\n").encode()])
     sync_folder(folder)
@@ -204,7 +216,7 @@ def prepare(job: argparse.Namespace) -> None:
 
 
 def install(built: Path, out: Path) -> None:
-    """Puts the finished folder at `out`: one rename or, into a folder that is there, name by name with meta.json first gone and last back."""
+    """Puts the finished folder at `out`: one rename or, where a folder is, name by name with meta.json first gone and last back."""
     if out.exists():
         (out / META).unlink()
         sync_folder(out)
@@ -222,7 +234,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Prepare word pieces for masked language modelling; prints the prepared folder.")
     parser.add_argument("name", metavar="NAME", help="the data set's name, best with the tokenizer's in it")
     parser.add_argument("--tokenizer", required=True, help="a folder with vocab.txt, or vocab.json and merges.txt, or a name on the hub")
-    parser.add_argument("--data_files", type=Path, nargs="+", metavar="FILE", default=[], help="texts (plain, .xz, .gz), .parquet, .jsonl, .csv")
+    parser.add_argument(
+        "--data_files", type=Path, nargs="+", metavar="FILE", default=[], help="texts (plain, .xz, .gz), .parquet, .jsonl, .csv"
+    )
     parser.add_argument("--hub", metavar="DATASET[@REVISION]", help="a data set on the hub, in place of --data_files")
     parser.add_argument("--column", default="text", help="the column of texts (default: text)")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pieces only")

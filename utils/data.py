@@ -98,9 +98,9 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
     found = path.stat().st_size if path.is_file() else None
     if found != expected or not found or ("vocabulary" in meta and found % 2):
         there = "is missing" if found is None else f"has {found:,} bytes"
-        raise UserError(
-            f"{path} {there}, {META} says {expected:,} bytes: prepare it again with {_remedy(meta['name'], True, 'vocabulary' in meta)}"
-        )
+        pieces = "vocabulary" in meta
+        wanted = f"{META} says {expected:,} bytes" + (", two each piece" if pieces else "")
+        raise UserError(f"{path} {there}, {wanted}: prepare it again with {_remedy(meta['name'], True, pieces)}")
     try:
         return np.memmap(path, dtype=np.uint16 if "vocabulary" in meta else np.uint8, mode="r")
     except OSError as error:

@@ -69,7 +69,8 @@ class MaskedLanguageModelling(Task):
             if (there := self._splits[split].count) < wanted:
                 pieces = f"{len(getattr(corpus, split)):,} pieces"
                 raise UserError(
-                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}: {wanted} are needed"
+                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}: {wanted} are needed: "
+                    "use a longer text, or a smaller --batch_size or --tgt_len"
                 )
 
     def _shape(self, rows: int) -> Shape:
