@@ -43,7 +43,7 @@ from utils.errors import TrainingError, UserError
 from utils.evaluation import evaluate, evaluate_all
 from utils.flops import parameter_counts
 from utils.interrupt import Interrupt
-from utils.model import build_model, forget_router_gradients, training_settings
+from utils.model import forget_router_gradients, training_settings
 from utils.models import architecture
 from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.probe import refuse_if_too_slow
@@ -73,24 +73,24 @@ class State:
     world_size: int = 1
 
 
-def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
-    task: Task = architecture(flags.model).Task(flags, corpus, engine)
+def main(task: Task) -> int:
+    flags, engine = task.flags, task.engine
     say = print if engine.is_main else (lambda sentence: None)
 
     checkpoints = RunFolder.checkpoints_of(flags)
     if not flags.yes and not checkpoint.steps(checkpoints):
         refuse_if_too_slow(task)
-    folder = RunFolder(flags, corpus.fingerprint) if engine.is_main else None
+    folder = RunFolder(flags, task.fingerprints) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
         say(f"this run is complete: {checkpoints.parent / 'result.json'}")
         return 0
 
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
-    model = engine.prepare(build_model(flags, corpus.vocabulary))
+    model = engine.prepare(task.build())
     optimizer = build_optimizer(model, flags)
     method = method_of(flags)
-    objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(corpus.train)))
+    objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(task.corpus.train)))
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
     average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
     # weights and Adam's two moments, in four checkpoints kept and one in the making; with --swad the mean besides
@@ -104,7 +104,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
     if engine.is_main:
         folder.truncate_metrics(state.step)
         folder.write_environment(engine, sys.argv)
-    describe(flags, corpus, model, engine, state, say)
+    describe(task, model, state, say)
 
     interrupt, progress = Interrupt(), Progress(state.step, flags.max_step, engine.is_main)
     model.train()
@@ -173,7 +173,7 @@ def main(engine: Engine, flags: Flags, corpus: Corpus) -> int:
 def finish(task: Task, folder: RunFolder | None, model, checkpoints, state: State, average, say) -> None:
     """The final test at every k, and the record."""
     flags, engine = task.flags, task.engine
-    ks, splits = evaluation_ks(flags), ("valid", "test")
+    ks, splits = evaluation_ks(flags), task.splits
     training = {"steps": state.step, "tokens": state.tokens, "seconds": state.seconds, "cpu_seconds": state.cpu_seconds}
     training |= {"tokens_per_second": state.tokens / state.seconds, "flops": state.flops}
     if average and average.count:
@@ -181,16 +181,18 @@ def finish(task: Task, folder: RunFolder | None, model, checkpoints, state: Stat
         with average.applied(model):
             quality = evaluate_all(task, model, splits, ks, say)
         training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": quality}
-    routing = describe_routing(task, model, checkpoints)
-    load_best(model, checkpoints, state.best_step)
-    say(f"final test of step {state.best_step}, the best on validation{' at k = E' if flags.moe else ''}")
+    routing = describe_routing(task, model, checkpoints) if task.selects else None
+    chosen = state.best_step if task.selects else state.step
+    load_step(model, checkpoints, chosen)
+    why = f"the best on validation{' at k = E' if flags.moe else ''}" if task.selects else "the last"
+    say(f"final test of step {chosen}, {why}")
     quality = evaluate_all(task, model, splits, ks, say)
     if folder is None:
         return
     metrics = folder.metrics()
     last = next(line for line in reversed(metrics) if line["split"] == "train")
     training["method_metrics"] = {name: value for name, value in last.items() if "." in name}  # those named after modules
-    measured = (quality, training, routing, metrics, describe_environment(engine), engine.peak_memory_mib(), state.best_step)
+    measured = (quality, training, routing, metrics, describe_environment(engine), engine.peak_memory_mib(), chosen)
     write_json(folder.path / "result.json", build_result(task, model, *measured, sys.argv[1:]))
     folder.close()
     say(f"done: {folder.path / 'result.json'}")
@@ -239,7 +241,8 @@ def log(task: Task, folder: RunFolder | None, model, state: State, lr: float, k:
     sums = [state.loss_sum, state.loss_tokens, 0.0 if auxiliary is None else auxiliary.item() * state.loss_tokens]
     loss_sum, tokens, auxiliary_sum = task.engine.sum(sums)
     loss, metric = loss_sum / tokens, task.metric
-    line = {"step": state.step, "split": "train", "loss": loss, metric.name: metric.of(loss), "lr": lr, "k": k, "grad_norm": norm}
+    quality = {metric.name: metric.of(loss)} if metric.of_loss else {}
+    line = {"step": state.step, "split": "train", "loss": loss, **quality, "lr": lr, "k": k, "grad_norm": norm}
     if auxiliary is not None:
         line["auxiliary_loss"] = auxiliary_sum / tokens
     line |= method_metrics(model)
@@ -249,7 +252,7 @@ def log(task: Task, folder: RunFolder | None, model, state: State, lr: float, k:
         folder.record(line)
         for name, shares in expert_load(model).items():
             folder.record_histogram(f"expert_load/{name}", shares, state.step)
-    return f"loss {loss:.4f}" + (f" | {metric.of(loss):.4f} {metric.name}" if metric.name != "loss" else "")
+    return f"loss {loss:.4f}" + "".join(f" | {value:.4f} {name}" for name, value in quality.items() if name != "loss")
 
 
 def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: State, plateau: Plateau, average, say) -> None:
@@ -259,13 +262,13 @@ def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: 
     ks = [None] if k is None else sorted({k, max(1, E // 2), E})
 
     def measure() -> dict[int | None, float]:
-        return {at: evaluate(task, model, "valid", at, flags.max_eval_steps)[metric] for at in ks}
+        return {at: evaluate(task, model, task.splits[0], at, flags.max_eval_steps)[metric] for at in ks}
 
     def named(found: dict[int | None, float], before: str = "") -> dict[str, float]:
         return {f"{before}{metric}" + ("" if at is None else f"_k{at}"): value for at, value in found.items()}
 
     found = measure()
-    line = {"step": state.step, "split": "valid", "k": k} | named(found)
+    line = {"step": state.step, "split": task.splits[0], "k": k} | named(found)
     if average and average.count:
         with average.applied(model):
             line |= named(measure(), "averaged_")
@@ -277,11 +280,11 @@ def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: 
         raise TrainingError(f"{where}: try a smaller --lr or --clip in a new --work_dir")
     badness = quality if task.metric.lower_is_better else -quality
     plateau.observe(badness)
-    best = badness < state.best
+    best = task.selects and badness < state.best
     if best:
         state.best, state.best_step = badness, state.step
     values = ", ".join(f"{value:.4f}" + ("" if at is None else f" at k = {at}") for at, value in found.items())
-    say(f"validation at step {state.step}: {values} {metric}{', the best so far' if best else ''}")
+    say(f"{'validation' if task.selects else task.splits[0]} at step {state.step}: {values} {metric}{', the best so far' if best else ''}")
 
 
 def save(
@@ -324,17 +327,19 @@ def restore(folder, task: Task, model, optimizer, plateau: Plateau, average: Wei
     return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
 
 
-def load_best(model, checkpoints, step: int) -> None:
+def load_step(model, checkpoints, step: int) -> None:
     folder = checkpoints / checkpoint.name_of(step)
     checkpoint.verify(folder)
     load_weights(model, folder)
 
 
-def describe(flags: Flags, corpus: Corpus, model, engine: Engine, state: State, say) -> None:
+def describe(task: Task, model, state: State, say) -> None:
     """What is about to be run, in a few lines."""
-    counts = parameter_counts(model)
-    say(f"{flags.method or 'custom'} on {corpus.title}: {counts['total']:,} parameters, {counts['trainable']:,} trained")
+    flags, engine, counts = task.flags, task.engine, parameter_counts(model)
+    say(f"{flags.method or 'custom'} on {task.corpus.title}: {counts['total']:,} parameters, {counts['trainable']:,} trained")
     say(f"work_dir: {flags.work_dir}")
+    for sentence in task.describe():
+        say(sentence)
     if flags.moe:
         indices = moe_layer_indices(flags)
         dense = [index for index in range(flags.n_layer) if index not in indices]
@@ -372,24 +377,25 @@ def not_finite(step, lr, norm, loss, checkpoints) -> str:
     )
 
 
-def evaluate_run(engine: Engine, flags: Flags, corpus: Corpus) -> int:
-    """--eval_only: the best weights of a run at the given k, into eval.json beside result.json."""
-    root = RunFolder.checkpoints_of(flags)
+def evaluate_run(task: Task) -> int:
+    """--eval_only: the weights of a run that its table shows, at the given k, into eval.json beside result.json."""
+    flags, engine, root = task.flags, task.engine, RunFolder.checkpoints_of(task.flags)
     newest = checkpoint.latest(root, print)
     if newest is None:
         raise UserError(f"{root} holds no checkpoint: train first")
-    task: Task = architecture(flags.model).Task(flags, corpus, engine)
-    model = build_model(flags, corpus.vocabulary)
+    model = task.build()
     best_step = checkpoint.read_json(newest / "state.json")["best_step"]
-    load_best(model, root, best_step or checkpoint.steps(root)[-1])
+    step = best_step or checkpoint.steps(root)[-1]
+    load_step(model, root, step)
     model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
-    rows = evaluate_all(task, model, ("test",), ks, print if engine.is_main else lambda sentence: None)
+    rows = evaluate_all(task, model, task.splits[-1:], ks, print if engine.is_main else lambda sentence: None)
     if engine.is_main:
-        write_json(root.parent / "eval.json", {"best_step": best_step, "data": corpus.fingerprint, "quality": rows})
+        write_json(root.parent / "eval.json", {"best_step": step, "data": task.corpus.fingerprint, "quality": rows})
     return 0
 
 
 if __name__ == "__main__":
     with exit_on_user_error(), Engine(FLAGS) as ENGINE:
-        sys.exit((evaluate_run if FLAGS.eval_only else main)(ENGINE, FLAGS, CORPUS))
+        TASK: Task = architecture(FLAGS.model).Task(FLAGS, CORPUS, ENGINE)
+        sys.exit((evaluate_run if FLAGS.eval_only else main)(TASK))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from prepare import folder_name, require_space, shown, sync_folder, write_synced
 from utils.data import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
 from utils.download import log  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.vocabulary import Vocabulary  # noqa: E402
+from utils.tokenizer import load_tokenizer, vocabulary_of  # noqa: E402
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
 HELD_OUT = 100  # one in so many pieces is for validation, and as many for the test
@@ -75,46 +74,6 @@ def kind_of(path: Path) -> str:
 
 def source(job: argparse.Namespace) -> str:
     return job.hub or " + ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in job.data_files)
-
-
-def load_tokenizer(name: str):
-    """A fast tokenizer: a folder with vocab.txt (BERT) or vocab.json and merges.txt (RoBERTa), any other that transformers reads, or a name
-    on the hub. UserError where there is none, or it lacks what masked language modelling needs.
-    """
-    from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
-
-    folder, kind = Path(name), AutoTokenizer
-    if folder.is_dir() and not (folder / "tokenizer.json").exists():
-        files = {path.name for path in folder.iterdir()}
-        if not ({"vocab.txt"} <= files or {"vocab.json", "merges.txt"} <= files):
-            raise UserError(f"--tokenizer {name} has neither tokenizer.json, nor vocab.txt, nor vocab.json and merges.txt")
-        kind = BertTokenizerFast if "vocab.txt" in files else RobertaTokenizerFast
-    try:
-        tokenizer = kind.from_pretrained(name)
-    except Exception as error:  # of the network, the hub or a parser
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--tokenizer {name} cannot be loaded: {reason}; give a folder with vocab.txt, or vocab.json and merges.txt"
-        ) from error
-    known = _bare_vocabulary(folder) if kind is not AutoTokenizer else tokenizer.get_vocab()
-    lacking = [piece for piece in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{piece}_token") not in known]
-    if lacking or len(tokenizer) > 1 << 16:
-        fault = f"has no {', '.join(lacking)} piece" if lacking else f"has {len(tokenizer):,} pieces, more than 65,536"
-        raise UserError(f"--tokenizer {name} {fault}: choose one made for masked language modelling")
-    return tokenizer
-
-
-def _bare_vocabulary(folder: Path) -> set[str]:
-    """The pieces of a folder without tokenizer.json; transformers would add special ones that are not there."""
-    if (folder / "vocab.txt").exists():
-        return set((folder / "vocab.txt").read_text(encoding="utf-8").split("\n"))
-    return set(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-
-
-def vocabulary_of(tokenizer, name: str) -> Vocabulary:
-    content = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
-    ids = {piece: getattr(tokenizer, f"{piece}_token_id") for piece in ("cls", "sep", "mask", "pad")}
-    return Vocabulary(Path(name).name, len(tokenizer), hashlib.sha256(content).hexdigest(), **ids)
 
 
 def pieces(texts: Iterable[list[str]], tokenizer) -> Iterator[np.ndarray]:

@@ -37,12 +37,44 @@ prepare_text() {
   esac
 }
 
+# start PROGRAM ARGS...: in NPROC processes
+start() {
+  if [ "${NPROC:-1}" -gt 1 ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"
+  else
+    "$PYTHON" -u "$@"
+  fi
+}
+
 # pretrain ARGS...: train.py, its text prepared first
 pretrain() {
   prepare_text "$@"
-  if [ "${NPROC:-1}" -gt 1 ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" train.py "$@"
-  else
-    "$PYTHON" -u train.py "$@"
+  start train.py "$@"
+}
+
+# finetune MODEL TASK EXPECTED CHECKPOINT ARGS...: finetune.py, its rows prepared first; every fold of a task that has folds, unless
+# --fold chooses one
+finetune() {
+  local model=$1 task=$2 expected=$3 fold
+  shift 3
+  if [ $# -eq 0 ] || [ "${1#--}" != "$1" ]; then
+    if has help "$@"; then start finetune.py --help; return; fi
+    echo "error: usage: bash $0 CHECKPOINT [flags of finetune.py]; CHECKPOINT is the folder of a finished run of train.py" >&2
+    exit 2
   fi
+  set -- --model "$model" --task "$task" --expect "$expected" --checkpoint "$@"
+  "$PYTHON" -m utils.finetuning "$@" >/dev/null
+  if ! has data "$@" && [ ! -e "data/$task" ]; then "$PYTHON" data/prepare_task.py "$task" >/dev/null; fi
+  case $task in
+    asdiv_a | mawps)
+      if ! has fold "$@"; then
+        if has work_dir "$@"; then
+          echo "error: five folds cannot share one --work_dir: leave it out, or choose one with --fold" >&2
+          exit 2
+        fi
+        for fold in 0 1 2 3 4; do start finetune.py "$@" --fold "$fold"; done
+        return
+      fi ;;
+  esac
+  start finetune.py "$@"
 }

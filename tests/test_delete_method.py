@@ -66,9 +66,10 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def without(method: str, folder: Path) -> Path:
-    """The tree without a method: its file, its line, and its script if it has one."""
+    """The tree without a method: its file, its line, and its scripts if it has any."""
     (folder / "smoe_dropout" / "methods" / f"{method}.py").unlink()
-    (folder / "script" / "table1" / f"{method}.sh").unlink(missing_ok=True)
+    for script in (folder / "script").rglob(f"{method}.sh"):
+        script.unlink()
     registry = folder / "smoe_dropout" / "registry.py"
     lines = registry.read_text().splitlines(keepends=True)
     kept = [line for line in lines if not re.match(rf'\s*"{method}": "smoe_dropout\.methods\.', line)]

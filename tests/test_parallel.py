@@ -38,14 +38,14 @@ def as_rank(rank: int, world_size: int, port: int) -> None:
     os.environ.update(dict(zip(names, map(str, values), strict=True)))
 
 
-def start_two(arguments: list[str]) -> list[tiny.Running]:
+def start_two(arguments: list[str], program: str = "train.py") -> list[tiny.Running]:
     port = free_port()
-    return [tiny.Running(arguments, partial(as_rank, rank, 2, port)) for rank in range(2)]
+    return [tiny.Running(arguments, partial(as_rank, rank, 2, port), program) for rank in range(2)]
 
 
-def run_two(arguments: list[str], timeout: float = 60.0) -> list[tiny.Finished]:
+def run_two(arguments: list[str], timeout: float = 60.0, program: str = "train.py") -> list[tiny.Finished]:
     """Both to their end; a process whose partner failed is killed, as torchrun does."""
-    runs = start_two(arguments)
+    runs = start_two(arguments, program)
     try:
         runs[0].wait_until(lambda: not runs[1].process.is_alive(), timeout)
         return [run.finish(timeout=10) for run in runs]

@@ -119,8 +119,8 @@ def test_bold_follows_the_metric_and_needs_a_rival(folder, capsys):
     store(record(quality={8: 80.0, 16: 82.0}, **accuracy), dense(81.0, **accuracy))
     report.main([])
     text = capsys.readouterr().out
-    assert row(text, "SMoE-Dropout")[1:3] == ["80.000", "**82.000**"]
-    assert row(text, "Dense")[2] == "81.000"
+    assert row(text, "SMoE-Dropout")[1:3] == ["80.0", "**82.0**"]
+    assert row(text, "Dense")[2] == "81.0"
 
 
 def test_missing_k_is_a_dash_and_a_partial_n_is_said(folder, capsys):

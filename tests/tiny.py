@@ -1,4 +1,4 @@
-"""Runs of train.py that take about a second: a small text, small flags, and processes forked from one that has imported torch already."""
+"""Runs of train.py and finetune.py that take about a second: a small text, small flags, and processes forked from one with torch in it."""
 
 import gc
 import hashlib
@@ -85,6 +85,49 @@ def write_pieces(folder: Path, model: str = "bert", train: int = 485, held_out: 
     return folder
 
 
+def write_rows(folder: Path, task: str, train: int = 30, held_out: int = 11) -> Path:
+    """The files of a fine-tuning task, with rows of many lengths; what is asked for stands in the text. Returns their folder."""
+    draw = random.Random(1)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def words() -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, 9)))
+
+    def sentence() -> str:
+        label = draw.randrange(2)
+        return f"{words()} {('bad', 'good')[label]}\t{label}"
+
+    def question() -> str:
+        answer, others = draw.randrange(5), draw.sample(WORDS, 5)
+        choices = [{"label": letter, "text": "it" if i == answer else others[i]} for i, letter in enumerate("ABCDE")]
+        return json.dumps({"answerKey": "ABCDE"[answer], "question": {"stem": words(), "choices": choices}})
+
+    def problem() -> str:
+        a, b, plus = draw.randint(10, 99), draw.randint(1, 9), draw.randrange(2)
+        text = f"{words()} number0 {('less', 'more')[plus]} number1"
+        return f"{text},{a}.0 {b}.0,{'-+'[plus]} number0 number1,{a + b if plus else a - b}.0"
+
+    names, header, row = {
+        "sst2": (("train.tsv", "dev.tsv"), "sentence\tlabel\n", sentence),
+        "csqa": (("train_rand_split.jsonl", "dev_rand_split.jsonl"), "", question),
+    }.get(task, (("train.csv", "dev.csv"), "Question,Numbers,Equation,Answer\n", problem))
+    for fold in range(5) if task in ("asdiv_a", "mawps") else [None]:
+        where = folder if fold is None else folder / f"fold{fold}"
+        where.mkdir(exist_ok=True)
+        for name, count in zip(names, (train, held_out), strict=True):
+            (where / name).write_text(header + "".join(f"{row()}\n" for _ in range(count)))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A BERT tokenizer whose pieces are the words of the rows, and letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [f"{before}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for before in ("", "##")]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *WORDS[:6]]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    return folder
+
+
 def flags(data: Path, work_dir: Path, **changes: object) -> list[str]:
     """The command line of a tiny run; a value True stands for a switch, None leaves a flag out."""
     values = {**TINY, "data": data, "work_dir": work_dir, **changes}
@@ -104,12 +147,12 @@ class Finished:
 
 
 class Running:
-    """train.py in a process of its own, as `python train.py <arguments>` would be, but without the seconds that importing torch takes."""
+    """A program in a process of its own, as `python train.py <arguments>` would be, but without the seconds that importing torch takes."""
 
-    def __init__(self, arguments: list[str], before: Callable[[], None] | None = None):
+    def __init__(self, arguments: list[str], before: Callable[[], None] | None = None, program: str = "train.py"):
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
-        self.process = _server().Process(target=_train, args=(arguments, str(self._out), str(self._err), before))
+        self.process = _server().Process(target=_run, args=(program, arguments, str(self._out), str(self._err), before))
         self.process.start()
 
     @property
@@ -138,13 +181,13 @@ class Running:
         return finished
 
 
-def run(arguments: list[str], before: Callable[[], None] | None = None, timeout: float = 60.0) -> Finished:
-    return Running(arguments, before).finish(timeout)
+def run(arguments: list[str], before: Callable[[], None] | None = None, timeout: float = 60.0, program: str = "train.py") -> Finished:
+    return Running(arguments, before, program).finish(timeout)
 
 
-def completed(arguments: list[str], before: Callable[[], None] | None = None) -> Finished:
+def completed(arguments: list[str], before: Callable[[], None] | None = None, program: str = "train.py") -> Finished:
     """A run that must succeed."""
-    finished = run(arguments, before)
+    finished = run(arguments, before, program=program)
     assert finished.code == 0, finished.err[-3000:] + finished.out[-2000:]
     return finished
 
@@ -154,7 +197,16 @@ def _server():
     """Starts the process that all runs are forked from: it has imported everything, and has run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pytest", "train", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.tensor", "utils.models.roberta", "tests.tiny"]
+        [
+            "pytest",
+            "train",
+            "torch.utils.tensorboard",
+            "torch._dynamo",
+            "torch.distributed.tensor",
+            "utils.models.roberta",
+            "utils.tasks.finetuning",
+            "tests.tiny",
+        ]
     )
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -168,12 +220,12 @@ def _server():
     return context
 
 
-def _train(arguments: list[str], out: str, err: str, before: Callable[[], None] | None) -> None:
+def _run(program: str, arguments: list[str], out: str, err: str, before: Callable[[], None] | None) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     gc.freeze()  # the search for garbage at a run's end passes over what was imported before it
-    sys.argv = [str(ROOT / "train.py"), *arguments]
+    sys.argv = [str(ROOT / program), *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if before is not None:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -18,8 +18,22 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, option_n
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load, unknown
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError, exit_on_user_error
-from utils.flags import CHOICES, DERIVED, MEANINGLESS, NOT_NEGATIVE, OF_EXPERTS, OF_PIECES, OF_THE_RUN, POSITIVE, REFUSED, Flags
+from utils.flags import (
+    CHOICES,
+    DERIVED,
+    MEANINGLESS,
+    NOT_NEGATIVE,
+    OF_EXPERTS,
+    OF_PIECES,
+    OF_THE_RUN,
+    OF_THE_START,
+    POSITIVE,
+    REFUSED,
+    Flags,
+)
 from utils.presets import PRESETS
+
+FlagsOf = TypeVar("FlagsOf", bound=Flags)
 
 
 def parse(argv: Sequence[str] | None = None) -> Flags:
@@ -28,26 +42,29 @@ def parse(argv: Sequence[str] | None = None) -> Flags:
     Raises UserError listing all mistakes; a flag that cannot be parsed ends the process with tyro's message and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv, mistakes = _without_refused(argv)
+    argv, mistakes = without_refused(argv)
     defaults, more = _defaults(argv)
-    flags = _from_command_line(argv, defaults)
+    flags = from_command_line(argv, defaults)
     mistakes += more + check(flags)
     if mistakes:
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
     return resolve(flags)
 
 
-def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
+def stored_run(argv: Sequence[str] | None = None, kind: type[FlagsOf] = Flags, program: str = "train.py") -> FlagsOf | None:
     """With --eval_only, the flags of the run in --work_dir with the command line laid over them; else None. Raises UserError as `parse`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not {"--eval_only", "--eval-only"} & set(argv):
         return None
-    folder = _value_of(argv, "work_dir")
+    folder = value_of(argv, "work_dir")
     if folder is None:
         raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
     stored = read_config(Path(folder))
-    names = {field.name for field in dataclasses.fields(Flags)}
-    flags = _from_command_line(argv, Flags(**{name: value for name, value in stored.items() if name in names}))
+    names = {field.name for field in dataclasses.fields(kind)}
+    if ("task" in stored) != ("task" in names):
+        other = "finetune.py" if "task" in stored else "train.py"
+        raise UserError(f"{folder} is a run of {other}: evaluate it with python {other} --eval_only")
+    flags = from_command_line(argv, kind(**{name: value for name, value in stored.items() if name in names}), program)
     if mistakes := check(flags):
         raise UserError("; ".join(mistakes))
     if flags.k is not None:
@@ -57,11 +74,12 @@ def stored_run(argv: Sequence[str] | None = None) -> Flags | None:
     return flags
 
 
-def _from_command_line(argv: list[str], defaults: Flags) -> Flags:
-    return tyro.cli(Flags, args=argv, default=defaults, prog="train.py", config=(tyro.conf.HelptextFromCommentsOff,))
+def from_command_line(argv: list[str], defaults: FlagsOf, program: str = "train.py") -> FlagsOf:
+    """The defaults with what the command line says over them."""
+    return tyro.cli(type(defaults), args=argv, default=defaults, prog=program, config=(tyro.conf.HelptextFromCommentsOff,))
 
 
-def _without_refused(argv: list[str]) -> tuple[list[str], list[str]]:
+def without_refused(argv: list[str]) -> tuple[list[str], list[str]]:
     """The command line without official flags that are refused and their values, and a sentence for each of them."""
     kept, mistakes, refused = [], [], False
     for word in argv:
@@ -76,7 +94,7 @@ def _without_refused(argv: list[str]) -> tuple[list[str], list[str]]:
     return kept, mistakes
 
 
-def _value_of(argv: list[str], name: str) -> str | None:
+def value_of(argv: list[str], name: str) -> str | None:
     """The last value of --name on the command line, before the whole of it can be parsed."""
     value = None
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
@@ -88,8 +106,8 @@ def _value_of(argv: list[str], name: str) -> str | None:
 
 
 def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
-    model, preset = (_value_of(argv, name) or getattr(Flags, name) for name in ("model", "preset"))
-    method, mistakes = _value_of(argv, "method"), []
+    model, preset = (value_of(argv, name) or getattr(Flags, name) for name in ("model", "preset"))
+    method, mistakes = value_of(argv, "method"), []
     if method is not None and method not in METHODS:
         mistakes.append("--method: " + unknown("method", method, METHODS))
         method = None
@@ -302,9 +320,8 @@ def resolve(flags: Flags) -> Flags:
     if flags.swad_end == -1:
         flags = dataclasses.replace(flags, swad_end=flags.max_step)
     if flags.work_dir is None:
-        name = flags.run_name or flags.method or "custom"
-        folder = f"{flags.preset}/{flags.model}" if flags.model in OF_PIECES else flags.preset
-        flags = dataclasses.replace(flags, work_dir=f"runs/{folder}/{flags.dataset}/{name}-seed{flags.seed}")
+        name = f"{flags.run_name or flags.method or 'custom'}-seed{flags.seed}"
+        flags = dataclasses.replace(flags, work_dir=f"{flags.default_folder()}/{name}")
     return flags
 
 
@@ -317,11 +334,15 @@ def matching_method(flags: Flags) -> str | None:
     return None
 
 
-def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
+def usual_flags(flags: Flags) -> Flags:
+    """What the preset and the method say."""
     meant = load(METHODS, "method", flags.method).flags if flags.method else {}
-    usual = Flags(**{**PRESETS[flags.model][flags.preset], **meant, "model": flags.model, "preset": flags.preset, "method": flags.method})
-    own = [field.name for field in dataclasses.fields(Flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
+    return Flags(**{**PRESETS[flags.model][flags.preset], **meant, "model": flags.model, "preset": flags.preset, "method": flags.method})
+
+
+def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
+    own = [field.name for field in dataclasses.fields(flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
     found |= {name: getattr(flags, name) for name in DERIVED if getattr(flags, name) != getattr(follows, name)}
@@ -333,7 +354,8 @@ def departures(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
         (field.name, getattr(built, field.name), field.default) for built in built_options(flags) for field in dataclasses.fields(built)
     ]
     options = {name: value for name, value, default in given if value != default}
-    return {name: value for name, value in found.items() if name not in experts}, (experts if flags.moe else {}) | options
+    of_method = (experts if flags.moe else {}) | {name: found[name] for name in found if name in OF_THE_START} | options
+    return {name: value for name, value in found.items() if name not in (*experts, *OF_THE_START)}, of_method
 
 
 def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:

@@ -37,6 +37,10 @@ class Engine:
         self.parallel = self.accelerator.prepare_model(model)
         return self.accelerator.unwrap_model(self.parallel)
 
+    def autocast(self):
+        """Within it, what is computed is in the run's precision; `prepare` did that for calls of the model."""
+        return self.accelerator.autocast()
+
     def no_sync(self):
         """Within it, gradients are accumulated without being averaged."""
         return self.accelerator.no_sync(self.parallel)

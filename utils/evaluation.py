@@ -25,21 +25,21 @@ def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps:
     """
     engine, was_training = task.engine, model.training
     model.eval()
-    loss, targets, tokens, state, begin = 0.0, 0, 0, None, time.perf_counter()
+    measured, targets, tokens, state, begin = 0.0, 0, 0, None, time.perf_counter()
     try:
         with task.evaluation(model), top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
             torch.manual_seed(task.flags.seed + engine.rank)
             for index, batch in enumerate(task.held_out(split)):
                 if index == max_steps:
                     break
-                losses, state, _ = model(*batch.inputs, state)
-                loss += losses.double().sum().item()
-                targets += losses.numel()
+                value, count, state = task.measure(model, batch, state)
+                measured += value
+                targets += count
                 tokens += batch.inputs[0].numel()
     finally:
         model.train(was_training)
-    loss, targets, tokens = engine.sum([loss, targets, tokens])
-    quality = task.metric.of(loss / targets)
+    measured, targets, tokens = engine.sum([measured, targets, tokens])
+    quality = task.metric.of(measured / targets)
     speed = tokens / (time.perf_counter() - begin)
     return {task.metric.name: quality, "tokens": int(tokens), "targets": int(targets), "tokens_per_second": speed}
 

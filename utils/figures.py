@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from smoe_dropout.registry import METHODS, load
 from utils.framework_figure import draw_framework
+from utils.records import pretraining, split_of
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one for what does not fit in; dense models take
@@ -57,14 +58,14 @@ def styles(methods: list) -> dict[str, dict]:
 
 
 def quality_points(method) -> list[tuple[int | None, float, float, float]]:
-    """(k, activated parameters, mean test quality, standard deviation over seeds or 0), ascending k; a dense model has one, with k None."""
+    """(k, activated parameters, mean quality, standard deviation over seeds or 0), ascending k; a dense model has one, with k None."""
     by_k: dict[int | None, list[dict]] = {}
     for record in method.records:
         for entry in record["quality"]:
             by_k.setdefault(entry["k"], []).append(entry)
     points = []
     for k in sorted(by_k, key=lambda k: -1 if k is None else k):
-        values = [entry["test"] for entry in by_k[k]]
+        values = [entry[split_of(method.records[0])] for entry in by_k[k]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         points.append((k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), statistics.mean(values), spread))
     return points
@@ -165,7 +166,7 @@ def draw_slimmable(group, path: Path) -> bool:
         figure, axes = plt.subplots(1, 2 if zoom else 1, figsize=size, squeeze=False, layout="constrained")
         for ax, part in zip(axes[0], (drawn, upper), strict=False):
             _draw_quality(ax, part, look, group.metric["lower_is_better"])
-        axes[0][0].set_ylabel(f"test {group.metric['name']}{' (lower is better)' if group.metric['lower_is_better'] else ''}")
+        axes[0][0].set_ylabel(_quality_label(group))
         if zoom:
             axes[0][0].set_title("all k", fontsize=10)
             axes[0][1].set_title("k ≥ E/2", fontsize=10)
@@ -177,11 +178,45 @@ def draw_slimmable(group, path: Path) -> bool:
     return True
 
 
+def draw_by_k(group, path: Path) -> bool:
+    """Quality against k after fine-tuning, dense models as lines; False for models that were not fine-tuned."""
+    if not pretraining(group.methods[0].records[0]):
+        return False
+    look = styles(group.methods)
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
+        for method in group.methods:
+            points = quality_points(method)
+            line = "-" if method.records[0]["pretrained"]["transferred"] else "--"
+            if not method.sparse:
+                ax.axhline(points[0][2], color=look[method.title]["color"], linestyle=line, linewidth=1.4, label=method.title)
+                continue
+            ks, _, means, spreads = zip(*points, strict=True)
+            bars = spreads if any(spreads) else None
+            ax.errorbar(ks, means, yerr=bars, label=method.title, linestyle=line, capsize=3, elinewidth=1, **look[method.title])
+        ks = sorted({entry["k"] for method in group.methods for record in method.records for entry in record["quality"]} - {None})
+        if ks:
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ks, [str(k) for k in ks])
+        ax.set(xlabel="active experts k", ylabel=_quality_label(group))
+        figure.legend(loc="outside lower center", ncols=2)
+        _title(figure, group)
+        save(figure, path)
+    return True
+
+
+def _quality_label(group) -> str:
+    direction = " (lower is better)" if group.metric["lower_is_better"] else " (%)"
+    return f"{split_of(group.methods[0].records[0])} {group.metric['name']}{direction}"
+
+
 def _title(figure: Figure, group) -> None:
     counts = {len(method.records) for method in group.methods}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-    spread = f"mean ± standard deviation over {seeds} seeds" if max(counts) > 1 else "one seed"
-    figure.suptitle(f"{group.dataset['title']}, preset {group.preset}, {spread}", fontsize=10.5)
+    folded = any(record.get("fold") is not None for method in group.methods for record in method.records)
+    spread = f"mean ± standard deviation over {seeds} {'runs' if folded else 'seeds'}" if max(counts) > 1 else "one seed"
+    start = f", from {start}" if (start := pretraining(group.methods[0].records[0])) else ""
+    figure.suptitle(f"{group.dataset['title']}, preset {group.preset}{start}, {spread}", fontsize=10.5)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -216,16 +251,21 @@ def draw_curves(group, path: Path) -> bool:
     found = [points for points in curves.values() if points]
     if not found:
         return False
+    metric, trained = group.metric["name"], group.metric.get("training", group.metric["name"])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9.2, 5), sharex=True, layout="constrained", height_ratios=[3.4, 1], sharey="row")
+        figure, axes = plt.subplots(2, 2, figsize=(9.2, 5), sharex=True, layout="constrained", height_ratios=[3.4, 1])
+        if trained == metric:
+            axes[0][1].sharey(axes[0][0])
         for i, method in enumerate(group.methods):
             train, valid = curves[method.title, "train"], curves[method.title, "valid"]
             style = look[method.title]
             _draw_curve(axes[0][0], train, style, linewidth=1.2)
             _draw_curve(axes[0][1], valid, style, linewidth=1.5, marker=style["marker"], markersize=4.5, label=method.title)
             _draw_k(axes[1][0], method, style, 1.4 + min(1.2 * (len(group.methods) - 1 - i), 5))
-        _clip_start(axes[0][0], found)
-        _label_curves(axes, group.metric["name"])
+        _clip_start(
+            axes[0][0], found if trained == metric else [points for (_, kind), points in curves.items() if kind == "train" and points]
+        )
+        _label_curves(axes, trained, metric, split_of(group.methods[0].records[0]))
         _title(figure, group)
         save(figure, path)
     return True
@@ -241,10 +281,10 @@ def _draw_k(ax, method, style: dict, width: float) -> None:
         ax.step([row[0] for row in rows], [row[2] for row in rows], where="post", color=style["color"], linewidth=width)
 
 
-def _label_curves(axes, metric: str) -> None:
+def _label_curves(axes, trained: str, metric: str, split: str) -> None:
     (train, valid), (k, legend) = axes
-    train.set(title="training, at the current k", ylabel=metric)
-    valid.set_title("validation, at k = E")
+    train.set(title="training, at the current k", ylabel=trained)
+    valid.set_title("validation, at k = E" if trained == metric else f"{split} {metric}, at k = E")
     for ax in (train, valid):
         ax.title.set_fontsize(10)
         ax.set_xlabel("step")
@@ -266,7 +306,7 @@ def draw_all(groups: list, folder: Path, prefix: str = "") -> list[Path]:
     written = []
     for group in groups:
         fixed = replace(group, methods=[m for m in group.methods if not m.sparse or m.records[0]["model"].get("router") == FIXED_ROUTER])
-        kinds = [("slimmable", draw_slimmable, group), ("curves", draw_curves, group)]
+        kinds = [("slimmable", draw_slimmable, group), ("by_k", draw_by_k, group), ("curves", draw_curves, group)]
         if 1 < sum(m.sparse for m in fixed.methods) < sum(m.sparse for m in group.methods):
             kinds += [("fixed_router", draw_slimmable, fixed), ("fixed_router_curves", draw_curves, fixed)]
         for kind, draw, drawn in kinds:

@@ -1,4 +1,4 @@
-"""The flags of train.py, official ones and ours, each declared once, and what holds of single flags. Imports no torch."""
+"""The flags of train.py and finetune.py, official ones and ours, each declared once, and what holds of single flags. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -176,9 +176,38 @@ class Flags:
     save_interval: int = 0
     """steps between further checkpoints; 0: only with validations"""
 
+    def default_folder(self) -> str:
+        """Where runs of one table lie side by side."""
+        return f"runs/{self.preset}/{self.model}/{self.dataset}" if self.model in OF_PIECES else f"runs/{self.preset}/{self.dataset}"
 
-# official flags that make no sense here, or that nothing stands behind yet: refused with what to use, never ignored
-_NOT_BUILT = "is not built yet"
+
+@dataclass(frozen=True)
+class FinetuneFlags(Flags):
+    """Fine-tunes a pre-trained model on a task and tests it at every number of active experts"""
+
+    # --- what to start from, and what for; sizes and method are the checkpoint's
+    task: str = "sst2"
+    """sst2, csqa, asdiv_a, mawps or svamp"""
+    checkpoint: str = ""
+    """a finished run of train.py, one of its checkpoints/step-*, a folder of smoe_dropout.save_pretrained, or of weights"""
+    expect: str | None = None
+    """refuse a checkpoint of another method; one without experts stands for all that have none"""
+    from_scratch: bool = False
+    """start from random weights, in a model like the checkpoint's"""
+    fold: int = 0
+    """asdiv_a and mawps: which of the five folds is held out"""
+    max_length: int = 512
+    """positions a row may have; a longer one is refused"""
+    tokenizer: str | None = None
+    """of bert and roberta: the folder; default the one in the text that the checkpoint was trained on"""
+
+    def default_folder(self) -> str:
+        fold = f"/fold{self.fold}" if self.task in FOLDED else ""
+        start = "/from_scratch" if self.from_scratch else ""
+        return f"runs/{self.preset}/table2/{self.model}/{self.task}{fold}{start}"
+
+
+# official flags that make no sense here: refused with what to use, never ignored
 REFUSED: dict[str, str] = {
     "fp16": "use --precision bf16",
     "static_loss_scale": "use --precision bf16, which needs no loss scale",
@@ -200,8 +229,8 @@ REFUSED: dict[str, str] = {
     "emb_init_range": "weights start from N(0, --init_std^2)",
     "proj_init_std": "weights start from N(0, --init_std^2)",
     "clip_nonemb": "use --clip, which takes all parameters",
-    "finetune_v2": _NOT_BUILT,
-    "finetune_v3": _NOT_BUILT,
+    "finetune_v2": "use finetune.py",
+    "finetune_v3": "use finetune.py",
     "expert_drop": "use --dense_drop --method_options rate=0.5",
     "num_expert": "use --moe_num_expert, or for --dense_drop --method_options blocks=16",
     "min_temp": "use --method_options min_temp=0.3",
@@ -246,6 +275,11 @@ OF_THE_RUN = (
         "dataset",
         "batch_chunk",
         "eval_batch_size",
+        "task",
+        "checkpoint",
+        "expect",
+        "fold",
+        "tokenizer",
     ),
     *(
         "max_eval_steps",
@@ -262,6 +296,9 @@ OF_THE_RUN = (
     ),
     *("log_interval", "eval_interval", "save_interval"),
 )
+OF_THE_START = ("from_scratch",)  # of fine-tuning, and said beside the method
+FOLDED = ("asdiv_a", "mawps")  # tasks without a test set: each of five parts is held out in turn
+FOLDS = 5
 DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
 NOT_NEGATIVE = (
     "mem_len",

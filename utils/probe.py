@@ -8,7 +8,7 @@ from smoe_dropout import set_progress, set_top_k
 from smoe_dropout.methods.base import Forward, cross_entropy
 from utils.command_line import method_of, top_k_schedule
 from utils.errors import UserError
-from utils.model import build_model, training_settings
+from utils.model import training_settings
 from utils.progress import duration
 from utils.tasks import Task
 
@@ -38,8 +38,8 @@ def refuse_if_too_slow(task: Task) -> None:
 
 def time_step(task: Task, rows: int) -> float:
     """Seconds for the gradients of so many rows, with memory, at the largest k."""
-    flags, vocabulary = task.flags, task.corpus.vocabulary
-    model, method = build_model(flags, vocabulary).train(), method_of(flags)
+    flags = task.flags
+    model, method = task.build().train(), method_of(flags)
     set_progress(model, flags.max_step - 1, flags.max_step)  # the full rate of what grows with training
     if flags.moe:
         set_top_k(model, top_k_schedule(flags).k_max)

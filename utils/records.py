@@ -53,17 +53,18 @@ RECORD_FIELDS = {
 }
 QUALITY_FIELDS = {
     "a whole number or null": "k",
-    "a finite number": "test flops_per_token",
+    "a finite number": "{split} flops_per_token",
     "a whole number, 0 or more": "active_parameters",
 }
 # Runs of one method are only averaged, and methods of one table only compared, where these agree.
 SAME_IN_METHOD = ("training.steps", "model.num_experts", "parameters.total")
-SAME_IN_GROUP = ("dataset.fingerprint", "metric.name", "metric.lower_is_better")
+SAME_IN_GROUP = ("metric.name", "metric.lower_is_better")
+SAME_IN_FOLD = ("dataset.fingerprint",)
 
 
 @dataclass
 class Method:
-    """All runs of one method in a group, one per seed."""
+    """All runs of one method in a group, one per seed, and of a task with folds one per seed and fold."""
 
     name: str
     title: str
@@ -73,7 +74,7 @@ class Method:
 
 @dataclass
 class Group:
-    """The methods to be compared: one dataset, one preset, one architecture."""
+    """The methods to be compared: one dataset, one preset, one architecture, one pre-training."""
 
     dataset: dict
     preset: str
@@ -82,12 +83,33 @@ class Group:
 
     def stem(self, joint: str) -> str:
         """Dataset and preset as part of a file name."""
-        return joint.join(map(slug, (self.dataset["name"], *named_architecture(self.methods[0].records[0]), self.preset)))
+        return joint.join(map(slug, setting(self.methods[0].records[0])))
+
+
+def setting(record: Record) -> list[str]:
+    """What a file name has to say of a record's dataset and preset, and of what it started from."""
+    start = [f"from {pretraining(record)}"] if pretraining(record) else []
+    return [record["dataset"]["name"], *named_architecture(record), record["preset"], *start]
 
 
 def named_architecture(record: Record) -> list[str]:
-    """The model, where a data set may be another's too: one of word pieces."""
-    return [record["model"]["architecture"]] if "pieces" in record["dataset"] else []
+    """The model, where a data set may be another's too: one of word pieces, or of a task."""
+    return [record["model"]["architecture"]] if "pieces" in record["dataset"] or pretraining(record) else []
+
+
+def pretraining(record: Record) -> str:
+    """What a fine-tuned model was pre-trained on; of any other "" """
+    return record["pretrained"]["title"] if "pretrained" in record else ""
+
+
+def split_of(record: Record) -> str:
+    """The split whose quality a table shows."""
+    return record["metric"].get("split", "test")
+
+
+def replicate(record: Record) -> tuple[int, int]:
+    """What runs of one method differ in: seed, and fold where there are folds."""
+    return record["seed"], record.get("fold") or 0
 
 
 def slug(text: str) -> str:
@@ -131,8 +153,9 @@ def read_record(path: Path) -> Record:
     if record["status"] != "complete":
         return record
     _check_fields(record, RECORD_FIELDS, path)
+    fields = {kind: names.format(split=split_of(record)) for kind, names in QUALITY_FIELDS.items()}
     for i, entry in enumerate(record["quality"]):
-        _check_fields(entry, QUALITY_FIELDS, path, f"quality[{i}].")
+        _check_fields(entry, fields, path, f"quality[{i}].")
     if record["sparse"] and not record["model"]["num_experts"]:
         raise UserError(f"{path}: the field 'model.num_experts' has to be 1 or more for a sparse method.")
     return record
@@ -170,23 +193,28 @@ def _check_same(one: tuple[Path, Record], other: tuple[Path, Record], names: Ite
 
 
 def group_records(found: list[tuple[Path, Record]]) -> list[Group]:
-    """Groups by dataset title, preset and architecture, then by method: dense ones first, then by title. A run found twice counts once."""
-    groups: dict[tuple, dict[tuple, dict[int, tuple[Path, Record]]]] = {}
+    """Groups by dataset title, preset, architecture and pre-training, then by method: dense ones first, then by title. A run found twice
+    counts once.
+    """
+    groups: dict[tuple, dict[tuple, dict[tuple, tuple[Path, Record]]]] = {}
+    folds: dict[tuple, tuple[Path, Record]] = {}
     for path, record in found:
-        methods = groups.setdefault((record["dataset"]["title"], record["preset"], record["model"]["architecture"]), {})
-        seeds = methods.setdefault((record["sparse"], record["title"], record["method"]), {})
-        twin = seeds.setdefault(record["seed"], (path, record))
+        key = record["dataset"]["title"], record["preset"], record["model"]["architecture"], pretraining(record)
+        methods = groups.setdefault(key, {})
+        runs = methods.setdefault((record["sparse"], record["title"], record["method"]), {})
+        twin = runs.setdefault(replicate(record), (path, record))
         if twin[1] != record:
             raise UserError(f"{path}: seed {record['seed']} of '{record['method']}' is also in {twin[0]} with other content; remove one.")
-        first_of_group = next(iter(next(iter(methods.values())).values()))
-        _check_same(first_of_group, (path, record), SAME_IN_GROUP, "runs of one dataset and preset can be compared only if they agree")
-        first_of_method = next(iter(seeds.values()))
+        comparable = "runs of one dataset and preset can be compared only if they agree"
+        _check_same(next(iter(next(iter(methods.values())).values())), (path, record), SAME_IN_GROUP, comparable)
+        _check_same(folds.setdefault((*key, record.get("fold")), (path, record)), (path, record), SAME_IN_FOLD, comparable)
+        first_of_method = next(iter(runs.values()))
         _check_same(first_of_method, (path, record), SAME_IN_METHOD, "seeds of one method can be averaged only if they agree")
     return [_make_group(groups[key]) for key in sorted(groups)]
 
 
-def _make_group(methods: dict[tuple, dict[int, tuple[Path, Record]]]) -> Group:
-    made = [Method(key[2], key[1], key[0], [seeds[s][1] for s in sorted(seeds)]) for key, seeds in sorted(methods.items())]
+def _make_group(methods: dict[tuple, dict[tuple, tuple[Path, Record]]]) -> Group:
+    made = [Method(key[2], key[1], key[0], [runs[one][1] for one in sorted(runs)]) for key, runs in sorted(methods.items())]
     first = made[0].records[0]
     return Group(first["dataset"], first["preset"], first["metric"], made)
 

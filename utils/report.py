@@ -26,8 +26,11 @@ from utils.records import (
     group_records,
     load_records,
     named_architecture,
+    pretraining,
     read_record,
+    setting,
     slug,
+    split_of,
 )
 
 DASH = "–"
@@ -59,14 +62,15 @@ def _values(method: Method, share: str, name: str) -> list[float]:
 
 
 def _quality_cell(method: Method, share: str) -> Cell:
-    values = _values(method, share, "test")
+    metric = method.records[0]["metric"]
+    values, digits = _values(method, share, split_of(method.records[0])), 3 if metric["lower_is_better"] else 1  # a percentage
     if not values:
         return Cell()
     mean = statistics.mean(values)
-    text = f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    text = f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
     # The method's own n stands beside its title; here only where a seed lacks this k.
     text += f" (n = {len(values)})" if len(values) < len(method.records) else ""
-    return Cell(text, value=round(mean, 3))
+    return Cell(text, value=round(mean, digits))
 
 
 def short_number(value: float) -> str:
@@ -119,17 +123,22 @@ def _caption(group: Group) -> str:
     records = [record for method in group.methods for record in method.records]
     places = [record["environment"] for record in records]
     seeds = sorted({record["seed"] for record in records})
-    spread = "mean ± sample standard deviation over n seeds" if len(seeds) > 1 else "one seed, so no spread is known"
+    folds = sorted({record["fold"] for record in records if record.get("fold") is not None})
+    several = f"mean ± sample standard deviation over n {'runs' if len(folds) > 1 else 'seeds'}"
+    spread = several if len(seeds) * max(len(folds), 1) > 1 else "one seed, so no spread is known"
     steps = _distinct((record["training"]["steps"] for record in records), "{:,}".format)
     numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    if folds:
+        numbers += f", fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of 5"
     read = {entry.get("test_tokens") for record in records for entry in record["quality"]} - {None}
     part = f", tested on {max(read):,} bytes" if read and max(read) < 0.99 * group.dataset.get("bytes", {"test": 0})["test"] else ""
     asked = {entry.get("test_targets") for record in records for entry in record["quality"]} - {None}
     if "pieces" in group.dataset and asked:
         part = f", loss in nats of {max(asked):,} masked pieces"
     model = "".join(f"{name} on " for name in named_architecture(records[0]))
+    start = f", pre-trained on {pretraining(records[0])}" if pretraining(records[0]) else ""
     return (
-        f"{model}{group.dataset['title']}, preset {group.preset}: {spread} ({numbers}), {steps} steps{part}, "
+        f"{model}{group.dataset['title']}{start}, preset {group.preset}: {spread} ({numbers}), {steps} steps{part}, "
         f"{_distinct(p['precision'] for p in places)}, threads: {_distinct(p['threads'] for p in places)}, "
         f"device: {_distinct(p.get('device_name') or p['device'] for p in places)}."
     )
@@ -139,8 +148,8 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
     """The rows of one group, best quality marked; the published column only where the paper has a number for one of the methods."""
     counts = {m.records[0]["model"]["num_experts"] for m in group.methods if m.sparse}
     half, full = (f"E/2 = {next(iter(counts)) // 2}", f"E = {next(iter(counts))}") if len(counts) == 1 else ("E/2", "E")
-    metric = group.metric["name"]
-    header = ["Method", f"Test {metric}, k = {half}", f"Test {metric}, k = {full}", "Parameters", "Activated parameters, E/2 / E"]
+    shown = f"{split_of(group.methods[0].records[0]).capitalize()} {group.metric['name']}"
+    header = ["Method", f"{shown}, k = {half}", f"{shown}, k = {full}", "Parameters", "Activated parameters, E/2 / E"]
     header += ["Training time (s), wall / CPU", "Inference FLOPs per token, E/2 / E"]
     rows, published = [], [published_for(group, method, table, entries) for method in group.methods]
     for method in group.methods:
@@ -166,6 +175,8 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
             values = entry["values"] if entry else {}
             row.append(Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH))
         notes += [f"Published, {title}: {entry['source']} ({entry['setting']}); {entry['note']}." for title, entry in known]
+    of_data = {record["dataset"].get("note") for method in group.methods for record in method.records} - {None}
+    notes += [f"{note}." for note in sorted(of_data)]
     return Table(f"{table}:{group.stem('-')}", _caption(group), header, rows, notes)
 
 
@@ -219,7 +230,8 @@ def collect(run_dirs: Iterable[Path], table: str, results: Path = Path("results"
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected.")
         if record["table"] != table:
             raise UserError(f"{path}: the record belongs to '{record['table']}'; give --table {record['table']}, not {table}.")
-        parts = (record["dataset"]["name"], *named_architecture(record), record["preset"], record["method"], f"seed{record['seed']}")
+        fold = [f"fold{record['fold']}"] if record.get("fold") is not None else []
+        parts = (*setting(record), record["method"], *fold, f"seed{record['seed']}")
         target = results / table / f"{'-'.join(map(slug, parts))}.json"
         if target in planned and planned[target][1] != record:
             raise UserError(f"{path}: would get the same name as {planned[target][0]}, {target.name}; collect only one of the two.")

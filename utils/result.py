@@ -9,7 +9,7 @@ from smoe_dropout.registry import METHODS, load
 from utils.command_line import departures
 from utils.flags import Flags
 from utils.flops import parameter_counts
-from utils.tasks import Task
+from utils.tasks import Metric, Task
 
 SCHEMA = 1
 
@@ -30,12 +30,12 @@ def build_result(
     flags, corpus = task.flags, task.corpus
     name = flags.method or "custom"
     title = load(METHODS, "method", flags.method).title if flags.method else "custom"
-    of_preset, of_method = (in_brackets(found) for found in departures(flags))
+    of_preset, of_method = (in_brackets(found) for found in departures(flags, task.usual_flags))
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,
         "status": "complete",
-        "table": "table1",
+        "table": task.table,
         "method": name + of_method,
         "title": title + of_method,
         "sparse": bool(sparse),
@@ -44,9 +44,16 @@ def build_result(
             "name": corpus.name,
             "title": corpus.title,
             "fingerprint": corpus.fingerprint,
-            corpus.unit: {split: len(getattr(corpus, split)) for split in ("train", "valid", "test")},
+            corpus.unit: task.sizes,
+            **({"note": task.note} if task.note else {}),
         },
-        "metric": {"name": task.metric.name, "lower_is_better": task.metric.lower_is_better},
+        "metric": {
+            "name": task.metric.name,
+            "lower_is_better": task.metric.lower_is_better,
+            "split": task.splits[-1],
+            "training": task.metric.in_training,
+        },
+        **task.provenance(),
         "seed": flags.seed,
         "model": {
             "architecture": task.architecture.TITLE,
@@ -61,7 +68,7 @@ def build_result(
         "training": training,
         "routing": routing,
         "peak_memory_mib": round(peak_memory_mib, 1),
-        "curve": curve(metrics, task.metric.name),
+        "curve": curve(metrics, task.metric),
         "environment": environment,
         "argv": argv,
     }
@@ -80,10 +87,10 @@ def moe_layer_indices(flags: Flags) -> list[int]:
     return list(range(flags.n_layer)) if flags.moe_index is None else [int(word) for word in flags.moe_index.split(",")]
 
 
-def curve(metrics: list[dict], metric: str) -> dict[str, list]:
-    """train: [step, quality, k, lr]; valid: [step, {k or "dense": quality}]."""
-    train = [[line["step"], line[metric], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
-    valid = [[line["step"], by_k(line, metric)] for line in metrics if line["split"] == "valid"]
+def curve(metrics: list[dict], metric: Metric) -> dict[str, list]:
+    """train: [step, quality, or loss where that says nothing of it, k, lr]; valid: [step, {k or "dense": quality}]."""
+    train = [[line["step"], line[metric.in_training], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
+    valid = [[line["step"], by_k(line, metric.name)] for line in metrics if line["split"] != "train"]
     return {"train": train, "valid": valid}
 
 

@@ -89,7 +89,6 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
 def main(arguments: list[str]) -> None:
     """Adds `routing` to the result.json of finished runs."""
     from utils.command_line import stored_run
-    from utils.model import build_model
     from utils.models import architecture
 
     if not arguments:
@@ -101,7 +100,7 @@ def main(arguments: list[str]) -> None:
         flags = stored_run(["--eval_only", "--work_dir", str(folder)])
         with Engine(flags) as engine:
             task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
-            model = engine.prepare(build_model(flags, task.corpus.vocabulary))
+            model = engine.prepare(task.build())
             routing = describe_routing(task, model, RunFolder.checkpoints_of(flags))
         write_json(path, json.loads(path.read_text()) | {"routing": routing})
         print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")

@@ -42,10 +42,10 @@ class RunFolder:
     full of something else.
     """
 
-    def __init__(self, flags: Flags, data_fingerprint: str):
+    def __init__(self, flags: Flags, fingerprints: dict[str, str]):
         self.path = Path(flags.work_dir)
         config = {name: value for name, value in dataclasses.asdict(flags).items() if name not in NOT_PART_OF_A_RUN}
-        config["data_fingerprint"] = data_fingerprint
+        config |= fingerprints
         self._refuse_foreign()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 TITLE: as in tables. SIZES: the flags of its sizes, as they are recorded. Task: what it is pre-trained on. build(flags, vocabulary): the
 dense model, called as model(*inputs, state) -> (token losses, state, logits). blocks(model): its layers. forward_flops(model, shape, k).
+
+For fine-tuning: hidden_states(model, tokens [N, T], lengths [N]) -> [N, T, D]. summary(hidden, lengths) -> [N, D]: the position that has
+seen the whole row. without_head(model): the same, no longer predicting tokens. CAUSAL: whether it can continue a text.
 """
 
 import importlib

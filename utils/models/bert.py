@@ -12,8 +12,8 @@ from utils.models import Shape
 from utils.tasks.masked import MaskedLanguageModelling as Task
 from utils.vocabulary import Vocabulary
 
-__all__ = ["SIZES", "TITLE", "Task", "blocks", "build", "forward_flops"]
-TITLE = "BERT"
+__all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
+TITLE, CAUSAL = "BERT", False
 SIZES = ("n_layer", "d_model", "n_head", "d_ff", "d_inner", "tgt_len")
 
 
@@ -62,6 +62,21 @@ def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:
 
 def blocks(model: MaskedLM) -> nn.ModuleList:
     return model.host.base_model.encoder.layer
+
+
+def hidden_states(model: MaskedLM, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
+    inside_NT = torch.arange(tokens_NT.shape[1], device=tokens_NT.device) < lengths_N[:, None]
+    return model.host.base_model(tokens_NT, attention_mask=inside_NT.long())[0]
+
+
+def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
+    """The first position, [CLS]."""
+    return hidden_NTD[:, 0]
+
+
+def without_head(model: MaskedLM) -> MaskedLM:
+    delattr(model.host, model.head)
+    return model
 
 
 def forward_flops(model: MaskedLM, shape: Shape, k: int | None) -> int:

@@ -1,6 +1,7 @@
 """Transformer-XL over bytes."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
@@ -9,8 +10,8 @@ from utils.flops import expert_flops
 from utils.models import Shape
 from utils.tasks.language_modelling import LanguageModelling as Task
 
-__all__ = ["SIZES", "TITLE", "Task", "blocks", "build", "forward_flops"]
-TITLE = "Transformer-XL"
+__all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
+TITLE, CAUSAL = "Transformer-XL", True
 SIZES = ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")
 N_TOKEN = 256  # bytes: any text can be read by any model
 
@@ -25,14 +26,30 @@ def blocks(model: MemTransformerLM) -> nn.ModuleList:
     return model.layers
 
 
+def hidden_states(model: MemTransformerLM, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
+    """Read from left to right, so that nothing sees what stands behind a row's end."""
+    return model.hidden(tokens_NT)[0]
+
+
+def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
+    """The last position of each row."""
+    return hidden_NTD[torch.arange(len(lengths_N), device=lengths_N.device), lengths_N - 1]
+
+
+def without_head(model: MemTransformerLM) -> MemTransformerLM:
+    del model.head  # its weight is the embedding's, unless they are not tied
+    return model
+
+
 def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
     """Of one forward pass, k experts active (None: as many as the layers compute at present; a dense model has none)."""
     c: TransformerXLConfig = model.config
-    batch, segment, memory, _ = shape
+    batch, segment, memory, targets = shape
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
     projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
     scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
-    total = c.n_layer * (projections + scores) + 2 * queries * c.d_model * c.n_token
+    head = 2 * batch * (segment if targets is None else targets) * c.d_model * c.n_token
+    total = c.n_layer * (projections + scores) + head
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):
             total += 2 * keys * module.router.weight.numel()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from utils.command_line import usual_flags
+from utils.model import build_model
 from utils.models import Shape, architecture
 
 if TYPE_CHECKING:
@@ -21,21 +23,28 @@ State = tuple[Tensor, ...] | None  # what a model carries from one batch to the 
 
 
 class Metric(NamedTuple):
-    """The quality that tables show, from the mean loss in nats."""
+    """The quality that tables show, from the mean of what `Task.measure` sums up. `of_loss`: that is the loss in nats."""
 
     name: str
     lower_is_better: bool
     of: Callable[[float], float]
+    of_loss: bool = True
+
+    @property
+    def in_training(self) -> str:
+        """What is shown of training: the quality, or the loss where that says nothing of it."""
+        return self.name if self.of_loss else "loss"
 
 
 class Batch(NamedTuple):
     """inputs: the model's arguments before the state, this process's rows along dimension 0. shape: of the rows of all processes together.
-    first: nothing is carried into it.
+    first: nothing is carried into it. rows: what the inputs were made from, where a task scores by it.
     """
 
     inputs: tuple[Tensor, ...]
     shape: Shape
     first: bool = True
+    rows: list | None = None
 
     @property
     def targets(self) -> int:
@@ -44,9 +53,17 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """A corpus, read as the flags say by one process of a run. `vocabulary`: of a corpus of word pieces, else None."""
+    """A corpus, read as the flags say by one process of a run. `vocabulary`: of a corpus of word pieces, else None.
+
+    splits: those of the final test, the first also of validation, the last that of the table. selects: the best weights on validation are
+    tested, and not the last ones.
+    """
 
     metric: Metric
+    table = "table1"
+    splits: tuple[str, ...] = ("valid", "test")
+    selects = True
+    note = ""  # what of the data has to stand beside a quality on it
 
     def __init__(self, flags: Flags, corpus: Corpus, engine: Engine):
         self.flags, self.corpus, self.engine = flags, corpus, engine
@@ -55,6 +72,33 @@ class Task(ABC):
     @property
     def vocabulary(self):
         return self.corpus.vocabulary
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of what a run is made from: it cannot go on with anything else."""
+        return {"data_fingerprint": self.corpus.fingerprint}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the splits."""
+        return {split: len(getattr(self.corpus, split)) for split in ("train", *self.splits)}
+
+    @property
+    def usual_flags(self) -> Flags:
+        """The flags that the preset and the method say: what departs from them is said in tables."""
+        return usual_flags(self.flags)
+
+    def build(self) -> nn.Module:
+        """The model, as it is before a run."""
+        return build_model(self.flags, self.vocabulary)
+
+    def describe(self) -> list[str]:
+        """What else is to be said when a run begins."""
+        return []
+
+    def provenance(self) -> dict[str, Any]:
+        """What a record says of where the weights came from."""
+        return {}
 
     @abstractmethod
     def next(self) -> Batch:
@@ -79,6 +123,11 @@ class Task(ABC):
     def full_state(self, rows: int) -> State:
         """A state as large as it gets in training."""
         return None
+
+    def measure(self, model: nn.Module, batch: Batch, state: State) -> tuple[float, int, State]:
+        """A sum over the batch, what it is to be divided by, and the state to carry on; here of losses, over positions with a loss."""
+        losses, state, _ = model(*batch.inputs, state)
+        return losses.double().sum().item(), losses.numel(), state
 
     def evaluation(self, model: nn.Module) -> AbstractContextManager:
         """Within it the model is as evaluation wants it."""

@@ -1,0 +1,37 @@
+"""Fine-tunes a pre-trained model on a task, and tests it at every number of active experts.
+
+    python finetune.py --task sst2 --checkpoint runs/laptop/enwik8/smoe_dropout-seed1
+    python finetune.py --task svamp --checkpoint RUN --dynamic_moe --dynamic_moe_mode linear_increase
+    python finetune.py --eval_only --k 1,2,4 --work_dir DIR
+
+The checkpoint says what the model is and how it was trained; the training itself is train.py's, and is resumed in the same way.
+`python finetune.py --help` lists the flags.
+"""
+
+import sys
+from pathlib import Path
+
+from utils.command_line import stored_run
+from utils.errors import exit_on_user_error
+from utils.examples import read_examples
+from utils.finetuning import parse
+from utils.flags import FinetuneFlags
+from utils.source import open_source
+
+if __name__ == "__main__":
+    with exit_on_user_error():  # before torch is imported: a wrong flag or file is answered at once
+        if FLAGS := stored_run(kind=FinetuneFlags, program="finetune.py"):
+            SOURCE = open_source(Path(FLAGS.checkpoint))
+        else:
+            FLAGS, SOURCE = parse()
+        EXAMPLES = read_examples(FLAGS.task, Path(FLAGS.data), FLAGS.fold)
+
+from train import evaluate_run, main
+from utils.engine import Engine
+from utils.tasks.finetuning import task_class
+from utils.text import text_of
+
+if __name__ == "__main__":
+    with exit_on_user_error(), Engine(FLAGS) as ENGINE:
+        TASK = task_class(FLAGS)(FLAGS, EXAMPLES, ENGINE, SOURCE, text_of(FLAGS, SOURCE))
+        sys.exit((evaluate_run if FLAGS.eval_only else main)(TASK))

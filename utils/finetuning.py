@@ -1,0 +1,118 @@
+"""The command line of finetune.py: the checkpoint says what the model is, a preset how it is fine-tuned. Imports no torch.
+
+Order of precedence: the command line, the preset, the checkpoint. What the checkpoint decides cannot be given otherwise.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smoe_dropout.registry import METHODS, load, unknown
+from utils.command_line import check, from_command_line, resolve, value_of, without_refused
+from utils.errors import UserError, exit_on_user_error
+from utils.flags import CHOICES, FOLDS, FinetuneFlags
+from utils.presets import PRESETS, TASKS, finetuning
+from utils.source import Source, kind_of, open_source
+
+# what the weights mean: the checkpoint's, always
+OF_THE_MODEL = (
+    *("model", "n_layer", "n_head", "d_head", "d_model", "d_ff", "d_inner", "tgt_len", "mem_len", "eval_tgt_len", "mask_rate"),
+    *("pre_lnorm", "same_length", "clamp_len", "not_tied", "init_std"),
+)
+OF_THE_EXPERTS = ("method", "moe", "moe_num_expert", "gate_name", "moe_index", "output_scale", "gate_weight", "attn_moe", "dense_drop")
+# what it is trained with: the checkpoint's, unless something else is asked for
+KEPT = ("method_options", "dropout", "dropatt", "freeze_gate", "load_balance")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
+    """The flags of a command line, every default decided, and the checkpoint. Raises UserError listing all mistakes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, mistakes = without_refused(argv)
+    if {"-h", "--help"} & set(argv):
+        from_command_line(argv, FinetuneFlags(), "finetune.py")
+    given = value_of(argv, "checkpoint")
+    if given is None:
+        raise UserError("--checkpoint is missing: give the folder of a finished run of train.py")
+    source = open_source(Path(given))
+    task = value_of(argv, "task") or FinetuneFlags.task
+    if task not in TASKS:
+        raise UserError("--task: " + unknown("task", task, list(TASKS)))
+    preset = value_of(argv, "preset") or source.flags.get("preset", FinetuneFlags.preset)
+    if preset not in CHOICES["preset"]:
+        raise UserError("--preset: " + unknown("preset", preset, list(CHOICES["preset"])))
+    defaults = _defaults(source, task, preset, argv)
+    flags = from_command_line(argv, defaults, "finetune.py")
+    mistakes += _contradictions(flags, source) + check(flags)
+    if not 0 <= flags.fold < FOLDS:
+        mistakes.append(f"--fold {flags.fold} must be from 0 to {FOLDS - 1}")
+    mistakes += [
+        f"--{name} {value}: a score is of all rows, leave it out"
+        for name in ("max_eval_steps", "max_test_steps")
+        if (value := getattr(flags, name)) != -1
+    ]
+    if flags.max_length < 3:
+        mistakes.append(f"--max_length {flags.max_length} must be at least 3")
+    if mistakes:
+        raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
+    return resolve(flags), source
+
+
+def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> FinetuneFlags:
+    """Of a checkpoint that does not know its own flags: those that its preset and its method would have."""
+    known = source.flags
+    model = known.get("model") or value_of(argv, "model") or FinetuneFlags.model
+    if model not in PRESETS:
+        raise UserError("--model: " + unknown("model", model, list(PRESETS)))
+    method = known.get("method") or value_of(argv, "method")
+    if method is not None and method not in METHODS:
+        raise UserError("--method: " + unknown("method", method, METHODS))
+    values: dict[str, Any] = {}
+    if "preset" not in known:
+        values = {**PRESETS[model][preset], **(load(METHODS, "method", method).flags if method else {})}
+    values = {**values, **known, "model": model, "method": method}
+    values = {name: value for name, value in values.items() if name in (*OF_THE_MODEL, *OF_THE_EXPERTS, *KEPT)}
+    how = finetuning(task, preset, model)
+    return FinetuneFlags(**{**values, **how, **_experts(values), "task": task, "dataset": task, "preset": preset})
+
+
+def _experts(values: dict[str, Any]) -> dict[str, Any]:
+    """k while fine-tuning: all experts, as in the paper (section 4.1), but where the method itself is made for another."""
+    if not values.get("moe"):
+        return {}
+    meant = load(METHODS, "method", values["method"]).flags if values["method"] else {}
+    return {"moe_top_k": meant.get("moe_top_k", values.get("moe_num_expert", FinetuneFlags.moe_num_expert)), "dynamic_moe": False}
+
+
+def _contradictions(flags: FinetuneFlags, source: Source) -> list[str]:
+    """What the command line says otherwise than the checkpoint."""
+    known = source.flags
+    found = [
+        f"--{name} {getattr(flags, name)}, but the checkpoint {source.path} has {name} = {known[name]}: leave it out"
+        for name in (*OF_THE_MODEL, *OF_THE_EXPERTS)
+        if name in known and getattr(flags, name) != known[name]
+    ]
+    if flags.expect is None:
+        return found
+    if flags.expect not in METHODS:
+        return [*found, "--expect: " + unknown("method", flags.expect, METHODS)]
+    without = not load(METHODS, "method", flags.expect).sparse
+    fits = not flags.moe if without else flags.method == flags.expect
+    wanted = "one without experts" if without else f"one of {flags.expect}"
+    return found if fits else [*found, f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
+
+
+def usual_flags(flags: FinetuneFlags) -> FinetuneFlags:
+    """What the preset says of fine-tuning, the method of its experts, and the checkpoint of the model."""
+    meant = load(METHODS, "method", flags.method).flags if flags.method else {}
+    sizes = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "dropout", "dropatt", "method", "moe")}
+    values = {**meant, **sizes, "moe_num_expert": flags.moe_num_expert}
+    how = finetuning(flags.task, flags.preset, flags.model)
+    return FinetuneFlags(**{**values, **how, **_experts(values), "task": flags.task, "dataset": flags.task, "preset": flags.preset})
+
+
+if __name__ == "__main__":  # python -m utils.finetuning ARGS...: checks a command line of finetune.py and prints what it decides
+    with exit_on_user_error():
+        print(json.dumps(dataclasses.asdict(parse()[0]), indent=1))

@@ -1,0 +1,45 @@
+"""Weights of a checkpoint into the model that is fine-tuned."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from smoe_dropout import from_pretrained
+from smoe_dropout.io import WEIGHTS, load_weights
+from smoe_dropout.options import ConfigError
+from utils import checkpoint
+from utils.errors import UserError
+from utils.source import Source
+
+
+def load(model: nn.Module, source: Source) -> None:
+    """All of the weights, into the model they were made in. UserError, naming the tensor and both shapes, where they do not fit."""
+    folder = source.weights.parent
+    try:
+        if source.weights.name == WEIGHTS and (folder / checkpoint.MANIFEST).exists():
+            checkpoint.verify(folder)
+        if source.of_transformers:
+            model.host.load_state_dict(from_pretrained(folder).state_dict())
+        else:
+            load_weights(model, folder)
+    except (ConfigError, RuntimeError) as error:
+        raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+class HandedOver(NamedTuple):
+    """Of the pre-trained model: how many parameters the fine-tuned one kept, which are new in that, and which were left behind."""
+
+    kept: int
+    new: list[str]
+    unused: list[str]
+
+
+def handed_over(stored: dict[str, nn.Parameter], model: nn.Module) -> HandedOver:
+    """`stored`: the parameters of the pre-trained model, before it became a part of `model`."""
+    ours, theirs = dict(model.named_parameters()), {id(parameter) for parameter in stored.values()}
+    there = {id(parameter) for parameter in ours.values()}
+    return HandedOver(
+        sum(parameter.numel() for parameter in stored.values() if id(parameter) in there),
+        [name for name, parameter in ours.items() if id(parameter) not in theirs],
+        [name for name, parameter in stored.items() if id(parameter) not in there],
+    )
