@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, moe_layers, set_progress, set_top_k
+from smoe_dropout.control import auxiliary_losses
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.methods.base import Forward, cross_entropy
@@ -237,13 +238,12 @@ def accumulate_gradients(task: Task, model, objective, batch: Batch, carried: Ca
 
 def log(task: Task, folder: RunFolder | None, model, state: State, lr: float, k: int | None, norm: float) -> str:
     """One line of the training log: mean loss since the line before it, over all processes. Returns it in words."""
-    auxiliary = auxiliary_loss(model)
-    sums = [state.loss_sum, state.loss_tokens, 0.0 if auxiliary is None else auxiliary.item() * state.loss_tokens]
+    sums = [state.loss_sum, state.loss_tokens, auxiliary_loss(model).item() * state.loss_tokens]
     loss_sum, tokens, auxiliary_sum = task.engine.sum(sums)
     loss, metric = loss_sum / tokens, task.metric
     quality = {metric.name: metric.of(loss)} if metric.of_loss else {}
     line = {"step": state.step, "split": "train", "loss": loss, **quality, "lr": lr, "k": k, "grad_norm": norm}
-    if auxiliary is not None:
+    if auxiliary_losses(model):
         line["auxiliary_loss"] = auxiliary_sum / tokens
     line |= method_metrics(model)
     state.loss_sum, state.loss_tokens = 0.0, 0

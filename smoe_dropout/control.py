@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from smoe_dropout.layer import MoELayer
@@ -17,11 +18,13 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 def set_top_k(model: nn.Module, k: int) -> None:
     """Makes k experts active per token in every MoE layer. ValueError if the model has none, or one of them has fewer than k experts."""
     layers = _layers_or_raise(model)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ValueError(f"k = {k!r} must be a whole number")
     for name, layer in layers:
-        if k != int(k) or not 1 <= k <= layer.num_experts:
+        if not 1 <= k <= layer.num_experts:
             raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.num_experts} experts of layer {name!r}")
     for _, layer in layers:
-        layer.top_k = int(k)
+        layer.top_k = k
     _tell(model, layers)
 
 
@@ -56,13 +59,20 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     _tell(model, layers, freeze_router=frozen)
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor | None:
-    """Sum of the routers' losses of the last forward pass in training mode, or None where there are none.
+def auxiliary_losses(model: nn.Module) -> list[Tensor]:
+    """The routers' losses of the last forward pass in training mode."""
+    return [loss for _, layer in moe_layers(model) for loss in layer.losses.values()]
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Their sum; zero where there are none, as with a frozen router, or after a pass in evaluation.
 
     To be added to the loss in a training loop of one's own; a model of the transformers library adds it to the loss it returns by itself.
     """
-    losses = [loss for _, layer in moe_layers(model) for loss in layer.losses.values()]
-    return sum(losses[1:], losses[0]) if losses else None
+    if losses := auxiliary_losses(model):
+        return sum(losses[1:], losses[0])
+    some = next(model.parameters(), None)
+    return torch.zeros((), device=None if some is None else some.device)
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:

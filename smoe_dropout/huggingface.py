@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.control import auxiliary_loss
+from smoe_dropout.control import auxiliary_loss, auxiliary_losses
 
 NAME = __package__  # the model type in config.json, and the key that the experts' configuration stands under
 
@@ -113,8 +113,9 @@ def add_auxiliary_loss(model: nn.Module, arguments: tuple, named: dict[str, Any]
     Given `num_items_in_batch` the model's loss is a part of a mean over several micro-batches, which add up; the auxiliary losses then
     count by this one's share of the items.
     """
-    if not model.training or (auxiliary := auxiliary_loss(model)) is None:
+    if not model.training or not auxiliary_losses(model):
         return output
+    auxiliary = auxiliary_loss(model)
     labels = named.get("labels")
     if labels is None and arguments:
         labels = inspect.signature(model.forward).bind_partial(*arguments).arguments.get("labels")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.control import moe_layers
+from smoe_dropout.options import build_options
 
 WEIGHTS, CONFIG = "model.safetensors", "smoe_config.json"
 
@@ -86,6 +87,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_config(model: nn.Module, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: save_model(model, folder) writes one")
     layers, path = moe_layers(model), folder / CONFIG
     if path.exists() != bool(layers):
         raise ConfigError(
@@ -100,6 +103,10 @@ def _check_config(model: nn.Module, folder: Path) -> None:
     for name in ("num_experts", "router", "gate_weight", "output_scale", "method"):
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, the model has {getattr(ours, name)!r}")
+    router = layers[0][1].router
+    routed = [build_options(router.Options, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
+    if routed[0] != routed[1]:
+        raise ConfigError(f"{path} has a router with {routed[0]}, the model has {routed[1]}")
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,20 +18,18 @@ class Shared:
     """What the MoE layers of one model share within one forward pass. `moefy` gives one to all of them.
 
     tokens: the token ids the model was given, where a layer or router needs them. carried: what a layer hands on to the next one.
-    seed: torch's when the model was made, for draws that all layers make together.
     """
 
     def __init__(self):
         self.tokens: Tensor | None = None
         self.carried: Tensor | None = None
-        self.seed = torch.initial_seed()
 
     def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """A forward pre-hook of the host's token embedding."""
         self.tokens = inputs[0] if inputs else named["input"]
 
     def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
-        return {"tokens": None, "carried": None, "seed": self.seed}
+        return {"tokens": None, "carried": None}
 
 
 class MoELayer(nn.Module, FollowsTraining):
@@ -67,9 +65,9 @@ class MoELayer(nn.Module, FollowsTraining):
         self._before: list[nn.Module] = []  # in a list, so that it does not become a child
 
     @property
-    def attention(self) -> nn.Module:
-        """The host's attention module before this layer."""
-        return self._before[0]
+    def attention(self) -> nn.Module | None:
+        """The host's attention module before this layer, for a layer or router that needs it."""
+        return self._before[0] if self._before else None
 
     def place(self, index: int, count: int, shared: Shared, attention: nn.Module | None) -> None:
         """Told by `moefy` where in the model the layer stands."""
@@ -79,6 +77,8 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.route(x)
+        if not torch.compiler.is_compiling() and self.assigned is None:
+            check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)
         self.keep(x, routing.losses, routing.indices_NK.detach())
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
 
@@ -131,3 +131,21 @@ class MoELayer(nn.Module, FollowsTraining):
     def __getstate__(self) -> dict:
         # what the last pass left belongs to its autograd graph, which can be neither copied nor pickled
         return {**self.__dict__, "losses": {}, "assigned": None, "last_pass": None}
+
+
+def check_routing(routing: Routing, tokens: int, k: int, num_experts: int) -> None:
+    """Of a layer's first pass: TypeError or ValueError where a router, perhaps one of the user's, returns what experts cannot take."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"the router returned a {type(routing).__name__}, not a Routing(indices_NK, weights_NK, losses)")
+    indices_NK, weights_NK, losses = routing
+    found = f"the router returned indices {tuple(indices_NK.shape)} of {indices_NK.dtype} and weights {tuple(weights_NK.shape)}"
+    if indices_NK.dtype != torch.int64 or indices_NK.shape != weights_NK.shape or indices_NK.dim() != 2 or len(indices_NK) != tokens:
+        raise ValueError(f"{found}: both must be [{tokens} tokens, k = {k}], the indices int64")
+    if indices_NK.shape[1] < k:
+        raise ValueError(f"{found}: at k = {k} a token needs as many experts")
+    if tokens and (indices_NK.min() < 0 or indices_NK.max() >= num_experts):
+        raise ValueError(f"the router chose expert {int(indices_NK.max())}, and there are 0 to {num_experts - 1}")
+    if (indices_NK.sort(1).values.diff(dim=1) == 0).any():
+        raise ValueError("the router chose an expert twice for one token: its k experts must differ")
+    if wrong := [name for name, loss in losses.items() if not isinstance(loss, Tensor) or loss.dim()]:
+        raise ValueError(f"the router's loss {wrong[0]!r} must be a scalar tensor")

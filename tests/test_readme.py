@@ -45,8 +45,10 @@ def test_tutorial(tmp_path):
     """docs/plug_in.md, its blocks one after the other; what it promises of numbers holds."""
     pytest.importorskip("transformers")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plug_in.md").read_text(encoding="utf-8"), re.DOTALL)
-    files = [block for block in blocks if block.startswith("# cosine_router.py")]
-    (tmp_path / "cosine_router.py").write_text(*files)
+    files = [block for block in blocks if re.match(r"# \w+_router\.py\n", block)]
+    assert len(files) == 2
+    for block in files:
+        (tmp_path / block.split()[1]).write_text(block)
     lines = output_of("\n".join(block for block in blocks if block not in files), tmp_path).splitlines()
     distances = [float(line.split("(")[1].split(",")[0]) for line in lines if line.startswith("tensor(") and "Max" in line]
     assert len(distances) == 3 and max(distances[0], distances[2]) < 1e-5 < distances[1]
@@ -66,12 +68,12 @@ def test_flags_are_known():
     """Every --flag that the README gives to train.py or a script is one."""
     import dataclasses
 
-    from utils.flags import Flags
+    from utils.flags import FinetuneFlags
 
-    known = {field.name for field in dataclasses.fields(Flags)}
+    known = {field.name for field in dataclasses.fields(FinetuneFlags)}
     count = 0
     for line in README.splitlines():
-        if "train.py" in line or "script/table1" in line or "script/figure5" in line:
+        if "train.py" in line or "finetune.py" in line or re.search("script/(table1|figure5|table2)", line):
             for flag in re.findall(r"--([\w-]+)", line.replace("torchrun --nproc_per_node", "")):
                 assert flag.replace("-", "_") in known, line
                 count += 1

@@ -3,6 +3,7 @@
 # command goes on where it was. Any flag of train.py that holds for all rows may follow, such as --preset laptop --data D --dataset NAME;
 # --model bert or roberta runs the rows in that folder.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/table1/run_all.sh; fi
 for flag in seed work_dir run_name method; do
   if has "$flag" "$@"; then
     echo "error: --$flag differs from row to row: leave it out (SEEDS=\"1 2\" chooses seeds)" >&2

@@ -4,6 +4,7 @@
 # a time; then the table and the figures. The run <method>-seed<seed> is fine-tuned with the same seed. SCRATCH=1 runs each row from random
 # weights, too. Interrupted, the same command goes on where it was.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/table2/run_all.sh; fi
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ ! -d "$1" ]; then
   echo "error: usage: bash $0 RUNS [flags of finetune.py]; RUNS holds the runs of train.py, such as runs/laptop/enwik8" >&2
   exit 2

@@ -63,6 +63,8 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     parameters change: build its optimiser afterwards. ConfigError for a model already turned, a layer index it does not have, a width
     that E does not divide, or a method or option that cannot be here; the model is then untouched.
     """
+    if not isinstance(config, SMoEConfig):
+        raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig")
     if any(isinstance(module, MoELayer) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} has MoE layers already")
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
@@ -72,6 +74,8 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     chosen = range(len(sites)) if config.layers is None else sorted(config.layers)
     if outside := [index for index in chosen if index >= len(sites)]:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
+    for index in chosen:
+        refuse_tied(model, sites[index])
     layers = [kind(sites[index].d_model, sites[index].experts(config), config) for index in chosen]
     needs, shared = kind.needs | layers[0].router.needs, Shared()
     attentions = [attention_before(model, sites[index], "probabilities" in needs) if "attention" in needs else None for index in chosen]
@@ -102,6 +106,22 @@ def check(method: Method | None, config: SMoEConfig) -> None:
         build_options(kind, config.options, known)
     if sentence := refused(method, config):
         raise ConfigError(sentence)
+    if method and method.layer is None:
+        raise ConfigError(
+            f"method = {method.name!r} has no layer of its own and would do nothing here: leave it out, and choose what it stands for, "
+            f"{', '.join(f'{name} = {value!r}' for name, value in method.flags.items())} in the terms of train.py"
+        )
+
+
+def refuse_tied(model: nn.Module, site: Site) -> None:
+    """ConfigError where a weight of the network is also another module's: experts would silently part them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tensor in (site.up, site.bias_up, site.down, site.bias_down, site.gate, site.bias_gate):
+        parameter = tensor if tensor is None or tensor._base is None else tensor._base  # Conv1D's is a view
+        if len(tied := names.get(id(parameter), [])) > 1:
+            raise ConfigError(f"{' and '.join(tied[:2])} are one and the same parameter, which experts would part: untie them first")
 
 
 def token_embedding(model: nn.Module) -> nn.Module:

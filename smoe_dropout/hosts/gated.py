@@ -3,7 +3,7 @@
 from torch import nn
 
 from smoe_dropout.experts.activations import activation_name
-from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -14,7 +14,7 @@ def find(model: nn.Module) -> list[Site]:
 
 def _site(parent: nn.Module, name: str, mlp: nn.Module) -> Site | None:
     gate, up, down = (getattr(mlp, f"{part}_proj", None) for part in ("gate", "up", "down"))
-    if not all(isinstance(module, nn.Linear) for module in (gate, up, down)) or up.in_features != down.out_features:
+    if not all(map(is_linear, (gate, up, down))) or up.in_features != down.out_features:
         return None
     activation = getattr(mlp, "act_fn", None)
     if not isinstance(activation, nn.Module) or (kind := activation_name(activation)) is None:

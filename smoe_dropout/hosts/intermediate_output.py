@@ -5,7 +5,7 @@
 from torch import nn
 
 from smoe_dropout.experts.activations import activation_name
-from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -16,7 +16,7 @@ def find(model: nn.Module) -> list[Site]:
 def _site(layer: nn.Module) -> Site | None:
     first, second = getattr(layer, "intermediate", None), getattr(layer, "output", None)
     up, down = getattr(first, "dense", None), getattr(second, "dense", None)
-    if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear) or up.in_features != down.out_features:
+    if not is_linear(up) or not is_linear(down) or up.in_features != down.out_features:
         return None
     activation = getattr(first, "intermediate_act_fn", None)
     if not isinstance(activation, nn.Module) or (name := activation_name(activation)) is None:

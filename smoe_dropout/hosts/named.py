@@ -7,6 +7,7 @@ down(act(gate x) * up x), for every activation that experts have.
 import fnmatch
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -56,8 +57,16 @@ def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
 def described(model: nn.Module) -> str:
     """A sentence with the model's feed-forward networks as patterns to name them by, or that it has none."""
     found: dict[str, str] = {}
+    if isinstance(recognise(model), Network):
+        return f"the {type(model).__name__} is itself one: give moefy the model that it stands in"
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
-        if name and not any(name.startswith(f"{outer}.") for outer in found) and isinstance(network := recognise(module), Network):
+        if (
+            name
+            and places[module] == 1
+            and not any(name.startswith(f"{outer}.") for outer in found)
+            and isinstance(network := recognise(module), Network)
+        ):
             up = _weight(module.get_submodule(network.up))
             found[name] = f"{up.shape[1]} -> {up.shape[0]} -> {up.shape[1]}"
     if not found:
@@ -76,7 +85,13 @@ def recognise(module: nn.Module) -> Network | str:
     """What the module computes, or the sentence that says why it is no feed-forward network."""
     maps = {name: _weight(child) for name, child in module.named_modules() if name and _weight(child) is not None}
     if len(maps) not in (2, 3):
-        return f"it holds {len(maps)} linear maps"
+        return f"it holds {len(maps)} linear map{'s' * (len(maps) != 1)}"
+    parts = [part for _, part in module.named_modules(remove_duplicate=False)]
+    if len(set(parts)) < len(parts):  # functional_call would leave random weights in it
+        return "it has one module in several places"
+    for name in maps:
+        if kinds := dict(module.get_submodule(name).named_parameters()).keys() - {"weight", "bias"}:
+            return f"its linear map {name!r} is made from {', '.join(sorted(kinds))}: remove the parametrization first"
     own = {id(parameter) for name in maps for parameter in module.get_submodule(name).parameters()}
     if other := [name for name, parameter in module.named_parameters() if id(parameter) not in own]:
         return f"it has the parameter {other[0]!r} besides its linear maps"
@@ -85,7 +100,9 @@ def recognise(module: nn.Module) -> Network | str:
         return f"its linear maps {', '.join(f'{w.shape[1]} -> {w.shape[0]}' for w in maps.values())} do not lead from D to F and back to D"
     found = [match for names in orders if (match := _best_match(module, names))]
     if not found:
-        return "what it computes is not down(activation(up x)): a residual, a norm, a scale or another activation is in it"
+        faults = [fault for names in orders if isinstance(fault := _tried(module, names), str)]
+        more = f" ({faults[0]})" if len(faults) == len(orders) else ""
+        return f"what it computes is not down(activation(up x)): a residual, a norm, a scale or another activation is in it{more}"
     return min(found, key=lambda match: match[0])[1]
 
 
@@ -98,7 +115,7 @@ def _fits(weights: list[Tensor]) -> bool:
 def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Network] | None:
     """The activation that comes nearest, the maps being these, with its relative error; None if none is within the tolerance."""
     tried = _tried(module, names)
-    if tried is None:
+    if isinstance(tried, str):
         return None
     x_1ND, y, linears, _ = tried
     *first, down = linears
@@ -124,8 +141,8 @@ class Trial(NamedTuple):
     called: list[nn.Module]
 
 
-def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | None:
-    """None where the module does not map [1, N, D] to [1, N, D]."""
+def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | str:
+    """A sentence where the module does not map [1, N, D] to [1, N, D]."""
     draw = torch.Generator().manual_seed(0)
     parameters, called = {}, []
     for name, parameter in module.named_parameters():
@@ -138,12 +155,15 @@ def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | None:
     try:
         with _evaluated(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
             y = torch.func.functional_call(module, parameters | buffers, (x_1ND,))
-    except Exception:  # whatever its forward wants, it is no feed-forward network
-        return None
+    except Exception as error:  # whatever its forward wants, it is no feed-forward network
+        return f"run on numbers {tuple(x_1ND.shape)} it fails: {' '.join(str(error).split())[:200]}"
     finally:
         for hook in hooks:
             hook.remove()
-    return Trial(x_1ND, y, linears, called) if isinstance(y, Tensor) and y.shape == x_1ND.shape else None
+    if not isinstance(y, Tensor) or y.shape != x_1ND.shape:
+        what = f"numbers {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        return f"of numbers {tuple(x_1ND.shape)} it makes {what}"
+    return Trial(x_1ND, y, linears, called)
 
 
 @contextmanager
@@ -163,7 +183,8 @@ def _site(model: nn.Module, name: str) -> Site:
     if isinstance(network, str):
         raise ConfigError(
             f"sites names {name!r}, a {type(module).__name__}, which is no feed-forward network: {network}; a module named in sites "
-            "must be two linear maps with an activation between them, or three of a gated one, and nothing else but dropout"
+            f"must be two linear maps with an activation between them, or three of a gated one, and nothing else but dropout; "
+            f"{described(model)}"
         )
     inner, final = _dropouts(name, module, network)
     outer, _, child = name.rpartition(".")

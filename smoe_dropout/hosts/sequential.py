@@ -5,7 +5,7 @@ Transformers written by hand. A final Dropout stays, behind the experts.
 from torch import nn
 
 from smoe_dropout.experts.activations import activation_name
-from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -21,7 +21,7 @@ def find(model: nn.Module) -> list[Site]:
 def _site(parent: nn.Module, name: str, ffn: nn.Sequential) -> Site | None:
     kinds = [module for module in ffn if not isinstance(module, nn.Dropout)]
     dropouts = {position: module for position, module in enumerate(ffn) if isinstance(module, nn.Dropout)}
-    if len(kinds) != 3 or not isinstance(kinds[0], nn.Linear) or not isinstance(kinds[2], nn.Linear):
+    if len(kinds) != 3 or not is_linear(kinds[0]) or not is_linear(kinds[2]):
         return None
     up, activation, down = kinds
     if (name_of_activation := activation_name(activation)) is None or up.in_features != down.out_features:

@@ -10,6 +10,11 @@ from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.experts import Experts
 
 
+def is_linear(module: object) -> bool:
+    """Whether it computes W x + b and nothing else: a subclass with a forward of its own, such as one with adapters, does more."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 @dataclass(frozen=True)
 class Site:
     """`parent.name` is the feed-forward network up -> activation -> dropout -> down (-> final). up [F, D], down [D, F] as in nn.Linear; a
@@ -50,7 +55,9 @@ class Site:
         """Experts initialised as `config.expert_init` says. ConfigError if E does not divide the width that is to be divided."""
         E = config.num_experts
         if config.d_expert is None and config.expert_init != "copy" and self.d_ff % E:
-            raise ConfigError(f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}")
+            raise ConfigError(
+                f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}: choose another, or give d_expert"
+            )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
         experts = Experts(E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
         experts.to(self.up.device, self.up.dtype)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smoe_dropout.experts.activations import activation_name
-from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.site import Site, is_linear
 
 _KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
@@ -26,7 +26,7 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
         return None
     up, down, dropout, activation = layer.linear1, layer.linear2, layer.dropout, layer.activation
     name = activation_name(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
-    if name is None or not isinstance(up, nn.Linear) or not isinstance(dropout, nn.Dropout):
+    if name is None or not is_linear(up) or not is_linear(down) or not isinstance(dropout, nn.Dropout):
         return None
 
     def put(module: nn.Module) -> None:

@@ -49,10 +49,9 @@ def cross_entropy(model: nn.Module, forward: Callable[[], Forward], settings: Se
 
 def with_auxiliary(model: nn.Module, loss: Tensor) -> Tensor:
     """The loss plus the auxiliary losses of the pass before."""
-    from smoe_dropout.control import auxiliary_loss
+    from smoe_dropout.control import auxiliary_loss, auxiliary_losses
 
-    auxiliary = auxiliary_loss(model)
-    return loss if auxiliary is None else loss + auxiliary
+    return loss + auxiliary_loss(model) if auxiliary_losses(model) else loss
 
 
 # the training flags that several methods stand for
@@ -91,7 +90,7 @@ def refused(method: Method | None, config: SMoEConfig) -> str | None:
     """The sentence for experts so configured that this method, or none, cannot take, or None."""
     allowed = method.routers if method else ()
     if allowed and config.router not in allowed:
-        return f"router {config.router!r} cannot be used here: this method takes {' or '.join(allowed)}"
+        return f"router {config.router!r} cannot be used here: this method takes {' or '.join(map(repr, allowed))}"
     if config.router == "none" and not allowed:
         return "router 'none' is for methods that draw experts themselves: choose one that chooses"
     return method.refusal(config) if method else None

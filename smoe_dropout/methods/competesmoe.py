@@ -45,9 +45,9 @@ class Options:
 
 
 class CompeteLayer(MoELayer, Reports):
-    """Needs a router with `logits`. Where `set_progress` tells the step, which layers compete in it follows from the seed torch had when
-    the model was made, else from torch's default generator. `passes` and `competitions` count training passes and those with competition;
-    they are saved with the model.
+    """Needs a router with `logits`. Where `set_progress` tells the step, which layers compete follows from `seed`, which torch had when
+    the model was made, else from torch's default generator. `passes` and `competitions` count training passes and those with competition.
+    All three are saved with the model, and data parallelism makes the first process's count for all.
     """
 
     Options = Options
@@ -55,8 +55,8 @@ class CompeteLayer(MoELayer, Reports):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        for name in ("passes", "competitions"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=self.experts.up.device))
+        for name, value in (("passes", 0), ("competitions", 0), ("seed", torch.initial_seed() % 2**63)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=self.experts.up.device))
         self.competed = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class CompeteLayer(MoELayer, Reports):
         if o.predrawn and self.step < o.warm_up * self.total_steps:
             return False
         most = o.max_layers if o.predrawn else self.count
-        return self.index in competing_layers(self.shared.seed, self.step, self.count, o.flip_rate, most)
+        return self.index in competing_layers(int(self.seed), self.step, self.count, o.flip_rate, most)
 
     def compete(self, x_ND: Tensor) -> Tensor:
         outputs_NED = self.experts.each(x_ND)

@@ -1,0 +1,157 @@
+"""What a user gets wrong with the library is said at once, and not computed silently."""
+
+import pytest
+import torch
+from torch import nn
+
+import smoe_dropout as sd
+from smoe_dropout.registry import ROUTERS
+from smoe_dropout.routers import Router, Routing
+
+D, F, E, K = 8, 16, 4, 2
+
+
+def ffn() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D))
+
+
+def model(*networks: nn.Module) -> nn.Module:
+    return nn.Sequential(*(nn.ModuleDict({"ffn": network}) for network in networks or (ffn(),)))
+
+
+def config(**changes) -> sd.SMoEConfig:
+    return sd.SMoEConfig(**{"num_experts": E, "top_k": K, **changes})
+
+
+class Adapted(nn.Linear):
+    """A linear map with something added, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum()
+
+
+class Itself(nn.Linear):
+    """Another name for a linear map."""
+
+
+def test_a_linear_map_with_a_forward_of_its_own_is_none():
+    with pytest.raises(sd.ConfigError, match="no feed-forward network a host knows"):
+        sd.moefy(model(nn.Sequential(Adapted(D, F), nn.ReLU(), Adapted(F, D))), config())
+    assert len(sd.moe_layers(sd.moefy(model(nn.Sequential(Itself(D, F), nn.ReLU(), Itself(F, D))), config()))) == 1
+
+
+def test_tied_weights_are_not_parted():
+    one, other = ffn(), ffn()
+    other[0].weight = one[0].weight
+    tied = model(one, other)
+    with pytest.raises(sd.ConfigError, match=r"0\.ffn\.0\.weight and 1\.ffn\.0\.weight are one and the same parameter"):
+        sd.moefy(tied, config())
+    assert not sd.moe_layers(tied)
+    outside = nn.ModuleDict({"ffn": ffn(), "embedding": nn.Embedding(F, D)})
+    outside["embedding"].weight = outside["ffn"][0].weight
+    with pytest.raises(sd.ConfigError, match="one and the same parameter"):
+        sd.moefy(outside, config())
+    sd.moefy(model(one, ffn()), config())  # what is tied elsewhere does not matter
+
+
+@pytest.mark.parametrize("method", ["smoe", "smoe_dropout", "elastic", "dense", "sandwich", "dropblock"])
+def test_a_method_without_a_layer_of_its_own_is_refused(method):
+    from smoe_dropout.registry import METHODS
+
+    if method not in METHODS:
+        pytest.skip(f"{method} is not here")
+    with pytest.raises(sd.ConfigError, match=f"method = '{method}' has no layer of its own"):
+        sd.moefy(model(), config(method=method, router="learned"))
+
+
+class Given(Router):
+    """Returns what the test wants."""
+
+    result = None
+
+    def __init__(self, d_model, config):
+        super().__init__(config)
+
+    def forward(self, x_ND, k):
+        return type(self).result
+
+
+def routing(indices=((0, 1), (2, 3)), weights=None, losses=None) -> Routing:
+    chosen = torch.tensor(indices)
+    return Routing(chosen, torch.ones(chosen.shape) if weights is None else weights, losses or {})
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "said"),
+    [
+        ((torch.zeros(2, 2), torch.zeros(2, 2), {}), TypeError, "returned a tuple, not a Routing"),
+        (routing(((0,), (1,))), ValueError, "as many experts"),
+        (routing(((0, 1), (2, 4))), ValueError, "chose expert 4, and there are 0 to 3"),
+        (routing(((0, 1), (2, 2))), ValueError, "an expert twice"),
+        (routing(((0, 1),)), ValueError, r"both must be \[2 tokens, k = 2\]"),
+        (routing(weights=torch.ones(2, 1)), ValueError, "both must be"),
+        (routing(((0.0, 1.0), (2.0, 3.0))), ValueError, "the indices int64"),
+        (routing(losses={"mine": torch.ones(3)}), ValueError, "loss 'mine' must be a scalar"),
+    ],
+)
+def test_what_a_router_returns_is_looked_at_once(result, error, said, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "given", f"{__name__}:Given")
+    monkeypatch.setattr(Given, "result", result)
+    made = sd.moefy(model(), config(router="given"))
+    with pytest.raises(error, match=said):
+        made[0]["ffn"](torch.randn(2, D))
+    monkeypatch.setattr(Given, "result", routing())
+    assert made[0]["ffn"](torch.randn(2, D)).shape == (2, D)
+
+
+def test_weights_of_another_router_option_are_refused(tmp_path):
+    made = sd.moefy(model(), config(router="logit_drop", options={"logit_dropout": 0.3}))
+    sd.save_model(made, tmp_path / "model")
+    sd.load_weights(sd.moefy(model(), config(router="logit_drop", options={"logit_dropout": 0.3})), tmp_path / "model")
+    with pytest.raises(sd.ConfigError, match="has a router with"):
+        sd.load_weights(sd.moefy(model(), config(router="logit_drop")), tmp_path / "model")
+    with pytest.raises(sd.ConfigError, match="is no folder"):
+        sd.load_weights(made, tmp_path / "nothing")
+
+
+def test_the_auxiliary_loss_can_always_be_added():
+    made = sd.moefy(model(), config(router="learned")).train()
+    loss = made[0]["ffn"](torch.randn(3, D)).sum()
+    assert sd.auxiliary_loss(made) > 0 and (loss + sd.auxiliary_loss(made)).requires_grad
+    loss = made.eval()[0]["ffn"](torch.randn(3, D)).sum()
+    assert (loss + sd.auxiliary_loss(made)) == loss
+    assert sd.auxiliary_loss(nn.ReLU()) == 0
+
+
+def test_a_network_in_two_places_is_not_suggested():
+    class Ponder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(D, F), nn.Linear(F, D)
+
+        def forward(self, x):
+            return self.narrow(self.wide(x).relu())
+
+    shared = Ponder()
+    before = {name: parameter.clone() for name, parameter in shared.named_parameters()}
+    with pytest.raises(sd.ConfigError) as error:
+        sd.moefy(nn.ModuleList([nn.ModuleDict({"ponder": shared}), nn.ModuleDict({"ponder": shared})]), config())
+    assert "sites=" not in str(error.value)
+    assert all(isinstance(shared.get_parameter(name), nn.Parameter) for name in before)
+    assert all(torch.equal(shared.get_parameter(name), value) for name, value in before.items())  # the search touched nothing
+    with pytest.raises(sd.ConfigError, match="the Ponder is itself one: give moefy the model that it stands in"):
+        sd.moefy(shared, config())
+    nn.utils.parametrizations.weight_norm(shared.wide)
+    with pytest.raises(sd.ConfigError, match="remove the parametrization first"):
+        sd.moefy(nn.ModuleDict({"ponder": shared}), config(sites="ponder"))
+
+
+@pytest.mark.parametrize("k", [None, 2.0, True, "2"])
+def test_k_is_a_whole_number(k):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        sd.set_top_k(sd.moefy(model(), config()), k)
+
+
+def test_a_configuration_is_asked_for():
+    with pytest.raises(sd.ConfigError, match="config is a dict"):
+        sd.moefy(model(), {"num_experts": 4})
