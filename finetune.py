@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.command_line import stored_run
 from utils.errors import exit_on_user_error
 from utils.examples import read_examples
-from utils.finetuning import parse
+from utils.finetuning import check_stored, parse
 from utils.flags import FinetuneFlags
 from utils.source import open_source
 
@@ -25,6 +25,8 @@ if __name__ == "__main__":
         else:
             FLAGS, SOURCE = parse()
         EXAMPLES = read_examples(FLAGS.task, Path(FLAGS.data), FLAGS.fold)
+        if FLAGS.eval_only:
+            check_stored(FLAGS, EXAMPLES.fingerprint)
 
 from train import evaluate_run, main
 from utils.engine import Engine

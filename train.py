@@ -81,6 +81,8 @@ def main(task: Task) -> int:
     checkpoints = RunFolder.checkpoints_of(flags)
     if not flags.yes and not checkpoint.steps(checkpoints):
         refuse_if_too_slow(task)
+    if not checkpoint.steps(checkpoints):
+        task.check_start()
     folder = RunFolder(flags, task.fingerprints) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():

@@ -46,7 +46,7 @@ def test_a_run_and_its_checkpoint_folder_are_the_same_start(run, rows):  # noqa:
     best = tiny.read_json(run / "result.json")["best_step"]
     for start in (run, run / "checkpoints" / f"step-{best:08d}"):
         task, network = made(command("sst2", rows, start))
-        assert same_weights(network, run) and task.source.title == f"Words, quick, {best} steps"
+        assert same_weights(network, run) and task.source.title.endswith((", 4 steps", f", step {best}"))
 
 
 def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F811
@@ -68,7 +68,8 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
 
     words = tiny.write_tokenizer(tmp_path / "tokenizer")
     vocabulary = len((words / "vocab.txt").read_text().split())
-    config = BertConfig(vocab_size=vocabulary, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(**sizes, vocab_size=vocabulary, hidden_act="relu")
     model = moefy(BertForMaskedLM(config), SMoEConfig(num_experts=4, top_k=2))
     save_pretrained(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
@@ -79,6 +80,8 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
         kept = {name.removeprefix("host."): tensor for name, tensor in network.backbone.state_dict().items()}
         assert kept.keys() == {name for name in stored if not name.startswith("cls.")}
         assert all(torch.equal(stored[name], tensor) for name, tensor in kept.items())
+        assert network.backbone.host.config.hidden_act == "relu"
+        assert not any(parameter.requires_grad for name, parameter in network.named_parameters() if "router" in name)
     with pytest.raises(UserError, match=r"tokenizer of .* give its folder"):
         made(command("sst2", rows, tmp_path / "ours", method="smoe_dropout", preset="quick"))
     other = moefy(BertForSequenceClassification(config), SMoEConfig(num_experts=4, top_k=2))
@@ -145,9 +148,9 @@ def test_a_checkpoint_of_another_method(method, expect, said, pretrained, refuse
 
 def test_any_dense_checkpoint_is_dense(rows, pretrained):  # noqa: F811
     """That of the script directly_dense_training.sh is one; its dropout goes on."""
-    flags, _ = parse(command("sst2", rows, pretrained("dense_dropout"), expect="dense"))
+    flags, source = parse(command("sst2", rows, pretrained("dense_dropout"), expect="dense"))
     assert (flags.method, flags.dropout) == ("dense_dropout", 0.1)
-    assert departures(flags, usual_flags(flags))[1] == {}
+    assert departures(flags, usual_flags(flags, source))[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,7 @@ def test_another_model_than_the_checkpoint(pretrained, refused):  # noqa: F811
         ({"fold": 5}, "--fold 5 must be from 0 to 4"),
         ({"fold": 1}, "has no folds"),
         ({"max_eval_steps": 3}, "a score is of all rows"),
+        ({"scheduler": "dev_perf"}, "for scoring only"),
         ({"max_length": 20}, "and --max_length is 20: raise it"),
         ({"batch_size": 31}, "has 30 rows, and --batch_size is 31"),
         ({"lr": -1}, "--lr -1.0 must be positive"),
@@ -180,6 +184,28 @@ def test_wrong_flags(flags, said, pretrained, refused):  # noqa: F811
     assert said in refused(pretrained("smoe_dropout"), **flags)
 
 
+def test_a_checkpoint_that_does_not_fit_spoils_no_folder(rows, pretrained, tmp_path):  # noqa: F811
+    save_model(made(command("svamp", rows, pretrained("dense")))[1].backbone, tmp_path / "weights")
+    sizes = {name: tiny.TINY[name] for name in ("n_layer", "n_head", "d_head", "d_model", "d_ff", "preset")} | {
+        "method": "dense",
+        "yes": True,
+    }
+    folder = tmp_path / "run"
+    assert "cannot be loaded" in refusal(command("sst2", rows, tmp_path / "weights", work_dir=folder, **{**sizes, "d_model": 48}))
+    assert not folder.exists() or not (folder / "config.json").exists()
+    tiny.completed(command("sst2", rows, tmp_path / "weights", work_dir=folder, **sizes), program="finetune.py")
+
+
+def test_methods_that_would_look_at_padding_are_refused(rows, pretrained):  # noqa: F811
+    from smoe_dropout.registry import METHODS
+
+    if "similarity" not in METHODS:
+        pytest.skip("similarity is not here")
+    with pytest.raises(UserError, match="--method similarity routes a token of bert by its neighbours"):
+        made(command("sst2", rows, pretrained("similarity", "bert")))
+    made(command("sst2", rows, pretrained("similarity")))
+
+
 def test_missing_rows_are_said_before_torch_is_imported(pretrained, tmp_path):  # noqa: F811
     arguments = ["--checkpoint", str(pretrained("dense")), "--data", str(tmp_path / "nothing"), "--work_dir", str(tmp_path / "run")]
     text = refusal(arguments)
@@ -188,11 +214,12 @@ def test_missing_rows_are_said_before_torch_is_imported(pretrained, tmp_path):  
 
 def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pretrained):  # noqa: F811
     def schedule(method: str, **changes) -> tuple:
-        flags, _ = parse(command("sst2", rows, pretrained(method), **changes))
-        return flags.moe_top_k, flags.dynamic_moe, departures(flags, usual_flags(flags))[1]
+        flags, source = parse(command("sst2", rows, pretrained(method), **changes))
+        return flags.moe_top_k, flags.dynamic_moe, departures(flags, usual_flags(flags, source))[1]
 
     assert schedule("smoe_dropout") == schedule("smoe") == (4, False, {})
     assert schedule("thor") == (1, False, {})
+    assert schedule("elastic") == (4, False, {}) and schedule("elastic", dynamic_moe=True)[2] == {"dynamic_moe": True}
     assert schedule("smoe_dropout", moe_top_k=2) == (2, False, {"moe_top_k": 2})
     assert schedule("smoe_dropout", dynamic_moe=True)[1:] == (True, {"dynamic_moe": True})
     assert schedule("dense", from_scratch=True)[2] == {"from_scratch": True}
@@ -200,4 +227,4 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
 
 def test_the_source_says_what_it_was_trained_on(pretrained):  # noqa: F811
     source = open_source(pretrained("dense"))
-    assert source.title.startswith("Words, quick, ") and source.title.endswith(" steps") and len(source.fingerprint) == 64
+    assert source.title.startswith("Words, quick (") and source.title.endswith(" steps") and len(source.fingerprint) == 64

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from smoe_dropout.registry import METHODS, load
 from utils.framework_figure import draw_framework
-from utils.records import pretraining, split_of
+from utils.records import named_architecture, pretraining, split_of
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one for what does not fit in; dense models take
@@ -215,8 +215,10 @@ def _title(figure: Figure, group) -> None:
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     folded = any(record.get("fold") is not None for method in group.methods for record in method.records)
     spread = f"mean ± standard deviation over {seeds} {'runs' if folded else 'seeds'}" if max(counts) > 1 else "one seed"
-    start = f", from {start}" if (start := pretraining(group.methods[0].records[0])) else ""
-    figure.suptitle(f"{group.dataset['title']}, preset {group.preset}{start}, {spread}", fontsize=10.5)
+    first = group.methods[0].records[0]
+    start = f", from {start}" if (start := pretraining(first)) else ""
+    model = "".join(f"{name} on " for name in named_architecture(first))
+    figure.suptitle(f"{model}{group.dataset['title']}, preset {group.preset}{start}, {spread}", fontsize=10.5)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from smoe_dropout.registry import METHODS, load, unknown
-from utils.command_line import check, from_command_line, resolve, value_of, without_refused
+from utils.command_line import check, from_command_line, read_config, resolve, value_of, without_refused
 from utils.errors import UserError, exit_on_user_error
-from utils.flags import CHOICES, FOLDS, FinetuneFlags
+from utils.flags import CHOICES, FOLDS, OF_PIECES, FinetuneFlags
 from utils.presets import PRESETS, TASKS, finetuning
 from utils.source import Source, kind_of, open_source
 
@@ -24,7 +24,7 @@ OF_THE_MODEL = (
 )
 OF_THE_EXPERTS = ("method", "moe", "moe_num_expert", "gate_name", "moe_index", "output_scale", "gate_weight", "attn_moe", "dense_drop")
 # what it is trained with: the checkpoint's, unless something else is asked for
-KEPT = ("method_options", "dropout", "dropatt", "freeze_gate", "load_balance")
+KEPT = ("dynamic_moe_mode", "method_options", "dropout", "dropatt", "freeze_gate", "load_balance")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
@@ -45,19 +45,21 @@ def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
         raise UserError("--preset: " + unknown("preset", preset, list(CHOICES["preset"])))
     defaults = _defaults(source, task, preset, argv)
     flags = from_command_line(argv, defaults, "finetune.py")
-    mistakes += _contradictions(flags, source) + check(flags)
-    if not 0 <= flags.fold < FOLDS:
-        mistakes.append(f"--fold {flags.fold} must be from 0 to {FOLDS - 1}")
-    mistakes += [
-        f"--{name} {value}: a score is of all rows, leave it out"
-        for name in ("max_eval_steps", "max_test_steps")
-        if (value := getattr(flags, name)) != -1
-    ]
-    if flags.max_length < 3:
-        mistakes.append(f"--max_length {flags.max_length} must be at least 3")
+    mistakes += _contradictions(flags, source) + check(flags) + _check_finetuning(flags)
     if mistakes:
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
-    return resolve(flags), source
+    decided = resolve(flags)
+    return (dataclasses.replace(decided, method=None) if source.flags.get("method", "") is None else decided), source
+
+
+def check_stored(flags: FinetuneFlags, fingerprint: str) -> None:
+    """UserError where --eval_only would score other rows than the run's, or not all of them."""
+    if mistakes := _check_finetuning(flags):
+        raise UserError("; ".join(mistakes))
+    if read_config(Path(flags.work_dir)).get("data_fingerprint") != fingerprint:
+        raise UserError(
+            f"{flags.data} holds other rows than the run in {flags.work_dir} is of: --data, --task and --fold have to be the run's"
+        )
 
 
 def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> FinetuneFlags:
@@ -79,11 +81,28 @@ def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> Finetu
 
 
 def _experts(values: dict[str, Any]) -> dict[str, Any]:
-    """k while fine-tuning: all experts, as in the paper (section 4.1), but where the method itself is made for another."""
+    """k while fine-tuning: all experts, as in the paper, but where the method itself is made for another."""
     if not values.get("moe"):
         return {}
     meant = load(METHODS, "method", values["method"]).flags if values["method"] else {}
     return {"moe_top_k": meant.get("moe_top_k", values.get("moe_num_expert", FinetuneFlags.moe_num_expert)), "dynamic_moe": False}
+
+
+def _check_finetuning(flags: FinetuneFlags) -> list[str]:
+    """One sentence for every mistake that only fine-tuning knows."""
+    found = [
+        f"--{name} {value}: a score is of all rows, leave it out"
+        for name in ("max_eval_steps", "max_test_steps")
+        if (value := getattr(flags, name)) != -1
+    ]
+    if not 0 <= flags.fold < FOLDS:
+        found.append(f"--fold {flags.fold} must be from 0 to {FOLDS - 1}")
+    if flags.scheduler == "dev_perf":
+        found.append("--scheduler dev_perf would choose by rows that are for scoring only: use another")
+    longest = max(512, flags.tgt_len) if flags.model in OF_PIECES else flags.max_length
+    if not 3 <= flags.max_length <= longest:
+        found.append(f"--max_length {flags.max_length} must be from 3 to the {longest} positions of the model")
+    return found
 
 
 def _contradictions(flags: FinetuneFlags, source: Source) -> list[str]:
@@ -104,10 +123,12 @@ def _contradictions(flags: FinetuneFlags, source: Source) -> list[str]:
     return found if fits else [*found, f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
 
 
-def usual_flags(flags: FinetuneFlags) -> FinetuneFlags:
+def usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
     """What the preset says of fine-tuning, the method of its experts, and the checkpoint of the model."""
     meant = load(METHODS, "method", flags.method).flags if flags.method else {}
-    sizes = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "dropout", "dropatt", "method", "moe")}
+    made = ("dropout", "dropatt", "dynamic_moe_mode")
+    sizes = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "method", "moe")}
+    sizes |= {name: source.flags.get(name, getattr(flags, name)) for name in made}
     values = {**meant, **sizes, "moe_num_expert": flags.moe_num_expert}
     how = finetuning(flags.task, flags.preset, flags.model)
     return FinetuneFlags(**{**values, **how, **_experts(values), "task": flags.task, "dataset": flags.task, "preset": flags.preset})

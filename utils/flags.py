@@ -279,6 +279,7 @@ OF_THE_RUN = (
         "checkpoint",
         "expect",
         "fold",
+        "max_length",
         "tokenizer",
     ),
     *(

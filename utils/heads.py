@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_dropout import moe_layers
+
 IGNORED = -1  # a place without a target
 
 
@@ -46,7 +48,7 @@ class Continuation(nn.Module):
     @torch.no_grad()
     def write(self, questions: list[Tensor], end: int, limit: int) -> list[list[int]]:
         """The likeliest next token again and again until `end`, which is left out, or `limit` tokens. Rows of one length go together, so
-        that there is no padding; what was read is kept as memory.
+        that there is no padding. What was read is kept as memory, unless a token alone would be routed, or see, otherwise than in its text.
         """
         written: list[list[int]] = [[] for _ in questions]
         by_length: dict[int, list[int]] = {}
@@ -62,14 +64,16 @@ class Continuation(nn.Module):
         return written
 
     def _continue(self, tokens_BT: Tensor, written: list[list[int]], end: int, limit: int) -> None:
+        again = self.backbone.config.same_length or any(layer.needs for _, layer in moe_layers(self.backbone))
         memory, ended = None, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         for _ in range(limit):
-            logits, memory = self.backbone.logits(tokens_BT, memory)
-            tokens_BT = logits[:, -1:].argmax(-1)
-            ended |= tokens_BT[:, 0] == end
+            logits, memory = self.backbone.logits(tokens_BT, None if again else memory)
+            next_B1 = logits[:, -1:].argmax(-1)
+            tokens_BT = torch.cat([tokens_BT, next_B1], 1) if again else next_B1
+            ended |= next_B1[:, 0] == end
             if ended.all():
                 return
-            for row, token, over in zip(written, tokens_BT[:, 0].tolist(), ended.tolist(), strict=True):
+            for row, token, over in zip(written, next_B1[:, 0].tolist(), ended.tolist(), strict=True):
                 if not over:
                     row.append(token)
 

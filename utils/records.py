@@ -57,9 +57,10 @@ QUALITY_FIELDS = {
     "a whole number, 0 or more": "active_parameters",
 }
 # Runs of one method are only averaged, and methods of one table only compared, where these agree.
-SAME_IN_METHOD = ("training.steps", "model.num_experts", "parameters.total")
+SAME_IN_METHOD = ("training.steps", "model.num_experts")
 SAME_IN_GROUP = ("metric.name", "metric.lower_is_better")
 SAME_IN_FOLD = ("dataset.fingerprint",)
+SAME_IN_METHOD_AND_FOLD = ("parameters.total",)  # a head may depend on what occurs in training
 
 
 @dataclass
@@ -208,8 +209,10 @@ def group_records(found: list[tuple[Path, Record]]) -> list[Group]:
         comparable = "runs of one dataset and preset can be compared only if they agree"
         _check_same(next(iter(next(iter(methods.values())).values())), (path, record), SAME_IN_GROUP, comparable)
         _check_same(folds.setdefault((*key, record.get("fold")), (path, record)), (path, record), SAME_IN_FOLD, comparable)
-        first_of_method = next(iter(runs.values()))
-        _check_same(first_of_method, (path, record), SAME_IN_METHOD, "seeds of one method can be averaged only if they agree")
+        averaged = "seeds of one method can be averaged only if they agree"
+        _check_same(next(iter(runs.values())), (path, record), SAME_IN_METHOD, averaged)
+        of_fold = next(run for (_, fold), run in runs.items() if fold == replicate(record)[1])
+        _check_same(of_fold, (path, record), SAME_IN_METHOD_AND_FOLD, averaged)
     return [_make_group(groups[key]) for key in sorted(groups)]
 
 

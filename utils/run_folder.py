@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.flags import Flags
 
 # flags that may differ between a run and its continuation: they change no number
+SAID_OTHERWISE = ("checkpoint", "expect")  # the weights' sha256 says what they are
 NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda")
 
 
@@ -89,7 +90,7 @@ class RunFolder:
         differences = [
             f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
             for name in sorted(stored.keys() | config.keys())
-            if stored.get(name) != config.get(name)
+            if name not in SAID_OTHERWISE and stored.get(name) != config.get(name)
         ]
         if differences:
             raise UserError(f"--work_dir {self.path} holds another run: {', '.join(differences)}; choose another folder, or the same flags")

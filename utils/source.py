@@ -70,14 +70,17 @@ def _run(path: Path) -> Source:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'result.json'} is damaged: give one of the folders {path}/checkpoints/step-*") from None
-    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags)
+    record = _json(path / "result.json")
+    title = f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}, {flags['max_step']:,} steps"
+    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, title)
 
 
 def _step(path: Path) -> Source:
-    run = path.parent.parent
+    run = path.resolve().parent.parent
     if not (run / "config.json").exists():
         return _weights(path)
-    return _of_run(path, path, _flags_of_run(run))
+    flags, record, step = _flags_of_run(run), _json(run / "result.json"), path.resolve().name.rpartition("-")[2]
+    return _of_run(path, path, flags, f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}, step {step.lstrip('0')}")
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
@@ -90,16 +93,15 @@ def _flags_of_run(run: Path) -> dict[str, Any]:
     return config
 
 
-def _of_run(path: Path, folder: Path, flags: dict[str, Any]) -> Source:
+def _of_run(path: Path, folder: Path, flags: dict[str, Any], title: str) -> Source:
     if not (folder / WEIGHTS).exists() or not (folder / MANIFEST).exists():
         raise UserError(f"the checkpoint {folder} is missing or not whole: give another of {folder.parent}, or train again")
-    title = f"{_dataset(folder.parent.parent, flags)}, {flags['preset']}, {int(folder.name.rpartition('-')[2]):,} steps"
     return Source(path, folder / WEIGHTS, flags, title)
 
 
-def _dataset(run: Path, flags: dict[str, Any]) -> str:
+def _dataset(record: dict[str, Any], flags: dict[str, Any]) -> str:
     """The title of the text, where the run has ended and says it."""
-    dataset = _json(run / "result.json").get("dataset")
+    dataset = record.get("dataset")
     return str(dataset["title"] if isinstance(dataset, dict) and "title" in dataset else flags["dataset"])
 
 
@@ -117,12 +119,12 @@ def _weights(path: Path) -> Source:
 
 def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
     """The flags of train.py that say the same as a configuration of the library."""
-    frozen = experts.freeze_router
+    frozen = experts.router == "random" if experts.freeze_router is None else experts.freeze_router  # None: as the router's file has it
     return {
         "moe": True,
         "moe_num_expert": experts.num_experts,
         "gate_name": experts.router,
-        "freeze_gate": bool(frozen),
+        "freeze_gate": frozen,
         "gate_weight": experts.gate_weight,
         "output_scale": experts.output_scale,
         "load_balance": experts.balance_loss,

@@ -19,7 +19,10 @@ def load(model: nn.Module, source: Source) -> None:
         if source.weights.name == WEIGHTS and (folder / checkpoint.MANIFEST).exists():
             checkpoint.verify(folder)
         if source.of_transformers:
-            model.host.load_state_dict(from_pretrained(folder).state_dict())
+            host = from_pretrained(folder).train()
+            if (found := host.get_input_embeddings().weight.shape) != (wanted := model.host.get_input_embeddings().weight.shape):
+                raise ConfigError(f"its embedding has shape {tuple(found)}, and {tuple(wanted)} goes with the tokenizer")
+            model.host = host  # all of it: its settings may be others than ours
         else:
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:

@@ -88,6 +88,9 @@ class Task(ABC):
         """The flags that the preset and the method say: what departs from them is said in tables."""
         return usual_flags(self.flags)
 
+    def check_start(self) -> None:  # noqa: B027 (most tasks have nothing to check)
+        """UserError where a run could not begin, before anything is written."""
+
     def build(self) -> nn.Module:
         """The model, as it is before a run."""
         return build_model(self.flags, self.vocabulary)

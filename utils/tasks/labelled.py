@@ -1,7 +1,7 @@
 """Fine-tuning: rows with an answer, batched with others of like length. A task says how a row is read and how it is scored.
 
-Rows stand alone: no memory goes from one to the next, and what stands behind a row's end is padding, which nothing looks at. Batches are a
-function of the seed alone; each process takes its rows of every one.
+Rows stand alone: no memory goes from one to the next, and what stands behind a row's end is padding, which no prediction looks at (a load
+balance counts it). Batches are a function of the seed alone; each process takes its rows of every one.
 """
 
 from abc import abstractmethod
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from smoe_dropout import moe_layers
 from utils import finetuning, transfer
 from utils.data import rank_lanes
 from utils.errors import UserError
@@ -84,10 +85,18 @@ class Labelled(Task):
 
     @property
     def usual_flags(self) -> FinetuneFlags:
-        return finetuning.usual_flags(self.flags)
+        return finetuning.usual_flags(self.flags, self.source)
+
+    def check_start(self) -> None:
+        self.build()
 
     def build(self) -> nn.Module:
+        """UserError for a checkpoint that does not fit, or a method that cannot do without knowing what is padding."""
         backbone = build_model(self.flags, self.vocabulary)
+        if not self.architecture.CAUSAL and any(layer.needs for _, layer in moe_layers(backbone)):
+            raise UserError(
+                f"--method {self.flags.method} routes a token of {self.flags.model} by its neighbours, and padding would be one"
+            )
         if not self.flags.from_scratch:
             transfer.load(backbone, self.source)
         stored = dict(backbone.named_parameters())
