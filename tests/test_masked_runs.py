@@ -64,7 +64,12 @@ def refusal(run: tiny.Finished) -> str:
 def test_every_method_completes_with_a_record(model, method, finished, corpora):
     folder, sparse = finished(model, method), load(METHODS, "method", method).sparse
     result = read_record(folder / "result.json")
-    assert result["status"] == "complete" and result["metric"] == {"name": "loss", "lower_is_better": True}
+    assert result["status"] == "complete" and result["metric"] == {
+        "name": "loss",
+        "lower_is_better": True,
+        "split": "test",
+        "training": "loss",
+    }
     sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 32, "d_inner": 32 // E if sparse else 32, "tgt_len": 10}
     assert {name: result["model"][name] for name in ("architecture", *sizes)} == {"architecture": TITLES[model], **sizes}
     assert "mem_len" not in result["model"] and result["model"]["moe_layers"] == ([0, 1] if sparse else [])
