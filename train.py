@@ -81,16 +81,15 @@ def main(task: Task) -> int:
     checkpoints = RunFolder.checkpoints_of(flags)
     if not flags.yes and not checkpoint.steps(checkpoints):
         refuse_if_too_slow(task)
-    if not checkpoint.steps(checkpoints):
-        task.check_start()
+    torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
+    model = task.build()  # before anything is written: what it starts from may not fit
     folder = RunFolder(flags, task.fingerprints) if engine.is_main else None
     newest = checkpoint.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
         say(f"this run is complete: {checkpoints.parent / 'result.json'}")
         return 0
 
-    torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
-    model = engine.prepare(task.build())
+    model = engine.prepare(model)
     optimizer = build_optimizer(model, flags)
     method = method_of(flags)
     objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(task.corpus.train)))

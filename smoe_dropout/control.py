@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 def set_top_k(model: nn.Module, k: int) -> None:
     """Makes k experts active per token in every MoE layer. ValueError if the model has none, or one of them has fewer than k experts."""
     layers = _layers_or_raise(model)
-    if not isinstance(k, int) or isinstance(k, bool):
+    if not isinstance(k, Integral) or isinstance(k, bool):  # numpy's whole numbers are
         raise ValueError(f"k = {k!r} must be a whole number")
     for name, layer in layers:
         if not 1 <= k <= layer.num_experts:
             raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.num_experts} experts of layer {name!r}")
     for _, layer in layers:
-        layer.top_k = k
+        layer.top_k = int(k)
     _tell(model, layers)
 
 

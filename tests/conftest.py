@@ -10,6 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("REFERENCE_DIR", ROOT / "tests" / "reference"))
 
 
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    """A folder to prepare data in, downloads from this machine allowed."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Two threads on small tensors only wait for each other."""

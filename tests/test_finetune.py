@@ -164,7 +164,7 @@ def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model
 def test_the_equation_that_is_written_is_the_likeliest_continuation(method, rows, pretrained, tmp_path):
     """Token by token without memory gives the same; after training, the rate is that of the equations which solve their problem."""
     folder = tmp_path / "run"
-    arguments = command("svamp", rows, pretrained(method), work_dir=folder, max_step=60)
+    arguments = command("svamp", rows, pretrained(method), work_dir=folder, max_step=60, eval_interval=60)
     tiny.completed(arguments, program="finetune.py")
     task, network = made(arguments)
     load_weights(network, tiny.checkpoints(folder)[-1])

@@ -1,5 +1,6 @@
 """What a user gets wrong with the library is said at once, and not computed silently."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,6 +151,12 @@ def test_a_network_in_two_places_is_not_suggested():
 def test_k_is_a_whole_number(k):
     with pytest.raises(ValueError, match="must be a whole number"):
         sd.set_top_k(sd.moefy(model(), config()), k)
+
+
+def test_a_whole_number_of_numpy_is_one():
+    made = sd.moefy(model(), config())
+    sd.set_top_k(made, np.int64(3))
+    assert type(sd.get_top_k(made)) is int and sd.get_top_k(made) == 3
 
 
 def test_a_configuration_is_asked_for():

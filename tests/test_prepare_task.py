@@ -39,13 +39,6 @@ def downloads(url: str = "http://127.0.0.1:9") -> dict[str, script.Download]:
 
 
 @pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def run(data_dir, capsys):
     """run(*argv, known=...) -> (the folder named on the last line of stdout, stderr)."""
 

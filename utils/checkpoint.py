@@ -5,7 +5,6 @@
 manifest.json, written last, holds size and sha256 of every file; a folder without it, or one that it contradicts, is no checkpoint.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.data import digest_of, read_chunks
 from utils.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -159,12 +159,4 @@ def load_rank(path: Path, device: torch.device) -> tuple[Tensor, ...] | None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_blocks(file)
-
-
-def _sha256_by_blocks(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return digest_of(read_chunks(path), "sha256")[1]

@@ -13,8 +13,9 @@ from typing import Any
 from smoe_dropout.registry import METHODS, load, unknown
 from utils.command_line import check, from_command_line, read_config, resolve, value_of, without_refused
 from utils.errors import UserError, exit_on_user_error
-from utils.flags import CHOICES, FOLDS, OF_PIECES, FinetuneFlags
-from utils.presets import PRESETS, TASKS, finetuning
+from utils.examples import KINDS, TASKS
+from utils.flags import CHOICES, OF_PIECES, FinetuneFlags
+from utils.presets import PRESETS, finetuning
 from utils.source import Source, kind_of, open_source
 
 # what the weights mean: the checkpoint's, always
@@ -63,7 +64,7 @@ def check_stored(flags: FinetuneFlags, fingerprint: str) -> None:
 
 
 def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> FinetuneFlags:
-    """Of a checkpoint that does not know its own flags: those that its preset and its method would have."""
+    """The checkpoint's flags of the model, the preset's of fine-tuning. Weights alone have what preset and method say in pre-training."""
     known = source.flags
     model = known.get("model") or value_of(argv, "model") or FinetuneFlags.model
     if model not in PRESETS:
@@ -95,8 +96,9 @@ def _check_finetuning(flags: FinetuneFlags) -> list[str]:
         for name in ("max_eval_steps", "max_test_steps")
         if (value := getattr(flags, name)) != -1
     ]
-    if not 0 <= flags.fold < FOLDS:
-        found.append(f"--fold {flags.fold} must be from 0 to {FOLDS - 1}")
+    most = max(kind.folds for kind in KINDS.values())
+    if not 0 <= flags.fold < most:
+        found.append(f"--fold {flags.fold} must be from 0 to {most - 1}")
     if flags.scheduler == "dev_perf":
         found.append("--scheduler dev_perf would choose by rows that are for scoring only: use another")
     longest = max(512, flags.tgt_len) if flags.model in OF_PIECES else flags.max_length

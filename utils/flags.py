@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from smoe_dropout.schedule import SCHEDULES
+from utils.examples import KINDS
 from utils.presets import PRESETS
 
 
@@ -202,7 +203,7 @@ class FinetuneFlags(Flags):
     """of bert and roberta: the folder; default the one in the text that the checkpoint was trained on"""
 
     def default_folder(self) -> str:
-        fold = f"/fold{self.fold}" if self.task in FOLDED else ""
+        fold = f"/fold{self.fold}" if KINDS[self.task].folds > 1 else ""
         start = "/from_scratch" if self.from_scratch else ""
         return f"runs/{self.preset}/table2/{self.model}/{self.task}{fold}{start}"
 
@@ -298,8 +299,6 @@ OF_THE_RUN = (
     *("log_interval", "eval_interval", "save_interval"),
 )
 OF_THE_START = ("from_scratch",)  # of fine-tuning, and said beside the method
-FOLDED = ("asdiv_a", "mawps")  # tasks without a test set: each of five parts is held out in turn
-FOLDS = 5
 DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
 NOT_NEGATIVE = (
     "mem_len",

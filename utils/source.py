@@ -5,7 +5,6 @@ folder of smoe_dropout.save_model, whose sizes the command line has to say.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.registry import METHODS, load
 from utils.command_line import read_config
+from utils.data import digest_of, read_chunks
 from utils.errors import UserError
 from utils.flags import OF_PIECES, Flags
 
@@ -38,11 +38,7 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        digest = hashlib.sha256()
-        with open(self.weights, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return digest_of(read_chunks(self.weights), "sha256")[1]
 
 
 def open_source(path: Path) -> Source:

@@ -43,6 +43,7 @@ def _bare_vocabulary(folder: Path) -> set[str]:
 
 
 def vocabulary_of(tokenizer, name: str) -> Vocabulary:
+    """What a corpus and a model have to know of a tokenizer; `name`: what it was loaded by."""
     content = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
     ids = {piece: getattr(tokenizer, f"{piece}_token_id") for piece in ("cls", "sep", "mask", "pad")}
     return Vocabulary(Path(name).name, len(tokenizer), hashlib.sha256(content).hexdigest(), **ids)

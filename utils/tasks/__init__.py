@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from utils.command_line import usual_flags
+from utils.errors import UserError
 from utils.model import build_model
 from utils.models import Shape, architecture
 
@@ -88,9 +89,6 @@ class Task(ABC):
         """The flags that the preset and the method say: what departs from them is said in tables."""
         return usual_flags(self.flags)
 
-    def check_start(self) -> None:  # noqa: B027 (most tasks have nothing to check)
-        """UserError where a run could not begin, before anything is written."""
-
     def build(self) -> nn.Module:
         """The model, as it is before a run."""
         return build_model(self.flags, self.vocabulary)
@@ -144,3 +142,30 @@ class Task(ABC):
     def forward_flops(self, model: nn.Module, shape: Shape, k: int | None) -> int:
         """Operations of one forward pass."""
         return self.architecture.forward_flops(model, shape, k)
+
+
+class Numbered(Task):
+    """A task whose training batches are a function of the step."""
+
+    def __init__(self, flags: Flags, corpus: Corpus, engine: Engine):
+        super().__init__(flags, corpus, engine)
+        self._step = 0
+
+    @abstractmethod
+    def training_batch(self, step: int) -> Batch:
+        """The one of a step; steps are asked for in order, from any on."""
+
+    def next(self) -> Batch:
+        self._step += 1
+        return self.training_batch(self._step - 1)
+
+    def peek(self) -> Batch:
+        return self.training_batch(self._step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("fingerprint") != self.corpus.fingerprint:
+            raise UserError(f"the saved state is of another text than {self.corpus.path}: resume with the same data")
+        self._step = state["step"]

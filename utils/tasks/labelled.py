@@ -15,19 +15,19 @@ from smoe_dropout import moe_layers
 from utils import finetuning, transfer
 from utils.data import rank_lanes
 from utils.errors import UserError
-from utils.examples import Examples
-from utils.flags import FOLDED, FOLDS, FinetuneFlags
+from utils.examples import KINDS, Examples
+from utils.flags import FinetuneFlags
 from utils.model import build_model
 from utils.models import Shape
 from utils.source import Source
-from utils.tasks import Batch, Task
+from utils.tasks import Batch, Numbered
 from utils.text import Text
 
 ORDER = 1  # what a random stream is for
 POOL = 50  # batches whose rows are sorted by length together
 
 
-class Labelled(Task):
+class Labelled(Numbered):
     """Raises UserError for a row longer than --max_length, and for fewer rows than a batch has.
 
     sequences: texts of a row, each read on its own.
@@ -43,7 +43,7 @@ class Labelled(Task):
         self._rows = {"train": self.read(examples.train), examples.split: self.read(examples.held_out)}
         self._lengths = {split: np.array([self.length(row) for row in rows]) for split, rows in self._rows.items()}
         self._own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._step, self._epoch, self._order = 0, -1, np.empty((0, 0), np.int64)
+        self._epoch, self._order = -1, np.empty((0, 0), np.int64)
         for split, lengths in self._lengths.items():
             if (longest := int(lengths.max())) > flags.max_length:
                 row = f"row {int(lengths.argmax()) + 1} of {split} of {examples.path} has {longest} positions"
@@ -72,6 +72,10 @@ class Labelled(Task):
         return self.text.vocabulary
 
     @property
+    def _folds(self) -> int:
+        return KINDS[self.flags.task].folds
+
+    @property
     def note(self) -> str:
         return self.corpus.notes
 
@@ -87,9 +91,6 @@ class Labelled(Task):
     def usual_flags(self) -> FinetuneFlags:
         return finetuning.usual_flags(self.flags, self.source)
 
-    def check_start(self) -> None:
-        self.build()
-
     def build(self) -> nn.Module:
         """UserError for a checkpoint that does not fit, or a method that cannot do without knowing what is padding."""
         backbone = build_model(self.flags, self.vocabulary)
@@ -97,7 +98,7 @@ class Labelled(Task):
             raise UserError(
                 f"--method {self.flags.method} routes a token of {self.flags.model} by its neighbours, and padding would be one"
             )
-        if not self.flags.from_scratch:
+        if not (self.flags.from_scratch or self.flags.eval_only):
             transfer.load(backbone, self.source)
         stored = dict(backbone.named_parameters())
         model = self.ready(backbone)
@@ -110,7 +111,7 @@ class Labelled(Task):
         made = f"; new: {', '.join(new)}" if new else ""
         left = f"; not used: {', '.join(unused)}" if unused else ""
         rows = ", ".join(f"{count:,} {split}" for split, count in self.sizes.items())
-        fold = f", fold {self.flags.fold} of {FOLDS} held out" if self.flags.task in FOLDED else ""
+        fold = f", fold {self.flags.fold} of {self._folds} held out" if self._folds > 1 else ""
         return [f"rows: {rows}{fold}", f"weights {origin} {self.source.path} ({self.source.title}): {kept:,} parameters{made}{left}"]
 
     def _batch(self, rows: list, size: int) -> Batch:
@@ -128,28 +129,13 @@ class Labelled(Task):
         batches = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]).reshape(-1, size)
         return batches[draw.permutation(len(batches))]
 
-    def _training_batch(self, step: int) -> Batch:
+    def training_batch(self, step: int) -> Batch:
         size = self.flags.batch_size
         epoch, place = divmod(step, len(self._rows["train"]) // size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._epoch_order(epoch)
         own = self._order[place][self._own.start : self._own.stop]
         return self._batch([self._rows["train"][index] for index in own], size)
-
-    def next(self) -> Batch:
-        self._step += 1
-        return self._training_batch(self._step - 1)
-
-    def peek(self) -> Batch:
-        return self._training_batch(self._step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("fingerprint") != self.corpus.fingerprint:
-            raise UserError(f"the saved state is of other rows than those of {self.corpus.path}: resume with the same data")
-        self._step = state["step"]
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         """All rows, the shortest first."""
@@ -175,4 +161,4 @@ class Labelled(Task):
         source, flags = self.source, self.flags
         start = {"title": source.title, "sha256": source.fingerprint, "transferred": not flags.from_scratch}
         start |= self._handed_over._asdict()
-        return {"pretrained": start} | ({"fold": flags.fold} if flags.task in FOLDED else {})
+        return {"pretrained": start} | ({"fold": flags.fold} if self._folds > 1 else {})

@@ -6,7 +6,6 @@ section 4.1), in evaluation always the same ones. Order and masks are a function
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch
 from utils.data import rank_lanes
 from utils.errors import UserError
 from utils.models import Shape
-from utils.tasks import Batch, Metric, Task
+from utils.tasks import Batch, Metric, Numbered
 from utils.vocabulary import Vocabulary
 
 ORDER, MASKS = 1, 2  # what a random stream is for
@@ -48,7 +47,7 @@ class MaskedSequences:
         return tuple(torch.from_numpy(np.stack(column)).to(device) for column in columns)
 
 
-class MaskedLanguageModelling(Task):
+class MaskedLanguageModelling(Numbered):
     """Raises UserError for a corpus of bytes, or one too short for a batch."""
 
     metric = Metric("loss", True, lambda nats: nats)
@@ -64,7 +63,7 @@ class MaskedLanguageModelling(Task):
             for split in ("train", "valid", "test")
         }
         self._rows = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._step, self._epoch, self._order = 0, -1, np.empty(0, np.int64)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
         for split, wanted in (("train", flags.batch_size), ("valid", 1), ("test", 1)):
             if (there := self._splits[split].count) < wanted:
                 pieces = f"{len(getattr(corpus, split)):,} pieces"
@@ -76,28 +75,13 @@ class MaskedLanguageModelling(Task):
     def _shape(self, rows: int) -> Shape:
         return Shape(rows, self.flags.tgt_len, targets=self._splits["train"].masked)
 
-    def _training_batch(self, step: int, rows: range) -> Batch:
+    def training_batch(self, step: int) -> Batch:
         sequences, size = self._splits["train"], self.flags.batch_size
         epoch, place = divmod(step, sequences.count // size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.flags.seed, epoch, ORDER)).permutation(sequences.count)
-        chosen = self._order[place * size : (place + 1) * size][rows.start : rows.stop]
+        chosen = self._order[place * size : (place + 1) * size][self._rows.start : self._rows.stop]
         return Batch(sequences.batch(chosen, (self.flags.seed, epoch, MASKS), self.engine.device), self._shape(size))
-
-    def next(self) -> Batch:
-        self._step += 1
-        return self._training_batch(self._step - 1, self._rows)
-
-    def peek(self) -> Batch:
-        return self._training_batch(self._step, self._rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("fingerprint") != self.corpus.fingerprint:
-            raise UserError(f"the saved state is of another text than {self.corpus.path}: resume with the same data")
-        self._step = state["step"]
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         sequences, rows, engine = self._splits[split], self.flags.eval_batch_size, self.engine
