@@ -1,5 +1,6 @@
 """Fine-tuning: tiny runs of finetune.py from tiny runs of train.py: what is handed over and scored, that runs go on, what is refused."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from utils.model import build_model
 from utils.records import read_record
 from utils.tasks.finetuning import task_class
 from utils.text import text_of
+from utils.tokenizer import load_tokenizer, vocabulary_of
 
 SPLIT = {"svamp": "test"}
 HOW = {
@@ -61,7 +63,7 @@ def pretrained(tmp_path_factory):
             pieces = tiny.write_pieces(root / f"pieces-{model}", model)
             tokenizer = tiny.write_tokenizer(pieces / "tokenizer")
             meta = json.loads((pieces / "meta.json").read_text())
-            meta["vocabulary"]["size"] = len((tokenizer / "vocab.txt").read_text().split())
+            meta["vocabulary"] = dataclasses.asdict(vocabulary_of(load_tokenizer(str(tokenizer)), str(tokenizer)))
             (pieces / "meta.json").write_text(json.dumps(meta))
             arguments = tiny.flags(pieces, folder, **{**tiny.ENCODER, **changes, "model": model})
         tiny.completed(arguments)
@@ -108,7 +110,8 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
     done = tiny.completed(command(task, rows, pretrained(method, model), work_dir=folder), program="finetune.py")
     assert done.err == ""
     result, split = read_record(folder / "result.json"), SPLIT.get(task, "dev")
-    assert (result["table"], result["metric"]["split"], result["method"], result["sparse"]) == ("table2", split, method, method != "dense")
+    assert (result["table"], result["metric"]["split"], result["sparse"]) == ("table2", split, method != "dense")
+    assert result["method"] == method + (" (pretrained_moe_num_expert=4)" if result["sparse"] else "")
     assert [row["k"] for row in result["quality"]] == ([1, 2, 4] if result["sparse"] else [None])
     eleventh = 100 / 11
     for row in result["quality"]:

@@ -11,9 +11,8 @@ from smoe_dropout import SMoEConfig, moefy, save_model, save_pretrained
 from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.test_finetune import command, made, pretrained, pytestmark, refusal, rows  # noqa: F401 (fixtures)
-from utils.command_line import departures
 from utils.errors import UserError
-from utils.finetuning import parse, usual_flags
+from utils.finetuning import departures, parse
 from utils.model import build_model
 from utils.source import open_source
 
@@ -150,7 +149,7 @@ def test_any_dense_checkpoint_is_dense(rows, pretrained):  # noqa: F811
     """That of the script directly_dense_training.sh is one; its dropout goes on."""
     flags, source = parse(command("sst2", rows, pretrained("dense_dropout"), expect="dense"))
     assert (flags.method, flags.dropout) == ("dense_dropout", 0.1)
-    assert departures(flags, usual_flags(flags, source))[1] == {}
+    assert departures(flags, source)[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,8 @@ def test_missing_rows_are_said_before_torch_is_imported(pretrained, tmp_path):  
 def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pretrained):  # noqa: F811
     def schedule(method: str, **changes) -> tuple:
         flags, source = parse(command("sst2", rows, pretrained(method), **changes))
-        return flags.moe_top_k, flags.dynamic_moe, departures(flags, usual_flags(flags, source))[1]
+        departed = departures(flags, source)[1]
+        return flags.moe_top_k, flags.dynamic_moe, {name: departed[name] for name in departed if not name.startswith("pretrained")}
 
     assert schedule("smoe_dropout") == schedule("smoe") == (4, False, {})
     assert schedule("thor") == (1, False, {})
@@ -223,6 +223,28 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
     assert schedule("smoe_dropout", moe_top_k=2) == (2, False, {"moe_top_k": 2})
     assert schedule("smoe_dropout", dynamic_moe=True)[1:] == (True, {"dynamic_moe": True})
     assert schedule("dense", from_scratch=True)[2] == {"from_scratch": True}
+
+
+def test_what_departs_in_pre_training_is_another_row(rows, tmp_path):  # noqa: F811
+    """It is not averaged with what does not."""
+    words = tiny.write_corpus(tmp_path / "words")
+    changes = {"max_step": 2, "eval_interval": 2, "method": "smoe_dropout", "moe_top_k_min": 1, "output_scale": "dense"}
+    tiny.completed(tiny.flags(words, tmp_path / "run", **changes))
+
+    def told(**changes) -> dict:
+        return departures(*parse(command("sst2", rows, tmp_path / "run", **changes)))[1]
+
+    assert told() == {"output_scale": "dense", "pretrained_moe_num_expert": 4, "pretrained_moe_top_k_min": 1}
+    assert told(from_scratch=True) == {"output_scale": "dense", "from_scratch": True}
+
+
+def test_another_tokenizer_of_the_same_size(rows, pretrained, tmp_path):  # noqa: F811
+    words = tiny.write_tokenizer(tmp_path / "tokenizer")
+    pieces = (words / "vocab.txt").read_text().split()
+    made(command("sst2", rows, pretrained("dense", "bert"), tokenizer=words))
+    (words / "vocab.txt").write_text("\n".join([*pieces[:-2], *pieces[:-3:-1]]) + "\n")
+    with pytest.raises(UserError, match=r"was trained with another tokenizer than that of .*tokenizer: give that one with --tokenizer"):
+        made(command("sst2", rows, pretrained("dense", "bert"), tokenizer=words))
 
 
 def test_the_source_says_what_it_was_trained_on(pretrained):  # noqa: F811

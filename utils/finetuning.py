@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from smoe_dropout.registry import METHODS, load, unknown
+from utils import command_line
 from utils.command_line import check, from_command_line, read_config, resolve, value_of, without_refused
 from utils.errors import UserError, exit_on_user_error
 from utils.examples import KINDS, TASKS
-from utils.flags import CHOICES, OF_PIECES, FinetuneFlags
+from utils.flags import CHOICES, OF_PIECES, FinetuneFlags, Flags
 from utils.presets import PRESETS, finetuning
 from utils.source import Source, kind_of, open_source
 
@@ -125,7 +126,17 @@ def _contradictions(flags: FinetuneFlags, source: Source) -> list[str]:
     return found if fits else [*found, f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
 
 
-def usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
+def departures(flags: FinetuneFlags, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a run departs from what its preset says of fine-tuning, and where from what its method says, here or in pre-training."""
+    of_preset, of_method = command_line.departures(flags, _usual_flags(flags, source))
+    if "preset" not in source.flags or flags.from_scratch:
+        return of_preset, of_method
+    made = Flags(**{field.name: source.flags[field.name] for field in dataclasses.fields(Flags) if field.name in source.flags})
+    before = command_line.departures(made, command_line.usual_flags(made))[1]
+    return of_preset, of_method | {f"pretrained_{name}": value for name, value in before.items() if of_method.get(name) != value}
+
+
+def _usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
     """What the preset says of fine-tuning, the method of its experts, and the checkpoint of the model."""
     meant = load(METHODS, "method", flags.method).flags if flags.method else {}
     made = ("dropout", "dropatt", "dynamic_moe_mode")

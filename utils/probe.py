@@ -30,9 +30,8 @@ def refuse_if_too_slow(task: Task) -> None:
         seconds = timed(flags.batch_size)
     if seconds * flags.max_step > CPU_PATIENCE:
         raise UserError(
-            f"{flags.max_step:,} steps of batch {flags.batch_size} x {flags.tgt_len} would take about "
-            f"{duration(seconds * flags.max_step)} on this CPU (timed just now): use --preset laptop (minutes) or --preset quick, "
-            f"run on a GPU, or add --yes to go on"
+            f"{flags.max_step:,} steps of batch {flags.batch_size} would take about {duration(seconds * flags.max_step)} on this CPU "
+            f"(timed just now): use --preset laptop (minutes) or --preset quick, run on a GPU, or add --yes to go on"
         )
 
 

@@ -6,7 +6,6 @@ from torch import nn
 
 from smoe_dropout import moe_layers
 from smoe_dropout.registry import METHODS, load
-from utils.command_line import departures
 from utils.flags import Flags
 from utils.flops import parameter_counts
 from utils.tasks import Metric, Task
@@ -30,7 +29,7 @@ def build_result(
     flags, corpus = task.flags, task.corpus
     name = flags.method or "custom"
     title = load(METHODS, "method", flags.method).title if flags.method else "custom"
-    of_preset, of_method = (in_brackets(found) for found in departures(flags, task.usual_flags))
+    of_preset, of_method = (in_brackets(found) for found in task.departures)
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,

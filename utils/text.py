@@ -46,10 +46,13 @@ class Pieces(Text):
 
 
 def text_of(flags: FinetuneFlags, source: Source) -> Text:
-    """UserError where the checkpoint's tokenizer is not to be found."""
+    """UserError where the checkpoint's tokenizer is not to be found, or is another."""
     if flags.model not in OF_PIECES:
         return Bytes()
     folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
     if flags.tokenizer is None and not Path(folder).is_dir():
         raise UserError(f"the tokenizer of {source.path} is not at {folder}: give its folder, or its name on the hub, with --tokenizer")
-    return Pieces(folder)
+    text = Pieces(folder)
+    if (known := source.flags.get("vocabulary_sha256")) and known != text.vocabulary.sha256:
+        raise UserError(f"{source.path} was trained with another tokenizer than that of {folder}: give that one with --tokenizer")
+    return text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from utils.command_line import usual_flags
+from utils.command_line import departures, usual_flags
 from utils.errors import UserError
 from utils.model import build_model
 from utils.models import Shape, architecture
@@ -77,7 +77,8 @@ class Task(ABC):
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of what a run is made from: it cannot go on with anything else."""
-        return {"data_fingerprint": self.corpus.fingerprint}
+        pieces = {"vocabulary_sha256": self.vocabulary.sha256} if self.vocabulary else {}
+        return {"data_fingerprint": self.corpus.fingerprint} | pieces
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,9 +86,9 @@ class Task(ABC):
         return {split: len(getattr(self.corpus, split)) for split in ("train", *self.splits)}
 
     @property
-    def usual_flags(self) -> Flags:
-        """The flags that the preset and the method say: what departs from them is said in tables."""
-        return usual_flags(self.flags)
+    def departures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Where the run departs from what its preset says, and where from what its method says: tables say it."""
+        return departures(self.flags, usual_flags(self.flags))
 
     def build(self) -> nn.Module:
         """The model, as it is before a run."""

@@ -88,8 +88,8 @@ class Labelled(Numbered):
         return super().fingerprints | {"checkpoint_sha256": self.source.fingerprint}
 
     @property
-    def usual_flags(self) -> FinetuneFlags:
-        return finetuning.usual_flags(self.flags, self.source)
+    def departures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return finetuning.departures(self.flags, self.source)
 
     def build(self) -> nn.Module:
         """UserError for a checkpoint that does not fit, or a method that cannot do without knowing what is padding."""
@@ -98,7 +98,7 @@ class Labelled(Numbered):
             raise UserError(
                 f"--method {self.flags.method} routes a token of {self.flags.model} by its neighbours, and padding would be one"
             )
-        if not (self.flags.from_scratch or self.flags.eval_only):
+        if not self.flags.from_scratch:
             transfer.load(backbone, self.source)
         stored = dict(backbone.named_parameters())
         model = self.ready(backbone)
@@ -136,6 +136,12 @@ class Labelled(Numbered):
             self._epoch, self._order = epoch, self._epoch_order(epoch)
         own = self._order[place][self._own.start : self._own.stop]
         return self._batch([self._rows["train"][index] for index in own], size)
+
+    def peek(self) -> Batch:
+        """Of rows of about the mean length."""
+        lengths = self._lengths["train"]
+        usual = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[: self.flags.batch_size]
+        return self._batch([self._rows["train"][index] for index in usual[self._own.start : self._own.stop]], self.flags.batch_size)
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         """All rows, the shortest first."""
