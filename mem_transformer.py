@@ -5,6 +5,7 @@ V symbols.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +68,13 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
 
 
 @torch.no_grad()
-def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK) -> Tensor:
+def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, r_HKC, mask_TK) -> Tensor:
     """The softmax in `relative_attention_sdpa` [H, B, T, K], which does not return it."""
-    scores = by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]) + mask_TK
-    return (scores + qu_HBTC @ k_HBKC.transpose(-1, -2)).softmax(-1)
+    if qv_HBTC.shape[2] == 1:  # nothing to shift, and so nothing to copy
+        distance_HBTK = (qv_HBTC.flatten(1, 2) @ r_HKC.transpose(1, 2))[:, :, None]
+    else:
+        distance_HBTK = by_key(position_scores(qv_HBTC, r_HKC), qv_HBTC.shape[1])
+    return (qu_HBTC @ k_HBKC.transpose(-1, -2)).add_(distance_HBTK).add_(mask_TK).softmax(-1)
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
@@ -111,6 +115,39 @@ class RelativeAttentionCPU(torch.autograd.Function):
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
+class Seen:
+    """What an attention module keeps of what it has read, without gradients: keys and values, and the keys of distances.
+
+    They stand in buffers twice as long as needed, so that memory is moved only when those are full, and not for every new position.
+    """
+
+    def __init__(self):
+        self.r_HLC: Tensor | None = None  # of the distances L - 1 .. 0
+        self._kv: Tensor | None = None  # [2, H, B, room, C], filled up to `_end`
+        self._end = 0
+
+    @property
+    def length(self) -> int:
+        return self._end
+
+    def extend(self, k_HBTC: Tensor, v_HBTC: Tensor, memory: int) -> Tensor:
+        """Keys and values [2, H, B, M + T, C] of the last positions, at most `memory`, and of new ones, which are from now on kept, too."""
+        T, kept = k_HBTC.shape[2], min(self._end, memory)
+        if self._kv is None or self._end + T > self._kv.shape[3]:
+            H, B, _, C = k_HBTC.shape
+            fresh = k_HBTC.new_empty(2, H, B, 2 * (memory + T), C)
+            if kept:
+                fresh[:, :, :, :kept] = self._kv[:, :, :, self._end - kept : self._end]
+            self._kv, self._end = fresh, kept
+        begin, new = self._end - kept, slice(self._end, self._end + T)
+        self._kv[0, :, :, new], self._kv[1, :, :, new] = k_HBTC, v_HBTC
+        self._end += T
+        return self._kv[:, :, :, begin : self._end]
+
+
+Cache = tuple[Seen, ...]  # of every layer
+
+
 class QueryKeyValue(nn.Linear):
     """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], and keys and values of x and of memory, which asks nothing."""
 
@@ -147,20 +184,39 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
         q_BTW, kv_of_x, kv_of_memory = self.qkv(x_BTD, memory_BMD)
-        q, k, v = self._heads(q_BTW), *(self._heads(*parts) for parts in zip(kv_of_memory, kv_of_x, strict=True))
-        r = self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
-        scale = 1 / math.sqrt(self.d_head)
-        qu, qv = (((q + bias[:, None, None]) * scale).to(k.dtype) for bias in (u_HC, v_HC))
+        k, v = (self._heads(*parts) for parts in zip(kv_of_memory, kv_of_x, strict=True))
+        qu, qv = self._queries(q_BTW, u_HC, v_HC, k.dtype)
         dropout = self.dropatt if self.training else 0.0
-        inputs = qu, qv, k, v, r, mask_TK.to(k.dtype)
+        inputs = qu, qv, k, v, self.distances(position_KD), mask_TK.to(k.dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            if x_BTD.device.type == "cpu" and dropout == 0:
+            if x_BTD.device.type == "cpu" and dropout == 0 and not torch.compiler.is_compiling():  # which cannot trace it
                 y_HBTC, p_HBTK = RelativeAttentionCPU.apply(*inputs)
             else:
                 y_HBTC = relative_attention_sdpa(*inputs, dropout)
-                p_HBTK = relative_probabilities(*inputs) if self.keep_probabilities else None
+                p_HBTK = relative_probabilities(qu, qv, k, *inputs[4:]) if self.keep_probabilities else None
             self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
+
+    def read(self, x_BTD: Tensor, seen: Seen, memory: int, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+        """As `forward`, with `seen` in place of memory: at most `memory` positions of it. `seen` goes on to hold x, too."""
+        q_BTW, kv_of_x, _ = self.qkv(x_BTD, x_BTD[:, :0])
+        k, v = seen.extend(*(self._heads(part) for part in kv_of_x), memory)
+        qu, qv = self._queries(q_BTW, u_HC, v_HC, k.dtype)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            p_HBTK = relative_probabilities(qu, qv, k, seen.r_HLC[:, -k.shape[2] :], mask_TK.to(k.dtype))
+            y_HBTC = p_HBTK @ v
+        self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
+        return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
+
+    def distances(self, position_KD: Tensor) -> Tensor:
+        """The keys of distances [H, K, C]."""
+        return self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
+
+    def _queries(self, q_BTW: Tensor, u_HC: Tensor, v_HC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """q + u and q + v, scaled [H, B, T, C]."""
+        q_HBTC, scale = self._heads(q_BTW), 1 / math.sqrt(self.d_head)
+        qu, qv = (((q_HBTC + bias[:, None, None]) * scale).to(dtype) for bias in (u_HC, v_HC))
+        return qu, qv
 
 
 class FeedForward(nn.Module):
@@ -191,10 +247,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, *attention_inputs: Tensor) -> Tensor:
         if self.pre_lnorm:
-            normed, memory_BMD = self.attention_norm(x_BTD), self.attention_norm(memory_BMD)
-            x_BTD = x_BTD + self.dropout(self.attention(normed, memory_BMD, *attention_inputs))
+            memory_BMD = self.attention_norm(memory_BMD)
+        return self._around(x_BTD, lambda x_BTD: self.attention(x_BTD, memory_BMD, *attention_inputs))
+
+    def read(self, x_BTD: Tensor, seen: Seen, *attention_inputs) -> Tensor:
+        return self._around(x_BTD, lambda x_BTD: self.attention.read(x_BTD, seen, *attention_inputs))
+
+    def _around(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_lnorm:
+            x_BTD = x_BTD + self.dropout(attend(self.attention_norm(x_BTD)))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, memory_BMD, *attention_inputs)))
+        x_BTD = self.attention_norm(x_BTD + self.dropout(attend(x_BTD)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
@@ -249,6 +312,27 @@ class MemTransformerLM(nn.Module):
         """tokens [B, T] -> logits [B, T, V] in float32 and the next memory."""
         hidden, memory = self.hidden(tokens_BT, memory)
         return self.head(hidden).float(), memory
+
+    @torch.no_grad()
+    def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """The same without gradients, for evaluation and generation: keys and values of what was read are kept, not what they are made of.
+
+        Give back the cache returned; the one given is used up. RuntimeError in training mode.
+        """
+        if self.training:
+            raise RuntimeError("read() is for evaluation: call model.eval() first")
+        if cache is None:
+            cache = tuple(Seen() for _ in self.layers)
+        T, M = tokens_BT.shape[1], min(cache[0].length, self.mem_len)
+        if cache[0].r_HLC is None or cache[0].r_HLC.shape[1] < M + T:
+            position_LD = self._positions(self.mem_len + T)
+            for layer, seen in zip(self.layers, cache, strict=True):
+                seen.r_HLC = layer.attention.distances(position_LD)
+        attention_inputs = self.mem_len, self.content_bias, self.position_bias, self._mask(T, M)
+        x = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
+        for layer, seen in zip(self.layers, cache, strict=True):
+            x = layer.read(x, seen, *attention_inputs)
+        return self.head(x).float(), cache
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
         """Cross-entropy of each target in nats [B, T], the next memory, and the logits [B, T, V]."""

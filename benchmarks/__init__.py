@@ -1,1 +1,1 @@
-"""Speed on a CPU, as ratios measured in one process: python -m benchmarks {layer,step,data}. README.md embeds `tables.markdown`."""
+"""Speed and memory, as ratios measured in one process: python -m benchmarks. README.md embeds `tables.render`."""

@@ -1,27 +1,88 @@
-"""python -m benchmarks {layer,step,data} [--threads N] [--rounds N] [--precision fp32 bf16] ...: measures, writes a record, prints a table.
+"""python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
-Ratios hold only where nothing else runs on the machine's cores.
+python -m benchmarks {layer,attention,step,evaluation,generation,growth,data} [flags]: one of them. Ratios hold only where nothing else
+runs on the machine's cores.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
-from benchmarks import data, layer, step
-from benchmarks.tables import markdown
+import smoe_dropout
+from benchmarks import attention, data, evaluation, generation, growth, layer, step
+from benchmarks.measure import Common, Device, record
+from benchmarks.tables import RECORDS, markdown, summary
 
-BENCHMARKS = {"layer": layer, "step": step, "data": data}
-FLAGS = {"layer": layer.LayerFlags, "step": step.StepFlags, "data": data.DataFlags}
+BENCHMARKS = {
+    "layer": layer,
+    "attention": attention,
+    "step": step,
+    "evaluation": evaluation,
+    "generation": generation,
+    "growth": growth,
+    "data": data,
+}
+FLAGS = {
+    "layer": layer.LayerFlags,
+    "attention": attention.AttentionFlags,
+    "step": step.StepFlags,
+    "evaluation": evaluation.EvaluationFlags,
+    "generation": generation.GenerationFlags,
+    "growth": growth.GrowthFlags,
+    "data": data.DataFlags,
+}
+
+
+@dataclass(frozen=True)
+class AllFlags:
+    """All benchmarks at their default sizes."""
+
+    rounds: int | None = None
+    """rounds measured, after one that warms up; each benchmark has its own default"""
+    out: Path = RECORDS
+    """folder of the records and figures"""
+    device: Device = "cpu"
+    """where to compute"""
+    tuned: bool = False
+    """set torch up for this CPU first (smoe_dropout.tune_cpu)"""
+
+    def each(self) -> list[Common]:
+        """The flags of every benchmark."""
+        common = {"out": self.out, "device": self.device, "tuned": self.tuned} | ({"rounds": self.rounds} if self.rounds else {})
+        return [replace(kind(), **common) for kind in FLAGS.values()]
+
+
+def measure(flags: Common, tuned: Sequence[str]) -> dict[str, Any]:
+    """One benchmark: its record, written, and its figure, where it has one."""
+    name = next(name for name, kind in FLAGS.items() if type(flags) is kind)
+    torch.set_num_threads(flags.threads)
+    found = record(name, flags, BENCHMARKS[name].BASELINE, BENCHMARKS[name].rows(flags), tuned)
+    if name in ("layer", "growth"):
+        from benchmarks.figures import draw  # here, because it imports matplotlib
+
+        draw(found, flags.out)
+    return found
+
+
+def run(settings: Sequence[Common]) -> None:
+    """One benchmark after another, and then what was found: of several the one table, of one its own."""
+    tuned = smoe_dropout.tune_cpu() if settings[0].tuned else []
+    records = [measure(flags, tuned) for flags in settings]
+    print(summary(records) if len(records) > 1 else markdown(records[0]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One benchmark."""
-    flags = tyro.extras.subcommand_cli_from_dict(FLAGS, prog="benchmarks", args=list(sys.argv[1:] if argv is None else argv))
-    name = next(name for name, kind in FLAGS.items() if type(flags) is kind)
-    torch.set_num_threads(flags.threads)
-    print(markdown(BENCHMARKS[name].run(flags)))
+    """The command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["all", *arguments]
+    flags = tyro.extras.subcommand_cli_from_dict({"all": AllFlags, **FLAGS}, prog="benchmarks", args=arguments)
+    run(flags.each() if isinstance(flags, AllFlags) else [flags])
 
 
 if __name__ == "__main__":

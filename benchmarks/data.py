@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Common, interleave, record, summarise
+from benchmarks.measure import Common, interleave, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
-BARE = "python -c pass"
+BASELINE = "python -c pass"
 LINE = b"%d. The quick brown fox jumps over the lazy dog, and %d others wait for their turn;\n"
 
 
@@ -46,7 +46,7 @@ def process(*arguments: str, code: int = 0) -> Callable[[], None]:
 def contestants(source: Path, out: Path, megabytes: float) -> dict[str, Callable[[], None]]:
     prepare = ("data/prepare.py", "benchmark", "--source", str(source), "--out", str(out), "--force")
     return {
-        BARE: process("-c", "pass"),
+        BASELINE: process("-c", "pass"),
         "import torch": process("-c", "import torch"),
         "import torch, smoe_dropout, and use it": process("-c", "import torch, smoe_dropout; smoe_dropout.moefy"),
         "train.py refuses a wrong flag": process("train.py", "--no_such_flag", code=2),
@@ -54,10 +54,10 @@ def contestants(source: Path, out: Path, megabytes: float) -> dict[str, Callable
     }
 
 
-def run(flags: DataFlags) -> dict[str, Any]:
-    """Measures and writes the record."""
+def rows(flags: DataFlags) -> list[dict[str, Any]]:
+    """One row of processes."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text"
         write_text(source, round(flags.megabytes * 1e6))
         seconds = interleave(contestants(source, Path(folder) / "prepared", flags.megabytes), flags.rounds)
-    return record("data", flags, BARE, [{"results": summarise(seconds, BARE)}])
+    return [{"results": summarise(seconds, BASELINE)}]

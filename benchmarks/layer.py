@@ -1,21 +1,23 @@
 """The expert layer, router included, forward and backward: our backends and peers, as time over the dense network of equal parameters."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Common, Precision, autocast, interleave, kept_mib, record, summarise
+from benchmarks.measure import Common, Device, Precision, autocast, compare
 from benchmarks.peers import EXPERT_PEERS, dense_ffn, with_peer
 from smoe_dropout import MoELayer, SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.registry import BACKENDS, load
 
-OURS = ("sorted", "masked", "grouped", "auto")
-DENSE = "dense"
+AUTO = "ours: auto"
+NOT_OURS_TO_TRAIN = ("reference", "few", "fastmoe")  # the definition; for inference; a peer
+OURS = {f"ours: {name}": name for name in BACKENDS if name not in NOT_OURS_TO_TRAIN} | {AUTO: "auto"}
+BASELINE = "dense"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LayerFlags(Common):
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
     """fp32, bf16 or both"""
-    k: tuple[int, ...] = (2, 8, 12, 16)
+    k: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
     """numbers of active experts"""
     tokens: int = 2048
     """tokens per pass"""
@@ -38,50 +40,56 @@ class LayerFlags(Common):
     """dropout rate of the hidden layer"""
 
 
-def contestants(flags: LayerFlags, k: int, precision: Precision) -> dict[str, nn.Module]:
-    """Layers by name, with equal weights each of its own; the dense network is the baseline."""
+def moe_layer(flags: LayerFlags, k: int) -> MoELayer:
     torch.manual_seed(0)
     experts = Experts(flags.num_experts, flags.d_model, flags.d_expert, "relu", flags.dropout, "auto", 0.02)
-    layer = MoELayer(flags.d_model, experts, SMoEConfig(num_experts=flags.num_experts, top_k=k, d_expert=flags.d_expert))
-    weights = experts.weights(torch.bfloat16 if precision == "bf16" else torch.float32)
-    found: dict[str, nn.Module] = {DENSE: dense_ffn(experts)}
-    for backend in OURS:
-        if backend == "auto" or load(BACKENDS, "backend", backend).refusal(weights, "cpu") is None:
-            found[f"ours: {backend}"] = copy.deepcopy(layer)
-            found[f"ours: {backend}"].experts.backend = backend
-    return found | {name: with_peer(layer, name) for name in EXPERT_PEERS}
+    return MoELayer(flags.d_model, experts, SMoEConfig(num_experts=flags.num_experts, top_k=k, d_expert=flags.d_expert))
+
+
+def able(layer: MoELayer, precision: Precision, device: Device) -> list[str]:
+    """Names of the contestants that can run there; the dense network is the baseline."""
+    weights = layer.experts.weights(torch.bfloat16 if precision == "bf16" else torch.float32)
+    refusals = {name: load(BACKENDS, "backend", backend).refusal for name, backend in OURS.items() if backend != "auto"}
+    refusals |= {name: peer.refusal for name, peer in EXPERT_PEERS.items()}
+    refused = {name for name, refusal in refusals.items() if refusal(weights, device) is not None}
+    return [name for name in (BASELINE, *OURS, *EXPERT_PEERS) if name not in refused]
+
+
+def contestant(layer: MoELayer, name: str) -> nn.Module:
+    """One way to compute the layer, with equal weights of its own."""
+    if name == BASELINE:
+        return dense_ffn(layer.experts)
+    if name not in OURS:
+        return with_peer(layer, name)
+    layer = copy.deepcopy(layer)
+    layer.experts.backend = OURS[name]
+    return layer
 
 
 def forward_backward(module: nn.Module, x_ND: Tensor, grad_ND: Tensor, precision: Precision) -> tuple[Tensor, ...]:
     """Output, and gradients of the input and of the trained parameters."""
-    y_ND = forward(module, x_ND, precision)
+    with autocast(precision, x_ND.device.type):
+        y_ND = module(x_ND)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return y_ND, *torch.autograd.grad(y_ND, [x_ND, *trained], grad_ND.to(y_ND.dtype))
 
 
-def forward(module: nn.Module, x_ND: Tensor, precision: Precision) -> Tensor:
-    with autocast(precision):
-        return module(x_ND)
-
-
-def measure_row(flags: LayerFlags, precision: Precision, k: int) -> dict[str, Any]:
-    """All contestants at one k in one precision."""
-    modules = contestants(flags, k, precision)
+def measure_row(flags: LayerFlags, precision: Precision, k: int, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The named contestants (all that can run here, unless said) at one k in one precision. bound: operations over the dense network's."""
+    layer = moe_layer(flags, k)
     # new tokens in every round, the same for all contestants: experts then get other numbers of tokens, as in training
-    xs = [torch.randn(flags.tokens, flags.d_model, requires_grad=True) for _ in range(flags.rounds + 1)]
-    x_ND, grad_ND = xs[0], torch.randn(flags.tokens, flags.d_model)
+    size = flags.tokens, flags.d_model
+    xs = [torch.randn(size, device=flags.device, requires_grad=True) for _ in range(flags.rounds + 2)]
+    grad_ND = torch.randn(size, device=flags.device)
 
     def call(module: nn.Module) -> Callable[[], Any]:
         rounds = iter(xs)
         return lambda: forward_backward(module, next(rounds), grad_ND, precision)
 
-    results = summarise(interleave({name: call(module) for name, module in modules.items()}, flags.rounds), DENSE)
-    for name, module in modules.items():
-        results[name]["kept_mib"] = kept_mib(lambda module=module: forward(module, x_ND, precision), [x_ND, *module.parameters()])
-    return {"precision": precision, "k": k, "results": results}
+    calls = {name: call(contestant(layer, name).to(flags.device)) for name in names or able(layer, precision, flags.device)}
+    return {"precision": precision, "k": k, "bound": k / flags.num_experts, "results": compare(calls, flags, BASELINE)}
 
 
-def run(flags: LayerFlags) -> dict[str, Any]:
-    """Measures and writes the record."""
-    rows = [measure_row(flags, precision, k) for precision in flags.precision for k in flags.k]
-    return record("layer", flags, DENSE, rows)
+def rows(flags: LayerFlags) -> list[dict[str, Any]]:
+    """A row for each precision and k."""
+    return [measure_row(flags, precision, k) for precision in flags.precision for k in flags.k]

@@ -1,12 +1,16 @@
-"""What others do, in plain torch, for comparison: written from public descriptions, equal to ours in outputs and gradients.
+"""What others do, for comparison: in plain torch, written from public descriptions, and by their packages where installed. All are equal
+to ours in outputs and gradients, those named "no biases" where ours are 0.
 
 Shape suffixes as in smoe_dropout.experts (N tokens, K active experts, D, E, H, M = N * K) for the experts, and as in mem_transformer
 (B lanes, T queries, K keys, H heads, C head width, D) for the attention.
 """
 
 import copy
+import importlib.util
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +18,10 @@ from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, RelativeAttention
 from smoe_dropout import MoELayer, moe_layers
-from smoe_dropout.experts import Experts, ExpertWeights
+from smoe_dropout.experts import Experts, ExpertWeights, fastmoe, grouped
 from smoe_dropout.experts.activations import ACTIVATIONS
+
+FASTMOE = "fastmoe's way"
 
 
 def scatter_gemm_gather(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
@@ -49,9 +55,74 @@ def _expert(x: Tensor, up: Tensor, bias_up: Tensor, down: Tensor, bias_down: Ten
     return torch.addmm(bias_down, hidden, down)
 
 
-EXPERT_PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
-    "fastmoe's way": scatter_gemm_gather,
-    "boolean masks": boolean_masks,
+def _transformers_experts(weights: ExpertWeights, **other) -> SimpleNamespace:
+    """What the transformers library's functions read of an experts module without a gate. Views: its matrices are [E, out, in]."""
+    matrices = {"up_proj": weights.up_EHD, "down_proj": weights.down_EHD.transpose(1, 2)}
+    return SimpleNamespace(num_experts=len(weights.up_EHD), act_fn=ACTIVATIONS[weights.activation].apply, **matrices, **other)
+
+
+def transformers_eager(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Its loop over experts, as in the one model of it whose experts have two matrices (others have three)."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    experts = _transformers_experts(weights, config=SimpleNamespace(_experts_implementation="eager"))
+    return NemotronHExperts.forward(experts, x_ND, indices_NK, weights_NK)
+
+
+def transformers_grouped(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Its way by torch's grouped matrix product."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    settings = {"has_gate": False, "has_bias": True, "is_transposed": False, "has_post_expert_norm": False, "_is_expert_parallel": False}
+    biases = {"up_proj_bias": weights.bias_up_EH, "down_proj_bias": weights.bias_down_ED}
+    return grouped_mm_experts_forward(_transformers_experts(weights, **settings, **biases), x_ND, indices_NK, weights_NK)
+
+
+def scattermoe(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
+    """Two products by Triton that read and write tokens where they stand."""
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    order = flatten_sort_count(indices_NK, len(weights.up_EHD))
+    up_EDH = weights.up_EHD.transpose(1, 2)
+    hidden = parallel_linear(x_ND, up_EDH, indices_NK.shape[1], *order, expert_biases=weights.bias_up_EH, grouped_out=True)
+    hidden = F.dropout(ACTIVATIONS[weights.activation].apply(hidden), weights.dropout)
+    return parallel_linear(hidden, weights.down_EHD, 1, *order, expert_biases=weights.bias_down_ED, gates=weights_NK, grouped_in=True)
+
+
+def transformers_refusal(weights: ExpertWeights, device: str) -> str | None:
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    return "its experts have no dropout" if weights.dropout else None
+
+
+def transformers_grouped_refusal(weights: ExpertWeights, device: str) -> str | None:
+    return transformers_refusal(weights, device) or grouped.refusal(weights, device)
+
+
+def scattermoe_refusal(weights: ExpertWeights, device: str) -> str | None:
+    if importlib.util.find_spec("scattermoe") is None:
+        return "scattermoe is not installed"
+    return None if device == "cuda" else f"scattermoe needs CUDA tensors, and these are on {device!r}"
+
+
+class Peer(NamedTuple):
+    """A way to compute experts, from tokens [N, D], indices [N, K], gate weights [N, K] and the experts' weights.
+
+    refusal: why it cannot run with these weights on this device, or None.
+    """
+
+    way: Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]
+    refusal: Callable[[ExpertWeights, str], str | None] = lambda weights, device: None
+    biases: bool = True
+
+
+EXPERT_PEERS = {
+    FASTMOE: Peer(scatter_gemm_gather),
+    "boolean masks": Peer(boolean_masks),
+    "transformers, eager, no biases": Peer(transformers_eager, transformers_refusal, biases=False),
+    "transformers, grouped_mm": Peer(transformers_grouped, transformers_grouped_refusal),
+    "fastmoe": Peer(fastmoe.run, fastmoe.refusal),
+    "scattermoe": Peer(scattermoe, scattermoe_refusal),
 }
 
 
@@ -71,9 +142,12 @@ class PeerExperts(nn.Module):
 
 
 def with_peer(layer: MoELayer, name: str) -> MoELayer:
-    """A copy of the layer, with equal weights of its own, whose experts are computed by a peer."""
-    layer = copy.deepcopy(layer)
-    layer.experts = PeerExperts(layer.experts, EXPERT_PEERS[name])
+    """A copy of the layer, with equal weights of its own, whose experts are computed by a peer; biases it cannot add are 0 and frozen."""
+    layer, peer = copy.deepcopy(layer), EXPERT_PEERS[name]
+    if not peer.biases:
+        for bias in (layer.experts.bias_up, layer.experts.bias_down):
+            nn.init.zeros_(bias.requires_grad_(False))
+    layer.experts = PeerExperts(layer.experts, peer.way)
     return layer
 
 

@@ -1,50 +1,100 @@
 """Records as Markdown tables, for the terminal and, by `python -m benchmarks.tables`, for README.md. Imports no torch."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.errors import UserError, run_main
 from utils.report import update_readme
 
 RECORDS = Path("results/benchmarks")
+FIGURES = {
+    "layer": ("time_by_k.png", "Time of one expert layer over the dense network against k, ours and peers, with the bound k/E"),
+    "growth": ("growth.png", "Time of the layer against experts, their width and tokens, and of the attention against memory"),
+}
+
+
+class Line(NamedTuple):
+    """What a record says in the one table: whose time, over which dense model's, beside which peer."""
+
+    title: str
+    ours: str
+    dense: str | None
+    peer: str
+
+
+LINES = {
+    "layer": Line("expert layer", "ours: auto", "dense", "fastmoe's way"),
+    "attention": Line("attention", "ours", None, "official style"),
+    "step": Line("training step", "ours, experts", "ours, dense", "official style, experts"),
+    "evaluation": Line("evaluation pass", "ours, experts", "ours, dense", "official style, experts"),
+    "generation": Line("generation, cached", "ours, experts, cached", "ours, dense, cached", "ours, experts, uncached"),
+}
+NOTES = (
+    "Bound: operations with k experts over those of the dense model; of generation, weights read. Share of the bound: bound over time; "
+    "above 100 % where the dense model is computed less well. Peak memory: the most that torch has allocated at once in a pass, gradients "
+    "included, parameters and inputs not; ours / that of the way named before it."
+)
 
 
 def markdown(record: dict[str, Any]) -> str:
     """What was measured and where, and a table."""
-    return {"layer": layer_table, "step": step_table, "data": data_table}[record["benchmark"]](record)
+    tables = {"layer": layer_table, "growth": growth_table, "data": data_table}
+    return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """The one table: a row for each precision and k of what is ours, then where it was measured."""
+    found = [record for record in records if record["benchmark"] in LINES]
+    columns = ["precision", "time over dense", "bound", "share of the bound", "times as fast as", "tokens/s", "peak memory, MiB"]
+    rows = [_line(_summary_cells(record, row)) for record in found for row in record["rows"]]
+    return "\n".join([*_head(["", *columns]), *rows, "", *(f"- {_what(record)} {_where(record)}" for record in found), "", NOTES])
+
+
+def _summary_cells(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    line, results = LINES[record["benchmark"]], row["results"]
+    ours, peer = results[line.ours], results[line.peer]
+    over_dense = ours["ratio"] / results[line.dense]["ratio"] if line.dense else None
+    bound = row.get("bound")
+    share = f"{100 * bound / over_dense:.0f} %" if bound and over_dense else "–"
+    faster = f"{peer['ratio'] / ours['ratio']:.2f} ({line.peer})"
+    memory = f"{_number(ours.get('peak_mib'), '.1f')} / {_number(peer.get('peak_mib'), '.1f')}"
+    speed = f"{_tokens(record['sizes']) / ours['seconds']:,.0f}"
+    at = f", k = {row['k']}" if "k" in row else ""
+    return [f"{line.title}{at}", row["precision"], _number(over_dense, ".2f"), _number(bound, ".2f"), share, faster, speed, memory]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _tokens(sizes: dict[str, Any]) -> int:
+    """Of one pass."""
+    lanes, positions = sizes.get("batch_size", 1), sizes.get("tokens") or sizes["tgt_len"]
+    return lanes * positions
 
 
 def layer_table(record: dict[str, Any]) -> str:
-    """A table for each precision: rows ways, columns k, cells time over dense; then what is kept for the backward pass."""
-    sizes = record["sizes"]
-    what = f"{sizes['num_experts']} experts {sizes['d_model']} -> {sizes['d_expert']} -> {sizes['d_model']}, {sizes['tokens']:,} tokens"
-    dropout = f", dropout {sizes['dropout']:g}" if sizes["dropout"] else ""
-    lines = [f"One expert layer, forward and backward, time over the dense network of equal parameters: {what}{dropout}. {_where(record)}"]
+    """A table for each precision: rows ways, columns k, cells time over dense; then peak memory."""
+    lines = [f"{_what(record)} Time over the dense network of equal parameters. {_where(record)}"]
     for precision in dict.fromkeys(row["precision"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["precision"] == precision]
-        ks = [f"k = {row['k']}" for row in rows]
-        lines += ["", *_head([precision, *ks, "kept for backward, MiB"])]
+        lines += ["", *_head([precision, *(f"k = {row['k']}" for row in rows), "peak memory, MiB"])]
         for name in rows[0]["results"]:
             results = [row["results"][name] for row in rows]
-            kept = " / ".join(f"{result['kept_mib']:.0f}" for result in results)
-            lines.append(_line([name, *(f"{result['ratio']:.2f}" for result in results), kept]))
+            memory = " / ".join(f"{result['peak_mib']:.0f}" for result in results if "peak_mib" in result) or "–"
+            lines.append(_line([name, *(f"{result['ratio']:.2f}" for result in results), memory]))
     return "\n".join(lines)
 
 
-def step_table(record: dict[str, Any]) -> str:
-    """Rows models, a group for each precision."""
-    sizes, baseline = record["sizes"], record["baseline"]
-    what = f"{sizes['n_layer']} layers, d {sizes['d_model']}, {sizes['num_experts']} experts of {sizes['d_expert']}, k = {sizes['k']}"
-    batch = f"batch {sizes['batch_size']} x {sizes['tgt_len']} with as much memory"
-    dropout = f"dropout {sizes['dropout']:g}" if sizes["dropout"] else "no dropout"
-    lines = [f"One training step (forward, backward, clipping, Adam): {what}, {batch}, {dropout}. {_where(record)}", ""]
-    lines += _head(["", "precision", f"time over {baseline}", "times as fast", "kept for backward, MiB"])
-    for row in record["rows"]:
-        for name, result in row["results"].items():
-            cells = [f"{result['ratio']:.2f}", f"{1 / result['ratio']:.2f}", f"{result['kept_mib']:.0f}"]
-            lines.append(_line([name, row["precision"], *cells]))
+def growth_table(record: dict[str, Any]) -> str:
+    """A table for each size that grows: rows its values, columns ways, cells milliseconds."""
+    lines = [f"{_what(record)} Milliseconds. {_where(record)}"]
+    for axis in dict.fromkeys(row["axis"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["axis"] == axis]
+        lines += ["", *_head([axis, *rows[0]["results"]])]
+        lines += [_line([f"{row['value']:,}", *(f"{1e3 * result['seconds']:.3g}" for result in row["results"].values())]) for row in rows]
     return "\n".join(lines)
 
 
@@ -55,13 +105,35 @@ def data_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(_line([name, f"{result['seconds']:.2f}"]) for name, result in results.items())])
 
 
+def _what(record: dict[str, Any]) -> str:
+    """What was measured, in one sentence."""
+    sizes, kind = record["sizes"], record["benchmark"]
+    dropout = f", dropout {sizes['dropout']:g}" if sizes.get("dropout") else ""
+    if kind == "layer":
+        experts = f"{sizes['num_experts']} experts {sizes['d_model']} -> {sizes['d_expert']} -> {sizes['d_model']}"
+        return f"One expert layer, forward and backward: {experts}, {sizes['tokens']:,} tokens{dropout}."
+    if kind == "growth":
+        fixed = f"{sizes['fixed_experts']} experts and {sizes['fixed_tokens']:,} tokens unless they grow, {sizes['width']:,} wide together"
+        return f"Forward and backward in {sizes['precision']} while one size grows, k = E/2: {fixed} unless d_expert grows."
+    batch = f"{sizes['batch_size']} x {sizes['tgt_len']}"
+    heads = f"{sizes['n_head']} heads of {sizes['d_head']}, d {sizes['d_model']}"
+    if kind == "attention":
+        return f"Attention, forward and backward: {heads}, batch {batch}, memory {sizes['mem_len']:,}."
+    model = f"{sizes['n_layer']} layers, d {sizes['d_model']}, {sizes['num_experts']} experts of {sizes['d_expert']}{dropout}"
+    if kind == "generation":
+        return f"Generation, {sizes['tokens']} bytes a round, {sizes['batch_size']} at a time: {model}, memory {sizes['tgt_len']}."
+    name = {"step": "Training step (forward, backward, clipping, Adam)", "evaluation": "Evaluation pass"}[kind]
+    return f"{name}: {model}, batch {batch} with as much memory."
+
+
 def _where(record: dict[str, Any]) -> str:
     env = record["environment"]
     commit, changed, _ = (env["commit"] or "unknown").partition("+")
     code = f"commit {commit[:9]}{' with changes' if changed else ''}"
     threads = "" if record["benchmark"] == "data" else f", {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     machine = f"{env['device_name']} ({env['cores']} cores{threads})"
-    return f"Median of {record['sizes']['rounds']} interleaved rounds on {machine}, torch {env['torch']}, {code}."
+    tuned = f" Tuned: {'; '.join(env['tuned'])}." if env.get("tuned") else ""
+    return f"Median of {record['sizes']['rounds']} interleaved rounds on {machine}, torch {env['torch']}, {code}.{tuned}"
 
 
 def _head(cells: list[str]) -> list[str]:
@@ -73,13 +145,17 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def render(records: Path = RECORDS) -> str:
-    """The tables of all committed records, in the order a reader wants them. UserError if there is none."""
-    found = [
-        json.loads((records / f"{name}.json").read_text()) for name in ("step", "layer", "data") if (records / f"{name}.json").exists()
-    ]
+    """The one table of all committed records, the figures, all ways to compute the layer, and what a user waits for.
+
+    UserError if there is no record.
+    """
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "data")]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not found:
-        raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks step` first")
-    return "\n\n".join(map(markdown, found))
+        raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
+    figures = [f"![{title}]({RECORDS / name})" for name, title in FIGURES.values() if (records / name).exists()]
+    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "data")]
+    return "\n\n".join([summary(found), *figures, *details])
 
 
 if __name__ == "__main__":

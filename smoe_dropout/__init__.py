@@ -33,6 +33,8 @@ _EXPORTS = {
     "expert_load": "control",
     "set_progress": "training",
     "method_metrics": "training",
+    "slim": "inference",
+    "tune_cpu": "tuning",
     "save_model": "io",
     "load_weights": "io",
     "from_official": "io",

@@ -36,7 +36,9 @@ BACKENDS: dict[str, str] = {
     "reference": "smoe_dropout.experts.reference",
     "sorted": "smoe_dropout.experts.sorted",
     "masked": "smoe_dropout.experts.masked",
+    "few": "smoe_dropout.experts.few",
     "grouped": "smoe_dropout.experts.grouped",
+    "fused": "smoe_dropout.experts.fused",
     "fastmoe": "smoe_dropout.experts.fastmoe",
 }
 

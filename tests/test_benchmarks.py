@@ -1,23 +1,37 @@
-"""Benchmarks: peers compute what we compute, and the command writes its record. Nothing here asserts a time."""
+"""Benchmarks: peers compute what we compute, and the commands write their records. Nothing here asserts a time."""
 
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import data, layer, step
-from benchmarks.__main__ import main
-from benchmarks.measure import interleave, kept_mib, summarise
-from benchmarks.peers import EXPERT_PEERS, dense_ffn, official_style, rel_shift, with_peer
-from benchmarks.tables import markdown
+import smoe_dropout
+from benchmarks import attention, data, evaluation, figures, generation, growth, layer, model, step
+from benchmarks.__main__ import main, run
+from benchmarks.measure import Common, interleave, peak_mib, summarise
+from benchmarks.peers import EXPERT_PEERS, dense_ffn, official_style, rel_shift, scattermoe, with_peer
+from benchmarks.tables import FIGURES, LINES, markdown, render, summary
 from mem_transformer import MemTransformerLM, TransformerXLConfig, by_key
 from smoe_dropout import MoELayer, SMoEConfig, moefy
 from smoe_dropout.experts import Experts
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-LAYER = ["layer", "--tokens", "24", "--num_experts", "4", "--d_model", "16", "--d_expert", "8", "--k", "1", "4"]
-STEP = ["step", "--threads", "1", "--num_experts", "4", "--d_model", "16", "--d_expert", "8", "--k", "2"]
-STEP += ["--n_layer", "2", "--n_head", "2", "--d_head", "8", "--batch_size", "2", "--tgt_len", "6"]
+SMALL_LAYER = {"tokens": 24, "num_experts": 4, "d_model": 16, "d_expert": 8}
+SMALL_MODEL = {"num_experts": 4, "d_model": 16, "d_expert": 8, "n_layer": 2, "n_head": 2, "d_head": 8, "tgt_len": 6}
+SMALL_GROWTH = {"tgt_len": 6, "d_model": 16, "width": 32, "fixed_experts": 4, "fixed_tokens": 24}
+SMALL = [
+    layer.LayerFlags(k=(1, 4), **SMALL_LAYER),
+    attention.AttentionFlags(batch_size=2, tgt_len=6, mem_len=4, n_head=2, d_head=8, d_model=16),
+    step.StepFlags(threads=1, k=2, batch_size=2, **SMALL_MODEL),
+    evaluation.EvaluationFlags(precision=("fp32",), k=(1, 4), batch_size=2, **SMALL_MODEL),
+    generation.GenerationFlags(k=(1, 4), tokens=3, **SMALL_MODEL),
+    growth.GrowthFlags(num_experts=(2, 4), d_expert=(8, 16), tokens=(1, 9), mem_len=(4, 8), **SMALL_GROWTH),
+]
+NAMES = [*LINES, "growth"]
 
 
 def moe_layer(k: int, d_model: int = 16, num_experts: int = 4) -> MoELayer:
@@ -33,14 +47,56 @@ def assert_all_close(found, expected) -> None:
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+def without_biases(ours: MoELayer) -> MoELayer:
+    for bias in (ours.experts.bias_up, ours.experts.bias_down):
+        torch.nn.init.zeros_(bias.requires_grad_(False))
+    return ours
+
+
 @pytest.mark.parametrize("name", EXPERT_PEERS)
 @pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("tokens", [2, 40])  # with 2, some experts have no token
 def test_expert_peers_equal_ours(name, k, tokens):
+    """Outputs and gradients; a peer without biases equals ours where they are 0."""
     ours = moe_layer(k)
+    if sentence := EXPERT_PEERS[name].refusal(ours.experts.weights(torch.float32), "cpu"):
+        pytest.skip(sentence)
     x, grad = torch.randn(tokens, 16, requires_grad=True), torch.randn(tokens, 16)
     found = layer.forward_backward(with_peer(ours, name), x, grad, "fp32")
+    ours = ours if EXPERT_PEERS[name].biases else without_biases(ours)
     assert_all_close(found, layer.forward_backward(ours, x, grad, "fp32"))
+
+
+def test_scattermoe_is_called_as_it_documents(monkeypatch):
+    """With its two functions written out in plain torch, after their documentation."""
+
+    def flatten_sort_count(indices, num_experts):
+        return *indices.flatten().sort(), indices.flatten().bincount(minlength=num_experts).cumsum(0)
+
+    def parallel_linear(x, weights, k, expert, order, offsets, expert_biases, gates=None, grouped_in=False, grouped_out=False):
+        rows = x if grouped_in else x[order // k]
+        y = (rows[:, None] @ weights[expert])[:, 0] + expert_biases[expert]
+        y = y if grouped_out else torch.empty_like(y).index_copy(0, order, y)
+        return y if gates is None else (y.view(*gates.shape, -1) * gates[..., None]).sum(1)
+
+    package = ModuleType("scattermoe")
+    package.parallel_experts = SimpleNamespace(flatten_sort_count=flatten_sort_count, parallel_linear=parallel_linear)
+    monkeypatch.setitem(sys.modules, "scattermoe", package)
+    monkeypatch.setitem(sys.modules, "scattermoe.parallel_experts", package.parallel_experts)
+    ours = moe_layer(3)
+    x_ND = torch.randn(40, 16)
+    routing = ours.route(x_ND)
+    found = scattermoe(x_ND, routing.indices_NK, routing.weights_NK, ours.experts.weights(torch.float32))
+    torch.testing.assert_close(found, ours(x_ND), **CLOSE)
+
+
+def test_peers_that_cannot_compute_the_layer_are_left_out():
+    """Those of CUDA on a CPU, and those that have no dropout where there is some."""
+    ours = moe_layer(2)
+    everywhere = {layer.BASELINE, "ours: sorted", "ours: masked", "ours: grouped", "ours: auto", "fastmoe's way", "boolean masks"}
+    assert {*layer.able(ours, "fp32", "cpu")} - {name for name in EXPERT_PEERS if name.startswith("transformers")} == everywhere
+    ours.experts.dropout = 0.5
+    assert {*layer.able(ours, "fp32", "cpu")} == everywhere
 
 
 def test_dense_network_is_the_sum_of_all_experts():
@@ -94,12 +150,37 @@ def test_official_style_shares_no_parameter_with_ours():
 
 
 def test_training_steps_of_both_models_agree():
-    flags = step.StepFlags(num_experts=4, d_model=16, d_expert=8, k=2, n_layer=1, n_head=2, d_head=8, batch_size=2, tgt_len=6)
-    models = step.contestants(flags)
-    steps = [step.training_step(models[name], flags, "fp32") for name in (step.OURS, step.OFFICIAL)]
+    flags = replace(SMALL[2], n_layer=1)
+    models = model.contestants(flags, flags.k)
+    steps = [step.training_step(models[name], flags, "fp32") for name in (model.OURS, model.OFFICIAL)]
     losses = [[take() for _ in range(5)] for take in steps]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_evaluation_passes_of_both_models_agree():
+    flags = SMALL[3]
+    models = model.contestants(flags, 2)
+    names = (model.OURS, model.OFFICIAL)
+    passes = [evaluation.evaluation_pass(models[name], flags, "fp32", name) for name in names]
+    assert passes[0]() == pytest.approx(passes[1](), abs=1e-5)
+
+
+def test_the_two_attentions_agree():
+    flags = SMALL[1]
+    modules, given = attention.contestants(flags), attention.inputs(flags)
+    found = [attention.forward_backward(module, given, torch.ones_like(given[0]), "fp32") for module in modules.values()]
+    assert len(found[0]) == 1 + 3 + 3  # the output; x, u, v; three matrices
+    assert_all_close(*found)
+
+
+def test_generation_with_and_without_a_cache_gives_the_same_bytes():
+    flags = replace(SMALL[4], tokens=20)  # several times the memory
+    ours = model.contestants(flags, 2)[model.OURS]
+    ours.head.weight = torch.nn.Parameter(torch.randn(256, 16))  # tied, it would say the same byte for ever
+    found = [generation.generator(ours, flags, "fp32", way)() for way in (generation.CACHED, generation.UNCACHED)]
+    assert found[0].shape == (1, 20) and len(found[0].unique()) > 1
+    torch.testing.assert_close(*found)
 
 
 def test_contestants_take_turns_and_the_warm_up_round_is_dropped():
@@ -115,26 +196,65 @@ def test_ratios_are_taken_within_rounds():
     assert found["base"]["ratio"] == found["base"]["ratio_min"] == found["base"]["ratio_max"] == 1.0
 
 
-def test_kept_memory_counts_each_buffer_once_and_no_parameter():
-    weight = torch.ones(2**9, 2**9, requires_grad=True)  # 1 MiB
-    assert kept_mib(lambda: (weight * 2.0).exp().square(), [weight]) == 1.0  # exp keeps its result, which square keeps too
+def test_peak_memory_is_the_most_held_at_once():
+    """What is freed on the way counts while it is there, what was there before does not, and the result of one pass not for the next."""
+    x = torch.ones(2**18)  # 1 MiB
+    assert peak_mib(lambda: x * 2) == 1
+    assert peak_mib(lambda: (x * 2 + 1) * 3) == 2
+    assert peak_mib(lambda: [x * 2, x * 3, x * 4]) == 3
+    assert peak_mib(lambda: x.add_(1)) == 0
 
 
-@pytest.mark.parametrize("argv, rows", [(LAYER, 4), (STEP, 1)], ids=["layer", "step"])
-def test_command_writes_a_record_and_prints_its_table(argv, rows, tmp_path, capsys):
-    main([*argv, "--rounds", "2", "--out", str(tmp_path)])
-    record = json.loads((tmp_path / f"{argv[0]}.json").read_text())
-    assert record["benchmark"] == argv[0] and record["schema"] == 1
+def commands(flags: Common, out: Path) -> Common:
+    return replace(flags, rounds=2, out=out)
+
+
+@pytest.mark.parametrize("flags", SMALL, ids=NAMES)
+def test_command_writes_a_record_and_prints_its_table(flags, tmp_path, capsys):
+    run([commands(flags, tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert record["benchmark"] == path.stem in NAMES and record["schema"] == 1
     assert {"commit", "torch", "device_name", "threads", "cores"} <= record["environment"].keys()
-    assert len(record["rows"]) == rows
     for row in record["rows"]:
-        assert row["precision"] in ("fp32", "bf16") and row["k"] in (1, 2, 4)
-        assert row["results"][record["baseline"]]["ratio"] == 1
+        assert row["results"][record["baseline"] or row["baseline"]]["ratio"] == 1
         for result in row["results"].values():
-            assert result.keys() == {"seconds", "ratio", "ratio_min", "ratio_max", "kept_mib"}
-    printed = capsys.readouterr().out
-    assert printed == markdown(record) + "\n"
-    assert all(f"| {name} |" in printed for name in record["rows"][0]["results"])
+            assert result.keys() == {"seconds", "ratio", "ratio_min", "ratio_max", "peak_mib"}
+            assert result["peak_mib"] >= 0
+    assert capsys.readouterr().out == markdown(record) + "\n"
+    assert {picture.name for picture in tmp_path.glob("*.png")} == {name for kind, (name, _) in FIGURES.items() if kind == path.stem}
+
+
+def test_flags_of_a_command_reach_its_record(tmp_path):
+    sizes = ["--tokens", "5", "--k", "2", "--num_experts", "3", "--d_model", "8", "--d_expert", "4", "--precision", "fp32"]
+    main(["layer", *sizes, "--rounds", "1", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "layer.json").read_text())
+    assert record["sizes"].items() >= {"tokens": 5, "k": [2], "num_experts": 3, "d_expert": 4, "rounds": 1}.items()
+    assert [(row["k"], row["precision"], row["bound"]) for row in record["rows"]] == [(2, "fp32", 2 / 3)]
+
+
+@pytest.mark.parametrize("argv", [[], ["--tuned", "--rounds", "3"]], ids=str)
+def test_without_a_name_all_are_run_at_their_defaults(argv, monkeypatch):
+    given = []
+    monkeypatch.setattr("benchmarks.__main__.run", given.extend)
+    main(argv)
+    assert [type(flags).__name__.removesuffix("Flags").lower() for flags in given] == [*LINES, "growth", "data"]
+    assert all(flags.tuned is bool(argv) for flags in given)
+    assert [flags.rounds for flags in given] == ([3] * 7 if argv else [type(flags)().rounds for flags in given])
+
+
+def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch):
+    """A line for each precision and k, the same that README.md gets; with --tuned, what that did."""
+    monkeypatch.setattr(smoe_dropout, "tune_cpu", lambda: ["said by tune_cpu"], raising=False)
+    run([replace(commands(flags, tmp_path), rounds=1, tuned=True) for flags in SMALL])
+    table = capsys.readouterr().out.strip()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    titles = [f"| expert layer, k = {k}" for _ in range(2) for k in (1, 4)] + ["| attention"] * 2 + ["| training step, k = 2"]
+    titles += [f"| {name}, k = {k}" for name in ("evaluation pass", "generation, cached") for k in (1, 4)]
+    assert [row[0] for row in rows] == titles
+    assert table.count("Tuned: said by tune_cpu.") == len(LINES)
+    assert render(tmp_path).startswith(table)
+    assert all(f"results/benchmarks/{name})" in render(tmp_path) for name, _ in FIGURES.values())
 
 
 def test_data_contestants_are_fresh_processes_that_do_their_work(tmp_path):
@@ -142,7 +262,7 @@ def test_data_contestants_are_fresh_processes_that_do_their_work(tmp_path):
     data.write_text(source, 12_345)
     assert source.stat().st_size == 12_345
     found = data.contestants(source, out, 0.012345)
-    for name in (data.BARE, "train.py refuses a wrong flag", "data/prepare.py, 0.012345 MB"):
+    for name in (data.BASELINE, "train.py refuses a wrong flag", "data/prepare.py, 0.012345 MB"):
         found[name]()
     assert json.loads((out / "meta.json").read_text())["text"]["bytes"] == 12_345
     with pytest.raises(RuntimeError, match="exited with 3, not 0"):
@@ -155,3 +275,54 @@ def test_data_command_writes_a_record_and_prints_its_table(tmp_path, capsys, mon
     record = json.loads((tmp_path / "data.json").read_text())
     assert record["rows"][0]["results"]["data/prepare.py, 0.01 MB"]["seconds"] == 2
     assert capsys.readouterr().out == markdown(record) + "\n"
+
+
+def layer_record(ratio: float, **others: float) -> dict:
+    """Of E = 4 experts at k = 1 and 2."""
+
+    def results() -> dict:
+        ratios = {"dense": 1.0, "ours: auto": ratio, "ours: masked": 1.0, "fastmoe's way": 2 * ratio, **others}
+        same = {name: dict.fromkeys(("ratio", "ratio_min", "ratio_max"), value) for name, value in ratios.items()}
+        return {name: {"seconds": value["ratio"] / 10, "peak_mib": 8.0, **value} for name, value in same.items()}
+
+    rows = [{"precision": "fp32", "k": k, "bound": k / 4, "results": results()} for k in (1, 2)]
+    where = {"commit": "c" * 40, "device_name": "a CPU", "cores": 2, "threads": 1, "torch": "2", "tuned": []}
+    sizes = {"num_experts": 4, "d_model": 8, "d_expert": 16, "tokens": 100, "dropout": 0.0, "rounds": 1}
+    return {"benchmark": "layer", "baseline": "dense", "sizes": sizes, "rows": rows, "environment": where}
+
+
+def test_numbers_of_the_one_table():
+    """A bound of 1/4 against a time of 0.4; the peer twice as slow; 100 tokens in 0.04 s."""
+    line = next(line for line in summary([layer_record(0.4)]).splitlines() if "k = 1 |" in line)
+    assert line == "| expert layer, k = 1 | fp32 | 0.40 | 0.25 | 62 % | 2.00 (fastmoe's way) | 2,500 | 8.0 / 8.0 |"
+
+
+def test_a_record_without_bound_and_peak_memory_is_readable():
+    """As those of earlier versions."""
+    record = layer_record(0.4)
+    for row in record["rows"]:
+        del row["bound"]
+        for result in row["results"].values():
+            del result["peak_mib"]
+    assert "| 0.40 | – | – | 2.00 (fastmoe's way) | 2,500 | – / – |" in summary([record])
+    assert "| ours: auto | 0.40 | 0.40 | – |" in markdown(record)
+
+
+def test_figure_of_time_by_k_draws_ours_the_peers_and_the_bound():
+    (panel,) = figures.time_by_k(layer_record(0.4, other=0.7)).axes
+    containers = {bars.get_label(): bars.lines[0].get_ydata().tolist() for bars in panel.containers}
+    assert containers == {"ours: auto": [0.4, 0.4], "fastmoe's way": [0.8, 0.8], "other": [0.7, 0.7]}
+    bound = next(line for line in panel.lines if line.get_label() == "bound k/E")
+    assert list(zip(*bound.get_data(), strict=True)) == [(0, 0), (2, 0.5)]
+
+
+def test_figure_of_growth_has_a_panel_for_each_size_in_milliseconds():
+    times = {"tokens": {"dense": 0.5, "ours: auto": 0.25}, "mem_len": {"official style": 2.0, "ours": 1.0}}
+    rows = [
+        {"axis": axis, "value": value, "results": {name: {"seconds": value * time} for name, time in ways.items()}}
+        for axis, ways in times.items()
+        for value in (1, 2)
+    ]
+    panels = figures.growth({"rows": rows}).axes
+    drawn = [{line.get_label(): line.get_ydata().tolist() for line in panel.lines} for panel in panels]
+    assert drawn == [{name: [1e3 * time, 2e3 * time] for name, time in ways.items()} for ways in times.values()]

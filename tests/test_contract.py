@@ -23,7 +23,7 @@ from utils.optimizer import build_optimizer
 E, LAYERS, LANES, POSITIONS, STEPS = 4, 2, 3, 6, 8
 TRAIN_TOKENS = 20_000
 SPARSE = [name for name in METHODS if load(METHODS, "method", name).sparse]
-BACKENDS_HERE = [name for name in BACKENDS if name not in ("reference", "fastmoe")]  # fastmoe is CUDA alone
+BACKENDS_HERE = [name for name in BACKENDS if name not in ("reference", "fastmoe", "fused")]  # CUDA alone
 
 # weights large enough that every path from token to loss carries a signal well above rounding
 SIZES = {"n_layer": LAYERS, "moe_num_expert": E, "tgt_len": POSITIONS, "eval_tgt_len": POSITIONS, "mem_len": 4, "init_std": 0.2}

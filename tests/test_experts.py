@@ -14,7 +14,7 @@ from smoe_dropout.experts import ACTIVATIONS, Experts, choose_backend
 from smoe_dropout.experts.dropout import keep_mask, quantised
 from smoe_dropout.registry import BACKENDS, load
 
-EXACT = ["reference", "sorted", "masked"]  # any dtype, any width
+EXACT = ["reference", "sorted", "masked", "few"]  # any dtype, any width
 HAND_WRITTEN = ["sorted", "masked"]
 EVERYWHERE = [*EXACT, "grouped"]
 PARAMETERS = ("up", "bias_up", "down", "bias_down")
@@ -313,6 +313,9 @@ def test_auto_is_a_pure_choice_among_backends_that_can(device, dtype):
     assert {size: choose_backend(*size, dtype, device) for size in reversed(sizes)} == first
     assert torch.equal(torch.get_rng_state(), state)
     assert len(set(first.values())) > 1  # the grid does tell sizes apart
+    assert "few" not in first.values()
+    without_gradients = {choose_backend(*size, dtype, device, training=False) == "few" for size in sizes if size[0] < 2}
+    assert without_gradients == {device == "cpu"}
     for (_, _, E, H, D), name in first.items():
         stub = Experts(1, D, H, "relu", 0.0, "auto", 0.02).weights(dtype)
         assert load(BACKENDS, "backend", name).refusal(stub, device) is None, (E, H, D, name)

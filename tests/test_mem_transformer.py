@@ -116,17 +116,19 @@ COMBINATIONS = [(e, s) for e in EMBEDDINGS for s in SEGMENTS if s != "no_memory"
 @pytest.mark.parametrize("pre_lnorm", [False, True], ids=["post", "pre"])
 def test_model_is_the_transcription(pre_lnorm, embeddings, segments, float64):
     mem_len, lengths = SEGMENTS[segments]
-    model, memory = build(pre_lnorm=pre_lnorm, mem_len=mem_len, **EMBEDDINGS[embeddings]), None
+    model, memory, cache = build(pre_lnorm=pre_lnorm, mem_len=mem_len, **EMBEDDINGS[embeddings]), None, None
     for index, length in enumerate(lengths):
         inputs, targets = tokens(2, length, index), tokens(2, length, index + 50)
         before = memory or model.initial_memory(2)
         losses, memory, _ = model(inputs, targets, memory)
         logits, _ = model.logits(inputs, before)
         hidden, _ = model.hidden(inputs, before)
+        read, cache = model.read(inputs, cache)
         for lane in range(2):
             expected, expected_memory = transcription(model, inputs[lane].numpy(), [part[lane].numpy() for part in before])
             np.testing.assert_allclose(model.head(hidden[lane]).detach().numpy(), expected, rtol=0, atol=1e-10)
             np.testing.assert_allclose(logits[lane].detach().numpy(), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(read[lane].numpy(), expected, rtol=0, atol=1e-5)
             log_p = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
             np.testing.assert_allclose(losses[lane].detach().numpy(), -log_p[range(length), targets[lane]], rtol=0, atol=1e-5)
             for ours, theirs in zip(memory, expected_memory, strict=True):
@@ -189,6 +191,21 @@ def test_memory_is_detached_float32_and_never_longer_than_mem_len(mem_len):
         for part in memory:
             assert part.shape == (2, min(seen, mem_len), 8) and part.dtype == torch.float32
             assert not part.requires_grad and part.grad_fn is None
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_reading_on_is_the_same_with_keys_and_values_kept(precision):
+    """Also byte by byte for longer than any buffer, and in segments of changing length."""
+    model, memory, cache = build(mem_len=6), None, None
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        for index, length in enumerate([3, *[1] * 60, 20, 2, 1, 9]):
+            inputs = tokens(2, length, index)
+            logits, memory = model.logits(inputs, memory)
+            read, cache = model.read(inputs, cache)
+            torch.testing.assert_close(read, logits, **({"rtol": 2e-2, "atol": 2e-2} if precision == torch.bfloat16 else {}))
+    assert cache[0].length <= 4 * (6 + 20)
+    with pytest.raises(RuntimeError, match="for evaluation"):
+        model.train().read(inputs)
 
 
 def test_evaluation_may_set_another_memory_length():

@@ -80,15 +80,16 @@ def test_flags_are_known():
     assert count > 5
 
 
-def test_tables_are_rendered_from_the_records():
+@pytest.mark.parametrize("table", ["table1", "table2"])
+def test_tables_are_rendered_from_the_records(table):
     """The text between the markers is what the report makes of the committed records now."""
     from utils import report
     from utils.records import PUBLISHED, find_records, group_records, load_records
 
-    groups = group_records(load_records(find_records([ROOT / "results" / "table1"], []), "table1"))
+    groups = group_records(load_records(find_records([ROOT / "results" / table], []), table))
     entries = report.json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]
-    text = "\n\n".join(report.to_markdown(report.build_table(group, "table1", entries)) for group in groups)
-    between = README.split("<!-- table1:begin -->\n")[1].split("\n<!-- table1:end -->")[0]
+    text = "\n\n".join(report.to_markdown(report.build_table(group, table, entries)) for group in groups)
+    between = README.split(f"<!-- {table}:begin -->\n")[1].split(f"\n<!-- {table}:end -->")[0]
     assert between == text
 
 

@@ -62,6 +62,7 @@ def test_result_has_every_field(run):
     environment = tiny.read_json(folder / "env.json")
     assert len(environment) == 1 and environment[0]["argv"][1:] == result["argv"]
     assert {"commit", "torch", "device_name", "world_size"} <= result["environment"].keys() <= environment[0].keys()
+    assert len(environment[0]["tuned"]) == 2  # the preset asks for it
 
 
 def test_k_follows_the_schedule(run):

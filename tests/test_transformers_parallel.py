@@ -36,7 +36,7 @@ AS_ONE = {
 # Two tokens for a process in each pass, so that at k = 1 at least two of four experts are without any
 FEW = {"schedule": ("constant", 1, 1), "positions": 2, "batch": 2, "arguments": {"ddp_find_unused_parameters": False}}
 WITHOUT_TOKENS = {
-    **{f"{name}, without tokens": {**FEW, "experts": {**FROZEN, "backend": name}} for name in BACKENDS if name != "fastmoe"},
+    **{f"{name}, without tokens": {**FEW, "experts": {**FROZEN, "backend": name}} for name in BACKENDS if name not in ("fastmoe", "fused")},
     "balanced, without tokens": {**FEW, "experts": UNIFORM},
     "as the Trainer sets DDP, without tokens": {**FEW, "experts": FROZEN, "arguments": {}},
 }

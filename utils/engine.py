@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from smoe_dropout import tune_cpu
 from utils.errors import UserError
 from utils.flags import Flags
 
@@ -25,6 +26,7 @@ class Engine:
         if flags.threads:
             torch.set_num_threads(flags.threads)
         cpu = flags.device == "cpu" or not torch.cuda.is_available()
+        self.tuned = tune_cpu() if cpu and flags.tune_cpu else []
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if flags.precision == "bf16" else "no")
         self.device, self.rank, self.world_size = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process

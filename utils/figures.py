@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,7 +219,8 @@ def _title(figure: Figure, group) -> None:
     first = group.methods[0].records[0]
     start = f", from {start}" if (start := pretraining(first)) else ""
     model = "".join(f"{name} on " for name in named_architecture(first))
-    figure.suptitle(f"{model}{group.dataset['title']}, preset {group.preset}{start}, {spread}", fontsize=10.5)
+    title = f"{model}{group.dataset['title']}, preset {group.preset}{start}, {spread}"
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 12)), fontsize=10.5)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -309,7 +311,8 @@ def draw_all(groups: list, folder: Path, prefix: str = "") -> list[Path]:
     for group in groups:
         fixed = replace(group, methods=[m for m in group.methods if not m.sparse or m.records[0]["model"].get("router") == FIXED_ROUTER])
         kinds = [("slimmable", draw_slimmable, group), ("by_k", draw_by_k, group), ("curves", draw_curves, group)]
-        if 1 < sum(m.sparse for m in fixed.methods) < sum(m.sparse for m in group.methods):
+        variants = 1 < sum(m.sparse for m in fixed.methods) < sum(m.sparse for m in group.methods)
+        if variants and not pretraining(group.methods[0].records[0]):
             kinds += [("fixed_router", draw_slimmable, fixed), ("fixed_router_curves", draw_curves, fixed)]
         for kind, draw, drawn in kinds:
             path = folder / f"{prefix}{'_' if prefix else ''}{kind}_{group.stem('_')}.png"

@@ -41,7 +41,7 @@ class Flags:
     batch_size: int = 22
     """lanes read side by side, or sequences, over all processes"""
     batch_chunk: int = 1
-    """parts a batch is computed in, to save memory; the same result, but that balance losses and draws of a method are each part's"""
+    """parts a batch is computed in, to save memory; the same result, but that a method's own losses and draws are each part's"""
     tgt_len: int = 512
     """positions per training segment, or of a sequence"""
     mem_len: int = 512
@@ -170,6 +170,8 @@ class Flags:
     """fp32, or bf16 autocast"""
     threads: int = 0
     """CPU threads per process; 0: torch's choice"""
+    tune_cpu: bool = False
+    """on a CPU, keep freed memory, and multiply in float32 by oneDNN where that loses no precision"""
     log_interval: int = 200
     """steps between log lines"""
     eval_interval: int = 4000
@@ -295,6 +297,7 @@ OF_THE_RUN = (
         "multi_gpu",
         "precision",
         "threads",
+        "tune_cpu",
     ),
     *("log_interval", "eval_interval", "save_interval"),
 )

@@ -65,9 +65,9 @@ class Continuation(nn.Module):
 
     def _continue(self, tokens_BT: Tensor, written: list[list[int]], end: int, limit: int) -> None:
         again = self.backbone.config.same_length or any(layer.needs for _, layer in moe_layers(self.backbone))
-        memory, ended = None, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+        cache, ended = None, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         for _ in range(limit):
-            logits, memory = self.backbone.logits(tokens_BT, None if again else memory)
+            logits, cache = self.backbone.read(tokens_BT, None if again else cache)
             next_B1 = logits[:, -1:].argmax(-1)
             tokens_BT = torch.cat([tokens_BT, next_B1], 1) if again else next_B1
             ended |= next_B1[:, 0] == end

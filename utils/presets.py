@@ -41,6 +41,7 @@ _TRANSFORMER_XL: dict[str, dict] = {
         "max_eval_steps": 40,
         "max_test_steps": 400,
         "precision": "bf16",
+        "tune_cpu": True,
     },
     # the quickstart's: a minute or two a method on two cores, any processor
     "quick": {
@@ -62,6 +63,7 @@ _TRANSFORMER_XL: dict[str, dict] = {
         "max_eval_steps": 40,
         "max_test_steps": 80,
         "precision": "fp32",
+        "tune_cpu": True,
     },
 }
 
@@ -110,6 +112,7 @@ _ENCODER: dict[str, dict] = {
         "eval_interval": 500,
         "max_eval_steps": 40,
         "precision": "bf16",
+        "tune_cpu": True,
     },
     "quick": {
         "dataset": "books-{pieces}",
@@ -132,6 +135,7 @@ _ENCODER: dict[str, dict] = {
         "max_eval_steps": 20,
         "max_test_steps": 80,
         "precision": "fp32",
+        "tune_cpu": True,
     },
 }
 
@@ -172,6 +176,7 @@ _FINETUNING: dict[str, dict] = {
         "log_interval": 50,
         "eval_interval": 600,
         "precision": "bf16",
+        "tune_cpu": True,
     },
     "quick": {
         "optim": "adam",
@@ -185,6 +190,7 @@ _FINETUNING: dict[str, dict] = {
         "log_interval": 50,
         "eval_interval": 200,
         "precision": "fp32",
+        "tune_cpu": True,
     },
 }
 _FINETUNING_ENCODER: dict[str, dict] = {

@@ -115,6 +115,12 @@ def published_for(group: Group, method: Method, table: str, entries: list[dict])
     return None
 
 
+def _data_note(record: Record) -> str:
+    """What a record says of its data, and of which fold it is said."""
+    fold = f"Fold {record['fold']}: " if record.get("fold") is not None else ""
+    return fold + record["dataset"]["note"]
+
+
 def _distinct(values: Iterable, form: Callable = str) -> str:
     return " / ".join(form(value) for value in sorted(set(values)))
 
@@ -175,7 +181,7 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
             values = entry["values"] if entry else {}
             row.append(Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH))
         notes += [f"Published, {title}: {entry['source']} ({entry['setting']}); {entry['note']}." for title, entry in known]
-    of_data = {record["dataset"].get("note") for method in group.methods for record in method.records} - {None}
+    of_data = {_data_note(record) for method in group.methods for record in method.records if "note" in record["dataset"]}
     notes += [f"{note}." for note in sorted(of_data)]
     return Table(f"{table}:{group.stem('-')}", _caption(group), header, rows, notes)
 

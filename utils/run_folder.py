@@ -175,6 +175,7 @@ def describe_environment(engine) -> dict[str, Any]:
         "device": engine.device.type,
         "device_name": engine.device_name,
         "threads": torch.get_num_threads(),
+        "tuned": engine.tuned,
         "cores": os.cpu_count(),
         "precision": engine.accelerator.mixed_precision.replace("no", "fp32"),
         "world_size": engine.world_size,

@@ -17,7 +17,7 @@ from smoe_dropout.registry import METHODS, load
 from utils.command_line import read_config
 from utils.data import digest_of, read_chunks
 from utils.errors import UserError
-from utils.flags import OF_PIECES, Flags
+from utils.flags import OF_PIECES, OF_THE_RUN, Flags
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
@@ -81,7 +81,7 @@ def _step(path: Path) -> Source:
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
-    names = {field.name for field in dataclasses.fields(Flags)} - {"yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda"}
+    names = {field.name for field in dataclasses.fields(Flags)} - {*OF_THE_RUN} | {"method", "model", "preset", "dataset"}
     if absent := sorted(names - config.keys()):
         raise UserError(f"{run / 'config.json'} is of a run of another version, without {', '.join(absent[:4])}: train it again")
     if "task" in config:

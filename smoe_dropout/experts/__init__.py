@@ -72,8 +72,10 @@ class Experts(nn.Module):
             return torch.baddbmm(w.bias_down_ED[:, None], F.dropout(hidden_ENH, w.dropout), w.down_EHD).transpose(0, 1)
 
     def backend_for(self, tokens: int, k: int, dtype: torch.dtype) -> str:
-        """The backend that computes so many tokens with k active experts."""
-        return choose_backend(tokens, k, *self.down.shape, dtype, self.up.device.type) if self.backend == "auto" else self.backend
+        """The backend that computes so many tokens with k active experts, with gradients or, where autograd is off, without."""
+        if self.backend != "auto":
+            return self.backend
+        return choose_backend(tokens, k, *self.down.shape, dtype, self.up.device.type, torch.is_grad_enabled())
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         tensors = (parameter.to(dtype) for parameter in (self.up, self.bias_up, self.down, self.bias_down))

@@ -19,12 +19,11 @@ def refusal(weights, device: str) -> str | None:
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
-    num_experts = weights.up_EHD.shape[0]
-    flat_M = indices_NK.flatten()
-    expert_M, order_M = flat_M.sort(stable=True)
+    expert_M, order_M = indices_NK.flatten().sort(stable=True)
     row_M = torch.empty_like(order_M)
     row_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    ends_E = torch.bincount(flat_M, minlength=num_experts).cumsum(0).to(torch.int32)
+    experts_E = torch.arange(weights.up_EHD.shape[0], device=expert_M.device)
+    ends_E = torch.searchsorted(expert_M, experts_E, right=True, out_int32=True)  # bincount would wait for the device
     x_MD = x_ND[order_M.div(indices_NK.shape[1], rounding_mode="floor")]
     hidden = F.grouped_mm(x_MD, weights.up_EHD.transpose(1, 2), offs=ends_E) + weights.bias_up_EH[expert_M]
     hidden = F.dropout(ACTIVATIONS[weights.activation].apply(hidden), weights.dropout)

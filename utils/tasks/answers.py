@@ -22,9 +22,9 @@ class Answers(Labelled):
     def length(self, row: tuple[list[np.ndarray], int]) -> int:
         return max(map(len, row[0]))
 
-    def collate(self, rows: list) -> tuple[Tensor, ...]:
+    def collate(self, rows: list, length: int) -> tuple[Tensor, ...]:
         """Tokens [B, S, T], lengths [B, S], answers [B]."""
-        tokens = np.full((len(rows), self.sequences, max(map(self.length, rows))), self.text.pad)
+        tokens = np.full((len(rows), self.sequences, length), self.text.pad)
         for row, (sequences, _) in enumerate(rows):
             for place, sequence in enumerate(sequences):
                 tokens[row, place, : len(sequence)] = sequence

@@ -60,8 +60,8 @@ class Labelled(Numbered):
         """Positions of a row's longest sequence."""
 
     @abstractmethod
-    def collate(self, rows: list) -> tuple[Tensor, ...]:
-        """Some rows as the model's arguments, padded to the longest; the first are the tokens [B, ..., T]."""
+    def collate(self, rows: list, length: int) -> tuple[Tensor, ...]:
+        """Some rows as the model's arguments, padded to T = `length`; the first are the tokens [B, ..., T]."""
 
     @abstractmethod
     def ready(self, backbone: nn.Module) -> nn.Module:
@@ -114,10 +114,16 @@ class Labelled(Numbered):
         fold = f", fold {self.flags.fold} of {self._folds} held out" if self._folds > 1 else ""
         return [f"rows: {rows}{fold}", f"weights {origin} {self.source.path} ({self.source.title}): {kept:,} parameters{made}{left}"]
 
-    def _batch(self, rows: list, size: int) -> Batch:
-        inputs = self.collate(rows)
+    def _batch(self, rows: list, size: int, longest: int = 0) -> Batch:
+        """This process's rows of a batch of `size`, the longest of which may be another's."""
+        inputs = self.collate(rows, max(longest, *map(self.length, rows)))
         shape = Shape(size, inputs[0].numel() // len(rows), targets=1)
         return Batch(tuple(tensor.to(self.engine.device) for tensor in inputs), shape, rows=rows)
+
+    def _share(self, split: str, indices: np.ndarray, own: range) -> Batch:
+        """`own` of a batch's rows, padded as all of them would be, so that what is counted does not depend on the number of processes."""
+        rows = [self._rows[split][index] for index in indices[own.start : own.stop]]
+        return self._batch(rows, len(indices), int(self._lengths[split][indices].max()))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Batches of an epoch [batches, rows]: like lengths together, in random order; rows too few for a batch are left out."""
@@ -130,28 +136,26 @@ class Labelled(Numbered):
         return batches[draw.permutation(len(batches))]
 
     def training_batch(self, step: int) -> Batch:
-        size = self.flags.batch_size
-        epoch, place = divmod(step, len(self._rows["train"]) // size)
+        epoch, place = divmod(step, len(self._rows["train"]) // self.flags.batch_size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._epoch_order(epoch)
-        own = self._order[place][self._own.start : self._own.stop]
-        return self._batch([self._rows["train"][index] for index in own], size)
+        return self._share("train", self._order[place], self._own)
 
     def peek(self) -> Batch:
         """Of rows of about the mean length."""
         lengths = self._lengths["train"]
         usual = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[: self.flags.batch_size]
-        return self._batch([self._rows["train"][index] for index in usual[self._own.start : self._own.stop]], self.flags.batch_size)
+        return self._share("train", usual, self._own)
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         """All rows, the shortest first."""
-        rows, engine, size = self._rows[split], self.engine, self.flags.eval_batch_size
+        engine, size = self.engine, self.flags.eval_batch_size
         order = np.argsort(self._lengths[split], kind="stable")
         for start in range(0, len(order), size):
             some = order[start : start + size]
             own = range(len(some)) if everything else rank_lanes(len(some), engine.rank, engine.world_size, training=False)
             if len(own):
-                yield self._batch([rows[index] for index in some[own.start : own.stop]], len(some))
+                yield self._share(split, some, own)
 
     @property
     def evaluation_shape(self) -> Shape:

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from mem_transformer import Cache
 from utils.data import LaneIterator, Segment, rank_lanes
 from utils.errors import UserError
 from utils.models import Shape
@@ -56,6 +58,13 @@ class LanguageModelling(Task):
         lanes = range(rows) if everything else rank_lanes(rows, self.engine.rank, self.engine.world_size, training=False)
         if len(lanes):
             yield from (self._batch(segment, rows) for segment in self._lanes(split, lanes).one_pass())
+
+    def measure(self, model: nn.Module, batch: Batch, state: Cache | None) -> tuple[float, int, Cache]:
+        tokens_BT, targets_BT = batch.inputs
+        with self.engine.autocast():
+            logits_BTV, cache = model.read(tokens_BT, state)
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return losses.double().sum().item(), losses.numel(), cache
 
     def full_state(self, rows: int) -> State:
         flags = self.flags

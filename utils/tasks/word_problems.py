@@ -59,9 +59,9 @@ class Continued(WordProblems):
     def length(self, row: Row) -> int:
         return len(row[0]) + len(row[1]) - 1
 
-    def collate(self, rows: list[Row]) -> tuple[Tensor, ...]:
+    def collate(self, rows: list[Row], length: int) -> tuple[Tensor, ...]:
         """Tokens [B, T], and what follows each of them in the equation [B, T]."""
-        shape = len(rows), max(map(self.length, rows))
+        shape = len(rows), length
         inputs, targets = np.full(shape, self.text.pad), np.full(shape, IGNORED)
         for row, (question, equation, _) in enumerate(rows):
             whole, begin = np.concatenate([question, equation]), len(question) - 1
@@ -92,9 +92,9 @@ class Decoded(WordProblems):
     def length(self, row: Row) -> int:
         return len(row[0])
 
-    def collate(self, rows: list[Row]) -> tuple[Tensor, ...]:
+    def collate(self, rows: list[Row], length: int) -> tuple[Tensor, ...]:
         """Tokens [B, T], their numbers [B], the equation's symbols [B, L]."""
-        inputs = np.full((len(rows), max(map(self.length, rows))), self.text.pad)
+        inputs = np.full((len(rows), length), self.text.pad)
         targets = np.full((len(rows), max(len(equation) for _, equation, _ in rows)), IGNORED)
         for row, (question, equation, _) in enumerate(rows):
             inputs[row, : len(question)], targets[row, : len(equation)] = question, equation

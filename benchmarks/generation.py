@@ -1,0 +1,67 @@
+"""Generating byte by byte, the likeliest next, with memory full: `logits`, which projects the memory anew for every byte, and `read`, which
+keeps keys and values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Precision, autocast, compare
+from benchmarks.model import DENSE, OURS, ModelFlags, contestants, random_tokens
+from mem_transformer import MemTransformerLM
+from utils.flops import active_parameters
+
+CACHED, UNCACHED = "cached", "uncached"
+BASELINE = f"{DENSE}, {CACHED}"
+
+
+@dataclass(frozen=True)
+class GenerationFlags(ModelFlags):
+    """Time of generating bytes over that of the dense model of equal parameters with a cache."""
+
+    batch_size: int = 1
+    """lanes"""
+    precision: tuple[Precision, ...] = ("fp32",)
+    """fp32, bf16 or both"""
+    k: tuple[int, ...] = (1, 2, 4, 8, 12, 16)
+    """numbers of active experts"""
+    tokens: int = 32
+    """bytes generated per round"""
+
+
+def generator(model: MemTransformerLM, flags: GenerationFlags, precision: Precision, way: str) -> Callable[[], Tensor]:
+    """A function that goes on generating and returns the bytes [batch_size, tokens]. It has read as much as memory holds."""
+    model.eval()
+    read = model.read if way == CACHED else model.logits
+    with torch.no_grad(), autocast(precision, flags.device):
+        logits_BTV, state = read(random_tokens(flags, flags.tgt_len), None)
+    last_B1 = logits_BTV[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        nonlocal last_B1, state
+        found = []
+        for _ in range(flags.tokens):
+            with autocast(precision, flags.device):
+                logits_BTV, state = read(last_B1, state)
+            last_B1 = logits_BTV[:, -1:].argmax(-1)
+            found.append(last_B1)
+        return torch.cat(found, 1)
+
+    return generate
+
+
+def measure_row(flags: GenerationFlags, precision: Precision, k: int) -> dict[str, Any]:
+    """Experts and dense, with and without a cache. bound: the weights that a byte has to read, over the dense model's."""
+    models = {name: model for name, model in contestants(flags, k).items() if name in (OURS, DENSE)}
+    calls = {f"{name}, {way}": generator(model, flags, precision, way) for name, model in models.items() for way in (UNCACHED, CACHED)}
+    bound = active_parameters(models[OURS], k)[0] / active_parameters(models[DENSE], None)[0]
+    return {"precision": precision, "k": k, "bound": round(bound, 4), "results": compare(calls, flags, BASELINE)}
+
+
+def rows(flags: GenerationFlags) -> list[dict[str, Any]]:
+    """A row for each precision and k."""
+    return [measure_row(flags, precision, k) for precision in flags.precision for k in flags.k]
