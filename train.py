@@ -223,7 +223,7 @@ def accumulate_gradients(task: Task, model, objective, batch: Batch, carried: Ca
 
         def forward(arguments=(*inputs, state), share=rows / own) -> Forward:
             nonlocal flops
-            passed = Forward(*engine.parallel(*arguments))
+            passed = Forward(*engine.forward(*arguments))
             flops += share * task.forward_flops(model, whole, None)
             return passed
 

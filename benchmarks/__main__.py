@@ -1,7 +1,8 @@
 """python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
-python -m benchmarks {layer,attention,step,evaluation,generation,growth,data} [flags]: one of them. Ratios hold only where nothing else
-runs on the machine's cores.
+python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,data} [flags]: one of them.
+python -m benchmarks calibrate [flags]: the table by which the backend `auto` chooses.
+Ratios hold only where nothing else runs on the machine's cores.
 """
 
 import sys
@@ -14,7 +15,8 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, step
+from benchmarks import attention, data, evaluation, generation, growth, layer, memory, step
+from benchmarks.calibrate import CalibrateFlags, calibrate
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
 
@@ -24,6 +26,7 @@ BENCHMARKS = {
     "step": step,
     "evaluation": evaluation,
     "generation": generation,
+    "memory": memory,
     "growth": growth,
     "data": data,
 }
@@ -33,6 +36,7 @@ FLAGS = {
     "step": step.StepFlags,
     "evaluation": evaluation.EvaluationFlags,
     "generation": generation.GenerationFlags,
+    "memory": memory.MemoryFlags,
     "growth": growth.GrowthFlags,
     "data": data.DataFlags,
 }
@@ -81,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["all", *arguments]
-    flags = tyro.extras.subcommand_cli_from_dict({"all": AllFlags, **FLAGS}, prog="benchmarks", args=arguments)
+    kinds = {"all": AllFlags, **FLAGS, "calibrate": CalibrateFlags}
+    flags = tyro.extras.subcommand_cli_from_dict(kinds, prog="benchmarks", args=arguments)
+    if isinstance(flags, CalibrateFlags):
+        torch.set_num_threads(flags.threads)
+        calibrate(flags, smoe_dropout.tune_cpu() if flags.tuned else [])
+        return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 
 

@@ -15,6 +15,7 @@ from smoe_dropout.experts import Experts
 from smoe_dropout.registry import BACKENDS, load
 
 AUTO = "ours: auto"
+DROPPING, RATE = "ours: auto, dropout 0.1", 0.1  # what dropout of hidden values costs
 NOT_OURS_TO_TRAIN = ("reference", "few", "fastmoe")  # the definition; for inference; a peer
 OURS = {f"ours: {name}": name for name in BACKENDS if name not in NOT_OURS_TO_TRAIN} | {AUTO: "auto"}
 BASELINE = "dense"
@@ -52,17 +53,19 @@ def able(layer: MoELayer, precision: Precision, device: Device) -> list[str]:
     refusals = {name: load(BACKENDS, "backend", backend).refusal for name, backend in OURS.items() if backend != "auto"}
     refusals |= {name: peer.refusal for name, peer in EXPERT_PEERS.items()}
     refused = {name for name, refusal in refusals.items() if refusal(weights, device) is not None}
-    return [name for name in (BASELINE, *OURS, *EXPERT_PEERS) if name not in refused]
+    ours = OURS if layer.experts.dropout else [*OURS, DROPPING]
+    return [name for name in (BASELINE, *ours, *EXPERT_PEERS) if name not in refused]
 
 
 def contestant(layer: MoELayer, name: str) -> nn.Module:
     """One way to compute the layer, with equal weights of its own."""
     if name == BASELINE:
         return dense_ffn(layer.experts)
-    if name not in OURS:
+    if name in EXPERT_PEERS:
         return with_peer(layer, name)
     layer = copy.deepcopy(layer)
-    layer.experts.backend = OURS[name]
+    layer.experts.backend = OURS.get(name, "auto")
+    layer.experts.dropout = RATE if name == DROPPING else layer.experts.dropout
     return layer
 
 

@@ -40,7 +40,7 @@ NOTES = (
 
 def markdown(record: dict[str, Any]) -> str:
     """What was measured and where, and a table."""
-    tables = {"layer": layer_table, "growth": growth_table, "data": data_table}
+    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table}
     return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
 
 
@@ -98,6 +98,14 @@ def growth_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(record: dict[str, Any]) -> str:
+    """Rows precisions, columns contestants, cells MiB."""
+    lines = [f"{_what(record)} The most MiB that torch has allocated at once, parameters left out. {_where(record)}", ""]
+    lines += _head(["precision", *record["rows"][0]["results"]])
+    cells = [[row["precision"], *(f"{result['peak_mib']:,.0f}" for result in row["results"].values())] for row in record["rows"]]
+    return "\n".join([*lines, *map(_line, cells)])
+
+
 def data_table(record: dict[str, Any]) -> str:
     """Rows processes, with seconds."""
     results = record["rows"][0]["results"]
@@ -122,7 +130,8 @@ def _what(record: dict[str, Any]) -> str:
     model = f"{sizes['n_layer']} layers, d {sizes['d_model']}, {sizes['num_experts']} experts of {sizes['d_expert']}{dropout}"
     if kind == "generation":
         return f"Generation, {sizes['tokens']} bytes a round, {sizes['batch_size']} at a time: {model}, memory {sizes['tgt_len']}."
-    name = {"step": "Training step (forward, backward, clipping, Adam)", "evaluation": "Evaluation pass"}[kind]
+    step = "Training step (forward, backward, clipping, Adam)"
+    name = {"step": step, "memory": f"{step}, k = {sizes.get('k')}", "evaluation": "Evaluation pass"}[kind]
     return f"{name}: {model}, batch {batch} with as much memory."
 
 
@@ -133,7 +142,8 @@ def _where(record: dict[str, Any]) -> str:
     threads = "" if record["benchmark"] == "data" else f", {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     machine = f"{env['device_name']} ({env['cores']} cores{threads})"
     tuned = f" Tuned: {'; '.join(env['tuned'])}." if env.get("tuned") else ""
-    return f"Median of {record['sizes']['rounds']} interleaved rounds on {machine}, torch {env['torch']}, {code}.{tuned}"
+    how = "Measured" if record["benchmark"] == "memory" else f"Median of {record['sizes']['rounds']} interleaved rounds"
+    return f"{how} on {machine}, torch {env['torch']}, {code}.{tuned}"
 
 
 def _head(cells: list[str]) -> list[str]:
@@ -149,12 +159,12 @@ def render(records: Path = RECORDS) -> str:
 
     UserError if there is no record.
     """
-    paths = [records / f"{name}.json" for name in (*LINES, "growth", "data")]
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data")]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({RECORDS / name})" for name, title in FIGURES.values() if (records / name).exists()]
-    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "data")]
+    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data")]
     return "\n\n".join([summary(found), *figures, *details])
 
 

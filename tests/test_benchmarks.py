@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, figures, generation, growth, layer, model, step
+from benchmarks import attention, data, evaluation, figures, generation, growth, layer, memory, model, step
 from benchmarks.__main__ import main, run
 from benchmarks.measure import Common, interleave, peak_mib, summarise
 from benchmarks.peers import EXPERT_PEERS, dense_ffn, official_style, rel_shift, scattermoe, with_peer
 from benchmarks.tables import FIGURES, LINES, markdown, render, summary
 from mem_transformer import MemTransformerLM, TransformerXLConfig, by_key
 from smoe_dropout import MoELayer, SMoEConfig, moefy
-from smoe_dropout.experts import Experts
+from smoe_dropout.experts import Experts, choice
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SMALL_LAYER = {"tokens": 24, "num_experts": 4, "d_model": 16, "d_expert": 8}
@@ -29,9 +29,10 @@ SMALL = [
     step.StepFlags(threads=1, k=2, batch_size=2, **SMALL_MODEL),
     evaluation.EvaluationFlags(precision=("fp32",), k=(1, 4), batch_size=2, **SMALL_MODEL),
     generation.GenerationFlags(k=(1, 4), tokens=3, **SMALL_MODEL),
+    memory.MemoryFlags(threads=1, k=2, batch_size=2, **SMALL_MODEL),
     growth.GrowthFlags(num_experts=(2, 4), d_expert=(8, 16), tokens=(1, 9), mem_len=(4, 8), **SMALL_GROWTH),
 ]
-NAMES = [*LINES, "growth"]
+NAMES = [*LINES, "memory", "growth"]
 
 
 def moe_layer(k: int, d_model: int = 16, num_experts: int = 4) -> MoELayer:
@@ -94,7 +95,8 @@ def test_peers_that_cannot_compute_the_layer_are_left_out():
     """Those of CUDA on a CPU, and those that have no dropout where there is some."""
     ours = moe_layer(2)
     everywhere = {layer.BASELINE, "ours: sorted", "ours: masked", "ours: grouped", "ours: auto", "fastmoe's way", "boolean masks"}
-    assert {*layer.able(ours, "fp32", "cpu")} - {name for name in EXPERT_PEERS if name.startswith("transformers")} == everywhere
+    without_dropout = {layer.DROPPING, *(name for name in EXPERT_PEERS if name.startswith("transformers"))}
+    assert {*layer.able(ours, "fp32", "cpu")} - without_dropout == everywhere
     ours.experts.dropout = 0.5
     assert {*layer.able(ours, "fp32", "cpu")} == everywhere
 
@@ -216,10 +218,11 @@ def test_command_writes_a_record_and_prints_its_table(flags, tmp_path, capsys):
     record = json.loads(path.read_text())
     assert record["benchmark"] == path.stem in NAMES and record["schema"] == 1
     assert {"commit", "torch", "device_name", "threads", "cores"} <= record["environment"].keys()
+    timed = {"seconds", "ratio", "ratio_min", "ratio_max"} if path.stem != "memory" else set()
     for row in record["rows"]:
-        assert row["results"][record["baseline"] or row["baseline"]]["ratio"] == 1
+        assert not timed or row["results"][record["baseline"] or row["baseline"]]["ratio"] == 1
         for result in row["results"].values():
-            assert result.keys() == {"seconds", "ratio", "ratio_min", "ratio_max", "peak_mib"}
+            assert result.keys() == {*timed, "peak_mib"}
             assert result["peak_mib"] >= 0
     assert capsys.readouterr().out == markdown(record) + "\n"
     assert {picture.name for picture in tmp_path.glob("*.png")} == {name for kind, (name, _) in FIGURES.items() if kind == path.stem}
@@ -238,9 +241,9 @@ def test_without_a_name_all_are_run_at_their_defaults(argv, monkeypatch):
     given = []
     monkeypatch.setattr("benchmarks.__main__.run", given.extend)
     main(argv)
-    assert [type(flags).__name__.removesuffix("Flags").lower() for flags in given] == [*LINES, "growth", "data"]
+    assert [type(flags).__name__.removesuffix("Flags").lower() for flags in given] == [*NAMES, "data"]
     assert all(flags.tuned is bool(argv) for flags in given)
-    assert [flags.rounds for flags in given] == ([3] * 7 if argv else [type(flags)().rounds for flags in given])
+    assert [flags.rounds for flags in given] == ([3] * 8 if argv else [type(flags)().rounds for flags in given])
 
 
 def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch):
@@ -249,12 +252,39 @@ def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch)
     run([replace(commands(flags, tmp_path), rounds=1, tuned=True) for flags in SMALL])
     table = capsys.readouterr().out.strip()
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
-    titles = [f"| expert layer, k = {k}" for _ in range(2) for k in (1, 4)] + ["| attention"] * 2 + ["| training step, k = 2"]
+    titles = [f"| expert layer, k = {k}" for _ in range(2) for k in (1, 4)] + ["| attention"] * 2 + ["| training step, k = 2"] * 3
     titles += [f"| {name}, k = {k}" for name in ("evaluation pass", "generation, cached") for k in (1, 4)]
     assert [row[0] for row in rows] == titles
     assert table.count("Tuned: said by tune_cpu.") == len(LINES)
     assert render(tmp_path).startswith(table)
     assert all(f"results/benchmarks/{name})" in render(tmp_path) for name, _ in FIGURES.values())
+
+
+def test_calibration_writes_the_table_that_auto_chooses_by(tmp_path, capsys, monkeypatch):
+    """The share of experts up to which `sorted` costs least in all; asked at other sizes, the nearest row decides."""
+    seconds = {"masked": [2.0], "1": [2.2], "2": [1.0], "4": [3.0]}
+    monkeypatch.setattr(
+        "benchmarks.calibrate.interleave", lambda calls, rounds: {name: seconds[name] for name, call in calls.items() if [call()]}
+    )
+    out = tmp_path / "calibration.json"
+    sizes = ["--sizes", "16", "8", "4", "900", "64", "32"]
+    main(["calibrate", "--out", str(out), "--precision", "fp32", "--num_experts", "4", "--k", "1", "2", "4", *sizes])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["tokens"], row["training"], row["sorted_up_to"]) for row in rows] == [
+        (tokens, training, 0.5) for training in (True, False) for tokens in (16, 900)
+    ]
+    assert "fp32, 900 tokens, 64 -> 32, training: sorted up to k/E = 0.5" in capsys.readouterr().out
+    rows[1]["sorted_up_to"] = 1.0
+    out.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(choice, "CALIBRATION", out)
+    for cached in (choice._table, choice.sorted_up_to):
+        cached.cache_clear()
+    try:
+        chosen = [choice.choose_backend(tokens, 4, 4, 3 * width, 7 * width, torch.float32, "cpu") for tokens, width in ((10, 1), (1000, 8))]
+    finally:
+        for cached in (choice._table, choice.sorted_up_to):
+            cached.cache_clear()
+    assert chosen == ["masked", "sorted"]
 
 
 def test_data_contestants_are_fresh_processes_that_do_their_work(tmp_path):

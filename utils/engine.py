@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,15 +30,26 @@ class Engine:
         self.tuned = tune_cpu() if cpu and flags.tune_cpu else []
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if flags.precision == "bf16" else "no")
         self.device, self.rank, self.world_size = self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
+        self.is_main, self.compile = self.accelerator.is_main_process, flags.compile
         self.parallel: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, its forward pass in the run's precision. Train it by calling `parallel`, which averages gradients over
+        """The model on its device, its forward pass in the run's precision. Train it by calling `forward`, which averages gradients over
         processes; use the model itself for everything else.
         """
         self.parallel = self.accelerator.prepare_model(model)
-        return self.accelerator.unwrap_model(self.parallel)
+        model = self.accelerator.unwrap_model(self.parallel)
+        if self.compile:  # whole graphs alone: what could not be traced would run as before, without a word
+            self.parallel = torch.compile(self.parallel, fullgraph=True)
+        return model
+
+    def forward(self, *arguments: Any) -> Any:
+        """The model's forward pass in training. UserError where it is to be compiled and cannot be."""
+        try:
+            return self.parallel(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"--compile: this model cannot be one graph ({reason}): leave it out") from None
 
     def autocast(self):
         """Within it, what is computed is in the run's precision; `prepare` did that for calls of the model."""

@@ -170,6 +170,8 @@ class Flags:
     """fp32, or bf16 autocast"""
     threads: int = 0
     """CPU threads per process; 0: torch's choice"""
+    compile: bool = False
+    """train by torch.compile: one graph for every k, and refused where a method cannot be one"""
     tune_cpu: bool = False
     """on a CPU, keep freed memory, and multiply in float32 by oneDNN where that loses no precision"""
     log_interval: int = 200
@@ -297,6 +299,7 @@ OF_THE_RUN = (
         "multi_gpu",
         "precision",
         "threads",
+        "compile",
         "tune_cpu",
     ),
     *("log_interval", "eval_interval", "save_interval"),

@@ -30,6 +30,22 @@ class ExpertWeights(NamedTuple):
     dropout: float  # 0 outside training
 
 
+def named_backend(backend: str, *sizes) -> str:
+    """The backend itself, or what "auto" stands for at these sizes."""
+    return choose_backend(*sizes) if backend == "auto" else backend
+
+
+def compute_with(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights, backend: str, training: bool) -> Tensor:
+    """By the backend, all in the precision of the weights. RuntimeError when it cannot run here."""
+    device = x_ND.device.type
+    backend = named_backend(backend, *indices_NK.shape, *weights.down_EHD.shape, x_ND.dtype, device, training)
+    module = load(BACKENDS, "backend", backend)
+    if sentence := module.refusal(weights, device):
+        raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")
+    with torch.autocast(device, enabled=False):
+        return module.run(x_ND, indices_NK, weights_NK, weights)
+
+
 class Experts(nn.Module):
     """(tokens [N, D], indices [N, K], weights [N, K]) -> sum over the chosen experts of weight * E_i(token) [N, D].
 
@@ -53,15 +69,8 @@ class Experts(nn.Module):
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        weights = self.weights(dtype)
-        backend = self.backend_for(x_ND.shape[0], indices_NK.shape[1], dtype)
-        if torch.compiler.is_compiling():
-            return opaque(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), weights, backend)
-        module = load(BACKENDS, "backend", backend)
-        if sentence := module.refusal(weights, device):
-            raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")
-        with torch.autocast(device, enabled=False):
-            return module.run(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), weights)
+        compute = opaque if torch.compiler.is_compiling() else compute_with
+        return compute(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.weights(dtype), self.backend, torch.is_grad_enabled())
 
     def each(self, x_ND: Tensor) -> Tensor:
         """Every expert's output for every token [N, E, D], by plain autograd."""
@@ -73,9 +82,7 @@ class Experts(nn.Module):
 
     def backend_for(self, tokens: int, k: int, dtype: torch.dtype) -> str:
         """The backend that computes so many tokens with k active experts, with gradients or, where autograd is off, without."""
-        if self.backend != "auto":
-            return self.backend
-        return choose_backend(tokens, k, *self.down.shape, dtype, self.up.device.type, torch.is_grad_enabled())
+        return named_backend(self.backend, tokens, k, *self.down.shape, dtype, self.up.device.type, torch.is_grad_enabled())
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         tensors = (parameter.to(dtype) for parameter in (self.up, self.bias_up, self.down, self.bias_down))

@@ -1,26 +1,55 @@
-"""Which backend `auto` takes. A pure function of the sizes, so that equal runs choose equally."""
+"""Which backend `auto` takes. A pure function of the sizes, so that equal runs choose equally; says each choice once, to the log.
+
+On a CPU gathering tokens for each expert (`sorted`) is faster than computing all experts (`masked`) up to some share k/E of them, which
+depends on the sizes: calibration.json holds that share as it was measured, and `python -m benchmarks calibrate` measures it anew.
+"""
+
+import functools
+import json
+import logging
+import math
+from pathlib import Path
 
 import torch
 
-# Multiply-adds of one expert's matrix product. At 134e6 gathering tokens paid off up to k/E of about 0.9, at 8e6 to 13e6 up to about
-# 0.7 (records in results/benchmarks, one thread); the limit between them is a round number, not a measured crossover
-LARGE_PRODUCT = 60e6
-SPARSE_UP_TO_LARGE, SPARSE_UP_TO_SMALL = 0.9, 0.7
-
-
+CALIBRATION = Path(__file__).with_name("calibration.json")
 FEW = 8  # tokens in inference whose experts are not worth sorting for
+SPARSE_ON_CUDA = 0.7  # share of active experts up to which a product for each expert is taken there: an estimate, not measured
 
 
 def choose_backend(
     tokens: int, k: int, num_experts: int, d_expert: int, d_model: int, dtype: torch.dtype, device: str, training: bool = True
 ) -> str:
-    """The backend's name: "sorted" where few experts are active and each has work enough to gather for, else "masked"; on CUDA in bf16
+    """The backend's name: "sorted" where so few experts are active that gathering tokens for each pays off, else "masked"; on CUDA in bf16
     "grouped" for few. "few" for a few tokens on a CPU that need no gradient (`training` False).
     """
     share = k / num_experts
     if device == "cpu" and not training and tokens <= FEW:
-        return "few"
-    if device == "cuda" and dtype == torch.bfloat16 and share <= 0.7 and d_expert % 8 == d_model % 8 == 0:
-        return "grouped"
-    product = tokens * share * d_expert * d_model
-    return "sorted" if share <= (SPARSE_UP_TO_LARGE if product >= LARGE_PRODUCT else SPARSE_UP_TO_SMALL) else "masked"
+        chosen = "few"
+    elif device == "cpu":
+        chosen = "sorted" if share <= sorted_up_to(tokens, d_expert, d_model, dtype, training) else "masked"
+    elif share > SPARSE_ON_CUDA:
+        chosen = "masked"
+    else:
+        chosen = "grouped" if dtype == torch.bfloat16 and d_expert % 8 == d_model % 8 == 0 else "sorted"
+    _say(chosen, k, num_experts)
+    return chosen
+
+
+@functools.lru_cache(maxsize=4096)
+def sorted_up_to(tokens: int, d_expert: int, d_model: int, dtype: torch.dtype, training: bool) -> float:
+    """The share of active experts up to which `sorted` was the faster one, at the calibrated sizes nearest to these."""
+    precision = "bf16" if dtype in (torch.bfloat16, torch.float16) else "fp32"
+    sizes = {"tokens": max(tokens, 1), "d_expert": d_expert, "d_model": d_model}
+    rows = [row for row in _table() if row["precision"] == precision and row["training"] == training]
+    return min(rows, key=lambda row: sum(abs(math.log(row[name] / size)) for name, size in sizes.items()))["sorted_up_to"]
+
+
+@functools.cache
+def _table() -> list[dict]:
+    return json.loads(CALIBRATION.read_text())["rows"]
+
+
+@functools.cache
+def _say(chosen: str, k: int, num_experts: int) -> None:
+    logging.getLogger(__name__).info("experts backend 'auto' takes %r at k = %d of %d", chosen, k, num_experts)

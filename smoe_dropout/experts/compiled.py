@@ -10,14 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from smoe_dropout.registry import BACKENDS, load
 
-
-def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights, backend: str) -> Tensor:
-    """What the backend's `run` computes, by the operator. Dropout is drawn anew, from a seed that torch's default generator gives."""
+def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights, backend: str, training: bool) -> Tensor:
+    """What `compute_with` computes, by the operator. Dropout is drawn anew, from a seed that torch's default generator gives."""
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     seed = torch.randint(2**62, ()) if weights.dropout > 0 else torch.zeros((), dtype=torch.int64)
-    return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, weights.activation, weights.dropout)
+    return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, training, weights.activation, weights.dropout)
 
 
 @torch.library.custom_op("smoe_dropout::experts", mutates_args=())
@@ -31,11 +29,12 @@ def _experts(
     bias_down: Tensor,
     seed: Tensor,
     backend: str,
+    training: bool,
     activation: str,
     dropout: float,
 ) -> Tensor:
     with _seeded(seed, dropout, x.device):
-        return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, activation, dropout).contiguous()
+        return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, training, activation, dropout).contiguous()
 
 
 @torch.library.custom_op("smoe_dropout::experts_backward", mutates_args=())
@@ -50,23 +49,20 @@ def _experts_backward(
     bias_down: Tensor,
     seed: Tensor,
     backend: str,
+    training: bool,
     activation: str,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weights, *tensors = (tensor.detach().requires_grad_() for tensor in (x, weights, up, bias_up, down, bias_down))
     with _seeded(seed, dropout, x.device), _recorded():
-        y = _run(x, indices, weights, tensors, backend, activation, dropout)
+        y = _run(x, indices, weights, tensors, backend, training, activation, dropout)
     return tuple(gradient.contiguous() for gradient in torch.autograd.grad(y, (x, weights, *tensors), grad))
 
 
-def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, activation: str, dropout: float) -> Tensor:
-    from smoe_dropout.experts import ExpertWeights
+def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, training: bool, activation: str, dropout: float) -> Tensor:
+    from smoe_dropout.experts import ExpertWeights, compute_with
 
-    module, whole = load(BACKENDS, "backend", backend), ExpertWeights(*tensors, activation, dropout)
-    if sentence := module.refusal(whole, x.device.type):
-        raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; backend='auto' always can")
-    with torch.autocast(x.device.type, enabled=False):
-        return module.run(x, indices, weights, whole)
+    return compute_with(x, indices, weights, ExpertWeights(*tensors, activation, dropout), backend, training)
 
 
 @contextmanager
@@ -108,7 +104,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     gradients = _experts_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return gradients[0], None, *gradients[1:], None, None, None, None
+    return gradients[0], None, *gradients[1:], None, None, None, None, None
 
 
 _experts.register_autograd(_backward, setup_context=_keep)
