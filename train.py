@@ -3,6 +3,7 @@
     python train.py --preset laptop --method smoe_dropout --data data/enwik8
     python train.py --preset laptop --method smoe_dropout --model bert --data data/books-bert
     torchrun --nproc_per_node 2 train.py ...        accelerate launch train.py ...
+    python train.py --start_from DIR --max_step 500        from the weights of a run, or of surgery.py
     python train.py --eval_only --k 1,2,4 --work_dir DIR
 
 Starting the same command again resumes the run in its --work_dir. `python train.py --help` lists the flags.
@@ -10,14 +11,15 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
-from utils.command_line import evaluation_ks, method_of, parse, parse_ks, stored_run, top_k_schedule
+from utils.command_line import evaluation_ks, method_of, parse_ks, stored_run, top_k_schedule
 from utils.data import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags import OF_PIECES, Flags
+from utils.starting import parse
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
-        FLAGS = parse() if not (run := stored_run()) else run
+        FLAGS, SOURCE = parse() if not (run := stored_run()) else (run, None)
         CORPUS = Corpus.open(FLAGS.data, FLAGS.model in OF_PIECES)
         CORPUS.verify()
 
@@ -45,7 +47,6 @@ from utils.evaluation import evaluate, evaluate_all
 from utils.flops import parameter_counts
 from utils.interrupt import Interrupt
 from utils.model import forget_router_gradients, training_settings
-from utils.models import architecture
 from utils.optimizer import Plateau, build_optimizer, learning_rate
 from utils.probe import refuse_if_too_slow
 from utils.progress import Progress
@@ -54,6 +55,7 @@ from utils.routing import describe_routing, validation_before_the_end
 from utils.run_folder import RunFolder, describe_environment, resume_command, write_json
 from utils.tasks import Batch, Task
 from utils.tasks import State as Carried
+from utils.tasks.starting import pretraining
 
 
 @dataclass
@@ -90,9 +92,11 @@ def main(task: Task) -> int:
         return 0
 
     model = engine.prepare(model)
+    task.begin(model)
     optimizer = build_optimizer(model, flags)
     method = method_of(flags)
     objective = partial(method.objective if method else cross_entropy, settings=training_settings(flags, len(task.corpus.train)))
+    objective = task.objective(objective)
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
     average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
     # weights and Adam's two moments, in four checkpoints kept and one in the making; with --swad the mean besides
@@ -130,6 +134,7 @@ def main(task: Task) -> int:
         if not torch.isfinite(norm):
             raise TrainingError(not_finite(step, lr, norm, loss_sum / batch.targets, checkpoints))
         optimizer.step()
+        task.after_update()
         optimizer.zero_grad()
         if average:
             average.observe(model, step + 1)
@@ -158,7 +163,7 @@ def main(task: Task) -> int:
             progress.paused += time.perf_counter() - paused
         if save_due:
             try:
-                save(checkpoints, engine, model, optimizer, carried, state, plateau, average, keep=validation_before_the_end(flags))
+                save(checkpoints, task, model, optimizer, carried, state, plateau, average, keep=validation_before_the_end(flags))
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
                     f"step {state.step} cannot be saved in {checkpoints}: {error}; mend that and start the same command again"
@@ -186,6 +191,7 @@ def finish(task: Task, folder: RunFolder | None, model, checkpoints, state: Stat
     routing = describe_routing(task, model, checkpoints) if task.selects else None
     chosen = state.best_step if task.selects else state.step
     load_step(model, checkpoints, chosen)
+    model = task.finished(model)
     why = f"the best on validation{' at k = E' if flags.moe else ''}" if task.selects else "the last"
     say(f"final test of step {chosen}, {why}")
     quality = evaluate_all(task, model, splits, ks, say)
@@ -289,9 +295,10 @@ def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: 
 
 
 def save(
-    root, engine: Engine, model, optimizer, carried: Carried, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
+    root, task: Task, model, optimizer, carried: Carried, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
 ) -> None:
     """One whole checkpoint by all processes; the last two, the best and the one to keep stay."""
+    engine = task.engine
     state.plateau = plateau.state_dict()
     writer = checkpoint.Writer(root, state.step, engine.is_main)
     engine.barrier()
@@ -303,6 +310,8 @@ def save(
         writer.add("optimizer.safetensors", checkpoint.optimizer_tensors(optimizer))
         if average:
             writer.add("average.safetensors", average.state())
+        if tensors := task.tensors():
+            writer.add("task.safetensors", tensors)
         writer.add_json("state.json", asdict(state))
         writer.finish()
         checkpoint.prune(root, keep={state.best_step, keep})
@@ -323,6 +332,8 @@ def restore(folder, task: Task, model, optimizer, plateau: Plateau, average: Wei
     checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
     if average:
         average.load_state(load_file(folder / "average.safetensors"))
+    if task.tensors():
+        task.load_tensors(load_file(folder / "task.safetensors"))
     task.load_state_dict(state.data)
     plateau.load_state_dict(state.plateau)
     return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
@@ -398,5 +409,5 @@ def evaluate_run(task: Task) -> int:
 
 if __name__ == "__main__":
     with exit_on_user_error(), Engine(FLAGS) as ENGINE:
-        TASK: Task = architecture(FLAGS.model).Task(FLAGS, CORPUS, ENGINE)
+        TASK = pretraining(FLAGS, CORPUS, ENGINE, SOURCE)
         sys.exit((evaluate_run if FLAGS.eval_only else main)(TASK))

@@ -11,6 +11,11 @@ With a model of the transformers library, its own Trainer and the same names:
     trainer = Trainer(model, ..., callbacks=[sd.TopKScheduleCallback("linear_increase", 8, 16)])
     sd.save_pretrained(model, folder); model = sd.from_pretrained(folder)
 
+A trained model made smaller, with fewer experts (surgery/):
+
+    calibration = sd.calibrate(model, passes)
+    smaller, config = sd.operate(model, "merge", 8, calibration)
+
 Importing this package does not import torch; the first use of a name that needs it does.
 """
 
@@ -34,6 +39,11 @@ _EXPORTS = {
     "set_progress": "training",
     "method_metrics": "training",
     "slim": "inference",
+    "calibrate": "surgery",
+    "Calibration": "surgery",
+    "operate": "surgery",
+    "compress": "surgery.compression",
+    "Pruner": "surgery.compression",
     "tune_cpu": "tuning",
     "save_model": "io",
     "load_weights": "io",

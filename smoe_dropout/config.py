@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from smoe_dropout.options import ConfigError
@@ -29,12 +29,16 @@ class SMoEConfig:
         the whole FFN (sparse upcycling, arXiv 2212.05055).
     balance_loss: coefficient of the Switch load-balance loss; None leaves it to the router (learned: 0.01).
     layers: which of the host's FFNs become experts, by index; None: all.
+    experts_by_layer: numbers of experts of the MoE layers in order, where they differ; num_experts is the largest of them. Needs d_expert,
+        and expert_init = "fresh". A layer with fewer than k experts has all of them active.
     sites: for an architecture that no host knows, or to overrule the hosts: which modules are FFNs, as glob patterns of their dotted names,
         "encoder.layers.*.mlp", one or several; `layers` then counts the modules found.
     backend: how experts are computed: "auto" or a name in `registry.BACKENDS`; all give the same result.
     init_std: standard deviation of fresh weights and of the router's.
     method: a name in `registry.METHODS` whose layer routes and combines in its own way; None: the plain layer.
     options: of the method and the router, by name; their files say which there are.
+    expert_rank: what `surgery.compression` left: every map is U V of this rank + S; None: the map itself.
+    sparse_share: with expert_rank, the share of the hidden units that S has.
 
     Raises ConfigError, listing all mistakes at once.
     """
@@ -49,11 +53,14 @@ class SMoEConfig:
     expert_init: ExpertInit = "fresh"
     balance_loss: float | None = None
     layers: tuple[int, ...] | None = None
+    experts_by_layer: tuple[int, ...] | None = None
     sites: str | tuple[str, ...] | None = None
     backend: str = "auto"
     init_std: float = 0.02
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    expert_rank: int | None = None
+    sparse_share: float = 1.0
 
     def __post_init__(self):
         router, implied = canonical_router(self.router) if isinstance(self.router, str) else (self.router, {})
@@ -62,8 +69,9 @@ class SMoEConfig:
             object.__setattr__(self, "balance_loss", implied["balance_loss"])
         if isinstance(self.layers, list | range):
             object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.sites, list):
-            object.__setattr__(self, "sites", tuple(self.sites))
+        for name in ("sites", "experts_by_layer"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         mistakes = self.mistakes()
         if mistakes:
             raise ConfigError("; ".join(mistakes))
@@ -96,13 +104,45 @@ class SMoEConfig:
             found.append(f"init_std = {self.init_std!r} must be a positive number")
         if self.layers is not None:
             found += layer_mistakes(self.layers)
+        if self.experts_by_layer is not None:
+            found += self._count_mistakes(self.experts_by_layer)
         if self.sites is not None:
             found += site_mistakes(self.sites)
+        if self.expert_rank is not None and not _is_count(self.expert_rank):
+            found.append(f"expert_rank = {self.expert_rank!r} must be a whole number of at least 1, or None")
+        if not (_is_finite(self.sparse_share) and 0 < self.sparse_share <= 1):
+            found.append(f"sparse_share = {self.sparse_share!r} must be a number above 0, and 1 at most")
+        if self.expert_rank is None and self.sparse_share != 1:
+            found.append(f"sparse_share = {self.sparse_share!r} means nothing without expert_rank: leave it out")
+        if self.expert_rank is not None and self.expert_init != "fresh":
+            found.append("expert_rank needs expert_init = 'fresh': the experts of a trained model are compressed by surgery")
         if self.expert_init == "copy" and self.output_scale == "dense":
             found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense one: use output_scale = 'mean'")
         if self.expert_init != "fresh" and self.d_expert is not None:
             found.append(f"d_expert = {self.d_expert} is decided by the host's FFN with expert_init = {self.expert_init!r}: leave it out")
         return found
+
+    def _count_mistakes(self, counts: tuple[int, ...]) -> list[str]:
+        """Sentences for numbers of experts by layer that cannot be."""
+        if not isinstance(counts, tuple) or not counts or not all(map(_is_count, counts)):
+            return [f"experts_by_layer = {counts!r} must be a list of whole numbers of at least 1, or None"]
+        found = []
+        if max(counts) != self.num_experts:
+            found.append(f"num_experts = {self.num_experts!r} must be the largest of experts_by_layer = {counts}")
+        if isinstance(self.layers, tuple) and len(self.layers) != len(counts):
+            found.append(f"experts_by_layer = {counts} must give a number for each of the {len(self.layers)} layers")
+        if self.expert_init != "fresh":
+            found.append(f"expert_init = {self.expert_init!r} cannot be with experts_by_layer: use 'fresh'")
+        elif self.d_expert is None:
+            found.append("experts_by_layer needs d_expert: layers of different numbers of experts do not say how wide one is")
+        return found
+
+    def of_layer(self, place: int) -> "SMoEConfig":
+        """Of the MoE layer at this place among them, counted from 0: with its own number of experts."""
+        if self.experts_by_layer is None:
+            return self
+        count = self.experts_by_layer[place]
+        return replace(self, num_experts=count, top_k=min(self.top_k, count), experts_by_layer=None)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +19,28 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 
 
 def set_top_k(model: nn.Module, k: int) -> None:
-    """Makes k experts active per token in every MoE layer. ValueError if the model has none, or one of them has fewer than k experts."""
+    """Makes k experts active per token in every MoE layer. Where a model's layers differ in their experts, k may be as large as the largest
+    one's, and a layer that has fewer has all of them active. ValueError for another k, or if the model has no MoE layers.
+    """
     layers = _layers_or_raise(model)
     if not isinstance(k, Integral) or isinstance(k, bool):  # numpy's whole numbers are
         raise ValueError(f"k = {k!r} must be a whole number")
     for name, layer in layers:
-        if not 1 <= k <= layer.num_experts:
-            raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.num_experts} experts of layer {name!r}")
+        if not 1 <= k <= layer.config.num_experts:
+            of = "the largest layer" if layer.config.experts_by_layer else f"layer {name!r}"
+            raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.config.num_experts} experts of {of}")
     for _, layer in layers:
-        layer.top_k = int(k)
+        layer.top_k = _own_k(layer, int(k))
     _tell(model, layers)
 
 
 def get_top_k(model: nn.Module) -> int:
-    """The k of the MoE layers. ValueError if the model has none, or they differ."""
-    found = {name: layer.top_k for name, layer in _layers_or_raise(model)}
-    if len(set(found.values())) > 1:
-        raise ValueError(f"the MoE layers have different k: {found}")
-    return next(iter(found.values()))
+    """The k of the MoE layers, that of the largest where they differ in their experts. ValueError if the model has none, or another k."""
+    layers = _layers_or_raise(model)
+    k = _largest_k(layers)
+    if any(layer.top_k != _own_k(layer, k) for _, layer in layers):
+        raise ValueError(f"the MoE layers have different k: {dict((name, layer.top_k) for name, layer in layers)}")
+    return k
 
 
 @contextmanager
@@ -60,6 +66,14 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     _tell(model, layers, freeze_router=frozen)
 
 
+def configure(model: nn.Module, **changes: Any) -> None:
+    """Notes what has changed of the experts, by field of `SMoEConfig`, wherever their configuration stands."""
+    layers = _layers_or_raise(model)
+    for _, layer in layers:
+        layer.config = replace(layer.config, **changes)
+    _tell(model, layers, **changes)
+
+
 def auxiliary_losses(model: nn.Module) -> list[Tensor]:
     """The routers' losses of the last forward pass in training mode."""
     return [loss for _, layer in moe_layers(model) for loss in layer.losses.values()]
@@ -81,11 +95,19 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
 
 
-def _tell(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: bool) -> None:
+def _own_k(layer: MoELayer, k: int) -> int:
+    return k if layer.config.experts_by_layer is None else min(k, layer.num_experts)
+
+
+def _largest_k(layers: list[tuple[str, MoELayer]]) -> int:
+    return max(layer.top_k for _, layer in layers)
+
+
+def _tell(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: Any) -> None:
     """Passes k, and what else has `changed`, on to what depends on it: the configuration that a transformers model is saved with, and the
     compiler.
     """
-    k, most = layers[0][1].top_k, max(layer.num_experts for _, layer in layers)
+    k, most = _largest_k(layers), max(layer.num_experts for _, layer in layers)
     for module in model.modules():
         told = getattr(getattr(module, "config", None), __package__, None)
         if isinstance(told, dict):

@@ -100,7 +100,7 @@ def _check_config(model: nn.Module, folder: Path) -> None:
         stored, ours = SMoEConfig.from_json(path.read_text()), layers[0][1].config
     except ValueError as error:  # not JSON, or not a configuration
         raise ConfigError(f"{path} is damaged: {error}") from None
-    for name in ("num_experts", "router", "gate_weight", "output_scale", "method"):
+    for name in ("num_experts", "experts_by_layer", "router", "gate_weight", "output_scale", "method", "expert_rank", "sparse_share"):
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, the model has {getattr(ours, name)!r}")
     router = layers[0][1].router

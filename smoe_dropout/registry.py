@@ -1,4 +1,4 @@
-"""Names of routers, expert backends and methods, each with the place of its code, which is imported when first used.
+"""Names of routers, expert backends, methods and surgery, each with the place of its code, which is imported when first used.
 
 A new one is one file and one line here. Official names (of the paper's own code) are accepted as aliases.
 """
@@ -58,6 +58,15 @@ METHODS: dict[str, str] = {
     "concrete_dropout": "smoe_dropout.methods.concrete_dropout:METHOD",
     "dropblock": "smoe_dropout.methods.dropblock:METHOD",
     "block_dropout": "smoe_dropout.methods.block_dropout:METHOD",
+}
+
+# operations on trained models
+SURGERIES: dict[str, str] = {
+    "merge": "smoe_dropout.surgery.merging",
+    "uncurl": "smoe_dropout.surgery.uncurl",
+    "slim": "smoe_dropout.surgery.slimming",
+    "drop": "smoe_dropout.surgery.dropping",
+    "average": "smoe_dropout.surgery.averaging",
 }
 
 

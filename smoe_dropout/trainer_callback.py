@@ -39,8 +39,8 @@ class TopKScheduleCallback(TrainerCallback):
             )
         self.schedule = self._schedule(state.max_steps if self.total_steps is None else self.total_steps)
         for name, layer in layers:
-            if self.schedule.k_max > layer.num_experts:
-                raise ConfigError(f"k_max = {self.schedule.k_max} is more than the {layer.num_experts} experts of layer {name!r}")
+            if self.schedule.k_max > (most := layer.config.num_experts):
+                raise ConfigError(f"k_max = {self.schedule.k_max} is more than the {most} experts of layer {name!r}")
         if args.label_smoothing_factor and any(layer.own_losses or getattr(layer.router, "balance_loss", 0) for _, layer in layers):
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor}: the Trainer then computes the loss by itself, without the "

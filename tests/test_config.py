@@ -86,7 +86,7 @@ def test_official_router_names(official, router, balance):
 # names
 
 
-@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS"])
+@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS", "SURGERIES"])
 def test_registries(name):
     entries = getattr(registry, name)
     for known in entries:

@@ -128,7 +128,7 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
 def test_what_stands_in_the_text_is_learned(rows, pretrained, tmp_path):
     """The label of a sentence is its last word: a model that reads it is always right."""
     folder = tmp_path / "run"
-    arguments = command("sst2", rows, pretrained("smoe_dropout"), work_dir=folder, max_step=120, eval_interval=60, dropout=0.0)
+    arguments = command("sst2", rows, pretrained("smoe_dropout"), work_dir=folder, max_step=200, eval_interval=100, dropout=0.0)
     tiny.completed(arguments, program="finetune.py")
     assert tiny.read_json(folder / "result.json")["quality"][-1]["dev"] == 100
 

@@ -130,6 +130,13 @@ MISTAKES = {
     MOE + "--moe_index 1,2,1": ["--moe_index 1,2,1: layer 1 is named more than once"],
     MOE + "--moe_index 0,x": ["--moe_index 0,x: expected layer numbers separated by commas"],
     MOE + "--moe_index=-1": ["--moe_index -1: expected layer numbers"],
+    MOE + "--d_inner 8 --moe_experts_by_layer 4,x,1,2": ["--moe_experts_by_layer 4,x,1,2: expected numbers of experts"],
+    MOE + "--d_inner 8 --moe_experts_by_layer 4,0,1,2": ["--moe_experts_by_layer 4,0,1,2: expected numbers of experts"],
+    MOE + "--d_inner 8 --moe_experts_by_layer 4,3": ["--moe_experts_by_layer 4,3: 2 numbers for 4 layers with experts"],
+    MOE + "--moe_index 0,1 --d_inner 8 --moe_experts_by_layer 4,3,2,1": ["4 numbers for 2 layers with experts"],
+    MOE + "--d_inner 8 --moe_experts_by_layer 3,3,2,1": ["--moe_num_expert has to be the largest of them, 3"],
+    MOE + "--moe_experts_by_layer 4,3,2,1": ["--moe_experts_by_layer 4,3,2,1: needs --d_inner, the width of one expert"],
+    "--moe_experts_by_layer 4,3": ["--moe_experts_by_layer needs --moe"],
     MOE + "--gate_name lerned": ["unknown --gate_name 'lerned'; nearest: learned"],
     MOE + "--expert_backend mask": ["unknown backend 'mask'; nearest: masked"],
     MOE + "--output_scale sum": ["unknown output_scale 'sum'"],
@@ -178,6 +185,12 @@ def test_every_mistake_has_its_sentence(text):
 )
 def test_sizes_that_no_model_can_have_are_refused_too(text, said):
     assert said in sentence(text)
+
+
+@pytest.mark.parametrize(("given", "kept"), [("4,3,2,1", "4,3,2,1"), ("4,4,4,4", None)])
+def test_layers_with_as_many_experts_need_no_list(given, kept):
+    run = flags(MOE + f"--d_inner 8 --moe_experts_by_layer {given}")
+    assert (run.moe_experts_by_layer, run.d_ff, run.moe_top_k_min, run.moe_top_k_max) == (kept, 32, 2, 4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -59,6 +59,12 @@ def test_forward_flops_of_other_shapes(sizes):
     assert forward_flops(model, Shape(2, 3, 4), 2) == counted(model, 2, 3, 4)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_compressed_experts_are_composed_once_in_a_pass(share):
+    model = build({"expert_rank": 2, "sparse_share": share})
+    assert forward_flops(model, Shape(2, 9, 3), 2) == counted(model, 2, 9, 3)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)
 @pytest.mark.parametrize("k", [1, 3, 4, None])

@@ -73,7 +73,7 @@ def test_flags_are_known():
     known = {field.name for field in dataclasses.fields(FinetuneFlags)}
     count = 0
     for line in README.splitlines():
-        if "train.py" in line or "finetune.py" in line or re.search("script/(table1|figure5|table2)", line):
+        if "train.py" in line or "finetune.py" in line or re.search("script/(table1|figure5|table2|ablation)", line):
             for flag in re.findall(r"--([\w-]+)", line.replace("torchrun --nproc_per_node", "")):
                 assert flag.replace("-", "_") in known, line
                 count += 1

@@ -1,6 +1,7 @@
 """The bash scripts: sound syntax, one row each, flags passed on, and every flag of theirs known."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from tests.conftest import ROOT
 
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # scripts find the Python of the tests
 SCRIPTS = sorted((ROOT / "script").rglob("*.sh"))
-FOLDERS = ("table1", "bert", "roberta", "figure5")
-RUNS = [path for path in SCRIPTS if path.parent.name in FOLDERS and path.name != "run_all.sh"]
+FOLDERS = ("table1", "figure5", "ablation")
+RUNS = [path for path in SCRIPTS if path.relative_to(ROOT / "script").parts[0] in FOLDERS and path.name != "run_all.sh"]
 ENCODERS = [path for path in RUNS if path.parent.name in ("bert", "roberta")]
 
 
@@ -41,10 +42,16 @@ def test_passes_flags_on_and_refuses_wrong_ones(path, tmp_path):
     assert str(missing) in done.stderr
 
 
+def started(path: Path) -> Path:
+    """The script itself, or where its row is another table's, too, that table's."""
+    other = re.search(r"^exec bash (\S+)", path.read_text(), re.MULTILINE)
+    return ROOT / other[1] if other else path
+
+
 def flags_of(path: Path):
     from utils.command_line import parse
 
-    return parse(path.read_text().split("\npretrain ")[1].replace('"$@"', "").split())
+    return parse(started(path).read_text().split("\npretrain ")[1].replace('"$@"', "").split())
 
 
 @pytest.mark.parametrize("path", [path for path in RUNS if path not in ENCODERS], ids=name)
@@ -53,11 +60,19 @@ def test_flags_of_the_script(path):
     flags = flags_of(path)
     assert (flags.d_model, flags.tgt_len, flags.max_step, flags.preset) == (256, 512, 400_000, "paper")
     assert flags.d_ff == 8192
-    assert flags.d_inner == (512 if flags.moe else 8192)
-    own = {"directly_dense_training": "dense_dropout", "8layers_smoe_dropout": "smoe_dropout-8layers"}
-    own["12layers_smoe_dropout"] = "smoe_dropout-12layers"
-    assert flags.work_dir == f"runs/paper/enwik8/{own.get(path.stem, path.stem)}-seed1111"
-    assert flags.n_layer == (int(path.stem.split("layers")[0]) if path.parent.name == "figure5" else 4)
+    assert flags.d_inner == (8192 // flags.moe_num_expert if flags.moe else 8192)
+    run = {"directly_dense_training": "dense_dropout"}.get(path.stem, started(path).stem)
+    if path.parent.name == "figure5":
+        depth, method, first_four = re.fullmatch(r"(\d+)layers_(dense|smoe_dropout)(_first_four)?", path.stem).groups()
+        run = f"{method}-{depth}layers{'-first4' if first_four else ''}"
+    assert flags.work_dir == f"runs/paper/enwik8/{run}-seed1111"
+    assert flags.n_layer == (int(depth) if path.parent.name == "figure5" else 4)
+
+
+def test_no_two_rows_share_a_folder():
+    """But those that are the same run, so that no row takes another's result for its own."""
+    paths = {started(path) for path in RUNS if path.stem != "directly_dense_training"}
+    assert len({flags_of(path).work_dir for path in paths}) == len(paths)
 
 
 @pytest.mark.parametrize("path", ENCODERS, ids=name)

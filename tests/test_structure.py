@@ -48,7 +48,7 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_the_library_imports_nothing_of_the_experiments(path):
     assert imports(path) & OURS <= {PACKAGE}
-    known = {"torch", "safetensors", "numpy", "transformers", "fmoe", "triton", PACKAGE}
+    known = {"torch", "safetensors", "numpy", "scipy", "transformers", "fmoe", "triton", PACKAGE}
     assert imports(path) - set(sys.stdlib_module_names) <= known
 
 

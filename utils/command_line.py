@@ -29,6 +29,7 @@ from utils.flags import (
     OF_THE_START,
     POSITIVE,
     REFUSED,
+    SINCE,
     Flags,
 )
 from utils.presets import PRESETS
@@ -131,7 +132,7 @@ def check(flags: Flags) -> list[str]:
     for name in ("dropout", "dropatt"):
         if not 0 <= getattr(flags, name) < 1:
             found.append(f"--{name} {getattr(flags, name)} must be from 0 to below 1")
-    for name in ("lr", "clip", "init_std", "decay_rate"):
+    for name in ("lr", "clip", "init_std", "decay_rate", "teacher_weight", "teacher_temperature"):
         if not getattr(flags, name) > 0:
             found.append(f"--{name} {getattr(flags, name)} must be positive")
     found += _check_model(flags) if flags.model in MEANINGLESS else []
@@ -146,6 +147,11 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--weight_decay {flags.weight_decay} means nothing to --optim {flags.optim}: leave it out, or use --optim adamw")
     if flags.k is not None and not flags.eval_only:
         found.append("--k chooses what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
+    if flags.teacher is not None and flags.start_from is None:
+        found.append(f"--teacher {flags.teacher} needs --start_from, the weights that it is to teach")
+    for name in ("teacher_weight", "teacher_temperature"):
+        if flags.teacher is None and getattr(flags, name) != getattr(Flags, name):
+            found.append(f"--{name} needs --teacher")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
     if flags.swad and flags.swad_start > flags.max_step:
@@ -262,10 +268,20 @@ def _check_experts(flags: Flags) -> list[str]:
         )
     if flags.dynamic_overall_steps != -1 and flags.dynamic_overall_steps < 1:
         found.append(f"--dynamic_overall_steps {flags.dynamic_overall_steps} must be at least 1, or -1 for all --max_step steps")
-    _layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
+    layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
     found += [f"--moe_index {flags.moe_index}: {mistake}" for mistake in mistakes]
+    if flags.moe_experts_by_layer is not None:
+        mistakes = _check_experts_by_layer(flags, flags.n_layer if layers is None else len(layers))
+        found += [f"--moe_experts_by_layer {flags.moe_experts_by_layer}: {mistake}" for mistake in mistakes]
+    if flags.moe_prune_to is not None:
+        if flags.moe_expert_rank is None or (flags.start_from is None and not flags.eval_only):
+            found.append(f"--moe_prune_to {flags.moe_prune_to} needs --start_from a folder of surgery.py --method compress")
+        if not 0 < flags.moe_prune_to <= flags.moe_sparse_share:
+            found.append(f"--moe_prune_to {flags.moe_prune_to} must be above 0, and {flags.moe_sparse_share}, which is left, at most")
+        if flags.swad:
+            found.append("--moe_prune_to cannot be combined with --swad: a mean of weights is not pruned")
     try:
-        smoe_config(dataclasses.replace(flags, moe_index=None, moe_top_k=None, method_options=None))
+        smoe_config(dataclasses.replace(flags, moe_index=None, moe_experts_by_layer=None, moe_top_k=None, method_options=None))
     except ConfigError as error:
         found.append(str(error).replace("router", "--gate_name", 1) if "unknown router" in str(error) else str(error))
     return found
@@ -284,6 +300,21 @@ def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None
     mistakes = [f"layer {', '.join(map(str, outside))} is outside 0..{n_layer - 1} (--n_layer {n_layer})"] if outside else []
     mistakes += [f"layer {', '.join(map(str, repeated))} is named more than once"] if repeated else []
     return layers, mistakes
+
+
+def parse_counts(text: str | None) -> tuple[int, ...] | None:
+    """The --moe_experts_by_layer of checked flags: "8,6" -> (8, 6)."""
+    return None if text is None else tuple(int(word) for word in text.split(","))
+
+
+def _check_experts_by_layer(flags: Flags, layers: int) -> list[str]:
+    """`layers`: how many have experts."""
+    if not all(_is_count(word) and int(word) >= 1 for word in flags.moe_experts_by_layer.split(",")):
+        return ["expected numbers of experts separated by commas, such as 8,6,10,8"]
+    counts = parse_counts(flags.moe_experts_by_layer)
+    found = [] if len(counts) == layers else [f"{len(counts)} numbers for {layers} layers with experts"]
+    found += [] if max(counts) == flags.moe_num_expert else [f"--moe_num_expert has to be the largest of them, {max(counts)}"]
+    return found + ([] if flags.d_inner else ["needs --d_inner, the width of one expert"])
 
 
 def _is_count(word: str) -> bool:
@@ -310,6 +341,8 @@ def resolve(flags: Flags) -> Flags:
         changes["gate_name"] = router
         if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
             changes["moe_index"] = None  # all layers, which is the default
+        if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
+            changes["moe_experts_by_layer"] = None  # they do not differ
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
@@ -370,6 +403,9 @@ def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
         output_scale=flags.output_scale,
         balance_loss=flags.load_balance,
         layers=parse_layers(flags.moe_index, flags.n_layer)[0],
+        experts_by_layer=parse_counts(flags.moe_experts_by_layer),
+        expert_rank=flags.moe_expert_rank,
+        sparse_share=flags.moe_sparse_share,
         backend=flags.expert_backend,
         init_std=flags.init_std,
         method=method.name if method and method.layer else None,
@@ -413,7 +449,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it is no JSON object; choose another --work_dir")
-    return config
+    return SINCE | config
 
 
 if __name__ == "__main__":  # python -m utils.command_line ARGS...: checks a command line of train.py and prints what it decides

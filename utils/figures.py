@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from smoe_dropout.registry import METHODS, load
 from utils.framework_figure import draw_framework
-from utils.records import named_architecture, pretraining, split_of
+from utils.records import named_architecture, pretraining, quality_points, split_of
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one for what does not fit in; dense models take
@@ -56,20 +56,6 @@ def styles(methods: list) -> dict[str, dict]:
     for i, method in enumerate(m for m in methods if not m.sparse):
         look[method.title] = {"color": GREYS[i % len(GREYS)], "marker": DENSE_MARKERS[i % len(DENSE_MARKERS)]}
     return look
-
-
-def quality_points(method) -> list[tuple[int | None, float, float, float]]:
-    """(k, activated parameters, mean quality, standard deviation over seeds or 0), ascending k; a dense model has one, with k None."""
-    by_k: dict[int | None, list[dict]] = {}
-    for record in method.records:
-        for entry in record["quality"]:
-            by_k.setdefault(entry["k"], []).append(entry)
-    points = []
-    for k in sorted(by_k, key=lambda k: -1 if k is None else k):
-        values = [entry[split_of(method.records[0])] for entry in by_k[k]]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append((k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), statistics.mean(values), spread))
-    return points
 
 
 def curve_points(method, kind: str) -> list[tuple[int, float, float]]:
@@ -122,7 +108,7 @@ def _label_k(ax, drawn: dict[str, list[tuple]], look: dict[str, dict], falling: 
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
-def _draw_quality(ax, drawn: dict[str, list[tuple]], look: dict[str, dict], falling: bool) -> None:
+def draw_quality(ax, drawn: dict[str, list[tuple]], look: dict[str, dict], falling: bool) -> None:
     for title, points in drawn.items():
         _, xs, ys, spreads = zip(*points, strict=True)
         dense = points[0][0] is None
@@ -166,15 +152,15 @@ def draw_slimmable(group, path: Path) -> bool:
         size = (9.2 if zoom else 6.6) + 3 * crowd, 4.3 + 0.7 * crowd
         figure, axes = plt.subplots(1, 2 if zoom else 1, figsize=size, squeeze=False, layout="constrained")
         for ax, part in zip(axes[0], (drawn, upper), strict=False):
-            _draw_quality(ax, part, look, group.metric["lower_is_better"])
-        axes[0][0].set_ylabel(_quality_label(group))
+            draw_quality(ax, part, look, group.metric["lower_is_better"])
+        axes[0][0].set_ylabel(quality_label(group))
         if zoom:
             axes[0][0].set_title("all k", fontsize=10)
             axes[0][1].set_title("k ≥ E/2", fontsize=10)
         handles, labels = axes[0][0].get_legend_handles_labels()
         columns = 1 if crowd else len(labels) if len(labels) < 5 else math.ceil(len(labels) / 2)
         figure.legend(handles, labels, loc="outside right center" if crowd else "outside lower center", ncols=columns)
-        _title(figure, group)
+        add_title(figure, group)
         save(figure, path)
     return True
 
@@ -199,19 +185,19 @@ def draw_by_k(group, path: Path) -> bool:
         if ks:
             ax.set_xscale("log", base=2)
             ax.set_xticks(ks, [str(k) for k in ks])
-        ax.set(xlabel="active experts k", ylabel=_quality_label(group))
+        ax.set(xlabel="active experts k", ylabel=quality_label(group))
         figure.legend(loc="outside lower center", ncols=2)
-        _title(figure, group)
+        add_title(figure, group)
         save(figure, path)
     return True
 
 
-def _quality_label(group) -> str:
+def quality_label(group) -> str:
     direction = " (lower is better)" if group.metric["lower_is_better"] else " (%)"
     return f"{split_of(group.methods[0].records[0])} {group.metric['name']}{direction}"
 
 
-def _title(figure: Figure, group) -> None:
+def add_title(figure: Figure, group) -> None:
     counts = {len(method.records) for method in group.methods}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     folded = any(record.get("fold") is not None for method in group.methods for record in method.records)
@@ -270,7 +256,7 @@ def draw_curves(group, path: Path) -> bool:
             axes[0][0], found if trained == metric else [points for (_, kind), points in curves.items() if kind == "train" and points]
         )
         _label_curves(axes, trained, metric, split_of(group.methods[0].records[0]))
-        _title(figure, group)
+        add_title(figure, group)
         save(figure, path)
     return True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from smoe_dropout.registry import METHODS, load, unknown
 from utils import command_line
-from utils.command_line import check, from_command_line, read_config, resolve, value_of, without_refused
+from utils.command_line import FlagsOf, check, from_command_line, read_config, resolve, value_of, without_refused
 from utils.errors import UserError, exit_on_user_error
 from utils.examples import KINDS, TASKS
 from utils.flags import CHOICES, OF_PIECES, FinetuneFlags, Flags
@@ -24,7 +24,10 @@ OF_THE_MODEL = (
     *("model", "n_layer", "n_head", "d_head", "d_model", "d_ff", "d_inner", "tgt_len", "mem_len", "eval_tgt_len", "mask_rate"),
     *("pre_lnorm", "same_length", "clamp_len", "not_tied", "init_std"),
 )
-OF_THE_EXPERTS = ("method", "moe", "moe_num_expert", "gate_name", "moe_index", "output_scale", "gate_weight", "attn_moe", "dense_drop")
+OF_THE_EXPERTS = (
+    *("method", "moe", "moe_num_expert", "moe_experts_by_layer", "gate_name", "moe_index", "output_scale", "gate_weight", "attn_moe"),
+    *("moe_expert_rank", "moe_sparse_share", "dense_drop", "dense_width"),
+)
 # what it is trained with: the checkpoint's, unless something else is asked for
 KEPT = ("dynamic_moe_mode", "method_options", "dropout", "dropatt", "freeze_gate", "load_balance")
 
@@ -42,16 +45,29 @@ def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
     task = value_of(argv, "task") or FinetuneFlags.task
     if task not in TASKS:
         raise UserError("--task: " + unknown("task", task, list(TASKS)))
-    preset = value_of(argv, "preset") or source.flags.get("preset", FinetuneFlags.preset)
+    preset = preset_of(source, argv)
+    values = of_the_checkpoint(source, preset, argv)
+    how = finetuning(task, preset, values["model"])
+    defaults = FinetuneFlags(**{**values, **how, **_experts(values), "task": task, "dataset": task, "preset": preset})
+    flags = from_command_line(argv, defaults, "finetune.py")
+    mistakes += contradictions(flags, source) + _expectation(flags, source) + check(flags) + _check_finetuning(flags)
+    return decided(flags, source, mistakes), source
+
+
+def preset_of(source: Source, argv: list[str]) -> str:
+    """The command line's, or else the checkpoint's. UserError for one there is not."""
+    preset = value_of(argv, "preset") or source.flags.get("preset", Flags.preset)
     if preset not in CHOICES["preset"]:
         raise UserError("--preset: " + unknown("preset", preset, list(CHOICES["preset"])))
-    defaults = _defaults(source, task, preset, argv)
-    flags = from_command_line(argv, defaults, "finetune.py")
-    mistakes += _contradictions(flags, source) + check(flags) + _check_finetuning(flags)
+    return preset
+
+
+def decided(flags: FlagsOf, source: Source, mistakes: list[str]) -> FlagsOf:
+    """With every default decided; the method is the checkpoint's, also where that is none. UserError where there are mistakes."""
     if mistakes:
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
-    decided = resolve(flags)
-    return (dataclasses.replace(decided, method=None) if source.flags.get("method", "") is None else decided), source
+    flags = resolve(flags)
+    return dataclasses.replace(flags, method=None) if source.flags.get("method", "") is None else flags
 
 
 def check_stored(flags: FinetuneFlags, fingerprint: str) -> None:
@@ -64,10 +80,10 @@ def check_stored(flags: FinetuneFlags, fingerprint: str) -> None:
         )
 
 
-def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> FinetuneFlags:
-    """The checkpoint's flags of the model, the preset's of fine-tuning. Weights alone have what preset and method say in pre-training."""
+def of_the_checkpoint(source: Source, preset: str, argv: list[str]) -> dict[str, Any]:
+    """The checkpoint's flags of the model. Weights alone have what preset and method say in pre-training. UserError for an unknown name."""
     known = source.flags
-    model = known.get("model") or value_of(argv, "model") or FinetuneFlags.model
+    model = known.get("model") or value_of(argv, "model") or Flags.model
     if model not in PRESETS:
         raise UserError("--model: " + unknown("model", model, list(PRESETS)))
     method = known.get("method") or value_of(argv, "method")
@@ -77,9 +93,7 @@ def _defaults(source: Source, task: str, preset: str, argv: list[str]) -> Finetu
     if "preset" not in known:
         values = {**PRESETS[model][preset], **(load(METHODS, "method", method).flags if method else {})}
     values = {**values, **known, "model": model, "method": method}
-    values = {name: value for name, value in values.items() if name in (*OF_THE_MODEL, *OF_THE_EXPERTS, *KEPT)}
-    how = finetuning(task, preset, model)
-    return FinetuneFlags(**{**values, **how, **_experts(values), "task": task, "dataset": task, "preset": preset})
+    return {name: value for name, value in values.items() if name in (*OF_THE_MODEL, *OF_THE_EXPERTS, *KEPT)}
 
 
 def _experts(values: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +111,12 @@ def _check_finetuning(flags: FinetuneFlags) -> list[str]:
         for name in ("max_eval_steps", "max_test_steps")
         if (value := getattr(flags, name)) != -1
     ]
+    if flags.start_from is not None:
+        found.append(f"--start_from {flags.start_from}: give what fine-tuning starts from with --checkpoint")
+    if flags.moe_prune_to is not None:
+        found.append(f"--moe_prune_to {flags.moe_prune_to} means nothing to finetune.py: prune with train.py --start_from first")
+    if flags.teacher is not None:
+        found.append(f"--teacher {flags.teacher} means nothing to finetune.py: leave it out")
     most = max(kind.folds for kind in KINDS.values())
     if not 0 <= flags.fold < most:
         found.append(f"--fold {flags.fold} must be from 0 to {most - 1}")
@@ -108,31 +128,35 @@ def _check_finetuning(flags: FinetuneFlags) -> list[str]:
     return found
 
 
-def _contradictions(flags: FinetuneFlags, source: Source) -> list[str]:
+def contradictions(flags: Flags, source: Source) -> list[str]:
     """What the command line says otherwise than the checkpoint."""
     known = source.flags
-    found = [
+    return [
         f"--{name} {getattr(flags, name)}, but the checkpoint {source.path} has {name} = {known[name]}: leave it out"
         for name in (*OF_THE_MODEL, *OF_THE_EXPERTS)
         if name in known and getattr(flags, name) != known[name]
     ]
+
+
+def _expectation(flags: FinetuneFlags, source: Source) -> list[str]:
+    """A sentence where the checkpoint is not of the --expect'ed method."""
     if flags.expect is None:
-        return found
+        return []
     if flags.expect not in METHODS:
-        return [*found, "--expect: " + unknown("method", flags.expect, METHODS)]
+        return ["--expect: " + unknown("method", flags.expect, METHODS)]
     without = not load(METHODS, "method", flags.expect).sparse
     fits = not flags.moe if without else flags.method == flags.expect
     wanted = "one without experts" if without else f"one of {flags.expect}"
-    return found if fits else [*found, f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
+    return [] if fits else [f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
 
 
 def departures(flags: FinetuneFlags, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where a run departs from what its preset says of fine-tuning, and where from what its method says, here or in pre-training."""
     of_preset, of_method = command_line.departures(flags, _usual_flags(flags, source))
+    of_method |= source.operated
     if "preset" not in source.flags or flags.from_scratch:
         return of_preset, of_method
-    made = Flags(**{field.name: source.flags[field.name] for field in dataclasses.fields(Flags) if field.name in source.flags})
-    before = command_line.departures(made, command_line.usual_flags(made))[1]
+    before = command_line.departures(source.made, command_line.usual_flags(source.made))[1]
     return of_preset, of_method | {f"pretrained_{name}": value for name, value in before.items() if of_method.get(name) != value}
 
 
@@ -142,7 +166,8 @@ def _usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
     made = ("dropout", "dropatt", "dynamic_moe_mode")
     sizes = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "method", "moe")}
     sizes |= {name: source.flags.get(name, getattr(flags, name)) for name in made}
-    values = {**meant, **sizes, "moe_num_expert": flags.moe_num_expert}
+    of_surgery = ("moe_num_expert", "moe_experts_by_layer", "moe_expert_rank", "moe_sparse_share")
+    values = {**meant, **sizes, **{name: getattr(flags, name) for name in of_surgery}}
     how = finetuning(flags.task, flags.preset, flags.model)
     return FinetuneFlags(**{**values, **how, **_experts(values), "task": flags.task, "dataset": flags.task, "preset": flags.preset})
 

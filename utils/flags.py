@@ -1,6 +1,7 @@
 """The flags of train.py and finetune.py, official ones and ours, each declared once, and what holds of single flags. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from smoe_dropout.schedule import SCHEDULES
 from utils.examples import KINDS
@@ -28,6 +29,14 @@ class Flags:
     """random seed of initialisation, router, dropout, and for word pieces order and masks"""
     yes: bool = False
     """go on although a CPU would take hours"""
+    start_from: str | None = None
+    """weights to start from instead of random ones: a finished run, or a folder made by surgery.py. They say what the model is"""
+    teacher: str | None = None
+    """with --start_from: a finished run of such a model, whose predictions at k = E are learned, too"""
+    teacher_weight: float = 0.2
+    """what the divergence from the teacher counts beside the loss"""
+    teacher_temperature: float = 2.0
+    """by which both models' logits are divided before they are compared"""
     eval_only: bool = False
     """re-evaluate the best weights of --work_dir at --k, with the run's own flags"""
     k: str | None = None
@@ -90,6 +99,16 @@ class Flags:
     """experts instead of dense feed-forward layers"""
     moe_num_expert: int = 16
     """experts per layer, E"""
+    moe_experts_by_layer: str | None = None
+    """experts of each layer that has them where these differ, such as 8,6,10,8; --moe_num_expert is the largest"""
+    moe_expert_rank: int | None = None
+    """experts compressed by surgery.py: their maps are U V of this rank, and S"""
+    moe_sparse_share: float = 1.0
+    """share of the hidden units that S has"""
+    moe_prune_to: float | None = None
+    """with --start_from, share of the hidden units that S is left with at the end; the others are taken away while training"""
+    dense_width: str = "expert"
+    """width of feed-forward layers without experts, with --moe_index: that of one expert (official), or of all together"""
     moe_top_k: int | None = None
     """experts active per token where k is constant; default E/2"""
     gate_name: str = "random"
@@ -183,7 +202,9 @@ class Flags:
 
     def default_folder(self) -> str:
         """Where runs of one table lie side by side."""
-        return f"runs/{self.preset}/{self.model}/{self.dataset}" if self.model in OF_PIECES else f"runs/{self.preset}/{self.dataset}"
+        start = f"/from/{PurePath(self.start_from).name}" if self.start_from else ""
+        model = f"/{self.model}" if self.model in OF_PIECES else ""
+        return f"runs/{self.preset}{model}/{self.dataset}{start}"
 
 
 @dataclass(frozen=True)
@@ -243,7 +264,7 @@ REFUSED: dict[str, str] = {
     "threshold": "use --method_options threshold=0.001",
 }
 # flags that mean nothing to a model, and have to be left out
-_OF_TRANSFORMER_XL = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe")
+_OF_TRANSFORMER_XL = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe", "dense_width")
 OF_PIECES = ("bert", "roberta")
 MEANINGLESS = {"transformer_xl": ("mask_rate",), "bert": _OF_TRANSFORMER_XL, "roberta": _OF_TRANSFORMER_XL}
 CHOICES = {
@@ -254,6 +275,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16"),
     "dynamic_moe_mode": tuple(SCHEDULES),
+    "dense_width": ("expert", "all"),
 }
 POSITIVE = (
     *("batch_size", "batch_chunk", "tgt_len", "eval_tgt_len", "eval_batch_size", "n_layer", "n_head", "d_head", "d_model"),
@@ -261,7 +283,8 @@ POSITIVE = (
 )
 OF_EXPERTS = (
     *("moe_top_k", "gate_name", "moe_index", "freeze_gate", "load_balance", "dynamic_moe", "dynamic_moe_mode", "dynamic_overall_steps"),
-    *("moe_top_k_min", "moe_top_k_max", "output_scale", "gate_weight", "expert_backend"),
+    *("moe_experts_by_layer", "moe_expert_rank", "moe_sparse_share", "moe_prune_to"),
+    *("moe_top_k_min", "moe_top_k_max", "output_scale", "gate_weight", "dense_width", "expert_backend"),
     *("attn_moe", "freeze_main_network", "freeze_main_network_all", "dynamic_router_start"),
 )
 # what decides a run but not what method it is; and what follows from other flags unless it is given
@@ -274,6 +297,10 @@ OF_THE_RUN = (
         "run_name",
         "seed",
         "yes",
+        "start_from",
+        "teacher",
+        "teacher_weight",
+        "teacher_temperature",
         "eval_only",
         "k",
         "data",
@@ -304,6 +331,12 @@ OF_THE_RUN = (
     ),
     *("log_interval", "eval_interval", "save_interval"),
 )
+# flags that older runs do not say, and what they were made with
+SINCE = {
+    **{"start_from": None, "teacher": None, "teacher_weight": 0.2, "teacher_temperature": 2.0},
+    **{"moe_experts_by_layer": None, "moe_expert_rank": None, "moe_sparse_share": 1.0, "moe_prune_to": None, "compile": False},
+    "dense_width": "expert",
+}
 OF_THE_START = ("from_scratch",)  # of fine-tuning, and said beside the method
 DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
 NOT_NEGATIVE = (

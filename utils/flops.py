@@ -9,6 +9,8 @@ from torch import nn
 
 from smoe_dropout import moe_layers
 from smoe_dropout.attention import ExpertQueryKeyValue
+from smoe_dropout.experts import Experts
+from smoe_dropout.experts.compressed import CompressedExperts
 
 if TYPE_CHECKING:
     from utils.models import Shape
@@ -23,8 +25,16 @@ def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, den
     total = (layers - len(sparse)) * tokens * dense
     for _, layer in sparse:
         one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
-        total += 2 * tokens * one * (k or layer.computed_experts) + layer.routing_flops(shape.rows, shape.positions)
+        active = min(k, layer.num_experts) if k else layer.computed_experts
+        total += 2 * tokens * one * active + layer.routing_flops(shape.rows, shape.positions) + composing_flops(layer.experts)
     return total
+
+
+def composing_flops(experts: Experts) -> int:
+    """Of making the maps of compressed experts from their factors, once in a pass."""
+    if not isinstance(experts, CompressedExperts):
+        return 0
+    return 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -45,7 +55,7 @@ def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
             ffn_total += sum(parameter.numel() for parameter in module.parameters())
     for _, layer in moe_layers(model):
         one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
-        idle += (layer.num_experts - (k or layer.top_k)) * one
+        idle += (layer.num_experts - min(k or layer.top_k, layer.num_experts)) * one
     elsewhere = 0  # experts outside the feed-forward layers, of which one is active
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -229,3 +230,17 @@ def entry_at(record: Record, share: str) -> dict | None:
     experts = record["model"]["num_experts"] if record["sparse"] else None
     wanted = experts if share == "E" else experts // 2
     return next((entry for entry in record["quality"] if entry["k"] == wanted), None)
+
+
+def quality_points(method: Method) -> list[tuple[int | None, float, float, float]]:
+    """(k, activated parameters, mean quality, standard deviation over seeds or 0), ascending k; a dense model has one, with k None."""
+    by_k: dict[int | None, list[dict]] = {}
+    for record in method.records:
+        for entry in record["quality"]:
+            by_k.setdefault(entry["k"], []).append(entry)
+    points = []
+    for k in sorted(by_k, key=lambda k: -1 if k is None else k):
+        values = [entry[split_of(method.records[0])] for entry in by_k[k]]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        points.append((k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), statistics.mean(values), spread))
+    return points

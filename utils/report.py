@@ -61,7 +61,7 @@ def _values(method: Method, share: str, name: str) -> list[float]:
     return [entry[name] for entry in entries if entry is not None]
 
 
-def _quality_cell(method: Method, share: str) -> Cell:
+def quality_cell(method: Method, share: str) -> Cell:
     metric = method.records[0]["metric"]
     values, digits = _values(method, share, split_of(method.records[0])), 3 if metric["lower_is_better"] else 1  # a percentage
     if not values:
@@ -95,7 +95,7 @@ def _routing_cell(found: list[dict]) -> Cell:
     return Cell(f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}")
 
 
-def _mark_best(rows: list[list[Cell]], column: int, lower_is_better: bool) -> None:
+def mark_best(rows: list[list[Cell]], column: int, lower_is_better: bool) -> None:
     cells = [row[column] for row in rows if row[column].value is not None]
     if len(cells) < 2:  # the best of one says nothing
         return
@@ -125,7 +125,7 @@ def _distinct(values: Iterable, form: Callable = str) -> str:
     return " / ".join(form(value) for value in sorted(set(values)))
 
 
-def _caption(group: Group) -> str:
+def caption(group: Group) -> str:
     records = [record for method in group.methods for record in method.records]
     places = [record["environment"] for record in records]
     seeds = sorted({record["seed"] for record in records})
@@ -160,11 +160,11 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
     rows, published = [], [published_for(group, method, table, entries) for method in group.methods]
     for method in group.methods:
         seconds = (statistics.median(record["training"][name] for record in method.records) for name in ("seconds", "cpu_seconds"))
-        rows.append([Cell(f"{method.title} (n = {len(method.records)})"), _quality_cell(method, "E/2"), _quality_cell(method, "E")])
+        rows.append([Cell(f"{method.title} (n = {len(method.records)})"), quality_cell(method, "E/2"), quality_cell(method, "E")])
         rows[-1] += [Cell(short_number(method.records[0]["parameters"]["total"])), _pair_cell(method, "active_parameters")]
         rows[-1] += [Cell(" / ".join(f"{value:,.0f}" for value in seconds)), _pair_cell(method, "flops_per_token")]
     for column in (1, 2):
-        _mark_best(rows, column, group.metric["lower_is_better"])
+        mark_best(rows, column, group.metric["lower_is_better"])
     routed = [[record["routing"] for record in method.records if record.get("routing")] for method in group.methods]
     if any(routed):
         header.append("Load entropy (of 1) / routes changing late, k = E/2")
@@ -183,7 +183,7 @@ def build_table(group: Group, table: str, entries: list[dict]) -> Table:
         notes += [f"Published, {title}: {entry['source']} ({entry['setting']}); {entry['note']}." for title, entry in known]
     of_data = {_data_note(record) for method in group.methods for record in method.records if "note" in record["dataset"]}
     notes += [f"{note}." for note in sorted(of_data)]
-    return Table(f"{table}:{group.stem('-')}", _caption(group), header, rows, notes)
+    return Table(f"{table}:{group.stem('-')}", caption(group), header, rows, notes)
 
 
 def to_markdown(table: Table) -> str:
@@ -226,8 +226,10 @@ def update_readme(path: Path, table: str, text: str) -> None:
     path.write_bytes(f"{head}\n{text}\n{tail}".encode())
 
 
-def collect(run_dirs: Iterable[Path], table: str, results: Path = Path("results"), force: bool = False) -> list[Path]:
-    """Copies finished runs' records into `results`/`table` under their canonical names; nothing is written if one of them is refused."""
+def collect(run_dirs: Iterable[Path], table: str, folder: Path | None = None, force: bool = False) -> list[Path]:
+    """Copies finished runs' records into `folder`, by default results/TABLE, under their canonical names; nothing is written if one of them
+    is refused.
+    """
     planned: dict[Path, tuple[Path, Record]] = {}
     for run_dir in run_dirs:
         path = run_dir / "result.json"
@@ -238,7 +240,7 @@ def collect(run_dirs: Iterable[Path], table: str, results: Path = Path("results"
             raise UserError(f"{path}: the record belongs to '{record['table']}'; give --table {record['table']}, not {table}.")
         fold = [f"fold{record['fold']}"] if record.get("fold") is not None else []
         parts = (*setting(record), record["method"], *fold, f"seed{record['seed']}")
-        target = results / table / f"{'-'.join(map(slug, parts))}.json"
+        target = (folder or Path("results") / table) / f"{'-'.join(map(slug, parts))}.json"
         if target in planned and planned[target][1] != record:
             raise UserError(f"{path}: would get the same name as {planned[target][0]}, {target.name}; collect only one of the two.")
         if target.exists() and not force and json.loads(target.read_text(encoding="utf-8")) != record:

@@ -58,6 +58,7 @@ def build_result(
             "architecture": task.architecture.TITLE,
             **{name: getattr(flags, name) for name in task.architecture.SIZES},
             "num_experts": flags.moe_num_expert if sparse else None,
+            **({"experts_by_layer": [layer.num_experts for _, layer in sparse]} if flags.moe_experts_by_layer else {}),
             "moe_layers": moe_layer_indices(flags) if sparse else [],
             "router": flags.gate_name if sparse else None,
         },

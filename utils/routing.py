@@ -45,7 +45,8 @@ def describe_routing(task: Task, model: nn.Module, checkpoints: Path) -> dict[st
         load_weights(model, checkpoints / checkpoint.name_of(step))
         chosen.append(assignments(task, model, k, seed=step))
     changed = [(one[:, 0] != other[:, 0]).double().mean().item() for one, other in zip(*chosen, strict=True)] if len(steps) == 2 else None
-    entropies = [load_entropy(indices_NK, flags.moe_num_expert) for indices_NK in chosen[-1]]
+    sizes = [layer.num_experts for _, layer in moe_layers(model)]
+    entropies = [load_entropy(indices_NK, size) for indices_NK, size in zip(chosen[-1], sizes, strict=True)]
     return {
         "k": k,
         "steps": steps,

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.flags import Flags
 
 # flags that may differ between a run and its continuation: they change no number
-SAID_OTHERWISE = ("checkpoint", "expect")  # the weights' sha256 says what they are
+SAID_OTHERWISE = ("checkpoint", "start_from", "teacher", "expect")  # the weights' sha256 says what they are
 NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda")
 
 

@@ -1,7 +1,7 @@
-"""The checkpoint that fine-tuning starts from: what it was made with, and where its weights are. Imports no torch.
+"""The checkpoint that training starts from: what it was made with, and where its weights are. Imports no torch.
 
-A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of smoe_dropout.save_pretrained, or weights alone: a
-folder of smoe_dropout.save_model, whose sizes the command line has to say.
+A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of surgery.py or of smoe_dropout.save_pretrained, or
+weights alone: a folder of smoe_dropout.save_model, whose sizes the command line has to say.
 """
 
 import dataclasses
@@ -20,13 +20,15 @@ from utils.errors import UserError
 from utils.flags import OF_PIECES, OF_THE_RUN, Flags
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
+SURGERY = "surgery.json"
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Source:
     """path: as it was given. weights: the file. flags: those of train.py that made it, as far as they are known. title: what it was trained
-    on and for how long, as tables say it. of_transformers: smoe_dropout.from_pretrained reads it.
+    on and for how long, as tables say it. of_transformers: smoe_dropout.from_pretrained reads it. surgery: what surgery.json says of the
+    operation that made it, or the run it is of started from.
     """
 
     path: Path
@@ -34,19 +36,36 @@ class Source:
     flags: dict[str, Any]
     title: str
     of_transformers: bool = False
+    surgery: dict[str, Any] | None = None
+
+    @property
+    def made(self) -> Flags:
+        """The flags of the run that made it; it is known to say what it is."""
+        return Flags(**{field.name: self.flags[field.name] for field in dataclasses.fields(Flags) if field.name in self.flags})
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights."""
         return digest_of(read_chunks(self.weights), "sha256")[1]
 
+    @property
+    def operated(self) -> dict[str, str]:
+        """What a table says of the operation beside the method's name."""
+        return {"surgery": self.surgery["label"]} if self.surgery else {}
+
+    def provenance(self, transferred: bool) -> dict[str, Any]:
+        """What a record says of it. `transferred`: whether its weights are used."""
+        operated = {"surgery": self.surgery} if self.surgery else {}
+        return {"title": self.title, "sha256": self.fingerprint, "transferred": transferred, **operated}
+
 
 def open_source(path: Path) -> Source:
-    """UserError for a folder that is not there, is none of the four, or is of a run that has not ended."""
+    """UserError for a folder that is not there, is none of the five, or is of a run that has not ended."""
     if not path.is_dir():
         kind = "is a file" if path.exists() else "is not there"
         raise UserError(f"the checkpoint {path} {kind}: give the folder of a finished run of train.py, or of weights")
-    kinds: dict[str, Callable[[Path], Source]] = {"config.json": _run, "state.json": _step, OF_EXPERTS: _weights, WEIGHTS: _weights}
+    kinds: dict[str, Callable[[Path], Source]] = {SURGERY: operation, "config.json": _run, "state.json": _step}
+    kinds |= {OF_EXPERTS: _weights, WEIGHTS: _weights}
     if (path / TRANSFORMERS_WEIGHTS).exists() or "model_type" in _json(path / "config.json"):
         return _transformers(path)
     for name, open_it in kinds.items():
@@ -66,17 +85,25 @@ def _run(path: Path) -> Source:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'result.json'} is damaged: give one of the folders {path}/checkpoints/step-*") from None
-    record = _json(path / "result.json")
-    title = f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}, {flags['max_step']:,} steps"
-    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, title)
+    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, _json(path / "result.json"), f"{flags['max_step']:,} steps")
+
+
+def operation(path: Path) -> Source:
+    """What surgery.py made. UserError for one that is not whole."""
+    flags, surgery, folder = _flags_of_run(path), _json(path / SURGERY), path / "checkpoints" / "step-00000000"
+    if not surgery.keys() >= {"title", "label"}:
+        raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
+    return Source(path, _whole(folder), flags, surgery["title"], surgery=surgery)
 
 
 def _step(path: Path) -> Source:
     run = path.resolve().parent.parent
     if not (run / "config.json").exists():
         return _weights(path)
-    flags, record, step = _flags_of_run(run), _json(run / "result.json"), path.resolve().name.rpartition("-")[2]
-    return _of_run(path, path, flags, f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}, step {step.lstrip('0')}")
+    if (run / SURGERY).exists():
+        return operation(run)
+    step = path.resolve().name.rpartition("-")[2].lstrip("0")
+    return _of_run(path, path, _flags_of_run(run), _json(run / "result.json"), f"step {step}")
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
@@ -89,10 +116,18 @@ def _flags_of_run(run: Path) -> dict[str, Any]:
     return config
 
 
-def _of_run(path: Path, folder: Path, flags: dict[str, Any], title: str) -> Source:
+def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], steps: str) -> Source:
+    """`record`: where the run has ended; one that started from weights says which."""
+    start = record.get("pretrained", {})
+    what = start.get("title") or f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}"
+    return Source(path, _whole(folder), flags, f"{what}, {steps}", surgery=start.get("surgery"))
+
+
+def _whole(folder: Path) -> Path:
+    """The weights of a checkpoint."""
     if not (folder / WEIGHTS).exists() or not (folder / MANIFEST).exists():
         raise UserError(f"the checkpoint {folder} is missing or not whole: give another of {folder.parent}, or train again")
-    return Source(path, folder / WEIGHTS, flags, title)
+    return folder / WEIGHTS
 
 
 def _dataset(record: dict[str, Any], flags: dict[str, Any]) -> str:
@@ -127,6 +162,9 @@ def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
         "moe_index": None if experts.layers is None else ",".join(map(str, experts.layers)),
         "method_options": ",".join(f"{name}={value}" for name, value in experts.options.items()) or None,
         **({"method": experts.method} if experts.method in METHODS else {}),
+        "moe_experts_by_layer": ",".join(map(str, experts.experts_by_layer)) if experts.experts_by_layer else None,
+        "moe_expert_rank": experts.expert_rank,
+        "moe_sparse_share": experts.sparse_share,
         **({"d_inner": experts.d_expert} if experts.d_expert else {}),
     }
 

@@ -1,11 +1,12 @@
-"""Weights of a checkpoint into the model that is fine-tuned."""
+"""Weights of a checkpoint into the model that is trained, and of a model that surgery made into a checkpoint."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from smoe_dropout import from_pretrained
-from smoe_dropout.io import WEIGHTS, load_weights
+from smoe_dropout.io import WEIGHTS, load_weights, save_model
 from smoe_dropout.options import ConfigError
 from utils import checkpoint
 from utils.errors import UserError
@@ -27,6 +28,14 @@ def load(model: nn.Module, source: Source) -> None:
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
         raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def store(model: nn.Module, checkpoints: Path) -> None:
+    """As a run's checkpoint at step 0, whole or not there."""
+    writer = checkpoint.Writer(checkpoints, 0, is_main=True)
+    save_model(model, writer.partial)
+    writer.add_json("state.json", {"best_step": 0})
+    writer.finish()
 
 
 class HandedOver(NamedTuple):

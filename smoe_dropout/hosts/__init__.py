@@ -76,7 +76,12 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
     for index in chosen:
         refuse_tied(model, sites[index])
-    layers = [kind(sites[index].d_model, sites[index].experts(config), config) for index in chosen]
+    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(chosen):
+        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(chosen)} MoE layers")
+    own = [config.of_layer(place) for place in range(len(chosen))]
+    layers = [kind(sites[index].d_model, sites[index].experts(its), its) for index, its in zip(chosen, own, strict=True)]
+    for layer in layers:
+        layer.config = config  # the model's
     needs, shared = kind.needs | layers[0].router.needs, Shared()
     attentions = [attention_before(model, sites[index], "probabilities" in needs) if "attention" in needs else None for index in chosen]
     embedding = token_embedding(model) if "tokens" in needs else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import ConfigError, SMoEConfig
 from smoe_dropout.experts import Experts
+from smoe_dropout.experts.compressed import CompressedExperts, sparse_units
 
 
 def is_linear(module: object) -> bool:
@@ -59,7 +60,11 @@ class Site:
                 f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}: choose another, or give d_expert"
             )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
-        experts = Experts(E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
+        sizes = (E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
+        if config.expert_rank is None:
+            experts = Experts(*sizes)
+        else:
+            experts = CompressedExperts(*sizes, config.expert_rank, sparse_units(d_expert, config.sparse_share))
         experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
             self._fill(experts, lambda rows: rows.unflatten(0, (E, -1)), 1 / E)

@@ -17,8 +17,9 @@ N_TOKEN = 256  # bytes: any text can be read by any model
 
 
 def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
-    names = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
+    names = ("n_layer", "n_head", "d_model", "d_head", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
     sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
+    sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # of the layers that stay dense
     return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
 
 

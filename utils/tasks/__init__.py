@@ -16,6 +16,7 @@ from utils.model import build_model
 from utils.models import Shape, architecture
 
 if TYPE_CHECKING:
+    from smoe_dropout.methods.base import Objective
     from utils.data import Corpus
     from utils.engine import Engine
     from utils.flags import Flags
@@ -89,6 +90,27 @@ class Task(ABC):
     def departures(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the run departs from what its preset says, and where from what its method says: tables say it."""
         return departures(self.flags, usual_flags(self.flags))
+
+    def objective(self, of_the_method: Callable[[nn.Module, Callable], Objective]) -> Callable[[nn.Module, Callable], Objective]:
+        """What is minimised, from what the method would minimise."""
+        return of_the_method
+
+    def begin(self, model: nn.Module) -> None:  # noqa: B027 (most have nothing to do)
+        """Told the model when it is on its device, before the first step."""
+
+    def after_update(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Told of every step of the optimiser, when the gradients are still there."""
+
+    def finished(self, model: nn.Module) -> nn.Module:
+        """The model that a run has made, from its weights at the end."""
+        return model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be saved of the task besides `state_dict`."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027 (most have nothing to do)
+        """Goes on from there."""
 
     def build(self) -> nn.Module:
         """The model, as it is before a run."""

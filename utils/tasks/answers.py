@@ -31,6 +31,10 @@ class Answers(Labelled):
         lengths = torch.tensor([[len(sequence) for sequence in sequences] for sequences, _ in rows])
         return torch.from_numpy(tokens), lengths, torch.tensor([answer for _, answer in rows])
 
+    def sequences_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens_BST, lengths_BS, _ = batch.inputs
+        return tokens_BST.flatten(0, 1), lengths_BS.flatten()
+
     def ready(self, backbone: nn.Module) -> nn.Module:
         flags = self.flags
         outputs = self.corpus.labels if self.sequences == 1 else 1

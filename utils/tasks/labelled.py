@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from smoe_dropout import moe_layers
@@ -33,13 +34,13 @@ class Labelled(Numbered):
     sequences: texts of a row, each read on its own.
     """
 
-    table = "table2"
     selects = False
     sequences = 1
 
     def __init__(self, flags: FinetuneFlags, examples: Examples, engine, source: Source, text: Text):
         super().__init__(flags, examples, engine)
         self.source, self.text, self.splits = source, text, (examples.split,)
+        self.table = "surgery" if source.surgery else "table2"
         self._rows = {"train": self.read(examples.train), examples.split: self.read(examples.held_out)}
         self._lengths = {split: np.array([self.length(row) for row in rows]) for split, rows in self._rows.items()}
         self._own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
@@ -114,6 +115,10 @@ class Labelled(Numbered):
         fold = f", fold {self.flags.fold} of {self._folds} held out" if self._folds > 1 else ""
         return [f"rows: {rows}{fold}", f"weights {origin} {self.source.path} ({self.source.title}): {kept:,} parameters{made}{left}"]
 
+    def sequences_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens [N, T] and how many of each row are no padding [N]."""
+        return batch.inputs[0], torch.tensor([self.length(row) for row in batch.rows], device=self.engine.device)
+
     def _batch(self, rows: list, size: int, longest: int = 0) -> Batch:
         """This process's rows of a batch of `size`, the longest of which may be another's."""
         inputs = self.collate(rows, max(longest, *map(self.length, rows)))
@@ -169,6 +174,5 @@ class Labelled(Numbered):
 
     def provenance(self) -> dict[str, Any]:
         source, flags = self.source, self.flags
-        start = {"title": source.title, "sha256": source.fingerprint, "transferred": not flags.from_scratch}
-        start |= self._handed_over._asdict()
+        start = source.provenance(not flags.from_scratch) | self._handed_over._asdict()
         return {"pretrained": start} | ({"fold": flags.fold} if self._folds > 1 else {})

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What surgery is held against: a model like a run's, with KEEP experts of the same width in every layer from the first step on.
+# bash script/surgery/scratch.sh RUN KEEP [flags of train.py], such as --work_dir DIR
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if [ $# -lt 2 ] || [ ! -e "$1/config.json" ]; then
+  echo "error: usage: bash $0 RUN KEEP [flags of train.py]; RUN is the folder of a finished run of train.py" >&2
+  exit 2
+fi
+run=$1 keep=$2
+shift 2
+has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
+given=()
+for flag in model preset method data dataset seed d_inner; do given+=("--$flag" "$(field "$flag" <"$run/config.json")"); done
+start train.py "${given[@]}" --moe_num_expert "$keep" "$@"

@@ -1,0 +1,16 @@
+"""The baseline of merging: the same groups, their experts averaged as they are, without alignment or weights."""
+
+import torch
+
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.surgery.calibration import LayerCalibration
+from smoe_dropout.surgery.groups import Expert, Group, expert_of
+from smoe_dropout.surgery.merging import NEEDS, OPTIONS, groups, mean
+
+__all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
+
+
+def combine(layer: MoELayer, group: Group, calibration: LayerCalibration) -> Expert:
+    """The plain mean of the members."""
+    count = len(group.members)
+    return mean([expert_of(layer.experts, index) for index in group.members], torch.full((count,), 1 / count, dtype=torch.float64))

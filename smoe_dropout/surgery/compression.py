@@ -1,0 +1,121 @@
+"""MC-SMoE's compression (arXiv 2310.01334, section 3.3; LoSparse, 2306.11222): W = U V + S in every expert, S pruned while a teacher is
+learned from.
+
+    compressed = compress(model, rank=32)
+    pruner = Pruner(compressed, kept=0.1, steps=1000)
+    for step in range(steps):
+        loss = distilled(task_loss, logits, teacher_logits); loss.backward(); optimizer.step()
+        pruner.step()                       # while the gradients are there
+        optimizer.zero_grad()
+    pruner.finish()                         # what was pruned is no longer stored
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_dropout.control import configure, moe_layers
+from smoe_dropout.experts.compressed import CompressedExperts, factored, sparse_units
+from smoe_dropout.options import require
+
+BETA = 0.85  # of the mean of importances (LoSparse)
+
+
+def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
+    """A copy whose experts are U V + S, U V of the given rank, which with kept = 1 computes what the model does.
+
+    kept: share of the hidden units that S has at once, those it is largest for; a `Pruner` rather takes the others away in training.
+    ConfigError for a model without experts or with compressed ones, a rank that the maps have not, or a share that is none.
+    """
+    layers = moe_layers(model)
+    require(bool(layers), f"{type(model).__name__} has no MoE layers: there are no experts to compress")
+    require(layers[0][1].config.expert_rank is None, "the experts are compressed already")
+    most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
+    require(1 <= rank <= most, f"rank = {rank} must be from 1 to {most}, the largest rank of an expert's maps")
+    _check_share(kept)
+    made = copy.deepcopy(model)
+    for _, layer in moe_layers(made):
+        layer.experts = factored(layer.experts, rank)
+    width = {"d_expert": layers[0][1].experts.down.shape[1]} if layers[0][1].config.expert_init == "copy" else {}
+    configure(made, expert_rank=rank, expert_init="fresh", **width)
+    if kept < 1:
+        _keep(made, [_size(layer.experts) for _, layer in moe_layers(made)], kept)
+    return made
+
+
+def kept_share(step: int, steps: int, final: float) -> float:
+    """Of S's hidden units after that step: falls from 1 to `final` in so many steps, as a cube, fast at first."""
+    return final + (1 - final) * (1 - min(step / steps, 1.0)) ** 3
+
+
+class Pruner:
+    """Sets the hidden units of S that matter least to zero, more of them after every step; they are told by a running mean of |w dL/dw|.
+
+    Its state is to be saved and loaded where training is resumed.
+    """
+
+    def __init__(self, model: nn.Module, kept: float, steps: int):
+        self.model, self.kept, self.steps, self.taken = model, kept, steps, 0
+        self._experts = [layer.experts for _, layer in moe_layers(model) if isinstance(layer.experts, CompressedExperts)]
+        require(bool(self._experts), f"{type(model).__name__} has no compressed experts: call compress(model, rank) first")
+        _check_share(kept)
+        share = moe_layers(model)[0][1].config.sparse_share
+        require(kept <= share, f"kept = {kept} is more than the share {share} of hidden units that S has left")
+        require(steps >= 1, f"steps = {steps} must be at least 1")
+        self.importances = [torch.zeros_like(experts.units, dtype=experts.up_s.dtype) for experts in self._experts]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """To be called after the optimiser's step, before the gradients are set to zero."""
+        self.taken += 1
+        share = kept_share(self.taken, self.steps, self.kept)
+        for experts, importance_EU in zip(self._experts, self.importances, strict=True):
+            if experts.up_s.grad is not None:
+                importance_EU.lerp_(_importance(experts), 1 - BETA)
+            kept = min(sparse_units(experts.up_u.shape[2], share), importance_EU.shape[1])
+            pruned_EU = torch.ones_like(importance_EU, dtype=torch.bool).scatter_(1, importance_EU.topk(kept).indices, False)
+            for rows_EGUD in (experts.up_s, experts.down_s):
+                rows_EGUD.masked_fill_(pruned_EU[:, None, :, None], 0)
+
+    def finish(self) -> None:
+        """Leaves S only the hidden units that are kept. The parameters change: build their optimiser afterwards."""
+        _keep(self.model, self.importances, self.kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"taken": torch.tensor(self.taken), **{f"importance.{i}": tensor for i, tensor in enumerate(self.importances)}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.taken = int(state["taken"])
+        for index, importance_EU in enumerate(self.importances):
+            importance_EU.copy_(state[f"importance.{index}"])
+
+
+def distilled(task_loss: Tensor, logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, temperature: float = 2.0) -> Tensor:
+    """The task's loss plus alpha T^2 KL(teacher || model) at temperature T, the mean over positions [..., V]."""
+    ours, theirs = ((some.flatten(0, -2) / temperature).log_softmax(-1) for some in (logits, teacher_logits))
+    return task_loss + alpha * temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def _importance(experts: CompressedExperts) -> Tensor:
+    """Mean |w dL/dw| of every hidden unit of S [E, U]."""
+    products = [(rows * rows.grad).abs().transpose(1, 2).flatten(2) for rows in (experts.up_s, experts.down_s)]
+    return torch.cat(products, 2).mean(2)
+
+
+def _size(experts: CompressedExperts) -> Tensor:
+    """Sum of squares of every hidden unit of S [E, U]."""
+    return sum(rows.detach().square().sum((1, 3)) for rows in (experts.up_s, experts.down_s))
+
+
+def _keep(model: nn.Module, importances: list[Tensor], share: float) -> None:
+    """Leaves S of every expert its share of hidden units, the most important ones."""
+    for (_, layer), importance_EU in zip(moe_layers(model), importances, strict=True):
+        kept = importance_EU.topk(sparse_units(layer.experts.up_u.shape[2], share)).indices
+        layer.experts.keep_units(kept.sort(1).values)
+    configure(model, sparse_share=share)
+
+
+def _check_share(kept: float) -> None:
+    require(0 < kept <= 1, f"kept = {kept} must be above 0, and 1 at most")

@@ -1,0 +1,39 @@
+"""The best experts of every layer are kept as they are, and the others dropped: by what a text says of them, or by the router alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.options import require
+from smoe_dropout.registry import unknown
+from smoe_dropout.surgery.calibration import LayerCalibration
+from smoe_dropout.surgery.dropping import combine
+from smoe_dropout.surgery.groups import Group
+from smoe_dropout.surgery.merging import most_used
+
+__all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
+
+NEEDS: frozenset[str] = frozenset()  # the score decides
+OPTIONS = {"score": "usage"}
+
+# how good every expert is [E]; large logits choose, and a frozen router's rows stay as long as they were drawn
+SCORES: dict[str, Callable[[MoELayer, LayerCalibration | None], Tensor]] = {
+    "usage": lambda layer, calibration: calibration.usage_E,
+    "gate_weight": lambda layer, calibration: calibration.weight_E,
+    "router_norm": lambda layer, calibration: layer.router.weight.detach().norm(dim=1).cpu(),
+}
+
+
+def groups(
+    layers: Sequence[MoELayer], calibrations: Sequence[LayerCalibration | None], keep: int, options: Mapping[str, Any]
+) -> list[list[Group]]:
+    """The `keep` best experts of every layer by the option `score`; a layer with fewer keeps all. ConfigError for an unknown score, or one
+    that needs a calibration where there is none; ValueError for one of them that no token reached.
+    """
+    score = str(options["score"])
+    require(score in SCORES, unknown("score", score, SCORES))
+    require(score == "router_norm" or None not in calibrations, f"score {score!r} needs a calibration: calibrate(model, passes) makes one")
+    scores = [SCORES[score](layer, calibration) for layer, calibration in zip(layers, calibrations, strict=True)]
+    return [[Group((expert,), expert) for expert in experts] for experts in most_used(scores, keep, by_layer=True)]

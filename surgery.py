@@ -1,0 +1,96 @@
+"""Makes a smaller model of a trained one: experts dropped, merged or pruned, the router cut to those that are left. Measures both.
+
+    python surgery.py --from runs/laptop/enwik8/smoe-seed1 --method merge --keep 8
+    python surgery.py --from RUN --method uncurl --keep 8 --task sst2        decided by the task's rows; then finetune.py --checkpoint OUT
+    python surgery.py --from RUN --method compress --rank 32 --kept 0.1      then train.py --start_from OUT --teacher RUN
+
+The folder it makes is read like a finished run's, by train.py --start_from, finetune.py, generate.py and train.py --eval_only.
+`python surgery.py --help` lists the flags.
+"""
+
+import sys
+
+from utils.errors import exit_on_user_error
+from utils.surgery import parse
+
+if __name__ == "__main__":
+    with exit_on_user_error():  # before torch is imported: a wrong flag or text is answered at once
+        PLAN = parse(sys.argv[1:])
+
+from torch import nn
+
+from smoe_dropout import calibrate, moe_layers, operate
+from smoe_dropout.io import load_weights
+from smoe_dropout.options import ConfigError
+from smoe_dropout.registry import SURGERIES, load
+from smoe_dropout.surgery.compression import compress
+from utils.checkpoint import name_of
+from utils.engine import Engine
+from utils.errors import UserError
+from utils.run_folder import RunFolder, describe_environment, write_json
+from utils.source import SURGERY
+from utils.surgery import COMPRESS, Plan, flags_after, is_complete
+from utils.surgery_measure import as_text, measured, row_passes, text_passes, time_ratios
+from utils.tasks import Task
+from utils.tasks.finetuning import task_class
+from utils.tasks.starting import pretraining
+from utils.text import text_of
+from utils.transfer import store
+
+
+def main(plan: Plan, engine: Engine) -> int:
+    flags, source = plan.flags, plan.source
+    if is_complete(plan):
+        print(f"this operation is complete: {flags.out}")
+        return 0
+    task = pretraining(plan.made, plan.text, engine, source)
+    model = task.build().to(engine.device).eval()
+    print(f"{plan.label}: {source.path} ({source.title})")
+    try:
+        if flags.method == COMPRESS:
+            calibration, smaller = None, compress(model, flags.rank)
+        else:
+            calibration = read(plan, model, engine)
+            seed = {"seed": flags.seed} if "seed" in load(SURGERIES, "method", flags.method).OPTIONS else {}
+            smaller, _ = operate(model, flags.method, flags.keep, calibration, **plan.options, **seed)
+    except (ConfigError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+    after = flags_after(plan, tuple(layer.num_experts for _, layer in moe_layers(smaller)))
+    folder = RunFolder(after, task.fingerprints | {"surgery": plan.said})
+    checkpoints = folder.checkpoints_of(after)
+    store(smaller, checkpoints)
+    if calibration is not None:
+        calibration.save(folder.path / "calibration.safetensors")
+
+    task_after = pretraining(after, plan.text, engine, None)
+    smaller = load_weights(task_after.build(), checkpoints / name_of(0))  # what is measured is what was saved
+    pairs = [(task, engine.prepare(model)), (task_after, engine.prepare(smaller))]
+    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.label}", "metric": metric_of(task)}
+    for name, pair in zip(("before", "after"), pairs, strict=True):
+        print(f"{name}:")
+        surgery[name] = measured(*pair, print)
+    surgery |= {"time": time_ratios(*pairs), "environment": describe_environment(engine)}
+    write_json(folder.path / SURGERY, surgery)
+    print(as_text(surgery))
+    print(f"done: {folder.path}")
+    return 0
+
+
+def read(plan: Plan, model: nn.Module, engine: Engine):
+    """Usage, gate weights and router logits of the experts on a text, or on the rows of a task."""
+    if plan.rows is None:
+        passes = text_passes(pretraining(plan.made, plan.material, engine, None), model, plan.flags.tokens)
+    else:
+        kind = task_class(plan.rows)
+        passes = row_passes(kind(plan.rows, plan.material, engine, plan.source, text_of(plan.rows, plan.source)), model, plan.flags.tokens)
+    return calibrate(model, passes, k=plan.flags.k, seed=plan.flags.seed)
+
+
+def metric_of(task: Task) -> dict:
+    return {"name": task.metric.name, "lower_is_better": task.metric.lower_is_better, "split": task.splits[-1]}
+
+
+if __name__ == "__main__":
+    with exit_on_user_error(), Engine(PLAN.made) as ENGINE:
+        sys.exit(main(PLAN, ENGINE))

@@ -1,0 +1,114 @@
+"""Ablations: which run belongs to which row, the table and the figure, the scripts of the rows."""
+
+import json
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import ablations
+from utils.ablations import ABLATIONS, build_table, groups_of, main, render, row_of
+from utils.command_line import departures, parse, usual_flags
+from utils.errors import UserError
+from utils.records import PUBLISHED, find_records, load_records
+from utils.report import to_markdown
+from utils.result import in_brackets
+
+BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}
+SCRIPTS = [path for path in (ROOT / "script" / "ablation").glob("*/*.sh")] + [
+    path for path in (ROOT / "script" / "figure5").glob("*.sh") if path.name != "run_all.sh"
+]
+
+
+def flags_of(path):
+    """Of a script, or of the one of Table 1 that it runs."""
+    text = path.read_text()
+    if same := re.search(r"exec bash (script/\S+\.sh)", text):
+        text = (ROOT / same[1]).read_text()
+    return parse(text.split("\npretrain ")[1].replace('"$@"', "").split())
+
+
+def told(flags) -> dict:
+    """What the record of such a run would say of method, preset and depth."""
+    of_preset, of_method = (in_brackets(found) for found in departures(flags, usual_flags(flags)))
+    return {"method": flags.method + of_method, "preset": flags.preset + of_preset, "model": {"n_layer": flags.n_layer}}
+
+
+def test_every_row_has_a_script_and_every_script_a_row():
+    """By the flags in it, whatever it is called; rows of dense and sparse models of four layers are Table 1's alone."""
+    found = {}
+    for path in SCRIPTS:
+        name = "depth" if path.parent.name == "figure5" else path.parent.name
+        row = row_of(told(flags_of(path)), BY_NAME[name])
+        assert row is not None, path
+        assert found.setdefault((name, row.label), path) == path
+    of_table1 = {("depth", row.label) for row in BY_NAME["depth"].rows if row.number == 4}
+    assert {*found} | of_table1 == {(one.name, row.label) for one in ABLATIONS for row in one.rows}
+
+
+def test_layers_without_experts_are_as_wide_as_asked():
+    """Official: as one expert; in the ablation of layers: of equal parameters."""
+    from utils.flops import parameter_counts
+    from utils.model import build_model
+
+    some = ["--preset", "laptop", "--method", "smoe_dropout", "--moe_index", "0,1"]
+    official, equal, dense = (
+        build_model(parse(argv)) for argv in (some, [*some, "--dense_width", "all"], [*some[:2], "--method", "dense"])
+    )
+    assert official.layers[3].feed_forward.core[0].out_features == 64
+    assert equal.layers[3].feed_forward.core[0].out_features == dense.layers[3].feed_forward.core[0].out_features == 1024
+    experts = [parameter_counts(build_model(parse(argv)))["total"] for argv in (some[:4], [*some, "--dense_width", "all"])]
+    assert experts[0] == pytest.approx(experts[1], rel=0.01)
+
+
+def records(rows: dict[str, tuple[str, str, float]]) -> list:
+    """A record for each: method, preset, and the quality at k = E, which is doubled at E/2."""
+    path = next((ROOT / "results" / "table1").glob("enwik8-prefix-laptop-smoe_dropout-seed1.json"))
+    one, found = json.loads(path.read_text()), []
+    for name, (method, preset, quality) in rows.items():
+        by_k = [{**entry, "test": quality * 16 / entry["k"]} for entry in one["quality"]]
+        found.append((path.with_name(name), {**one, "method": method, "title": method, "preset": preset, "quality": by_k}))
+    return found
+
+
+def test_table_of_a_schedule_stands_in_its_order_beside_published_numbers():
+    exponential = "smoe_dropout (dynamic_moe_mode=exp_increase)"
+    found = records({"b": (exponential, "laptop", 3.0), "a": ("smoe_dropout", "laptop", 2.0), "c": ("thor", "laptop", 1.0)})
+    (group,) = groups_of(BY_NAME["schedule"], found)
+    lines = to_markdown(build_table(BY_NAME["schedule"], group, json.loads(PUBLISHED.read_text())["entries"])).splitlines()
+    assert [line.split(" | ")[:4] for line in lines[4:6]] == [
+        ["| linear, E/2 to E (n = 1)", "**4.000**", "**2.000**", "2.000 (k = 16)"],
+        ["| exponential (n = 1)", "6.000", "3.000", "3.000 (k = 16)"],
+    ]
+    assert lines[4].endswith("| 1.1776 / 1.1486 |") and lines[5].endswith("| 1.2167 / 1.1877 |")
+
+
+def test_runs_of_other_presets_are_not_compared_and_depth_is_no_other_preset():
+    deep = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout", "laptop (n_layer=8)", 1.0)})
+    assert [len(group.methods) for group in groups_of(BY_NAME["depth"], deep)] == [2]
+    assert groups_of(BY_NAME["schedule"], deep) == []
+    other = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout (gate_name=hash)", "quick", 1.0)})
+    assert groups_of(BY_NAME["router"], other) == []
+
+
+def test_one_row_alone_is_no_ablation(tmp_path):
+    with pytest.raises(UserError, match="no two finished rows"):
+        (tmp_path / "runs").mkdir()
+        main(["--runs", str(tmp_path / "runs")])
+
+
+@pytest.mark.parametrize("name", ["experts", "depth"])
+def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path):
+    ablation = BY_NAME[name]
+    rows = [row for row in ablation.rows if row.method == "smoe_dropout"]
+    said = {row.label: (f"{row.method} {row.departs}".strip(), f"laptop {row.preset}".strip(), 2.0) for row in rows}
+    text = render(records(said), [], only=[name], figs=tmp_path)
+    (figure,) = tmp_path.glob("*.png")
+    assert figure.stat().st_size > 10_000 and f"(Figs/{figure.name})" in text
+
+
+def test_text_of_the_readme_is_rendered_from_the_records(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = load_records(find_records([path for path in ablations.RESULTS if path.exists()], []), "table1")
+    text = render(found, json.loads(PUBLISHED.read_text())["entries"])
+    assert (ROOT / "README.md").read_text().split("<!-- ablation:begin -->\n")[1].split("\n<!-- ablation:end -->")[0] == text

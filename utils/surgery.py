@@ -1,0 +1,208 @@
+"""The command line of surgery.py: which trained model is made smaller, how, and what is read to decide. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from smoe_dropout.registry import SURGERIES, unknown
+from utils import finetuning
+from utils.command_line import read_config, resolve
+from utils.data import Corpus
+from utils.errors import UserError
+from utils.examples import TASKS, Examples, read_examples
+from utils.flags import CHOICES, OF_PIECES, FinetuneFlags, Flags
+from utils.source import SURGERY, Source, kind_of, open_source
+
+
+@dataclass(frozen=True)
+class SurgeryFlags:
+    """Makes a smaller model of a trained one with experts, and measures both."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """a finished run of train.py, one of its checkpoints/step-*, or a folder of this program"""
+    method: str
+    """merge, uncurl, slim, drop, average or compress"""
+    keep: int | None = None
+    """experts to keep in a layer; merge, average and drop keep so many on average over the layers, unless --by_layer"""
+    by_layer: bool = False
+    """merge, average, drop: keep as many in every layer"""
+    score: str | None = None
+    """slim: usage, gate_weight or router_norm, by which the best are told"""
+    rank: int | None = None
+    """compress: rank of U V in W = U V + S"""
+    kept: float | None = None
+    """compress: share of the hidden units that S has after training"""
+    calibrate: str | None = None
+    """what is read to decide: a prepared text, or with --task the task's rows; default the run's own text, or data/<task>"""
+    task: str | None = None
+    """read the rows of sst2, csqa, asdiv_a, mawps or svamp instead of a text; padding is not counted"""
+    k: int | None = None
+    """active experts while reading; default E/2: with all of them active usage says nothing"""
+    tokens: int = 65_536
+    """positions to read"""
+    seed: int = 1111
+    """random seed of samples and clusters"""
+    data: str | None = None
+    """prepared text on which both models are tested; default the run's own"""
+    out: str | None = None
+    """the folder to make; default runs/<preset>/surgery/<run>-<method>-<keep>"""
+    max_test_steps: int | None = None
+    """batches of each test (-1: all); default the run's"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda"""
+    threads: int = 0
+    """CPU threads; 0: torch's choice"""
+
+
+COMPRESS = "compress"
+# which methods a flag means something to; and those that mean nothing where nothing is read
+OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("slim",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
+OF_READING = ("keep", "calibrate", "task", "k")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """flags: the command line, decided. source: the trained model. made: the flags that describe it here. text: on which it is tested.
+    material: what is read to decide, a text or the rows of a task; rows: how these are read; both None where nothing is.
+    """
+
+    flags: SurgeryFlags
+    source: Source
+    made: Flags
+    text: Corpus
+    material: Corpus | Examples | None
+    rows: FinetuneFlags | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the method, where they are given."""
+        return {name: getattr(self.flags, name) for name in OPTIONS if getattr(self.flags, name) != getattr(SurgeryFlags, name)}
+
+    @property
+    def label(self) -> str:
+        """The operation in the words of a table."""
+        flags = self.flags
+        words = [flags.method, f"{self.made.moe_num_expert} to {flags.keep}" if flags.keep else ""]
+        words += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
+        return " ".join(word for word in (*words, f"on {flags.task}" if flags.task else "") if word)
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What decides the outcome."""
+        flags, source, material = self.flags, self.source, self.material
+        start = {"title": source.title, "sha256": source.fingerprint, "method": self.made.method or "custom", "seed": self.made.seed}
+        read = None
+        if material is not None:
+            read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k, "tokens": flags.tokens}
+        decided = {"method": flags.method, "keep": flags.keep, "options": self.options, "seed": flags.seed}
+        return decided | {"source": start, "read": read, "tested_on": self.text.fingerprint}
+
+
+def parse(argv: list[str]) -> Plan:
+    """A command line and what it names, opened. UserError for every mistake, before anything is written."""
+    flags = tyro.cli(SurgeryFlags, args=argv, prog="surgery.py", config=(tyro.conf.HelptextFromCommentsOff,))
+    source = open_source(Path(flags.source))
+    if "preset" not in source.flags:
+        raise UserError(f"{source.path} holds weights alone: give the folder of the run that made them")
+    if not source.flags["moe"]:
+        raise UserError(f"the checkpoint {source.path} is of {kind_of(source)}: there are none to make fewer")
+    if mistakes := _mistakes(flags, source):
+        raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
+    made = source.made
+    flags = dataclasses.replace(flags, k=flags.k or max(1, made.moe_num_expert // 2), out=flags.out or _default_folder(flags, source))
+    said = {"device": flags.device, "threads": flags.threads, "data": flags.data or made.data, "work_dir": flags.out}
+    if flags.max_test_steps is not None:
+        said["max_test_steps"] = flags.max_test_steps
+    made = dataclasses.replace(made, **said)
+    refuse_occupied(Path(flags.out))
+    text = open_text(made.data, source)
+    if flags.method == COMPRESS:
+        return Plan(flags, source, made, text, None, None)
+    if flags.task is None:
+        return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
+    how = ["--task", flags.task, "--checkpoint", flags.source, "--threads", str(flags.threads), "--device", flags.device]
+    rows, _ = finetuning.parse([*how, *(["--data", flags.calibrate] if flags.calibrate else [])])
+    return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data)), rows)
+
+
+def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
+    E, found = source.flags["moe_num_expert"], []
+    if flags.method not in (*SURGERIES, COMPRESS):
+        return ["--method: " + unknown("method", flags.method, [*SURGERIES, COMPRESS])]
+    for name, methods in OPTIONS.items():
+        if flags.method not in methods and getattr(flags, name) != getattr(SurgeryFlags, name):
+            found.append(f"--{name} means nothing to --method {flags.method}: leave it out")
+    if flags.method == COMPRESS:
+        found += [f"--{name} means nothing to --method {COMPRESS}: leave it out" for name in OF_READING if getattr(flags, name) is not None]
+        most = min(source.flags["d_model"], source.flags["d_inner"])
+        if flags.rank is None or not 1 <= flags.rank <= most:
+            found.append(f"--rank {flags.rank} must be from 1 to {most}, the largest rank of an expert's maps")
+        if flags.kept is None or not 0 < flags.kept <= 1:
+            found.append(f"--kept {flags.kept} must be above 0, and 1 at most")
+    elif flags.keep is None:
+        found.append(f"--keep is missing: say how many of the {E} experts of a layer are to be kept")
+    for name in ("keep", "k"):
+        if getattr(flags, name) is not None and not 1 <= getattr(flags, name) <= E:
+            found.append(f"--{name} {getattr(flags, name)} must be from 1 to the {E} experts of {source.path}")
+    if flags.task is not None and flags.task not in TASKS:
+        found.append("--task: " + unknown("task", flags.task, list(TASKS)))
+    if flags.device not in CHOICES["device"]:
+        found.append("--device: " + unknown("value", flags.device, list(CHOICES["device"])))
+    if flags.tokens < 1:
+        found.append(f"--tokens {flags.tokens} must be at least 1")
+    found += [f"--{name} {getattr(flags, name)} must not be negative" for name in ("seed", "threads") if getattr(flags, name) < 0]
+    wide = source.flags["model"] in OF_PIECES or source.flags["dense_width"] == "all"
+    if wide and source.flags["moe_index"] is not None:
+        found.append(f"{source.path} has layers without experts, as wide as the experts of a layer together: their width would be lost")
+    return found
+
+
+def _default_folder(flags: SurgeryFlags, source: Source) -> str:
+    words = [source.path.resolve().name, flags.method, *(str(size) for size in (flags.keep, flags.rank) if size), flags.task]
+    return f"runs/{source.flags['preset']}/surgery/{'-'.join(word for word in words if word)}"
+
+
+def refuse_occupied(out: Path) -> None:
+    """UserError for a folder that holds anything but an operation, finished or cut short."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose another")
+    if out.exists() and any(out.iterdir()) and "surgery" not in (read_config(out) if (out / "config.json").exists() else {}):
+        raise UserError(f"--out {out} holds something else: choose an empty or a new folder")
+
+
+def open_text(folder: str, source: Source) -> Corpus:
+    """UserError for a text that is not there, is damaged, or is none that the model can read."""
+    corpus = Corpus.open(folder, source.flags["model"] in OF_PIECES)
+    known, there = source.flags.get("vocabulary_sha256"), corpus.vocabulary
+    if (there and there.sha256) != known:
+        units = "bytes" if known is None else "the word pieces"
+        raise UserError(f"{folder} does not hold {units} that {source.path} was trained on: give another text")
+    corpus.verify()
+    return corpus
+
+
+def is_complete(plan: Plan) -> bool:
+    """Whether this very operation is there already. UserError for another one."""
+    path = Path(plan.flags.out) / SURGERY
+    if not path.exists():
+        return False
+    stored, said = json.loads(path.read_text()), plan.said
+    if different := [name for name in said if stored.get(name) != said[name]]:
+        raise UserError(f"--out {plan.flags.out} holds another operation, of other {', '.join(different)}: choose another folder")
+    return True
+
+
+def flags_after(plan: Plan, sizes: tuple[int, ...]) -> Flags:
+    """Of the model with so many experts in its layers; k and its schedule as its method has them at that size."""
+    made, flags = plan.made, plan.flags
+    changes = {"moe_num_expert": max(sizes), "moe_experts_by_layer": ",".join(map(str, sizes)), "d_ff": None}
+    changes |= dict.fromkeys(("moe_top_k", "moe_top_k_min", "moe_top_k_max"))
+    if flags.method == COMPRESS:
+        changes |= {"moe_expert_rank": flags.rank, "moe_prune_to": flags.kept}
+    return dataclasses.replace(resolve(dataclasses.replace(made, **changes)), method=made.method)

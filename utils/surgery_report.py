@@ -1,0 +1,261 @@
+"""The table and the figure of surgery, from the records of the runs that went on from it.
+
+    python -m utils.surgery_report --readme README.md --figs Figs            # from results/surgery
+    python -m utils.surgery_report --collect runs/a runs/b                   # take finished runs into results/surgery
+
+A record of train.py --start_from or of finetune.py holds what surgery.py measured. Records without surgery are what it is held against: the
+same model fine-tuned whole, or trained on for as long, and one of that size trained from random weights. All qualities are at k = E.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError, run_main
+from utils.records import Record, find_records, read_record, replicate, setting, slug, split_of
+from utils.report import DASH, Cell, Table, short_number, to_markdown, update_readme
+
+TABLE = "surgery"
+
+
+@dataclass
+class Row:
+    """One operation, and the records of it, one a seed."""
+
+    label: str
+    records: list[Record]
+
+
+@dataclass
+class Group:
+    """Operations on models trained alike, and measured on the same data; `others`: all records without surgery."""
+
+    name: tuple[str, ...]
+    rows: list[Row]
+    others: list[Record]
+
+
+def surgery_of(record: Record) -> dict | None:
+    return record.get("pretrained", {}).get("surgery")
+
+
+def final(quality: list[dict], split: str) -> float:
+    """At the largest k."""
+    return max(quality, key=lambda row: row["k"])[split]
+
+
+def measured_alike(record: Record, other: Record) -> bool:
+    same = ("fingerprint", "name")
+    return all(record["dataset"][name] == other["dataset"][name] for name in same) and record["metric"]["name"] == other["metric"]["name"]
+
+
+def of_the_text(record: Record) -> bool:
+    """Whether its quality is the one that surgery.py measured, too."""
+    return record["metric"]["name"] == surgery_of(record)["metric"]["name"]
+
+
+def before(record: Record, others: list[Record]) -> float | None:
+    """Of the model that was operated on: as it was measured, or fine-tuned on the same rows with the same seed."""
+    surgery = surgery_of(record)
+    if of_the_text(record):
+        return final(surgery["before"]["quality"], surgery["metric"]["split"])
+    found = [
+        other
+        for other in others
+        if measured_alike(record, other)
+        and replicate(record) == replicate(other)
+        and other.get("pretrained", {}).get("sha256") == surgery["source"]["sha256"]
+        and other["pretrained"]["transferred"]
+    ]
+    return final(found[0]["quality"], split_of(record)) if found else None
+
+
+def directly_after(record: Record) -> float | None:
+    surgery = surgery_of(record)
+    return final(surgery["after"]["quality"], surgery["metric"]["split"]) if of_the_text(record) else None
+
+
+def recovered(record: Record) -> float:
+    return final(record["quality"], split_of(record))
+
+
+def from_scratch(record: Record, others: list[Record]) -> list[Record]:
+    """Models of the same method with as many parameters, trained at that size from the first step on."""
+    name = surgery_of(record)["source"]["method"]
+    return [
+        other
+        for other in others
+        if measured_alike(record, other)
+        and other["method"].partition(" ")[0] == name
+        and other["model"]["architecture"] == record["model"]["architecture"]
+        and other["parameters"]["total"] == record["parameters"]["total"]
+    ]
+
+
+def trained_on(group: Group) -> list[Record]:
+    """Records of the models that were operated on, trained on without surgery."""
+    records = [record for row in group.rows for record in row.records]
+    sources = {surgery_of(record)["source"]["sha256"] for record in records}
+    return [
+        other
+        for other in group.others
+        if of_the_text(records[0]) and measured_alike(records[0], other) and other.get("pretrained", {}).get("sha256") in sources
+    ]
+
+
+def group_records(records: list[Record]) -> list[Group]:
+    """By data, metric, and what the operated model was trained on and how; rows by operation, training and size."""
+    others = [record for record in records if not surgery_of(record)]
+    groups: dict[tuple, dict[tuple, list[Record]]] = {}
+    for record in records:
+        if surgery := surgery_of(record):
+            source = surgery["source"]
+            name = (record["dataset"]["title"], record["metric"]["name"], source["title"], source["method"])
+            taught = ", taught" if "teacher" in record["pretrained"] else ""
+            row = (surgery["label"] + taught, record["training"]["steps"])
+            groups.setdefault(name, {}).setdefault(row, []).append(record)
+    return [
+        Group(name, [Row(label, found) for (label, _), found in sorted(rows.items(), key=lambda row: _order(row[1][0]))], others)
+        for name, rows in sorted(groups.items())
+    ]
+
+
+def _order(record: Record) -> tuple:
+    surgery = surgery_of(record)
+    return -sum(surgery["after"]["experts"]), surgery["label"], record["training"]["steps"]
+
+
+def _mean(values: Iterable[float | None], form: str = "{:.3f}") -> Cell:
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell()
+    spread = f" ± {form.format(statistics.stdev(known))}" if len(known) > 1 else ""
+    return Cell(form.format(statistics.mean(known)) + spread)
+
+
+def build_table(group: Group) -> Table:
+    first = group.rows[0].records[0]
+    title, metric, start, method = group.name
+    form = "{:.3f}" if first["metric"]["lower_is_better"] else "{:.1f}"
+    header = ["Operation", "Experts of each layer", "Before", "Directly after", "After training on", "From scratch at that size"]
+    header += ["Parameters, before / after", "FLOPs a token, before / after", "Time of a pass"]
+    rows = []
+    for row in group.rows:
+        surgery = surgery_of(row.records[0])
+        whole, left = surgery["before"], row.records[0]
+        scratch = [recovered(other) for other in from_scratch(row.records[0], group.others)]
+        cells = [Cell(f"{row.label} (n = {len(row.records)})"), Cell(_experts(row.records))]
+        cells += [_mean((before(record, group.others) for record in row.records), form), _mean(map(directly_after, row.records), form)]
+        after = _mean(map(recovered, row.records), form)
+        cells += [Cell(f"{after.text}, {row.records[0]['training']['steps']:,} steps"), _mean(scratch, form)]
+        cells += [Cell(" / ".join(map(short_number, (whole["parameters"], left["parameters"]["total"]))))]
+        cells += [Cell(" / ".join(short_number(final(part["quality"], "flops_per_token")) for part in (whole, left)))]
+        cells += [_mean((surgery_of(record)["time"][0]["ratio"] for record in row.records), "× {:.2f}")]
+        rows.append(cells)
+    seeds = sorted({record["seed"] for row in group.rows for record in row.records})
+    shown = f"{split_of(first)} {metric}"
+    caption = f"Surgery on {method}, pre-trained on {start}: {shown} on {title}, all experts active, seeds {', '.join(map(str, seeds))}."
+    notes = [
+        "Time of a pass: after over before, the same evaluation with all experts of each active, medians of passes taken in turn.",
+        f"{DASH}: not run, or not to be had: a task has no quality before its training.",
+    ]
+    for steps in sorted({record["training"]["steps"] for record in trained_on(group)}):
+        found = [recovered(record) for record in trained_on(group) if record["training"]["steps"] == steps]
+        notes.append(f"Trained on for {steps:,} steps without surgery: {_mean(found, form).text} (n = {len(found)}).")
+    return Table(f"{TABLE}:{slug(' '.join(group.name))}", caption, header, rows, notes)
+
+
+def _experts(records: list[Record]) -> str:
+    """Of each layer, one seed after the other where they differ."""
+    found = [surgery_of(record)["after"]["experts"] for record in records]
+    words = [str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) for sizes in found]
+    return "; ".join(dict.fromkeys(words))
+
+
+def draw(group: Group, path: Path) -> None:
+    """Quality against stored parameters, one curve a method: after training on, and dotted directly after."""
+    from utils import figures  # here, because it imports matplotlib, which tables do without
+    from utils.figures import plt
+
+    first, methods = group.rows[0].records[0], {}
+    for row in group.rows:
+        methods.setdefault(surgery_of(row.records[0])["method"], []).append(row)
+    with plt.rc_context(figures.STYLE):
+        chart, ax = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
+        for index, (method, rows) in enumerate(sorted(methods.items())):
+            look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
+            for name, of, line in ((method, recovered, "-"), (None, directly_after, ":")):
+                points = sorted((row.records[0]["parameters"]["total"] / 1e6, [of(record) for record in row.records]) for row in rows)
+                points = [(size, statistics.mean(values)) for size, values in points if None not in values]
+                if points:
+                    ax.plot(*zip(*points, strict=True), label=name, linestyle=line, **look)
+        scratch = {id(other): other for row in group.rows for other in from_scratch(row.records[0], group.others)}.values()
+        if scratch:
+            sizes, values = zip(*((other["parameters"]["total"] / 1e6, recovered(other)) for other in scratch), strict=True)
+            ax.plot(sizes, values, "*", color="black", markersize=11, label="from scratch")
+        known = [value for row in group.rows for record in row.records if (value := before(record, group.others)) is not None]
+        if known:
+            ax.axhline(statistics.mean(known), color="#666666", linewidth=0.9, linestyle="--", label="before")
+        direction = "lower is better" if first["metric"]["lower_is_better"] else "%"
+        ax.set(xlabel="stored parameters (millions)", ylabel=f"{split_of(first)} {group.name[1]} ({direction})")
+        ax.set_title("solid: after training on; dotted: directly after", fontsize=9)
+        chart.legend(loc="outside lower center", ncols=4)
+        chart.suptitle(f"{group.name[3]}: {group.name[0]}", fontsize=10.5)
+        figures.save(chart, path)
+
+
+def collect(runs: Iterable[Path], results: Path) -> list[Path]:
+    """Copies finished runs' records, with surgery or without, under names that say what they are. UserError for one of another content."""
+    planned = {}
+    for run in runs:
+        path = run / "result.json"
+        record = read_record(path)
+        if record["status"] != "complete":
+            raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected.")
+        taught = ["taught"] if "teacher" in record.get("pretrained", {}) else []
+        words = (*setting(record), record["method"], *taught, f"steps{record['training']['steps']}", f"seed{record['seed']}")
+        target = results / f"{'-'.join(map(slug, words))}.json"
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise UserError(f"{target}: holds another run than {path}; remove one of them.")
+        planned[target] = path.read_bytes()
+    for target, content in planned.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return list(planned)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m utils.surgery_report", description="Table and figure of surgery.")
+    paths = {"type": Path, "nargs": "+", "metavar": "PATH", "default": []}
+    parser.add_argument("--results", **paths, help="folders or files of records (default: results/surgery)")
+    parser.add_argument("--runs", **paths, help="folders with runs, searched for result.json")
+    parser.add_argument("--collect", **paths, help="finished runs to copy into results/surgery")
+    parser.add_argument("--readme", type=Path, help="Markdown file with <!-- surgery:begin --> and <!-- surgery:end --> around the table")
+    parser.add_argument("--figs", type=Path, help="folder to draw the figures into")
+    args = parser.parse_args(argv)
+    if args.collect:
+        for target in collect(args.collect, Path("results") / TABLE):
+            print(f"collected {target}", file=sys.stderr)
+    sources = args.results or ([] if args.runs else [Path("results") / TABLE])
+    records = [record for path in find_records(sources, args.runs) if (record := read_record(path))["status"] == "complete"]
+    groups = group_records(records)
+    if not groups:
+        raise UserError(
+            f"{', '.join(map(str, [*sources, *args.runs]))}: there is no record of a run that went on from surgery; finish one first."
+        )
+    text = "\n\n".join(to_markdown(build_table(group)) for group in groups)
+    print(text)
+    if args.readme:
+        update_readme(args.readme, TABLE, text)
+    for group in groups if args.figs else []:
+        path = args.figs / f"{TABLE}-{slug(' '.join(group.name))}.png"
+        draw(group, path)
+        print(f"drawn {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
