@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.test_scripts import flags_of
 from utils import ablations
 from utils.ablations import ABLATIONS, build_table, groups_of, main, render, row_of
 from utils.command_line import departures, parse, usual_flags
@@ -18,14 +21,6 @@ BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}
 SCRIPTS = [path for path in (ROOT / "script" / "ablation").glob("*/*.sh")] + [
     path for path in (ROOT / "script" / "figure5").glob("*.sh") if path.name != "run_all.sh"
 ]
-
-
-def flags_of(path):
-    """Of a script, or of the one of Table 1 that it runs."""
-    text = path.read_text()
-    if same := re.search(r"exec bash (script/\S+\.sh)", text):
-        text = (ROOT / same[1]).read_text()
-    return parse(text.split("\npretrain ")[1].replace('"$@"', "").split())
 
 
 def told(flags) -> dict:
@@ -62,12 +57,14 @@ def test_layers_without_experts_are_as_wide_as_asked():
 
 
 def records(rows: dict[str, tuple[str, str, float]]) -> list:
-    """A record for each: method, preset, and the quality at k = E, which is doubled at E/2."""
+    """A record for each: method, preset, which says the depth, and the quality at k = E, which is doubled at E/2."""
     path = next((ROOT / "results" / "table1").glob("enwik8-prefix-laptop-smoe_dropout-seed1.json"))
     one, found = json.loads(path.read_text()), []
     for name, (method, preset, quality) in rows.items():
         by_k = [{**entry, "test": quality * 16 / entry["k"]} for entry in one["quality"]]
-        found.append((path.with_name(name), {**one, "method": method, "title": method, "preset": preset, "quality": by_k}))
+        depth = re.search(r"n_layer=(\d+)", preset)
+        said = {"method": method, "title": method, "preset": preset, "model": {**one["model"], "n_layer": int(depth[1]) if depth else 4}}
+        found.append((path.with_name(name), {**one, **said, "quality": by_k}))
     return found
 
 
@@ -91,17 +88,45 @@ def test_runs_of_other_presets_are_not_compared_and_depth_is_no_other_preset():
     assert groups_of(BY_NAME["router"], other) == []
 
 
+def test_runs_with_further_flags_are_compared_among_themselves():
+    said = {"a": "laptop (max_step=9)", "b": "laptop (n_layer=8, max_step=9)", "c": "laptop", "d": "laptop (n_layer=8)"}
+    found = records({name: ("smoe_dropout", preset, 2.0) for name, preset in said.items()})
+    groups = {group.preset: [method.title for method in group.methods] for group in groups_of(BY_NAME["depth"], found)}
+    rows = ["4 layers, SMoE-Dropout", "8 layers, SMoE-Dropout"]
+    assert groups == {"laptop": rows, "laptop (max_step=9)": rows}
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "name"),
+    [("smoe_dropout (moe_index=0,1)", "laptop", "layers"), ("smoe_dropout", "laptop (n_layer=6)", "depth"), ("smoe", "laptop", "router")],
+)
+def test_a_run_of_no_row_is_left_out(method, preset, name):
+    ((_, run),) = records({"a": (method, preset, 2.0)})
+    assert row_of(run, BY_NAME[name]) is None
+
+
+def test_runs_of_different_texts_are_refused():
+    found = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout (gate_name=hash)", "laptop", 1.0)})
+    found[1][1]["dataset"] = {**found[1][1]["dataset"], "fingerprint": "other"}
+    with pytest.raises(UserError, match="fingerprint"):
+        groups_of(BY_NAME["router"], found)
+
+
 def test_one_row_alone_is_no_ablation(tmp_path):
+    (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="no two finished rows"):
-        (tmp_path / "runs").mkdir()
         main(["--runs", str(tmp_path / "runs")])
+
+
+def _deep(layers: int) -> str:
+    return "laptop" if layers == 4 else f"laptop (n_layer={layers})"
 
 
 @pytest.mark.parametrize("name", ["experts", "depth"])
 def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path):
     ablation = BY_NAME[name]
     rows = [row for row in ablation.rows if row.method == "smoe_dropout"]
-    said = {row.label: (f"{row.method} {row.departs}".strip(), f"laptop {row.preset}".strip(), 2.0) for row in rows}
+    said = {row.label: (f"{row.method} {row.departs}".strip(), _deep(row.number if ablation.size else 4), 2.0) for row in rows}
     text = render(records(said), [], only=[name], figs=tmp_path)
     (figure,) = tmp_path.glob("*.png")
     assert figure.stat().st_size > 10_000 and f"(Figs/{figure.name})" in text
@@ -112,3 +137,9 @@ def test_text_of_the_readme_is_rendered_from_the_records(monkeypatch):
     found = load_records(find_records([path for path in ablations.RESULTS if path.exists()], []), "table1")
     text = render(found, json.loads(PUBLISHED.read_text())["entries"])
     assert (ROOT / "README.md").read_text().split("<!-- ablation:begin -->\n")[1].split("\n<!-- ablation:end -->")[0] == text
+
+
+def test_tables_do_without_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None; from utils import ablations; ablations.main([])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "linear, E/2 to E" in done.stdout, done.stderr
