@@ -1,7 +1,7 @@
-"""A few tokens, as in generation: their experts one after another, on the weights where they lie.
+"""A few tokens, as in generation: their experts one after another, on the weights where they lie, or all at once where most are asked for.
 
-Nothing is sorted and no weight is copied: with a token at a time the time is that of reading the weights. Plain autograd, whose gradients
-are of the whole stack for every expert: not for training.
+Nothing is sorted and no weight is copied: with a token at a time the time is that of reading the weights, and of calling each product.
+Plain autograd, whose gradients are of the whole stack for every expert: not for training.
 """
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 
+MOST = 0.6  # share of the experts from which one product with all of them takes less time than a product for each
+
 
 def refusal(weights, device: str) -> str | None:
     return None
@@ -17,8 +19,11 @@ def refusal(weights, device: str) -> str | None:
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     gate_NE = weights_NK.new_zeros(len(x_ND), len(weights.up_EHD)).scatter(1, indices_NK, weights_NK)
+    rows = _rows_by_expert(indices_NK)
+    if len(rows) >= MOST * len(weights.up_EHD):
+        return _all(x_ND, gate_NE, weights)
     y_ND = gate_NE @ weights.bias_down_ED
-    for expert, own in _rows_by_expert(indices_NK).items():
+    for expert, own in rows.items():
         everyone = len(own) == len(x_ND)
         some = slice(None) if everyone else torch.tensor(own, device=x_ND.device)
         pre = torch.addmm(weights.bias_up_EH[expert], x_ND[some], weights.up_EHD[expert].t())
@@ -26,6 +31,14 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
         output = (hidden * gate_NE[some, expert, None]) @ weights.down_EHD[expert]
         y_ND = y_ND + output if everyone else y_ND.index_add(0, some, output)
     return y_ND
+
+
+def _all(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
+    """All experts as the one network that they make up together, each times its gate weight, which may be 0."""
+    pre_NP = torch.addmm(weights.bias_up_EH.flatten(), x_ND, weights.up_EHD.flatten(0, 1).t())
+    hidden_NEH = ACTIVATIONS[weights.activation].apply(pre_NP.unflatten(1, weights.bias_up_EH.shape))
+    hidden_NEH = F.dropout(hidden_NEH, weights.dropout) * gate_NE[..., None]
+    return torch.addmm(gate_NE @ weights.bias_down_ED, hidden_NEH.flatten(1), weights.down_EHD.flatten(0, 1))
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:
