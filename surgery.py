@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.run_folder import RunFolder, describe_environment, write_json
 from utils.source import SURGERY
 from utils.surgery import COMPRESS, Plan, flags_after, is_complete
-from utils.surgery_measure import as_text, measured, row_passes, text_passes, time_ratios
+from utils.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
 from utils.tasks import Task
 from utils.tasks.finetuning import task_class
 from utils.tasks.starting import pretraining
@@ -66,11 +66,9 @@ def main(plan: Plan, engine: Engine) -> int:
     task_after = pretraining(after, plan.text, engine, None)
     smaller = load_weights(task_after.build(), checkpoints / name_of(0))  # what is measured is what was saved
     pairs = [(task, engine.prepare(model)), (task_after, engine.prepare(smaller))]
-    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.label}", "metric": metric_of(task)}
-    for name, pair in zip(("before", "after"), pairs, strict=True):
-        print(f"{name}:")
-        surgery[name] = measured(*pair, print)
-    surgery |= {"time": time_ratios(*pairs), "environment": describe_environment(engine)}
+    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.words}", "metric": metric_of(task)}
+    surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
+    surgery |= {"time": since_the_first(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
     write_json(folder.path / SURGERY, surgery)
     print(as_text(surgery))
     print(f"done: {folder.path}")

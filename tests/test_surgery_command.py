@@ -315,6 +315,22 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
 
 
+def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(trained, operated, tmp_path):
+    """Merged, and compressed: the table has what the trained model was, and what is left in the end."""
+    merged, out = operated("merge")[0], tmp_path / "out"
+    then = words_of({"from": merged, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
+    printed = tiny.completed(then, program="surgery.py").out
+    first, chain = (tiny.read_json(folder / "surgery.json") for folder in (merged, out))
+    assert chain["label"] == "merge 4 to 2, compress rank 4 kept 0.25" and chain["title"] == f"{first['source']['title']}, {chain['label']}"
+    assert [chain[name] for name in ("source", "before")] == [first[name] for name in ("source", "before")]
+    assert chain["after"]["experts"] == first["after"]["experts"] and chain["weights_sha256"] == open_source(merged).fingerprint
+    (time,) = chain["time"]
+    assert time["k"] == [4, max(chain["after"]["experts"])] and time["ratio"] > 0 and "before:" not in printed
+    assert "this operation is complete" in tiny.completed(then, program="surgery.py").out
+    other = tiny.write_corpus(tmp_path / "other", train_bytes=19_000)
+    assert "was tested on another text than" in refusal(command(merged, keep=1, data=other, out=tmp_path / "third"))
+
+
 def bash(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
 

@@ -85,23 +85,40 @@ class Plan:
         return {name: getattr(self.flags, name) for name in OPTIONS if getattr(self.flags, name) != getattr(SurgeryFlags, name)}
 
     @property
-    def label(self) -> str:
-        """The operation in the words of a table."""
+    def words(self) -> str:
+        """This operation in the words of a table."""
         flags = self.flags
         words = [flags.method, f"{self.made.moe_num_expert} to {flags.keep}" if flags.keep else ""]
         words += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
         return " ".join(word for word in (*words, f"on {flags.task}" if flags.task else "") if word)
 
     @property
+    def earlier(self) -> dict[str, Any]:
+        """What surgery.json says of the operations before this one. A chain of them is told as one, done on the first one's model."""
+        return self.source.surgery or {}
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The trained model that the first operation of the chain was done on."""
+        source, made = self.source, self.made
+        own = {"title": source.title, "sha256": source.fingerprint, "method": made.method or "custom", "seed": made.seed}
+        return self.earlier.get("source", own)
+
+    @property
+    def label(self) -> str:
+        """All operations of the chain, and the training between them."""
+        return f"{self.source.title}, {self.words}".removeprefix(f"{self.first['title']}, ")
+
+    @property
     def said(self) -> dict[str, Any]:
         """What decides the outcome."""
-        flags, source, material = self.flags, self.source, self.material
-        start = {"title": source.title, "sha256": source.fingerprint, "method": self.made.method or "custom", "seed": self.made.seed}
+        flags, material = self.flags, self.material
         read = None
         if material is not None:
             read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k, "tokens": flags.tokens}
         decided = {"method": flags.method, "keep": flags.keep, "options": self.options, "seed": flags.seed}
-        return decided | {"source": start, "read": read, "tested_on": self.text.fingerprint}
+        decided |= {"source": self.first, "weights_sha256": self.source.fingerprint}
+        return decided | {"read": read, "tested_on": self.text.fingerprint}
 
 
 def parse(argv: list[str]) -> Plan:
@@ -122,6 +139,8 @@ def parse(argv: list[str]) -> Plan:
     made = dataclasses.replace(made, **said)
     refuse_occupied(Path(flags.out))
     text = open_text(made.data, source)
+    if source.surgery and source.surgery.get("tested_on", text.fingerprint) != text.fingerprint:
+        raise UserError(f"{source.path} was tested on another text than {made.data}: give the one it was tested on with --data")
     if flags.method == COMPRESS:
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:

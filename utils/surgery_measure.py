@@ -52,8 +52,9 @@ def row_passes(task: Labelled, model: nn.Module, positions: int) -> Iterator[Pas
         read += int(real_NT.sum())
 
 
-def measured(task: Task, model: nn.Module, say) -> dict[str, Any]:
+def measured(when: str, task: Task, model: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
     """Experts of every layer, parameters, and the quality on the split of the tables at every k."""
+    say(f"{when}:")
     sizes = [layer.num_experts for _, layer in moe_layers(model)]
     quality = evaluate_all(task, model, task.splits[-1:], evaluation_ks(task.flags), say)
     return {"experts": sizes, "parameters": parameter_counts(model)["total"], "quality": quality}
@@ -70,6 +71,14 @@ def time_ratios(before: tuple[Task, nn.Module], after: tuple[Task, nn.Module]) -
         old, new = (statistics.median(seconds) for seconds in zip(*taken[1:], strict=True))  # the first warms up
         ratios.append({"k": [k_before, all_after], "ratio": new / old})
     return ratios
+
+
+def since_the_first(earlier: dict[str, Any], ratios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a chain of operations, with all experts active: the product of what was measured of the earlier ones and of this one."""
+    if "time" not in earlier:
+        return ratios
+    first, this = earlier["time"][0], ratios[0]
+    return [{"k": [first["k"][0], this["k"][1]], "ratio": first["ratio"] * this["ratio"]}]
 
 
 def _seconds(task: Task, model: nn.Module, k: int) -> float:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One row of run_all.sh: an operation on a run, then STEPS (500) steps of training on its text, and fine-tuning on TASK (sst2; TASK= for none).
 # bash script/surgery/row.sh RUN METHOD KEEP SEED [flags of train.py and finetune.py]; METHOD whole: no operation; scratch: random weights.
+# METHOD compress: merged to KEEP, then every map U V of rank RANK (16) + S, taught by RUN while S is pruned to KEPT (0.1) of its hidden units.
 # What is complete says so and is passed over.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if [ $# -lt 4 ]; then
@@ -18,17 +19,22 @@ for word in "$@"; do
 done
 
 # operate OUT ARGS...
-operate() { "$PYTHON" -u surgery.py --from "$run" --method "$method" --keep "$keep" --threads "$threads" --out "$@"; }
+operate() { "$PYTHON" -u surgery.py --threads "$threads" --out "$@"; }
 
-start=$run tuned=$run
-if [ "$method" != whole ]; then
+start=$run tuned=$run teacher=()
+if [ "$method" = compress ]; then
+  start=$runs/$name tuned=$runs/text/$name/compressed teacher=(--teacher "$run")
+  operate "$start-merged" --from "$run" --method merge --keep "$keep"
+  operate "$start" --from "$start-merged" --method compress --rank "${RANK:-16}" --kept "${KEPT:-0.1}"
+elif [ "$method" != whole ]; then
   start=$runs/$name tuned=$runs/$name
-  operate "$start"
+  operate "$start" --from "$run" --method "$method" --keep "$keep"
 fi
-"$PYTHON" -u train.py --start_from "$start" --max_step "$steps" --eval_interval "$steps" --seed "$seed" --work_dir "$runs/text/$name" "$@"
+"$PYTHON" -u train.py --start_from "$start" "${teacher[@]}" --max_step "$steps" --eval_interval "$steps" --seed "$seed" \
+  --work_dir "$runs/text/$name" "$@"
 if [ -z "$task" ]; then exit; fi
 if [ "$method" = uncurl ]; then
   tuned=$runs/$name-$task
-  operate "$tuned" --task "$task"
+  operate "$tuned" --from "$run" --method uncurl --keep "$keep" --task "$task"
 fi
 "$PYTHON" -u finetune.py --task "$task" --checkpoint "$tuned" --seed "$seed" --work_dir "$runs/$task/$name" "$@"

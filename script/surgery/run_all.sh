@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Surgery on the runs of a folder: bash script/surgery/run_all.sh runs/laptop/enwik8 [flags of train.py and finetune.py, such as --threads 1]
-# METHODS ("merge uncurl slim drop average") at KEEP ("8 4") on METHOD-seedSEED of RUNS ("smoe smoe_dropout") and SEEDS ("1"), JOBS (2) at a
-# time; each goes on for STEPS (500) steps on its text, and is fine-tuned on TASK (sst2; TASK= for none), UNCURL's decided by the task's rows.
-# Beside them the whole model, trained on for as long and fine-tuned, and SCRATCH=1 models of those sizes from random weights. Then the table
-# and the figures. Interrupted, the same command goes on where it was.
+# METHODS ("merge uncurl slim drop average compress") at KEEP ("8 4") on METHOD-seedSEED of RUNS ("smoe smoe_dropout") and SEEDS ("1"), JOBS
+# (2) at a time; compress is done on what merge leaves, the whole model its teacher. Each goes on for STEPS (500) steps on its text, and is
+# fine-tuned on TASK (sst2; TASK= for none), UNCURL's decided by the task's rows. Beside them the whole model, trained on for as long and
+# fine-tuned, and SCRATCH=1 models of those sizes from random weights. Then the table and the figures. Interrupted, the same command goes on
+# where it was.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/surgery/run_all.sh; fi
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ ! -d "$1" ]; then
@@ -26,7 +27,7 @@ for name in ${RUNS:-smoe smoe_dropout}; do
     preset=$(field preset <"$run/config.json")
     rows+="$run whole 0 $seed"$'\n'
     for keep in ${KEEP:-8 4}; do
-      for method in ${METHODS:-merge uncurl slim drop average} ${SCRATCH:+scratch}; do rows+="$run $method $keep $seed"$'\n'; done
+      for method in ${METHODS:-merge uncurl slim drop average compress} ${SCRATCH:+scratch}; do rows+="$run $method $keep $seed"$'\n'; done
     done
   done
 done
