@@ -24,7 +24,7 @@ class GrowthFlags(Common):
     d_expert: tuple[int, ...] = (32, 128, 512, 2048)
     """hidden widths of an expert"""
     tokens: tuple[int, ...] = (1, 16, 256, 4096, 65536)
-    """tokens per pass; the last of the defaults takes about 8 GiB"""
+    """tokens per pass"""
     mem_len: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """positions of memory"""
     tgt_len: int = 256
@@ -32,11 +32,13 @@ class GrowthFlags(Common):
     d_model: int = 256
     """width of the model"""
     width: int = 8192
-    """hidden width of all experts together, while d_expert does not grow"""
+    """hidden width of all experts together, while experts grow"""
     fixed_experts: int = 16
     """experts, while something else grows"""
     fixed_tokens: int = 2048
     """tokens per pass, while something else grows"""
+    narrow: int = 128
+    """hidden width of an expert while tokens grow: 65,536 of them on 512 take more than 20 GiB"""
 
 
 def layer_rows(flags: GrowthFlags, axis: str) -> list[dict[str, Any]]:
@@ -44,7 +46,7 @@ def layer_rows(flags: GrowthFlags, axis: str) -> list[dict[str, Any]]:
     found = []
     for value in getattr(flags, axis):
         sizes = {"num_experts": flags.fixed_experts, "tokens": flags.fixed_tokens, axis: value}
-        sizes.setdefault("d_expert", flags.width // sizes["num_experts"])
+        sizes.setdefault("d_expert", flags.narrow if axis == "tokens" else flags.width // sizes["num_experts"])
         grown = layer.LayerFlags(d_model=flags.d_model, rounds=flags.rounds, device=flags.device, **sizes)
         row = layer.measure_row(grown, flags.precision, sizes["num_experts"] // 2, WAYS)
         found.append({"axis": axis, "value": value, "baseline": layer.BASELINE, **row})

@@ -121,8 +121,9 @@ def _what(record: dict[str, Any]) -> str:
         experts = f"{sizes['num_experts']} experts {sizes['d_model']} -> {sizes['d_expert']} -> {sizes['d_model']}"
         return f"One expert layer, forward and backward: {experts}, {sizes['tokens']:,} tokens{dropout}."
     if kind == "growth":
-        fixed = f"{sizes['fixed_experts']} experts and {sizes['fixed_tokens']:,} tokens unless they grow, {sizes['width']:,} wide together"
-        return f"Forward and backward in {sizes['precision']} while one size grows, k = E/2: {fixed} unless d_expert grows."
+        fixed = f"{sizes['fixed_experts']} experts and {sizes['fixed_tokens']:,} tokens unless they grow"
+        wide = f"experts {sizes['width']:,} wide together, or {sizes['narrow']} each while tokens grow"
+        return f"Forward and backward in {sizes['precision']} while one size grows, k = E/2: {fixed}; {wide}."
     batch = f"{sizes['batch_size']} x {sizes['tgt_len']}"
     heads = f"{sizes['n_head']} heads of {sizes['d_head']}, d {sizes['d_model']}"
     if kind == "attention":

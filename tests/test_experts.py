@@ -103,6 +103,21 @@ def test_output_and_gradients_are_those_of_the_definition(backend, dtype, tolera
         assert_near(outcome(case, backend, activation, dtype), outcome(case, "reference", activation, torch.float64), tolerance)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_few_tokens_without_gradients_have_the_output_of_the_definition(dtype, activation, case):
+    """Then their experts are computed by other sums, where they are no more than there are experts."""
+    random = np.random.default_rng(0)
+    indices = case.indices(random)
+    x, weights = (torch.tensor(random.normal(size=(case.tokens, size))).bfloat16() for size in (case.d_model, case.k))
+    with torch.no_grad():
+        few = experts_of(case, "few", activation, dtype=dtype)(x.to(dtype), indices, weights.to(dtype))
+        expected = experts_of(case, "reference", activation)(x.double(), indices, weights.double())
+    assert few.dtype == dtype
+    assert_near({"y": few.double()}, {"y": expected}, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+
+
 PLAIN_ACTIVATIONS = {
     "relu": lambda v: max(v, 0.0),
     "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
