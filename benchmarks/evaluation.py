@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import Precision, autocast, compare
-from benchmarks.model import DENSE, OFFICIAL, ModelFlags, contestants, least_ratio, random_tokens
+from benchmarks.model import DENSE, OFFICIAL, ModelFlags, contestants, least_ratio, random_batches
 from mem_transformer import MemTransformerLM
 
 BASELINE = DENSE
@@ -24,15 +24,16 @@ class EvaluationFlags(ModelFlags):
     """numbers of active experts"""
 
 
-def evaluation_pass(model: MemTransformerLM, flags: EvaluationFlags, precision: Precision, way: str) -> Callable[[], float]:
+def evaluation_pass(model: MemTransformerLM, flags: EvaluationFlags, precision: Precision, way: str, seed: int = 1) -> Callable[[], float]:
     """A function that reads one segment and returns its mean loss. It has run once, so that there is memory."""
-    batch, memory = random_tokens(flags, flags.tgt_len + 1), None
+    batches, memory = random_batches(flags, flags.tgt_len + 1, seed), None
     model.eval()
     logits = model.logits if way == OFFICIAL else model.read
 
     @torch.no_grad()
     def evaluate() -> float:
         nonlocal memory
+        batch = next(batches)
         with autocast(precision, flags.device):
             logits_BTV, memory = logits(batch[:, :-1], memory)
         return F.cross_entropy(logits_BTV.flatten(0, 1), batch[:, 1:].flatten()).item()
@@ -44,7 +45,7 @@ def evaluation_pass(model: MemTransformerLM, flags: EvaluationFlags, precision: 
 def measure_row(flags: EvaluationFlags, precision: Precision, k: int) -> dict[str, Any]:
     """All contestants at one k in one precision."""
     models = contestants(flags, k)
-    passes = {name: evaluation_pass(model, flags, precision, name) for name, model in models.items()}
+    passes = {name: evaluation_pass(model, flags, precision, name, seed) for seed, (name, model) in enumerate(models.items())}
     results = compare(passes, flags, BASELINE)
     return {"precision": precision, "k": k, "bound": least_ratio(models, flags), "results": results}
 

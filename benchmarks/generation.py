@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Precision, autocast, compare
-from benchmarks.model import DENSE, OURS, ModelFlags, contestants, random_tokens
+from benchmarks.model import DENSE, OURS, ModelFlags, contestants, random_batches
 from mem_transformer import MemTransformerLM
 from utils.flops import active_parameters
 
@@ -37,7 +37,7 @@ def generator(model: MemTransformerLM, flags: GenerationFlags, precision: Precis
     model.eval()
     read = model.read if way == CACHED else model.logits
     with torch.no_grad(), autocast(precision, flags.device):
-        logits_BTV, state = read(random_tokens(flags, flags.tgt_len), None)
+        logits_BTV, state = read(next(random_batches(flags, flags.tgt_len)), None)
     last_B1 = logits_BTV[:, -1:].argmax(-1)
 
     @torch.no_grad()

@@ -80,13 +80,13 @@ def forward_backward(module: nn.Module, x_ND: Tensor, grad_ND: Tensor, precision
 def measure_row(flags: LayerFlags, precision: Precision, k: int, names: Sequence[str] | None = None) -> dict[str, Any]:
     """The named contestants (all that can run here, unless said) at one k in one precision. bound: operations over the dense network's."""
     layer = moe_layer(flags, k)
-    # new tokens in every round, the same for all contestants: experts then get other numbers of tokens, as in training
     size = flags.tokens, flags.d_model
-    xs = [torch.randn(size, device=flags.device, requires_grad=True) for _ in range(flags.rounds + 2)]
     grad_ND = torch.randn(size, device=flags.device)
 
     def call(module: nn.Module) -> Callable[[], Any]:
-        rounds = iter(xs)
+        # new tokens in every round and for every contestant: experts then get other numbers of tokens, as in training, and no contestant
+        # finds the kernels of its sizes built by another
+        rounds = iter([torch.randn(size, device=flags.device, requires_grad=True) for _ in range(flags.rounds + 2)])
         return lambda: forward_backward(module, next(rounds), grad_ND, precision)
 
     calls = {name: call(contestant(layer, name).to(flags.device)) for name in names or able(layer, precision, flags.device)}

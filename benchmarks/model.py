@@ -1,5 +1,6 @@
 """The Transformer-XL that whole-model benchmarks compare: with experts, ours and the official way, and dense."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,13 @@ def contestants(flags: ModelFlags, k: int) -> dict[str, MemTransformerLM]:
     return {name: model.to(flags.device) for name, model in models.items()}
 
 
-def random_tokens(flags: ModelFlags, length: int) -> Tensor:
-    """[batch_size, length], the same at every call."""
-    torch.manual_seed(1)
-    return torch.randint(N_TOKEN, (flags.batch_size, length), device=flags.device)
+def random_batches(flags: ModelFlags, length: int, seed: int = 1) -> Iterator[Tensor]:
+    """[batch_size, length] without end. New tokens in every pass and for every contestant: experts then get other numbers of tokens, as in
+    training, and no contestant finds the kernels of its sizes built by another.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(N_TOKEN, (flags.batch_size, length), generator=draw).to(flags.device)
 
 
 def least_ratio(models: dict[str, MemTransformerLM], flags: ModelFlags) -> float:

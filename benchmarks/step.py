@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Precision, autocast, compare
-from benchmarks.model import OFFICIAL, ModelFlags, contestants, least_ratio, random_tokens
+from benchmarks.model import OFFICIAL, ModelFlags, contestants, least_ratio, random_batches
 from mem_transformer import MemTransformerLM
 from utils.flags import Flags
 from utils.optimizer import build_optimizer
@@ -25,15 +25,15 @@ class StepFlags(ModelFlags):
     """active experts"""
 
 
-def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precision) -> Callable[[], float]:
+def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precision, seed: int = 1) -> Callable[[], float]:
     """A function that takes one step and returns the loss before it. It has run once, so that there is memory."""
     settings = Flags()
     optimizer = build_optimizer(model.train(), settings)
-    batch = random_tokens(flags, flags.tgt_len + 1)
-    memory = None
+    batches, memory = random_batches(flags, flags.tgt_len + 1, seed), None
 
     def step() -> float:
         nonlocal memory
+        batch = next(batches)
         with autocast(precision, flags.device):
             losses, memory, _ = model(batch[:, :-1], batch[:, 1:], memory)
         loss = losses.mean()
@@ -50,7 +50,10 @@ def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precisio
 def measure_row(flags: StepFlags, precision: Precision, official: Precision) -> dict[str, Any]:
     """All contestants in one precision, but for the official way, which has its own."""
     models = contestants(flags, flags.k)
-    steps = {name: training_step(model, flags, official if name == OFFICIAL else precision) for name, model in models.items()}
+    steps = {
+        name: training_step(model, flags, official if name == OFFICIAL else precision, seed)
+        for seed, (name, model) in enumerate(models.items())
+    }
     results = compare(steps, flags, BASELINE)
     said = precision if official == precision else f"{precision}, official {official}"
     return {"precision": said, "k": flags.k, "bound": least_ratio(models, flags), "results": results}

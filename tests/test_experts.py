@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import smoe_dropout as sd
 from smoe_dropout.experts import ACTIVATIONS, Experts, choose_backend
+from smoe_dropout.experts import sorted as sorted_experts
 from smoe_dropout.experts.dropout import keep_mask, quantised
 from smoe_dropout.registry import BACKENDS, load
 
@@ -101,6 +103,18 @@ def test_output_and_gradients_are_those_of_the_definition(backend, dtype, tolera
             outcome(case, backend, activation, dtype)
     else:
         assert_near(outcome(case, backend, activation, dtype), outcome(case, "reference", activation, torch.float64), tolerance)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_rows_that_fill_up_an_expert_change_nothing(case, monkeypatch):
+    monkeypatch.setattr(sorted_experts, "multiple_of_rows", lambda dtype: 16)
+    assert_near(outcome(case, "sorted", "gelu", torch.float64), outcome(case, "reference", "gelu", torch.float64), 1e-12)
+
+
+def test_float32_rows_are_filled_up_where_products_are_onednns(monkeypatch):
+    own = [sorted_experts.multiple_of_rows(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="bf16"))
+    assert (own, sorted_experts.multiple_of_rows(torch.float32)) == ([1, 1, 32], 16)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -25,7 +25,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
 
 
 class Span(NamedTuple):
-    """One expert's assignments: `tokens` among the sorted ones, `rows` in buffers, where up to `ROWS[dtype] - 1` rows of zeros follow."""
+    """One expert's assignments: `tokens` among the sorted ones, `rows` in buffers, where rows of zeros may follow."""
 
     tokens: slice
     rows: slice
@@ -33,9 +33,15 @@ class Span(NamedTuple):
     size: int
 
 
-# Rows of an expert are filled up to a multiple of this: in bf16 the CPU library builds a kernel for every new size of a product, which
-# costs more than running it, and sizes change from step to step
-ROWS = {torch.bfloat16: 32, torch.float16: 32}
+# Rows of an expert are filled up to a multiple of this where a product is oneDNN's, as in bf16: it builds a kernel for every new size of a
+# product, which costs more than running it, and sizes change from step to step
+ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
+
+
+def multiple_of_rows(dtype: torch.dtype) -> int:
+    """1 where a new size costs nothing: torch's own float32 products, and other dtypes."""
+    own = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # tune_cpu sets it
+    return 1 if own else ROWS.get(dtype, 1)
 
 
 def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[Span]]:
@@ -60,7 +66,7 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
-        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], ROWS.get(x_ND.dtype, 1))
+        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], multiple_of_rows(x_ND.dtype))
         act, (_, H, D), total = ACTIVATIONS[activation], down_EHD.shape, spans[-1].rows.stop
         hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
         pre_MP = hidden_MH if act.from_output else x_ND.new_empty(total, up_EHD.shape[1])
