@@ -85,4 +85,4 @@ def _legend(figure: Figure, axes) -> None:
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)

@@ -184,14 +184,15 @@ def describe_environment(engine) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit the code is at, "+changes" behind it if tracked files differ; None outside a checkout."""
+    """The commit the code is at, "+changes" behind it if tracked files other than records and figures differ; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results", ":(top,exclude)Figs")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
