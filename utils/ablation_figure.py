@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from utils.figures import STYLE, add_title, quality_label, save, styles
+from utils.figures import COLOURS, STYLE, add_title, quality_label, save, styles
 from utils.records import quality_points
 
 
@@ -55,10 +55,10 @@ def _by_number(ax: Axes, ablation, group) -> None:
             if k is None or k in (experts // 2, experts):
                 share = "without experts" if k is None else "k = E" if k == experts else "k = E/2"
                 lines.setdefault((share, kind), []).append((row.number, mean, spread))
-    for (share, kind), points in lines.items():
+    for ((share, kind), points), colour in zip(lines.items(), COLOURS, strict=False):
         xs, means, spreads = zip(*sorted(points), strict=True)
         label = f"{share} {kind[1]}" if kind and kind[1] else share
-        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, marker="o", markersize=4, capsize=3, label=label)
+        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, color=colour, marker="o", markersize=4, capsize=3, label=label)
     ax.set_xticks(sorted({number for points in lines.values() for number, _, _ in points}))
     ax.set(xlabel=ablation.axis)
     ax.legend(fontsize=8)
