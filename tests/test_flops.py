@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout.experts import sorted as sorted_experts
 from utils.flops import active_parameters, parameter_counts
 from utils.models import Shape
 from utils.models.transformer_xl import forward_flops
@@ -42,7 +43,8 @@ def test_forward_flops_of_the_dense_model(lengths):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "sorted"])
 @pytest.mark.parametrize("sparse", ["all_layers", "one_layer", "wide_experts"])
-def test_forward_flops_at_each_k(sparse, backend, lengths):
+def test_forward_flops_at_each_k(sparse, backend, lengths, monkeypatch):
+    monkeypatch.setattr(sorted_experts, "ROWS", {})  # a test before this one may have called tune_cpu; rows of zeros are not counted
     model = build(SPARSE[sparse], backend)
     formula = {k: forward_flops(model, Shape(*lengths), k) for k in (1, 2, 4)}  # whatever k the model has at the moment
     for k, flops in formula.items():
