@@ -57,8 +57,8 @@ def test_official_dense_script_parses_as_it_stands():
 def test_official_scripts_equal_our_methods_with_the_paper_preset():
     """But for folders, and k and layers, which the official flags name one by one."""
     for official, method in ((OFFICIAL_SMOE_DROPOUT, "smoe_dropout"), (OFFICIAL_DENSE, "dense_dropout")):
-        ours = flags(f"--method {method} --work_dir x --data x")
-        theirs = flags(f"{official} --work_dir x --data x")
+        ours = flags(f"--method {method} --work_dir x --data data/enwik8")
+        theirs = flags(f"{official} --work_dir x --data data/enwik8")
         different = {name for name in vars(ours) if getattr(ours, name) != getattr(theirs, name)}
         assert different <= {"cuda", "device", "multi_gpu", "moe_top_k", "moe_index"}
 
@@ -114,6 +114,7 @@ def test_defaults_that_follow_from_other_flags():
     run = flags("--method smoe_dropout --moe_num_expert 6 --d_ff 600 --max_step 77 --preset quick --seed 5 --dataset words")
     assert (run.dynamic_overall_steps, run.moe_top_k_min, run.moe_top_k_max, run.moe_top_k, run.d_inner) == (77, 3, 6, 3, 100)
     assert (run.work_dir, run.data) == ("runs/quick/words/smoe_dropout-seed5", "data/words")
+    assert flags("--preset quick --method dense --data texts/mine --seed 5").work_dir == "runs/quick/mine/dense-seed5"
     assert flags("--method smoe_dropout --max_step 77 --dynamic_overall_steps 50").dynamic_overall_steps == 50
     assert evaluation_ks(run) == [1, 2, 3, 4, 6] and parse_ks("6,1", 6) == [6, 1]
 

@@ -114,7 +114,8 @@ def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
         method = None
     meant = load(METHODS, "method", method).flags if method else {}
     presets = PRESETS.get(model, PRESETS[Flags.model])
-    return Flags(**{**presets.get(preset, presets[Flags.preset]), **meant, "model": model, "preset": preset}), mistakes
+    named = {"dataset": Path(data).name} if (data := value_of(argv, "data")) else {}
+    return Flags(**{**presets.get(preset, presets[Flags.preset]), **named, **meant, "model": model, "preset": preset}), mistakes
 
 
 def check(flags: Flags) -> list[str]:

@@ -46,7 +46,7 @@ class Flags:
     data: str | None = None
     """folder made by data/prepare.py, for word pieces by data/prepare_pieces.py; default data/<dataset>"""
     dataset: str = "enwik8"
-    """name of the data set"""
+    """name of the data set; default the preset's, with --data the name of its folder"""
     batch_size: int = 22
     """lanes read side by side, or sequences, over all processes"""
     batch_chunk: int = 1
