@@ -10,12 +10,12 @@ same model fine-tuned whole, or trained on for as long, and one of that size tra
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError, run_main
-from utils.records import Record, find_records, read_record, replicate, setting, slug, split_of
+from utils.records import Record, find_records, named_architecture, read_record, replicate, slug, split_of
 from utils.report import DASH, Cell, Table, short_number, to_markdown, update_readme
 
 TABLE = "surgery"
@@ -157,7 +157,7 @@ def build_table(group: Group) -> Table:
         rows.append(cells)
     seeds = sorted({record["seed"] for row in group.rows for record in row.records})
     shown = f"{split_of(first)} {metric}"
-    caption = f"Surgery on {method}, pre-trained on {start}: {shown} on {title}, all experts active, seeds {', '.join(map(str, seeds))}."
+    caption = f"Surgery on {method}, pre-trained on {start}: {shown} on {title}, all experts active, seed {', '.join(map(str, seeds))}."
     notes = [
         "Time of a pass: after over before, the same evaluation with all experts of each active, medians of passes taken in turn.",
         f"{DASH}: not run, or not to be had: a task has no quality before its training.",
@@ -175,36 +175,53 @@ def _experts(records: list[Record]) -> str:
     return "; ".join(dict.fromkeys(words))
 
 
+def figure_of(group: Group) -> str:
+    """The file's name."""
+    return f"{TABLE}-{slug(' '.join(group.name))}.png"
+
+
 def draw(group: Group, path: Path) -> None:
-    """Quality against stored parameters, one curve a method: after training on, and dotted directly after."""
+    """Quality against stored parameters, one curve a method: directly after, of the text itself, and after training on."""
     from utils import figures  # here, because it imports matplotlib, which tables do without
     from utils.figures import plt
 
-    first, methods = group.rows[0].records[0], {}
-    for row in group.rows:
-        methods.setdefault(surgery_of(row.records[0])["method"], []).append(row)
+    first = group.rows[0].records[0]
+    panels = {"after training on": (recovered, lambda record: record["parameters"]["total"])}
+    if of_the_text(first):
+        panels = {"directly after": (directly_after, lambda record: surgery_of(record)["after"]["parameters"]), **panels}
     with plt.rc_context(figures.STYLE):
-        chart, ax = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
-        for index, (method, rows) in enumerate(sorted(methods.items())):
-            look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
-            for name, of, line in ((method, recovered, "-"), (None, directly_after, ":")):
-                points = sorted((row.records[0]["parameters"]["total"] / 1e6, [of(record) for record in row.records]) for row in rows)
-                points = [(size, statistics.mean(values)) for size, values in points if None not in values]
-                if points:
-                    ax.plot(*zip(*points, strict=True), label=name, linestyle=line, **look)
-        scratch = {id(other): other for row in group.rows for other in from_scratch(row.records[0], group.others)}.values()
-        if scratch:
-            sizes, values = zip(*((other["parameters"]["total"] / 1e6, recovered(other)) for other in scratch), strict=True)
-            ax.plot(sizes, values, "*", color="black", markersize=11, label="from scratch")
-        known = [value for row in group.rows for record in row.records if (value := before(record, group.others)) is not None]
-        if known:
-            ax.axhline(statistics.mean(known), color="#666666", linewidth=0.9, linestyle="--", label="before")
+        chart, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels) + 1, 4.3), squeeze=False, layout="constrained")
+        for ax, (title, (quality, size)) in zip(axes[0], panels.items(), strict=True):
+            _curves(ax, group, quality, size, figures)
+            ax.set_title(title, fontsize=10)
+            ax.set_xlabel("stored parameters (millions)")
+        _held_against(axes[0][-1], group)
         direction = "lower is better" if first["metric"]["lower_is_better"] else "%"
-        ax.set(xlabel="stored parameters (millions)", ylabel=f"{split_of(first)} {group.name[1]} ({direction})")
-        ax.set_title("solid: after training on; dotted: directly after", fontsize=9)
-        chart.legend(loc="outside lower center", ncols=4)
-        chart.suptitle(f"{group.name[3]}: {group.name[0]}", fontsize=10.5)
+        axes[0][0].set_ylabel(f"{split_of(first)} {group.name[1]} ({direction})")
+        chart.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        chart.suptitle(f"Surgery on {group.name[3]}: {group.name[0]}, all experts active", fontsize=10.5)
         figures.save(chart, path)
+
+
+def _curves(ax, group: Group, quality: Callable[[Record], float], size: Callable[[Record], int], figures) -> None:
+    methods: dict[str, list[tuple[float, float]]] = {}
+    for row in group.rows:
+        point = size(row.records[0]) / 1e6, statistics.mean(map(quality, row.records))
+        methods.setdefault(surgery_of(row.records[0])["method"], []).append(point)
+    for index, (method, points) in enumerate(sorted(methods.items())):
+        look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
+        ax.plot(*zip(*sorted(points), strict=True), label=method, **look)
+
+
+def _held_against(ax, group: Group) -> None:
+    """Models of those sizes from random weights, and the model that was operated on."""
+    scratch = {id(other): other for row in group.rows for other in from_scratch(row.records[0], group.others)}.values()
+    if scratch:
+        sizes, values = zip(*((other["parameters"]["total"] / 1e6, recovered(other)) for other in scratch), strict=True)
+        ax.plot(sizes, values, "*", color="black", markersize=11, label="from scratch")
+    known = [value for row in group.rows for record in row.records if (value := before(record, group.others)) is not None]
+    if known:
+        ax.axhline(statistics.mean(known), color="#666666", linewidth=0.9, linestyle="--", label="before")
 
 
 def collect(runs: Iterable[Path], results: Path) -> list[Path]:
@@ -215,9 +232,7 @@ def collect(runs: Iterable[Path], results: Path) -> list[Path]:
         record = read_record(path)
         if record["status"] != "complete":
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected.")
-        taught = ["taught"] if "teacher" in record.get("pretrained", {}) else []
-        words = (*setting(record), record["method"], *taught, f"steps{record['training']['steps']}", f"seed{record['seed']}")
-        target = results / f"{'-'.join(map(slug, words))}.json"
+        target = results / f"{'-'.join(map(slug, _words(record)))}.json"
         if target.exists() and target.read_bytes() != path.read_bytes():
             raise UserError(f"{target}: holds another run than {path}; remove one of them.")
         planned[target] = path.read_bytes()
@@ -225,6 +240,16 @@ def collect(runs: Iterable[Path], results: Path) -> list[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     return list(planned)
+
+
+def _words(record: Record) -> list[str]:
+    """What a file name says: no title of what the model was trained on and no list of departures, which together are too long for one."""
+    start, surgery = record.get("pretrained"), surgery_of(record)
+    words = [record["dataset"]["name"], *named_architecture(record), record["preset"]]
+    words += [record["method"].partition(" ")[0], surgery["label"]] if surgery else [record["method"]]
+    words += ["taught"] if start and "teacher" in start else []
+    words += [f"from {start['sha256'][:8]}"] if start else []
+    return [*words, f"steps{record['training']['steps']}", f"seed{record['seed']}"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -247,12 +272,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{', '.join(map(str, [*sources, *args.runs]))}: there is no record of a run that went on from surgery; finish one first."
         )
-    text = "\n\n".join(to_markdown(build_table(group)) for group in groups)
+    parts = [
+        (to_markdown(build_table(group)).strip(), f"![{group.name[3]}: quality against parameters](Figs/{figure_of(group)})")
+        for group in groups
+    ]
+    text = "\n\n".join(part for both in parts for part in both)
     print(text)
     if args.readme:
         update_readme(args.readme, TABLE, text)
     for group in groups if args.figs else []:
-        path = args.figs / f"{TABLE}-{slug(' '.join(group.name))}.png"
+        path = args.figs / figure_of(group)
         draw(group, path)
         print(f"drawn {path}", file=sys.stderr)
 
