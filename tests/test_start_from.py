@@ -70,7 +70,8 @@ def test_the_weights_say_what_the_model_is_and_the_command_how_it_is_trained(run
 
 
 def test_its_folder_is_another_and_its_record_says_what_it_started_from(run, tmp_path):
-    assert parse(command(run))[0].work_dir == "runs/quick/enwik8/from/first-seed1/smoe_dropout-seed1111"
+    assert parse(command(run))[0].work_dir == "runs/quick/words/from/first-seed1/smoe_dropout-seed1111"
+    assert parse(command(run, data="texts/other"))[0].dataset == "other"
     done = tiny.completed(command(run, work_dir=tmp_path / "run"))
     assert f"weights from {run} (Words, quick" in done.out and done.out.count("weights from") == 1
     record, before = read_record(tmp_path / "run" / "result.json"), read_record(run / "result.json")

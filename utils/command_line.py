@@ -114,8 +114,13 @@ def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
         method = None
     meant = load(METHODS, "method", method).flags if method else {}
     presets = PRESETS.get(model, PRESETS[Flags.model])
-    named = {"dataset": Path(data).name} if (data := value_of(argv, "data")) else {}
-    return Flags(**{**presets.get(preset, presets[Flags.preset]), **named, **meant, "model": model, "preset": preset}), mistakes
+    values = {**presets.get(preset, presets[Flags.preset]), **named_data(argv), **meant}
+    return Flags(**{**values, "model": model, "preset": preset}), mistakes
+
+
+def named_data(argv: list[str]) -> dict[str, str]:
+    """A text given as a folder has the folder's name, unless the command line says another."""
+    return {"dataset": Path(data).name} if (data := value_of(argv, "data")) else {}
 
 
 def check(flags: Flags) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from smoe_dropout.registry import METHODS, load
 from utils import command_line
-from utils.command_line import check, from_command_line, value_of, without_refused
+from utils.command_line import check, from_command_line, named_data, value_of, without_refused
 from utils.finetuning import OF_THE_MODEL, contradictions, decided, of_the_checkpoint, preset_of
 from utils.flags import Flags
 from utils.presets import PRESETS
@@ -47,7 +47,7 @@ def _check_teacher(flags: Flags) -> list[str]:
 def _defaults(source: Source, preset: str, argv: list[str]) -> Flags:
     values = of_the_checkpoint(source, preset, argv)
     kept = ("dataset", "data", "dynamic_moe", "moe_prune_to")
-    values |= {name: source.flags[name] for name in kept if name in source.flags}
+    values |= {name: source.flags[name] for name in kept if name in source.flags} | named_data(argv)
     return Flags(**{**_training(values["model"], values["method"], preset), **values, "preset": preset})
 
 
