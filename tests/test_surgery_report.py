@@ -105,12 +105,14 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
         return made
 
     operated = tuned(went_on("uncurl 16 to 8 on sst2", 2.4, 0.0, **task), 80.0, "b")
-    whole = tuned(record("smoe", "SMoE", 1, {16: 0.0}, 16, **task), 82.0, WHOLE + "1")
+    whole = tuned(record("smoe", "SMoE", 1, {16: 0.0}, 16, parameters__total=2_100_000, **task), 82.0, WHOLE + "1")
     scratch = tuned(record("smoe", "SMoE", 1, {16: 0.0}, 16, **task), 70.0, WHOLE + "1", transferred=False)
     other = tuned(record("smoe", "SMoE", 2, {16: 0.0}, 16, **task), 60.0, WHOLE + "2")
     assert before(operated, [scratch, other, whole]) == 82.0 and before(operated, [other]) is None
     (row,) = cells([operated, whole, scratch, other])
-    assert row[2:5] == ["82.0", "–", "80.0, 500 steps"]
+    assert row[2:5] == ["82.0", "–", "80.0, 500 steps"] and row[6:8] == ["2.10 M / 1.60 M", "32.0 M / 16.0 M"]
+    (alone,) = cells([operated, other])
+    assert alone[2] == "–" and alone[6:8] == ["– / 1.60 M", "– / 16.0 M"], "what was measured on the text says nothing of the task"
 
 
 def test_a_figure_is_drawn_and_is_the_same_again(tmp_path):

@@ -57,11 +57,11 @@ def of_the_text(record: Record) -> bool:
     return record["metric"]["name"] == surgery_of(record)["metric"]["name"]
 
 
-def before(record: Record, others: list[Record]) -> float | None:
-    """Of the model that was operated on: as it was measured, or fine-tuned on the same rows with the same seed."""
+def whole(record: Record, others: list[Record]) -> dict | None:
+    """Quality and parameters of the model that was operated on: as it was measured, or fine-tuned on the same rows with the same seed."""
     surgery = surgery_of(record)
     if of_the_text(record):
-        return final(surgery["before"]["quality"], surgery["metric"]["split"])
+        return surgery["before"]
     found = [
         other
         for other in others
@@ -70,7 +70,12 @@ def before(record: Record, others: list[Record]) -> float | None:
         and other.get("pretrained", {}).get("sha256") == surgery["source"]["sha256"]
         and other["pretrained"]["transferred"]
     ]
-    return final(found[0]["quality"], split_of(record)) if found else None
+    return {"quality": found[0]["quality"], "parameters": found[0]["parameters"]["total"]} if found else None
+
+
+def before(record: Record, others: list[Record]) -> float | None:
+    found = whole(record, others)
+    return final(found["quality"], split_of(record)) if found else None
 
 
 def directly_after(record: Record) -> float | None:
@@ -144,22 +149,22 @@ def build_table(group: Group) -> Table:
     header += ["Parameters, before / after", "FLOPs a token, before / after", "Time of a pass"]
     rows = []
     for row in group.rows:
-        surgery = surgery_of(row.records[0])
-        whole, left = surgery["before"], row.records[0]
-        scratch = [recovered(other) for other in from_scratch(row.records[0], group.others)]
+        left = row.records[0]
+        scratch = [recovered(other) for other in from_scratch(left, group.others)]
         cells = [Cell(f"{row.label} (n = {len(row.records)})"), Cell(_experts(row.records))]
         cells += [_mean((before(record, group.others) for record in row.records), form), _mean(map(directly_after, row.records), form)]
         after = _mean(map(recovered, row.records), form)
-        cells += [Cell(f"{after.text}, {row.records[0]['training']['steps']:,} steps"), _mean(scratch, form)]
-        cells += [Cell(" / ".join(map(short_number, (whole["parameters"], left["parameters"]["total"]))))]
-        cells += [Cell(" / ".join(short_number(final(part["quality"], "flops_per_token")) for part in (whole, left)))]
+        cells += [Cell(f"{after.text}, {left['training']['steps']:,} steps"), _mean(scratch, form)]
+        sizes = [whole(left, group.others), {"quality": left["quality"], "parameters": left["parameters"]["total"]}]
+        cells += [Cell(" / ".join(short_number(size["parameters"]) if size else DASH for size in sizes))]
+        cells += [Cell(" / ".join(short_number(final(size["quality"], "flops_per_token")) if size else DASH for size in sizes))]
         cells += [_mean((surgery_of(record)["time"][0]["ratio"] for record in row.records), "× {:.2f}")]
         rows.append(cells)
     seeds = sorted({record["seed"] for row in group.rows for record in row.records})
     shown = f"{split_of(first)} {metric}"
     caption = f"Surgery on {method}, pre-trained on {start}: {shown} on {title}, all experts active, seed {', '.join(map(str, seeds))}."
     notes = [
-        "Time of a pass: after over before, the same evaluation with all experts of each active, medians of passes taken in turn.",
+        "Time of a pass: after over before, as surgery.py measured it, all experts of each active, medians of passes taken in turn.",
         f"{DASH}: not run, or not to be had: a task has no quality before its training.",
     ]
     for steps in sorted({record["training"]["steps"] for record in trained_on(group)}):
