@@ -20,14 +20,17 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.test_resume import die
 from tests.test_scripts import ENV
+from utils.command_line import parse as parse_training
 from utils.command_line import stored_run
 from utils.data import Corpus
 from utils.engine import Engine
+from utils.errors import UserError
 from utils.evaluation import evaluate_all
 from utils.model import build_model
 from utils.records import read_record
+from utils.report import DASH
 from utils.source import open_source
-from utils.surgery import flags_after, parse
+from utils.surgery import flags_after, like, parse
 from utils.surgery_measure import row_passes
 from utils.tasks.finetuning import task_class
 from utils.tasks.starting import pretraining
@@ -331,19 +334,39 @@ def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(
     assert "was tested on another text than" in refusal(command(merged, keep=1, data=other, out=tmp_path / "third"))
 
 
+def test_from_scratch_a_model_is_like_the_run_but_for_its_experts(trained, tmp_path):
+    """Sizes, text and training are the run's own; k has the method's defaults at that size, and follows other steps."""
+    run = trained("smoe")
+    made, flags = open_source(run).made, parse_training([*like(str(run), "2"), "--work_dir", str(tmp_path), "--max_step", "7"])
+    changed = {name for name, value in dataclasses.asdict(flags).items() if getattr(made, name) != value}
+    assert changed == {"moe_num_expert", "d_ff", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "max_step", "work_dir"} | {
+        "dynamic_overall_steps",
+        "swad_end",
+    }
+    assert (flags.moe_num_expert, flags.d_inner, flags.moe_top_k, flags.dynamic_overall_steps) == (2, made.d_inner, 1, 7)
+    for name, keep, sentence in (
+        ("smoe", "5", "5 experts must be from 1 to the 4"),
+        ("smoe", "two", "two is no number of experts"),
+        ("dense", "2", "none to make fewer"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            like(str(trained(name)), keep)
+
+
 def bash(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
 
 
 def test_run_all_operates_goes_on_and_draws_the_table(tmp_path):
-    """In a copy of the tree, from one run: an operation and what it is held against."""
+    """In a copy of the tree, from one run: an operation and what it is held against, on the text and fine-tuned."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", ".venv", "__pycache__", "results", "Figs"))
     tiny.completed(
         tiny.flags(tiny.write_corpus(copy / "words"), copy / "trained" / "smoe-seed1", method="smoe", max_step=4, eval_interval=2)
     )
+    tiny.write_rows(copy / "data" / "sst2", "sst2")
     short = ("--batch_size", "4", "--eval_batch_size", "2", "--device", "cpu", "--threads", "1")
-    how = {"METHODS": "drop", "KEEP": "2", "TASK": "", "STEPS": "2", "SCRATCH": "1", "JOBS": "1"}
+    how = {"METHODS": "drop", "KEEP": "2", "STEPS": "2", "SCRATCH": "1", "JOBS": "1"}
     refused = bash("script/surgery/run_all.sh", "trained", "--max_step", "3", cwd=copy)
     assert refused.returncode == 2 and "--max_step differs from row to row" in refused.stderr
     assert bash("script/surgery/run_all.sh", cwd=copy).returncode == 2
@@ -351,7 +374,10 @@ def test_run_all_operates_goes_on_and_draws_the_table(tmp_path):
     logs = {path.name: path.read_text() for path in (copy / "runs" / "quick" / "surgery" / "logs").glob("*.log")}
     assert done.returncode == 0, (done.stderr, logs)
     assert sorted(logs) == ["smoe-seed1-drop-2.log", "smoe-seed1-scratch-2.log", "smoe-seed1-whole-0.log"]
-    assert "| drop 4 to 2 (n = 1) |" in done.stdout and "Trained on for 2 steps without surgery" in done.stdout
+    assert "Trained on for 2 steps without surgery" in done.stdout
+    on_task, on_text = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| drop 4 to 2 (n = 1) |")]
+    assert all(DASH not in (row[2], row[5]) for row in (on_task, on_text)), "before, and from scratch at that size"
+    assert on_task[3] == DASH != on_text[3], "a task has no quality directly after"
 
 
 @pytest.mark.parametrize("name", [*SURGERIES, "compress"])

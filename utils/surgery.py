@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from smoe_dropout.registry import SURGERIES, unknown
 from utils import finetuning
 from utils.command_line import read_config, resolve
 from utils.data import Corpus
-from utils.errors import UserError
+from utils.errors import UserError, exit_on_user_error
 from utils.examples import TASKS, Examples, read_examples
 from utils.flags import CHOICES, OF_PIECES, FinetuneFlags, Flags
 from utils.source import SURGERY, Source, kind_of, open_source
@@ -61,6 +62,9 @@ class SurgeryFlags:
 
 
 COMPRESS = "compress"
+# of a run's flags, what says nothing of a model that is trained like its own
+OF_ONE_RUN = ("work_dir", "run_name", "yes", "start_from", "teacher", "eval_only", "k", "moe_experts_by_layer")
+TO_THE_END = ("dynamic_overall_steps", "swad_end")
 # which methods a flag means something to; and those that mean nothing where nothing is read
 OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("slim",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
 OF_READING = ("keep", "calibrate", "task", "k")
@@ -125,11 +129,7 @@ def parse(argv: list[str]) -> Plan:
     """A command line and what it names, opened. UserError for every mistake, before anything is written."""
     flags = tyro.cli(SurgeryFlags, args=argv, prog="surgery.py", config=(tyro.conf.HelptextFromCommentsOff,))
     source = open_source(Path(flags.source))
-    if "preset" not in source.flags:
-        raise UserError(f"{source.path} holds weights alone: give the folder of the run that made them")
-    if not source.flags["moe"]:
-        raise UserError(f"the checkpoint {source.path} is of {kind_of(source)}: there are none to make fewer")
-    if mistakes := _mistakes(flags, source):
+    if mistakes := not_operable(source) or _mistakes(flags, source):
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
     made = source.made
     flags = dataclasses.replace(flags, k=flags.k or max(1, made.moe_num_expert // 2), out=flags.out or _default_folder(flags, source))
@@ -148,6 +148,13 @@ def parse(argv: list[str]) -> Plan:
     how = ["--task", flags.task, "--checkpoint", flags.source, "--threads", str(flags.threads), "--device", flags.device]
     rows, _ = finetuning.parse([*how, *(["--data", flags.calibrate] if flags.calibrate else [])])
     return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data)), rows)
+
+
+def not_operable(source: Source) -> list[str]:
+    """What is missing of a run with experts."""
+    if "preset" not in source.flags:
+        return [f"{source.path} holds weights alone: give the folder of the run that made them"]
+    return [] if source.flags["moe"] else [f"the checkpoint {source.path} is of {kind_of(source)}: there are none to make fewer"]
 
 
 def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
@@ -220,8 +227,36 @@ def is_complete(plan: Plan) -> bool:
 def flags_after(plan: Plan, sizes: tuple[int, ...]) -> Flags:
     """Of the model with so many experts in its layers; k and its schedule as its method has them at that size."""
     made, flags = plan.made, plan.flags
-    changes = {"moe_num_expert": max(sizes), "moe_experts_by_layer": ",".join(map(str, sizes)), "d_ff": None}
-    changes |= dict.fromkeys(("moe_top_k", "moe_top_k_min", "moe_top_k_max"))
+    changes = {"moe_num_expert": max(sizes), "moe_experts_by_layer": ",".join(map(str, sizes))}
     if flags.method == COMPRESS:
         changes |= {"moe_expert_rank": flags.rank, "moe_prune_to": flags.kept}
-    return dataclasses.replace(resolve(dataclasses.replace(made, **changes)), method=made.method)
+    return dataclasses.replace(resized(made, **changes), method=made.method)
+
+
+def resized(made: Flags, **changes: object) -> Flags:
+    """With another number of experts of the same width; k and its schedule as the method has them at that size."""
+    return resolve(dataclasses.replace(made, **dict.fromkeys(("d_ff", "moe_top_k", "moe_top_k_min", "moe_top_k_max")), **changes))
+
+
+def like(run: str, keep: str) -> list[str]:
+    """The command line of a model trained like a run's, from random weights, with `keep` experts in every layer. UserError for a run
+    without experts, and for more than it has.
+    """
+    source = open_source(Path(run))
+    if mistakes := not_operable(source) + ([] if keep.isdecimal() else [f"{keep} is no number of experts to keep"]):
+        raise UserError("; ".join(mistakes))
+    made = source.made
+    if not 1 <= int(keep) <= made.moe_num_expert:
+        raise UserError(f"{keep} experts must be from 1 to the {made.moe_num_expert} of {run}")
+    flags = resized(made, moe_num_expert=int(keep), moe_experts_by_layer=None)
+    words = []
+    for name, value in dataclasses.asdict(flags).items():
+        if name in source.flags and name not in OF_ONE_RUN and value is not None:
+            value = -1 if name in TO_THE_END and value == flags.max_step else value  # as long as training, should that be changed
+            words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
+
+
+if __name__ == "__main__":  # python -m utils.surgery RUN KEEP: the words of `like`, one a line
+    with exit_on_user_error():
+        print("\n".join(like(*sys.argv[1:])))

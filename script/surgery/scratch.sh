@@ -9,6 +9,7 @@ fi
 run=$1 keep=$2
 shift 2
 has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
+words=$("$PYTHON" -m utils.surgery "$run" "$keep")
 given=()
-for flag in model preset method data dataset seed d_inner; do given+=("--$flag" "$(field "$flag" <"$run/config.json")"); done
-start train.py "${given[@]}" --moe_num_expert "$keep" "$@"
+while IFS= read -r word; do given+=("$word"); done <<<"$words"
+start train.py "${given[@]}" "$@"
