@@ -40,7 +40,7 @@ def _by_k(ax: Axes, group, look: dict[str, dict], least_share: float, by_share: 
         xs = [k / experts for k in ks] if by_share else ks
         ax.errorbar(xs, means, yerr=bars, label=method.title, capsize=3, elinewidth=1, markersize=5, **style)
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:g}" if x < 1 else f"{x:g}")
     ax.set_xlabel("share of active experts k/E" if by_share else "active experts k")
 
 
@@ -59,6 +59,9 @@ def _by_number(ax: Axes, ablation, group) -> None:
         xs, means, spreads = zip(*sorted(points), strict=True)
         label = f"{share} {kind[1]}" if kind and kind[1] else share
         ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, color=colour, marker="o", markersize=4, capsize=3, label=label)
-    ax.set_xticks(sorted({number for points in lines.values() for number, _, _ in points}))
+    if ablation.by_share:
+        ax.set_xscale("log", base=2)  # each setting is twice the one before
+    numbers = sorted({number for points in lines.values() for number, _, _ in points})
+    ax.set_xticks(numbers, map(str, numbers))
     ax.set(xlabel=ablation.axis)
     ax.legend(fontsize=8)

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from smoe_dropout.registry import SURGERIES
 from utils.errors import UserError, run_main
 from utils.records import Record, find_records, named_architecture, read_record, replicate, slug, split_of
 from utils.report import DASH, Cell, Table, short_number, to_markdown, update_readme
+from utils.surgery import COMPRESS
 
 TABLE = "surgery"
 
@@ -213,7 +215,9 @@ def _curves(ax, group: Group, quality: Callable[[Record], float], size: Callable
     for row in group.rows:
         point = size(row.records[0]) / 1e6, statistics.mean(map(quality, row.records))
         methods.setdefault(surgery_of(row.records[0])["method"], []).append(point)
-    for index, (method, points) in enumerate(sorted(methods.items())):
+    known = sorted({*SURGERIES, COMPRESS, *methods})  # a method looks the same in every figure
+    for method, points in sorted(methods.items()):
+        index = known.index(method)
         look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
         ax.plot(*zip(*sorted(points), strict=True), label=method, **look)
 
