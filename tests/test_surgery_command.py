@@ -26,6 +26,8 @@ from utils.data import Corpus
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.evaluation import evaluate_all
+from utils.examples import read_examples
+from utils.finetuning import parse as parse_finetuning
 from utils.model import build_model
 from utils.records import read_record
 from utils.report import DASH
@@ -183,6 +185,22 @@ def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_
     assert "surgery=uncurl 4 to 2 on sst2" in record["method"] and [row["k"] for row in record["quality"]] == [1, 2]
 
 
+def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
+    """Of a task with folds: its own fold's rows are not read, and another fold cannot be held out afterwards."""
+    rows = tiny.write_rows(tmp_path / "rows", "mawps")
+    how = {"method": "uncurl", "task": "mawps", "fold": 1, "calibrate": rows, "out": tmp_path / "out"}
+    arguments = command(trained("smoe"), **how)
+    folds = [read_examples("mawps", rows, fold) for fold in (0, 1)]
+    assert [parse(command(trained("smoe"), **how | {"fold": fold})).material for fold in (None, 1)] == folds and folds[0] != folds[1]
+    tiny.completed(arguments, program="surgery.py")
+    surgery = tiny.read_json(tmp_path / "out" / "surgery.json")
+    assert surgery["label"] == "uncurl 4 to 2 on mawps without fold 1" and surgery["read"]["fold"] == 1
+    tuned = {"task": "mawps", "data": rows, "checkpoint": tmp_path / "out", "work_dir": tmp_path / "run"}
+    said = refusal(words_of({**tuned, "fold": 0}), "finetune.py")
+    assert f"--fold 0: its rows were read when {tmp_path / 'out'} was made" in said and "surgery.py --task mawps --fold 0" in said
+    assert parse_finetuning(words_of({**tuned, "fold": 1}))[0].fold == 1
+
+
 @pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
 @pytest.mark.parametrize("model", ["transformer_xl", "bert"])
 def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
@@ -191,7 +209,6 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
     if model == "bert":
         tiny.write_tokenizer(tmp_path / "tokenizer")
     from utils import finetuning
-    from utils.examples import read_examples
 
     how = {"task": task, "checkpoint": run, "data": data, "eval_batch_size": 4, "dropout": 0.0, "device": "cpu"}
     found = []
@@ -229,6 +246,9 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"seed": -1}, "--seed -1 must not be negative"),
         ({"device": "tpu"}, "--device: unknown value 'tpu'"),
         ({"task": "sst"}, "--task: unknown task 'sst'; nearest: sst2"),
+        ({"fold": 1}, "--fold 1: a text has no folds, leave it out"),
+        ({"task": "sst2", "fold": 0}, "--fold 0: sst2 has no folds, leave it out"),
+        ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
         ({"method": "uncurl", "by_layer": True}, "--by_layer means nothing to --method uncurl: leave it out"),
         ({"rank": 4}, "--rank means nothing to --method drop: leave it out"),
         ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep means nothing to --method compress: leave it out"),
@@ -334,6 +354,20 @@ def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(
     assert "was tested on another text than" in refusal(command(merged, keep=1, data=other, out=tmp_path / "third"))
 
 
+def test_a_chain_is_tested_on_as_much_every_time(operated, tmp_path):
+    said = refusal(command(operated("merge")[0], keep=1, max_test_steps=1, out=tmp_path / "out"))
+    assert "--max_test_steps 1: " in said and "was tested with 80" in said
+
+
+def test_what_taught_a_run_is_not_needed_to_operate_on_it(trained, tmp_path):
+    teacher = shutil.copytree(trained("smoe"), tmp_path / "teacher")
+    tiny.completed(words_of({"start_from": trained("smoe"), "teacher": teacher, "work_dir": tmp_path / "run", **TRAINING}))
+    shutil.rmtree(teacher)
+    tiny.completed(command(tmp_path / "run", out=tmp_path / "out"), program="surgery.py")
+    made = tiny.read_json(tmp_path / "out" / "config.json")
+    assert (made["start_from"], made["teacher"]) == (None, None)
+
+
 def test_from_scratch_a_model_is_like_the_run_but_for_its_experts(trained, tmp_path):
     """Sizes, text and training are the run's own; k has the method's defaults at that size, and follows other steps."""
     run = trained("smoe")
@@ -381,9 +415,10 @@ def test_run_all_operates_goes_on_and_draws_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*SURGERIES, "compress"])
-def test_every_operation_has_its_script(name):
+def test_every_operation_has_its_script(name, trained):
     """A run is asked for; flags that follow win."""
     script = ROOT / "script" / "surgery" / f"{name}.sh"
     assert bash(script).returncode == 2
-    done = bash(script, "nowhere", *(() if name == "compress" else ("--keep", "3")))
-    assert done.returncode == 2 and "the checkpoint nowhere is not there" in done.stderr
+    wins, foreign = ("--kept", "--fold") if name == "compress" else ("--keep", "--rank")
+    done = bash(script, trained("smoe"), wins, "0", foreign, "1")
+    assert done.returncode == 2 and f"{wins} 0" in done.stderr and f"{foreign} means nothing to --method {name}" in done.stderr

@@ -139,6 +139,9 @@ def test_importance_is_a_running_mean_of_weight_times_gradient():
     expected = torch.cat([torch.zeros(H // 2), torch.ones(H // 2)]) * (1 - BETA) / 2
     torch.testing.assert_close(pruner.importances[0], expected.expand(E, H))
     assert (experts.down_s[:, 0, : H // 2] == 0).all() and (experts.down_s[:, 0, H // 2 :] != 0).all()
+    experts.down_s.grad[:, 0, H // 2 :] *= 3
+    pruner.step()
+    torch.testing.assert_close(pruner.importances[0], (expected * BETA + expected * 3).expand(E, H), msg="what was before counts on")
 
 
 def test_pruning_resumed_ends_as_if_it_had_not_stopped():

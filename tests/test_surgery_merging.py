@@ -58,6 +58,11 @@ def test_the_most_used_of_all_layers_are_dominant(usages, keep, by_layer, expect
     assert all(sorted(sum(members(layer), ())) == [0, 1, 2, 3] for layer in found)
 
 
+def test_more_than_there_are_cannot_be_kept():
+    with pytest.raises(ValueError, match="keep = 3 on average over 2 layers is more than the 4 experts there are"):
+        merging.most_used([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, by_layer=False)
+
+
 def test_the_others_join_the_dominant_one_that_is_routed_most_alike():
     logits = like(3, 2)
     (found,) = groups_of("merge", [read([0.1, 0.4, 0.1, 0.1, 0.3], 5 * logits)], 2)

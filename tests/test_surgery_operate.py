@@ -94,7 +94,11 @@ def test_the_model_is_afterwards_as_before():
     with pytest.raises(ZeroDivisionError):
         sd.calibrate(model, [(lambda: 1 / 0, None)], k=1)
     calibrated(model, k=1)
-    assert model.training and sd.get_top_k(model) == 2 and not any(layer.experts._forward_pre_hooks for _, layer in sd.moe_layers(model))
+    (_, first), (_, second) = sd.moe_layers(model)
+    first.eval()
+    calibrated(model, k=1)
+    assert model.training and not first.training and second.training, "every module has its own mode"
+    assert sd.get_top_k(model) == 2 and not any(layer.experts._forward_pre_hooks for _, layer in sd.moe_layers(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -124,6 +128,12 @@ def test_a_calibration_that_counts_nothing_is_refused(passes, said):
     model = model_with_experts(hand_written)
     with pytest.raises(ValueError, match=said):
         sd.calibrate(model, passes(model))
+
+
+def test_layers_that_no_pass_reaches_are_refused():
+    model = model_with_experts()
+    with pytest.raises(sd.ConfigError, match=r"no position of the calibration reached .*: the passes have to run every MoE layer"):
+        sd.calibrate(model, [(lambda: sd.moe_layers(model)[0][1](torch.randn(6, D)), None)])
 
 
 # what is left

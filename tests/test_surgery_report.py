@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.test_report import record
+from tests.test_report import overwrite, record
 from utils import surgery_report
 from utils.errors import UserError
 from utils.surgery_report import before, build_table, collect, draw, from_scratch, group_records
@@ -20,6 +20,8 @@ def surgery(label: str, after: float, keep: int = 8, experts=(8, 8), method: str
         "title": f"Words, laptop, 10 steps, {label}",
         "source": {"title": "Words, laptop, 10 steps", "sha256": WHOLE + str(seed), "method": "smoe", "seed": seed},
         "metric": {"name": "bpc", "lower_is_better": True, "split": "test"},
+        "read": {"data": "Words", "fingerprint": "f", "task": None, "k": 8, "tokens": 65_536},
+        "tested_on": "f",
         "before": {
             "experts": [16, 16],
             "parameters": 2_000_000,
@@ -79,7 +81,9 @@ def test_it_is_held_against_a_model_of_that_size_from_random_weights_and_of_no_o
     rival = record("smoe_dropout (moe_num_expert=8)", "SMoE-Dropout", 1, {8: 2.2}, 8, parameters__total=1_600_000)
     elsewhere = copy.deepcopy(scratch)
     elsewhere["dataset"]["fingerprint"] = "other"
-    assert from_scratch(operated, [scratch, larger, rival, elsewhere]) == [scratch]
+    went_on_from = copy.deepcopy(scratch)
+    went_on_from["pretrained"] = {"title": "Words", "sha256": "d", "transferred": True}
+    assert from_scratch(operated, [scratch, larger, rival, elsewhere, went_on_from]) == [scratch]
     assert cells([operated, scratch, larger, rival, elsewhere])[0][5] == "2.250"
 
 
@@ -105,6 +109,7 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
         return made
 
     operated = tuned(went_on("uncurl 16 to 8 on sst2", 2.4, 0.0, **task), 80.0, "b")
+    task |= {"training__steps": 500}
     whole = tuned(record("smoe", "SMoE", 1, {16: 0.0}, 16, parameters__total=2_100_000, **task), 82.0, WHOLE + "1")
     scratch = tuned(record("smoe", "SMoE", 1, {16: 0.0}, 16, **task), 70.0, WHOLE + "1", transferred=False)
     other = tuned(record("smoe", "SMoE", 2, {16: 0.0}, 16, **task), 60.0, WHOLE + "2")
@@ -113,6 +118,45 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
     assert row[2:5] == ["82.0", "–", "80.0, 500 steps"] and row[6:8] == ["2.10 M / 1.60 M", "32.0 M / 16.0 M"]
     (alone,) = cells([operated, other])
     assert alone[2] == "–" and alone[6:8] == ["– / 1.60 M", "– / 16.0 M"], "what was measured on the text says nothing of the task"
+
+
+def test_on_a_task_it_is_held_against_what_was_fine_tuned_alike():
+    """From trained weights, and for as long."""
+    task = {"metric": {"name": "accuracy", "lower_is_better": False, "split": "test"}, "dataset__title": "SST-2"}
+    operated = went_on("uncurl 16 to 8 on sst2", 2.4, 80.0, **task)
+
+    def tuned(value: float, steps: int = 500, transferred: bool = True, **more) -> dict:
+        made = record("smoe", "SMoE", 1, {8: value}, 8, training__steps=steps, **task, **more)
+        made["pretrained"] = {"title": "Words", "sha256": WHOLE + "1", "transferred": transferred}
+        return made
+
+    size = {"parameters__total": 1_600_000}
+    small, fresh, longer = tuned(78.0, **size), tuned(50.0, transferred=False, **size), tuned(79.0, 50_000, **size)
+    assert from_scratch(operated, [fresh, longer, small]) == [small]
+    assert before(operated, [tuned(83.0, 50_000), tuned(60.0, transferred=False), tuned(82.0)]) == 82.0
+
+
+def test_what_was_measured_on_another_text_is_not_set_beside_it():
+    (row,) = cells([went_on("merge 16 to 8", 2.4, 2.1, dataset__fingerprint="other")])
+    assert row[2:5] == ["–", "–", "2.100, 500 steps"]
+
+
+def test_only_replicates_are_averaged():
+    one, two = went_on("merge 16 to 8", 2.4, 2.1), went_on("merge 16 to 8", 2.6, 2.3, seed=2)
+    assert cells([one, copy.deepcopy(one), two])[0][0] == "merge 16 to 8 (n = 2)", "a record found twice counts once"
+    with pytest.raises(UserError, match="two records of one seed"):
+        group_records([one, went_on("merge 16 to 8", 2.4, 2.2)])
+    for name, value in (("preset", "laptop (lr=0.1)"), ("pretrained__title", "Words, 500 steps"), ("pretrained__surgery__read__k", 4)):
+        with pytest.raises(UserError, match="they are not one row"):
+            group_records([one, overwrite(copy.deepcopy(two), name, value)])
+
+
+def test_two_trained_models_of_one_seed_are_two_tables():
+    one, two, other = (went_on(label, 2.4, 2.1) for label in ("merge 16 to 8", "drop 16 to 8", "drop 16 to 8"))
+    other["pretrained"]["surgery"]["source"]["sha256"] = "c" * 64
+    groups = group_records([one, two, other])
+    assert [len(group.rows) for group in groups] == [2, 1] and len({surgery_report.figure_of(group) for group in groups}) == 2
+    assert build_table(groups[1]).caption.startswith("Surgery on smoe, model cccccccc, pre-trained on Words, laptop, 10 steps: test bpc")
 
 
 def test_a_figure_is_drawn_and_is_the_same_again(tmp_path):

@@ -50,7 +50,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
     how = finetuning(task, preset, values["model"])
     defaults = FinetuneFlags(**{**values, **how, **_experts(values), "task": task, "dataset": task, "preset": preset})
     flags = from_command_line(argv, defaults, "finetune.py")
-    mistakes += contradictions(flags, source) + _expectation(flags, source) + check(flags) + _check_finetuning(flags)
+    mistakes += contradictions(flags, source) + _expectation(flags, source) + _rows_seen(flags, source)
+    mistakes += check(flags) + _check_finetuning(flags)
     return decided(flags, source, mistakes), source
 
 
@@ -126,6 +127,15 @@ def _check_finetuning(flags: FinetuneFlags) -> list[str]:
     if not 3 <= flags.max_length <= longest:
         found.append(f"--max_length {flags.max_length} must be from 3 to the {longest} positions of the model")
     return found
+
+
+def _rows_seen(flags: FinetuneFlags, source: Source) -> list[str]:
+    """A sentence where rows that are held out decided which experts the model has."""
+    read = (source.surgery or {}).get("read") or {}
+    if read.get("task") != flags.task or read.get("fold", flags.fold) == flags.fold:
+        return []
+    remedy = f"make one by surgery.py --task {flags.task} --fold {flags.fold}"
+    return [f"--fold {flags.fold}: its rows were read when {source.path} was made; {remedy}"]
 
 
 def contradictions(flags: Flags, source: Source) -> list[str]:

@@ -16,7 +16,7 @@ from utils import finetuning
 from utils.command_line import read_config, resolve
 from utils.data import Corpus
 from utils.errors import UserError, exit_on_user_error
-from utils.examples import TASKS, Examples, read_examples
+from utils.examples import KINDS, TASKS, Examples, read_examples
 from utils.flags import CHOICES, OF_PIECES, FinetuneFlags, Flags
 from utils.source import SURGERY, Source, kind_of, open_source
 
@@ -43,6 +43,8 @@ class SurgeryFlags:
     """what is read to decide: a prepared text, or with --task the task's rows; default the run's own text, or data/<task>"""
     task: str | None = None
     """read the rows of sst2, csqa, asdiv_a, mawps or svamp instead of a text; padding is not counted"""
+    fold: int | None = None
+    """with --task asdiv_a or mawps: the fold whose rows are not read, the one to be held out in fine-tuning; default 0"""
     k: int | None = None
     """active experts while reading; default E/2: with all of them active usage says nothing"""
     tokens: int = 65_536
@@ -65,9 +67,11 @@ COMPRESS = "compress"
 # of a run's flags, what says nothing of a model that is trained like its own
 OF_ONE_RUN = ("work_dir", "run_name", "yes", "start_from", "teacher", "eval_only", "k", "moe_experts_by_layer")
 TO_THE_END = ("dynamic_overall_steps", "swad_end")
+# of a run's flags, how it was trained from weights: the model itself needs none of them
+OF_STARTING = ("start_from", "teacher", "teacher_weight", "teacher_temperature", "moe_prune_to")
 # which methods a flag means something to; and those that mean nothing where nothing is read
 OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("slim",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
-OF_READING = ("keep", "calibrate", "task", "k")
+OF_READING = ("keep", "calibrate", "task", "fold", "k")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Plan:
         flags = self.flags
         words = [flags.method, f"{self.made.moe_num_expert} to {flags.keep}" if flags.keep else ""]
         words += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
-        return " ".join(word for word in (*words, f"on {flags.task}" if flags.task else "") if word)
+        words += [f"on {flags.task}" if flags.task else "", f"without fold {flags.fold}" if flags.fold is not None else ""]
+        return " ".join(word for word in words if word)
 
     @property
     def earlier(self) -> dict[str, Any]:
@@ -120,9 +125,13 @@ class Plan:
         read = None
         if material is not None:
             read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k, "tokens": flags.tokens}
+            if flags.fold is not None:
+                read["fold"] = flags.fold
+        elif self.earlier:
+            read = self.earlier.get("read")
         decided = {"method": flags.method, "keep": flags.keep, "options": self.options, "seed": flags.seed}
         decided |= {"source": self.first, "weights_sha256": self.source.fingerprint}
-        return decided | {"read": read, "tested_on": self.text.fingerprint}
+        return decided | {"read": read, "tested_on": self.text.fingerprint, "max_test_steps": self.made.max_test_steps}
 
 
 def parse(argv: list[str]) -> Plan:
@@ -132,22 +141,28 @@ def parse(argv: list[str]) -> Plan:
     if mistakes := not_operable(source) or _mistakes(flags, source):
         raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
     made = source.made
+    if flags.task is not None and KINDS[flags.task].folds > 1:
+        flags = dataclasses.replace(flags, fold=flags.fold or 0)
     flags = dataclasses.replace(flags, k=flags.k or max(1, made.moe_num_expert // 2), out=flags.out or _default_folder(flags, source))
     said = {"device": flags.device, "threads": flags.threads, "data": flags.data or made.data, "work_dir": flags.out}
     if flags.max_test_steps is not None:
         said["max_test_steps"] = flags.max_test_steps
-    made = dataclasses.replace(made, **said)
+    made = dataclasses.replace(made, **said, **{name: getattr(Flags, name) for name in OF_STARTING})
     refuse_occupied(Path(flags.out))
     text = open_text(made.data, source)
     if source.surgery and source.surgery.get("tested_on", text.fingerprint) != text.fingerprint:
         raise UserError(f"{source.path} was tested on another text than {made.data}: give the one it was tested on with --data")
+    tested = source.surgery.get("max_test_steps", made.max_test_steps) if source.surgery else made.max_test_steps
+    if tested != made.max_test_steps:
+        raise UserError(f"--max_test_steps {made.max_test_steps}: {source.path} was tested with {tested}, and has to be after this, too")
     if flags.method == COMPRESS:
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:
         return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
     how = ["--task", flags.task, "--checkpoint", flags.source, "--threads", str(flags.threads), "--device", flags.device]
-    rows, _ = finetuning.parse([*how, *(["--data", flags.calibrate] if flags.calibrate else [])])
-    return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data)), rows)
+    how += ["--data", flags.calibrate] if flags.calibrate else []
+    rows, _ = finetuning.parse([*how, "--fold", str(flags.fold or 0)])
+    return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data), rows.fold), rows)
 
 
 def not_operable(source: Source) -> list[str]:
@@ -178,19 +193,26 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
             found.append(f"--{name} {getattr(flags, name)} must be from 1 to the {E} experts of {source.path}")
     if flags.task is not None and flags.task not in TASKS:
         found.append("--task: " + unknown("task", flags.task, list(TASKS)))
+    elif flags.fold is not None:
+        folds = KINDS[flags.task].folds if flags.task else 1
+        if folds == 1:
+            found.append(f"--fold {flags.fold}: {flags.task or 'a text'} has no folds, leave it out")
+        elif not 0 <= flags.fold < folds:
+            found.append(f"--fold {flags.fold}: {flags.task} has the folds 0 to {folds - 1}")
     if flags.device not in CHOICES["device"]:
         found.append("--device: " + unknown("value", flags.device, list(CHOICES["device"])))
     if flags.tokens < 1:
         found.append(f"--tokens {flags.tokens} must be at least 1")
     found += [f"--{name} {getattr(flags, name)} must not be negative" for name in ("seed", "threads") if getattr(flags, name) < 0]
     wide = source.flags["model"] in OF_PIECES or source.flags["dense_width"] == "all"
-    if wide and source.flags["moe_index"] is not None:
+    if flags.method != COMPRESS and wide and source.flags["moe_index"] is not None:
         found.append(f"{source.path} has layers without experts, as wide as the experts of a layer together: their width would be lost")
     return found
 
 
 def _default_folder(flags: SurgeryFlags, source: Source) -> str:
-    words = [source.path.resolve().name, flags.method, *(str(size) for size in (flags.keep, flags.rank) if size), flags.task]
+    words = [source.path.resolve().name, flags.method, *(str(size) for size in (flags.keep, flags.rank, flags.kept, flags.score) if size)]
+    words += ["by-layer" if flags.by_layer else None, flags.task, f"fold{flags.fold}" if flags.fold is not None else None]
     return f"runs/{source.flags['preset']}/surgery/{'-'.join(word for word in words if word)}"
 
 

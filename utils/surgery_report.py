@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smoe_dropout.registry import SURGERIES
 from utils.errors import UserError, run_main
-from utils.records import Record, find_records, named_architecture, read_record, replicate, slug, split_of
+from utils.records import Record, find_records, get, named_architecture, read_record, replicate, slug, split_of
 from utils.report import DASH, Cell, Table, short_number, to_markdown, update_readme
 from utils.surgery import COMPRESS
 
@@ -33,7 +33,11 @@ class Row:
 
 @dataclass
 class Group:
-    """Operations on models trained alike, and measured on the same data; `others`: all records without surgery."""
+    """Operations on models trained alike, and measured on the same data; `others`: all records without surgery.
+
+    name: title of the data, metric, what the operated model was trained on, its method, and where there are two trained models of one seed,
+    the beginning of its sha256: seeds are averaged, trainings are not.
+    """
 
     name: tuple[str, ...]
     rows: list[Row]
@@ -56,21 +60,29 @@ def measured_alike(record: Record, other: Record) -> bool:
 
 def of_the_text(record: Record) -> bool:
     """Whether its quality is the one that surgery.py measured, too."""
-    return record["metric"]["name"] == surgery_of(record)["metric"]["name"]
+    surgery = surgery_of(record)
+    return record["metric"]["name"] == surgery["metric"]["name"] and record["dataset"]["fingerprint"] == surgery["tested_on"]
+
+
+def tuned_alike(record: Record, other: Record) -> bool:
+    """Whether both went on from trained weights, on the same data for as long."""
+    started = other.get("pretrained", {}).get("transferred", False)
+    return started and measured_alike(record, other) and record["training"]["steps"] == other["training"]["steps"]
 
 
 def whole(record: Record, others: list[Record]) -> dict | None:
-    """Quality and parameters of the model that was operated on: as it was measured, or fine-tuned on the same rows with the same seed."""
+    """Quality and parameters of the model that was operated on: as it was measured, or fine-tuned as long on the same rows with the same
+    seed.
+    """
     surgery = surgery_of(record)
     if of_the_text(record):
         return surgery["before"]
     found = [
         other
         for other in others
-        if measured_alike(record, other)
+        if tuned_alike(record, other)
         and replicate(record) == replicate(other)
-        and other.get("pretrained", {}).get("sha256") == surgery["source"]["sha256"]
-        and other["pretrained"]["transferred"]
+        and other["pretrained"]["sha256"] == surgery["source"]["sha256"]
     ]
     return {"quality": found[0]["quality"], "parameters": found[0]["parameters"]["total"]} if found else None
 
@@ -90,12 +102,12 @@ def recovered(record: Record) -> float:
 
 
 def from_scratch(record: Record, others: list[Record]) -> list[Record]:
-    """Models of the same method with as many parameters, trained at that size from the first step on."""
+    """Models of the same method with as many parameters, trained at that size from the first step on; of a task, fine-tuned as long."""
     name = surgery_of(record)["source"]["method"]
     return [
         other
         for other in others
-        if measured_alike(record, other)
+        if (measured_alike(record, other) and "pretrained" not in other if of_the_text(record) else tuned_alike(record, other))
         and other["method"].partition(" ")[0] == name
         and other["model"]["architecture"] == record["model"]["architecture"]
         and other["parameters"]["total"] == record["parameters"]["total"]
@@ -114,20 +126,44 @@ def trained_on(group: Group) -> list[Record]:
 
 
 def group_records(records: list[Record]) -> list[Group]:
-    """By data, metric, and what the operated model was trained on and how; rows by operation, training and size."""
+    """By data, metric, and what the operated model was trained on and how; rows by operation, training and size. A record found twice
+    counts once. UserError for records that one row cannot average.
+    """
     others = [record for record in records if not surgery_of(record)]
     groups: dict[tuple, dict[tuple, list[Record]]] = {}
-    for record in records:
-        if surgery := surgery_of(record):
-            source = surgery["source"]
-            name = (record["dataset"]["title"], record["metric"]["name"], source["title"], source["method"])
-            taught = ", taught" if "teacher" in record["pretrained"] else ""
-            row = (surgery["label"] + taught, record["training"]["steps"])
-            groups.setdefault(name, {}).setdefault(row, []).append(record)
+    for name, record in _named([record for record in records if surgery_of(record)]):
+        taught = ", taught" if "teacher" in record["pretrained"] else ""
+        row = groups.setdefault(name, {}).setdefault((surgery_of(record)["label"] + taught, record["training"]["steps"]), [])
+        if record not in row:
+            _check_replicates(record, row)
+            row.append(record)
     return [
         Group(name, [Row(label, found) for (label, _), found in sorted(rows.items(), key=lambda row: _order(row[1][0]))], others)
         for name, rows in sorted(groups.items())
     ]
+
+
+def _named(records: list[Record]) -> list[tuple[tuple[str, ...], Record]]:
+    """Every record with the name of its group."""
+    named, models = [], {}
+    for record in records:
+        source = surgery_of(record)["source"]
+        name = (record["dataset"]["title"], record["metric"]["name"], source["title"], source["method"])
+        named.append((name, record))
+        models.setdefault(name, {}).setdefault(source["seed"], set()).add(source["sha256"])
+    twice = {name for name, seeds in models.items() if any(len(found) > 1 for found in seeds.values())}
+    return [((*name, f"model {surgery_of(record)['source']['sha256'][:8]}") if name in twice else name, record) for name, record in named]
+
+
+def _check_replicates(record: Record, row: list[Record]) -> None:
+    """UserError unless the record may stand in a row with these: one a seed, and everything else done alike."""
+    for other in row:
+        of = f"'{surgery_of(record)['label']}' on {surgery_of(record)['source']['title']}, seeds {other['seed']} and {record['seed']}"
+        for name in ("preset", "pretrained.title", "pretrained.surgery.read"):
+            if get(record, name) != get(other, name):
+                raise UserError(f"{of}: {name} is {get(other, name)!r} and {get(record, name)!r}: they are not one row, leave one out.")
+        if replicate(record) == replicate(other):
+            raise UserError(f"{of}: two records of one seed with other content: leave one out.")
 
 
 def _order(record: Record) -> tuple:
@@ -145,7 +181,7 @@ def _mean(values: Iterable[float | None], form: str = "{:.3f}") -> Cell:
 
 def build_table(group: Group) -> Table:
     first = group.rows[0].records[0]
-    title, metric, start, method = group.name
+    title, metric, start, method, *model = group.name
     form = "{:.3f}" if first["metric"]["lower_is_better"] else "{:.1f}"
     header = ["Operation", "Experts of each layer", "Before", "Directly after", "After training on", "From scratch at that size"]
     header += ["Parameters, before / after", "FLOPs a token, before / after", "Time of a pass"]
@@ -164,7 +200,8 @@ def build_table(group: Group) -> Table:
         rows.append(cells)
     seeds = sorted({record["seed"] for row in group.rows for record in row.records})
     shown = f"{split_of(first)} {metric}"
-    caption = f"Surgery on {method}, pre-trained on {start}: {shown} on {title}, all experts active, seed {', '.join(map(str, seeds))}."
+    caption = f"Surgery on {', '.join([method, *model])}, pre-trained on {start}: {shown} on {title}, all experts active, "
+    caption += f"seed {', '.join(map(str, seeds))}."
     notes = [
         "Time of a pass: after over before, as surgery.py measured it, all experts of each active, medians of passes taken in turn.",
         f"{DASH}: not run, or not to be had: a task has no quality before its training.",
@@ -206,7 +243,7 @@ def draw(group: Group, path: Path) -> None:
         direction = "lower is better" if first["metric"]["lower_is_better"] else "%"
         axes[0][0].set_ylabel(f"{split_of(first)} {group.name[1]} ({direction})")
         chart.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        chart.suptitle(f"Surgery on {group.name[3]}: {group.name[0]}, all experts active", fontsize=10.5)
+        chart.suptitle(f"Surgery on {', '.join(group.name[3:])}: {group.name[0]}, all experts active", fontsize=10.5)
         figures.save(chart, path)
 
 
@@ -282,7 +319,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{', '.join(map(str, [*sources, *args.runs]))}: there is no record of a run that went on from surgery; finish one first."
         )
     parts = [
-        (to_markdown(build_table(group)).strip(), f"![{group.name[3]}: quality against parameters](Figs/{figure_of(group)})")
+        (to_markdown(build_table(group)).strip(), f"![{', '.join(group.name[3:])}: quality against parameters](Figs/{figure_of(group)})")
         for group in groups
     ]
     text = "\n\n".join(part for both in parts for part in both)

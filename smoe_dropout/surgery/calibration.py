@@ -95,10 +95,10 @@ def calibrate(
 
     passes: what runs the model once, and a bool mask of the positions that count, in the order in which the MoE layers see them; None: all.
     k: active experts meanwhile, None: as the model has it; at k = E all are used alike. seed: decides which `sample` tokens are kept.
-    The model is in evaluation mode meanwhile, and afterwards as before. ConfigError for a model that surgery cannot be done on; ValueError
-    for a k it has not, a mask of another size, and where no position counts.
+    The model is in evaluation mode meanwhile, and afterwards as before. ConfigError for a model that surgery cannot be done on, and where
+    no position counts or reaches a layer; ValueError for a k it has not and a mask of another size.
     """
-    layers, was_training = cuttable_layers(model), model.training
+    layers, modes = cuttable_layers(model), [(module, module.training) for module in model.modules()]
     k = get_top_k(model) if k is None else k
     watches = [_Watch(layer, torch.Generator().manual_seed(seed), sample) for _, layer in layers]
     with top_k(model, k):
@@ -110,11 +110,14 @@ def calibrate(
                     watch.real = real
                 run()
         finally:
-            model.train(was_training)
+            for module, training in modes:
+                module.training = training
             for hook in hooks:
                 hook.remove()
     tokens = watches[0].tokens
-    require(tokens > 0, "no position of the calibration counts: give text, or rows that are not all padding")
+    require(any(watch.tokens for watch in watches), "no position of the calibration counts: give text, or rows that are not all padding")
+    unseen = [name for (name, _), watch in zip(layers, watches, strict=True) if not watch.tokens]
+    require(not unseen, f"no position of the calibration reached {', '.join(unseen)}: the passes have to run every MoE layer")
     return Calibration(tuple(name for name, _ in layers), tuple(watch.result() for watch in watches), k, tokens)
 
 

@@ -10,7 +10,7 @@ from smoe_dropout.surgery.merging import OPTIONS, most_used
 
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
-NEEDS = frozenset({"usage"})
+NEEDS = True
 
 
 def groups(

@@ -1,7 +1,7 @@
 """What a method of surgery decides and makes: which experts become one, and the tensors of that one.
 
 A method is a module with
-    NEEDS: frozenset[str]                                          of a layer's calibration: "usage", "logits", "inputs"
+    NEEDS: bool                                                    a calibration
     OPTIONS: dict[str, Any]                                        that may be given, with their defaults
     groups(layers, calibrations, keep, options) -> list[list[Group]]     for every layer, in order, the new experts
     combine(layer, group, calibration) -> Expert                   the tensors of one of them

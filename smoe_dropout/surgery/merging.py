@@ -19,7 +19,7 @@ from smoe_dropout.surgery.alignment import aligned
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
 
-NEEDS = frozenset({"usage", "logits"})
+NEEDS = True
 OPTIONS = {"by_layer": False}
 
 
@@ -36,8 +36,10 @@ def groups(
 
 def most_used(usages: Sequence[Tensor], keep: int, by_layer: bool) -> list[list[int]]:
     """The experts [E] of every layer that are used most: `keep` a layer on average, or with `by_layer` in each. ValueError for one of them
-    that no token reached.
+    that no token reached, and for more than there are.
     """
+    if not by_layer and keep * len(usages) > (there := sum(map(len, usages))):
+        raise ValueError(f"keep = {keep} on average over {len(usages)} layers is more than the {there} experts there are: keep fewer")
     chosen = [_most_used(usage_E, keep) for usage_E in usages] if by_layer else dominant(usages, keep * len(usages))
     for index, (leaders, usage_E) in enumerate(zip(chosen, usages, strict=True)):
         if unreached := [leader for leader in leaders if usage_E[leader] == 0]:

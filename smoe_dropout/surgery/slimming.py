@@ -15,7 +15,7 @@ from smoe_dropout.surgery.merging import most_used
 
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
-NEEDS: frozenset[str] = frozenset()  # the score decides
+NEEDS = False  # the score decides
 OPTIONS = {"score": "usage"}
 
 # how good every expert is [E]; large logits choose, and a frozen router's rows stay as long as they were drawn
