@@ -54,7 +54,7 @@ class SurgeryFlags:
     data: str | None = None
     """prepared text on which both models are tested; default the run's own"""
     out: str | None = None
-    """the folder to make; default runs/<preset>/surgery/<run>-<method>-<keep>"""
+    """the folder to make; default runs/<preset>/surgery/<run>-<method>-<keep>, followed by the options and the task"""
     max_test_steps: int | None = None
     """batches of each test (-1: all); default the run's"""
     device: str = "auto"
