@@ -338,6 +338,21 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
 
 
+def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_others(words, tmp_path):
+    """They are as wide as all experts of a layer together, and compressing leaves as many."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    tiny.completed(tiny.flags(words, run, method="smoe", moe_index="0", dense_width="all", max_step=2, eval_interval=2))
+    assert "their width would be lost" in refusal(command(run, out=out))
+    arguments = {"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"}
+    tiny.completed(words_of(arguments), program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
+    assert after == pytest.approx(before, rel=1e-5)
+    theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
+    dense = [name for name in theirs if "layers.1.feed_forward" in name]
+    assert dense and all(torch.equal(ours[name], theirs[name]) for name in dense)
+
+
 def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(trained, operated, tmp_path):
     """Merged, and compressed: the table has what the trained model was, and what is left in the end."""
     merged, out = operated("merge")[0], tmp_path / "out"
