@@ -11,7 +11,7 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
-from utils.command_line import evaluation_ks, method_of, parse_ks, stored_run, top_k_schedule
+from utils.command_line import evaluation_ks, last_top_k, method_of, parse_ks, stored_run, top_k_schedule
 from utils.data import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags import OF_PIECES, Flags
@@ -192,7 +192,7 @@ def finish(task: Task, folder: RunFolder | None, model, checkpoints, state: Stat
     chosen = state.best_step if task.selects else state.step
     load_step(model, checkpoints, chosen)
     model = task.finished(model)
-    why = f"the best on validation{' at k = E' if flags.moe else ''}" if task.selects else "the last"
+    why = f"the best on validation{f' at k = {last_top_k(flags)}' if flags.moe else ''}" if task.selects else "the last"
     say(f"final test of step {chosen}, {why}")
     quality = evaluate_all(task, model, splits, ks, say)
     if folder is None:
@@ -263,10 +263,10 @@ def log(task: Task, folder: RunFolder | None, model, state: State, lr: float, k:
 
 
 def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: State, plateau: Plateau, average, say) -> None:
-    """Quality at the current k, E/2 and E; the best is chosen at E. That of the mean weights, too, where there is one."""
+    """Quality at the current k, E/2, E and the k that training ends at, by which the best is chosen; that of mean weights, too."""
     flags, metric = task.flags, task.metric.name
-    E = flags.moe_num_expert
-    ks = [None] if k is None else sorted({k, max(1, E // 2), E})
+    E, last_k = flags.moe_num_expert, last_top_k(flags)
+    ks = [None] if k is None else sorted({k, max(1, E // 2), E, last_k})
 
     def measure() -> dict[int | None, float]:
         return {at: evaluate(task, model, task.splits[0], at, flags.max_eval_steps)[metric] for at in ks}
@@ -281,7 +281,7 @@ def validate(task: Task, folder: RunFolder | None, model, k: int | None, state: 
             line |= named(measure(), "averaged_")
     if folder is not None:
         folder.record(line)
-    quality = found[ks[-1]]
+    quality = found[last_k]
     if not math.isfinite(quality):
         where = f"validation at step {state.step} is not finite ({quality} {metric})"
         raise TrainingError(f"{where}: try a smaller --lr or --clip in a new --work_dir")

@@ -78,18 +78,31 @@ def test_k_follows_the_schedule(run):
         assert line["bpc"] == pytest.approx(line["loss"] / math.log(2)) and 0 < line["grad_norm"] < 100
 
 
-def test_validation_is_at_the_current_k_and_half_and_all_and_the_best_is_chosen_at_all(run):
+def test_validation_is_at_the_current_k_and_half_and_all_and_the_best_is_chosen_at_the_last(run):
     method, folder = run
+    last_k = E if method.flags.get("dynamic_moe") else method.flags.get("moe_top_k", E // 2)
     train = {line["step"]: line for line in tiny.metrics(folder, "train")}
     valid = tiny.metrics(folder, "valid")
     for line in valid:
-        expected = {f"bpc_k{k}" for k in (line["k"], E // 2, E)} if method.sparse else {"bpc"}
+        expected = {f"bpc_k{k}" for k in (line["k"], E // 2, E)} if method.sparse else {"bpc"}  # the last k is of these
         assert line.keys() - {"step", "split", "k"} == expected and line["k"] == train[line["step"]]["k"]
-    at_all = "bpc_k4" if method.sparse else "bpc"
+    at_last = f"bpc_k{last_k}" if method.sparse else "bpc"
     result = tiny.read_json(folder / "result.json")
-    best = min(valid, key=lambda line: line[at_all])
+    best = min(valid, key=lambda line: line[at_last])
     assert best["step"] == result["best_step"]
-    assert result["quality"][-1]["valid"] == pytest.approx(best[at_all], abs=1e-9)  # the weights tested are the best ones
+    tested = next(row for row in result["quality"] if row["k"] == (last_k if method.sparse else None))
+    assert tested["valid"] == pytest.approx(best[at_last], abs=1e-9)  # the weights tested are the best ones
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last_k"),
+    [({"dynamic_moe_mode": "linear_decrease", "moe_top_k_min": 1}, 1), ({"dynamic_overall_steps": 2 * STEPS}, 3)],
+)
+def test_the_best_is_of_the_k_that_training_ends_at(schedule, last_k, corpus, tmp_path):
+    tiny.completed(tiny.flags(corpus, tmp_path, method="smoe_dropout", **schedule))
+    found = {line["step"]: line[f"bpc_k{last_k}"] for line in tiny.metrics(tmp_path, "valid")}
+    state = tiny.read_json(tiny.checkpoints(tmp_path)[-1] / "state.json")
+    assert (state["best"], state["best_step"]) == min((value, step) for step, value in found.items()) and len(found) == 3
 
 
 def test_loss_falls_and_routers_are_trained_only_where_they_should(run):

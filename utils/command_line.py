@@ -428,6 +428,12 @@ def top_k_schedule(flags: Flags) -> TopKSchedule | None:
     return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
 
 
+def last_top_k(flags: Flags) -> int | None:
+    """k at the end of training, at which the weights are chosen by validation; None for a dense model."""
+    schedule = top_k_schedule(flags)
+    return schedule(flags.max_step) if schedule else None
+
+
 def evaluation_ks(flags: Flags) -> list[int | None]:
     """k at which the final test is made: powers of two up to E, E/2 and E; [None], once, for a dense model."""
     if not flags.moe:
