@@ -334,7 +334,10 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert record["best_step"] == 12 and record["parameters"]["total"] < surgery["before"]["parameters"] < surgery["after"]["parameters"]
     tiny.completed(["--eval_only", "--k", "4", "--work_dir", str(left)])
     assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
-    assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps")
+    assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps, taught")
+    pruned = record["pretrained"]["surgery"]
+    assert pruned == surgery | {"pruned_to": 0.25, "time": pruned["time"]} and pruned["time"] != surgery["time"]
+    assert pruned["time"][0]["k"] == [4, 4] and pruned["time"][0]["ratio"] > 0 and open_source(left).surgery["time"] == pruned["time"]
     assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
 
 

@@ -57,6 +57,17 @@ def test_a_row_has_before_directly_after_and_after_training_on():
     assert row == ["merge 16 to 8 (n = 1)", "8", "2.000", "2.400", "2.100, 500 steps", "–", "2.00 M / 1.60 M", "1.00 M / 16.0 M", "× 0.50"]
 
 
+def test_the_time_of_compressed_experts_is_that_of_pruned_ones():
+    """Directly after compressing S is whole, which a note says."""
+    old, new = (went_on(label, 2.0, 2.1, method="compress") for label in ("compress rank 4", "compress rank 8"))
+    new["pretrained"]["surgery"] |= {"pruned_to": 0.1, "time": [{"k": [16, 8], "ratio": 0.25}]}
+    (group,) = group_records([old, new])
+    table = build_table(group)
+    assert [row[-1].text for row in table.rows] == ["–", "× 0.25"] and "S is still whole" in "".join(table.notes)
+    (group,) = group_records([went_on("merge 16 to 8", 2.4, 2.1)])
+    assert "S is still whole" not in "".join(build_table(group).notes)
+
+
 def test_seeds_are_averaged_and_operations_kept_apart():
     found = cells(
         [

@@ -97,6 +97,12 @@ def directly_after(record: Record) -> float | None:
     return final(surgery["after"]["quality"], surgery["metric"]["split"]) if of_the_text(record) else None
 
 
+def time_of_a_pass(record: Record) -> float | None:
+    """After over before. Of compressed experts, None for a record of before their time was measured once more when they are pruned."""
+    surgery = surgery_of(record)
+    return None if surgery["method"] == COMPRESS and "pruned_to" not in surgery else surgery["time"][0]["ratio"]
+
+
 def recovered(record: Record) -> float:
     return final(record["quality"], split_of(record))
 
@@ -196,7 +202,7 @@ def build_table(group: Group) -> Table:
         sizes = [whole(left, group.others), {"quality": left["quality"], "parameters": left["parameters"]["total"]}]
         cells += [Cell(" / ".join(short_number(size["parameters"]) if size else DASH for size in sizes))]
         cells += [Cell(" / ".join(short_number(final(size["quality"], "flops_per_token")) if size else DASH for size in sizes))]
-        cells += [_mean((surgery_of(record)["time"][0]["ratio"] for record in row.records), "× {:.2f}")]
+        cells += [_mean(map(time_of_a_pass, row.records), "× {:.2f}")]
         rows.append(cells)
     seeds = sorted({record["seed"] for row in group.rows for record in row.records})
     shown = f"{split_of(first)} {metric}"
@@ -206,6 +212,8 @@ def build_table(group: Group) -> Table:
         "Time of a pass: after over before, as surgery.py measured it, all experts of each active, medians of passes taken in turn.",
         f"{DASH}: not run, or not to be had: a task has no quality before its training.",
     ]
+    if of_the_text(first) and any(surgery_of(row.records[0])["method"] == COMPRESS for row in group.rows):
+        notes.append(f"{COMPRESS.capitalize()}, directly after: of the model whose S is still whole; it is pruned in training on.")
     for steps in sorted({record["training"]["steps"] for record in trained_on(group)}):
         found = [recovered(record) for record in trained_on(group) if record["training"]["steps"] == steps]
         notes.append(f"Trained on for {steps:,} steps without surgery: {_mean(found, form).text} (n = {len(found)}).")

@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from smoe_dropout.surgery.compression import Pruner
 from utils.run_folder import write_json
 from utils.source import SURGERY
+from utils.surgery_measure import since_the_first, time_ratios
 from utils.tasks import Task
 from utils.transfer import store
 
@@ -35,9 +37,18 @@ class Pruned(Task):
 
     def finished(self, model: nn.Module) -> nn.Module:
         self._pruner.finish()
+        whole = self.build().to(self.engine.device)  # as it began, with nothing pruned
+        surgery = self.source.surgery or {"label": "compress"}
+        time = since_the_first(surgery, time_ratios((self, whole), (self, model)))
+        self._surgery = surgery | {"pruned_to": self.flags.moe_prune_to, "time": time}
         if self.engine.is_main:
             self._leave(model)
         return model
+
+    def provenance(self) -> dict[str, Any]:
+        """With the time of a pass as it is when S is pruned."""
+        found = super().provenance()
+        return {"pretrained": found["pretrained"] | ({"surgery": self._surgery} if self.source.surgery else {})}
 
     def _leave(self, model: nn.Module) -> None:
         flags, share = self.flags, self.flags.moe_prune_to
@@ -45,5 +56,6 @@ class Pruned(Task):
         store(model, folder / "checkpoints")
         made = dataclasses.replace(flags, moe_sparse_share=share, moe_prune_to=None, start_from=None, teacher=None)
         write_json(folder / "config.json", dataclasses.asdict(made) | self.fingerprints)
-        surgery, pruned = self.source.surgery or {"label": "compress"}, f"pruned to {share:g} in {flags.max_step:,} steps"
-        write_json(folder / SURGERY, surgery | {"label": f"{surgery['label']}, {pruned}", "title": f"{self.source.title}, {pruned}"})
+        words = f"pruned to {share:g} in {flags.max_step:,} steps{', taught' if flags.teacher else ''}"
+        label, title = (f"{before}, {words}" for before in (self._surgery["label"], self.source.title))
+        write_json(folder / SURGERY, self._surgery | {"label": label, "title": title})
