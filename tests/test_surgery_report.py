@@ -177,6 +177,12 @@ def test_a_figure_is_drawn_and_is_the_same_again(tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes() != b""
 
 
+def test_a_curve_is_named_after_all_operations_of_its_rows():
+    label = "merge 16 to 8, 500 steps, compress rank 16 kept 0.1, pruned to 0.1, taught"
+    assert surgery_report._operations(label) == ("merge", "compress")
+    assert surgery_report._operations("uncurl 16 to 8 on sst2") == ("uncurl",)
+
+
 def test_runs_are_collected_and_rendered_between_the_markers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, made in (

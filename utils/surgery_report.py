@@ -259,12 +259,17 @@ def _curves(ax, group: Group, quality: Callable[[Record], float], size: Callable
     methods: dict[str, list[tuple[float, float]]] = {}
     for row in group.rows:
         point = size(row.records[0]) / 1e6, statistics.mean(map(quality, row.records))
-        methods.setdefault(surgery_of(row.records[0])["method"], []).append(point)
-    known = sorted({*SURGERIES, COMPRESS, *methods})  # a method looks the same in every figure
-    for method, points in sorted(methods.items()):
-        index = known.index(method)
+        methods.setdefault(_operations(row.label), []).append(point)
+    known = sorted({*SURGERIES, COMPRESS})  # a method looks the same in every figure
+    for operations, points in sorted(methods.items()):
+        index = known.index(operations[-1])
         look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
-        ax.plot(*zip(*sorted(points), strict=True), label=method, **look)
+        ax.plot(*zip(*sorted(points), strict=True), label=" + ".join(operations), **look)
+
+
+def _operations(label: str) -> tuple[str, ...]:
+    """The methods that a row's label names, in their order."""
+    return tuple(word for part in label.split(", ") if (word := part.split()[0]) in (*SURGERIES, COMPRESS))
 
 
 def _held_against(ax, group: Group) -> None:
@@ -272,7 +277,7 @@ def _held_against(ax, group: Group) -> None:
     scratch = {id(other): other for row in group.rows for other in from_scratch(row.records[0], group.others)}.values()
     if scratch:
         sizes, values = zip(*((other["parameters"]["total"] / 1e6, recovered(other)) for other in scratch), strict=True)
-        ax.plot(sizes, values, "*", color="black", markersize=11, label="from scratch")
+        ax.plot(sizes, values, "*", color="black", markersize=12, markerfacecolor="none", label="from scratch")
     known = [value for row in group.rows for record in row.records if (value := before(record, group.others)) is not None]
     if known:
         ax.axhline(statistics.mean(known), color="#666666", linewidth=0.9, linestyle="--", label="before")
