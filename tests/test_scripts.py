@@ -62,11 +62,12 @@ def test_flags_of_the_script(path):
     assert flags.d_ff == 8192
     assert flags.d_inner == (8192 // flags.moe_num_expert if flags.moe else 8192)
     run = {"directly_dense_training": "dense_dropout"}.get(path.stem, started(path).stem)
+    depth = 4
     if path.parent.name == "figure5":
         depth, method, first_four = re.fullmatch(r"(\d+)layers_(dense|smoe_dropout)(_first_four)?", path.stem).groups()
-        run = f"{method}-{depth}layers{'-first4' if first_four else ''}"
+        run = run if depth == "4" else f"{method}-{depth}layers{'-first4' if first_four else ''}"
     assert flags.work_dir == f"runs/paper/enwik8/{run}-seed1111"
-    assert flags.n_layer == (int(depth) if path.parent.name == "figure5" else 4)
+    assert flags.n_layer == int(depth)
 
 
 def test_no_two_rows_share_a_folder():
