@@ -50,7 +50,7 @@ def main(plan: Plan, engine: Engine) -> int:
         if flags.method == COMPRESS:
             calibration, smaller = None, compress(model, flags.rank)
         else:
-            calibration = read(plan, model, engine)
+            calibration = read(plan, model, engine) if plan.material is not None else None
             seed = {"seed": flags.seed} if "seed" in load(SURGERIES, "method", flags.method).OPTIONS else {}
             smaller, _ = operate(model, flags.method, flags.keep, calibration, **plan.options, **seed)
     except (ConfigError, ValueError) as error:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from smoe_dropout import calibrate, moe_layers
 from smoe_dropout.io import load_weights, stored_tensors
 from smoe_dropout.registry import SURGERIES
+from smoe_dropout.surgery import slimming
 from tests import tiny
 from tests.conftest import ROOT
 from tests.test_resume import die
@@ -32,7 +33,7 @@ from utils.model import build_model
 from utils.records import read_record
 from utils.report import DASH
 from utils.source import open_source
-from utils.surgery import flags_after, like, parse
+from utils.surgery import SCORES, flags_after, like, parse
 from utils.surgery_measure import row_passes
 from utils.tasks.finetuning import task_class
 from utils.tasks.starting import pretraining
@@ -251,6 +252,8 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
         ({"method": "uncurl", "by_layer": True}, "--by_layer means nothing to --method uncurl: leave it out"),
         ({"rank": 4}, "--rank means nothing to --method drop: leave it out"),
+        ({"method": "slim", "score": "usual"}, "--score: unknown score 'usual'; nearest: usage"),
+        ({"method": "slim", "score": "router_norm", "task": "sst2"}, "--task means nothing to --score router_norm: leave it out"),
         ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep means nothing to --method compress: leave it out"),
         ({"method": "compress", "keep": None, "kept": 0.5}, "--rank None must be from 1 to 16, the largest rank"),
         ({"method": "compress", "keep": None, "rank": 17, "kept": 0.0}, "--kept 0.0 must be above 0, and 1 at most"),
@@ -263,6 +266,18 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
 def test_what_cannot_be_is_refused_in_a_sentence(changes, said, trained, tmp_path):
     assert said in refusal(command(trained("smoe"), **{"out": tmp_path / "out", **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_path):
+    """The best two of each layer by it, and no calibration beside them."""
+    run, out = trained("smoe_dropout"), tmp_path / "out"
+    tiny.completed(command(run, method="slim", score="router_norm", out=out), program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    assert surgery["read"] is None and not (out / "calibration.safetensors").exists() and set(SCORES) == slimming.SCORES.keys()
+    theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
+    for name in (name for name in theirs if name.endswith("router.weight")):
+        kept = theirs[name].norm(dim=1).topk(2).indices.sort().values
+        assert torch.equal(ours[name], theirs[name][kept])
 
 
 def test_refusals_do_not_wait_for_torch(trained):
@@ -291,8 +306,6 @@ def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp
 def test_what_the_library_refuses_is_a_sentence_too_and_leaves_nothing(words, trained, tmp_path):
     tiny.completed(tiny.flags(words, tmp_path / "hash", moe=True, gate_name="hash", max_step=2, eval_interval=2))
     assert "router 'hash' has no row for each expert" in refusal(command(tmp_path / "hash", out=tmp_path / "out"))
-    few = {"method": "slim", "score": "usual", "out": tmp_path / "out"}
-    assert "unknown score 'usual'; nearest: usage" in refusal(command(trained("smoe"), **few))
     assert not (tmp_path / "out").exists()
 
 
@@ -334,6 +347,8 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert record["best_step"] == 12 and record["parameters"]["total"] < surgery["before"]["parameters"] < surgery["after"]["parameters"]
     tiny.completed(["--eval_only", "--k", "4", "--work_dir", str(left)])
     assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
+    again = words_of({"from": left, "method": "compress", "rank": 4, "kept": 0.25, "out": tmp_path / "again"})
+    assert "has compressed experts: operate on the model as it was before" in refusal(again)
     assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps, taught")
     pruned = record["pretrained"]["surgery"]
     assert pruned == surgery | {"pruned_to": 0.25, "time": pruned["time"]} and pruned["time"] != surgery["time"]

@@ -71,7 +71,9 @@ TO_THE_END = ("dynamic_overall_steps", "swad_end")
 OF_STARTING = ("start_from", "teacher", "teacher_weight", "teacher_temperature", "moe_prune_to")
 # which methods a flag means something to; and those that mean nothing where nothing is read
 OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("slim",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
-OF_READING = ("keep", "calibrate", "task", "fold", "k")
+OF_READING = ("calibrate", "task", "fold", "k")
+SCORES = ("usage", "gate_weight", "router_norm")
+ROUTER_ALONE = SCORES[2]  # nothing is read for it
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def parse(argv: list[str]) -> Plan:
     tested = source.surgery.get("max_test_steps", made.max_test_steps) if source.surgery else made.max_test_steps
     if tested != made.max_test_steps:
         raise UserError(f"--max_test_steps {made.max_test_steps}: {source.path} was tested with {tested}, and has to be after this, too")
-    if flags.method == COMPRESS:
+    if not reads(flags):
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:
         return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
@@ -163,6 +165,11 @@ def parse(argv: list[str]) -> Plan:
     how += ["--data", flags.calibrate] if flags.calibrate else []
     rows, _ = finetuning.parse([*how, "--fold", str(flags.fold or 0)])
     return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data), rows.fold), rows)
+
+
+def reads(flags: SurgeryFlags) -> bool:
+    """Whether a text or a task's rows decide."""
+    return flags.method != COMPRESS and flags.score != ROUTER_ALONE
 
 
 def not_operable(source: Source) -> list[str]:
@@ -179,8 +186,15 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     for name, methods in OPTIONS.items():
         if flags.method not in methods and getattr(flags, name) != getattr(SurgeryFlags, name):
             found.append(f"--{name} means nothing to --method {flags.method}: leave it out")
+    if flags.score is not None and flags.score not in SCORES:
+        found.append("--score: " + unknown("score", flags.score, SCORES))
+    if source.flags["moe_expert_rank"] is not None:
+        found.append(f"{source.path} has compressed experts: operate on the model as it was before, and compress last")
+    if not reads(flags):
+        alone = f"--method {COMPRESS}" if flags.method == COMPRESS else f"--score {ROUTER_ALONE}"
+        unread = [*OF_READING, *(["keep"] if flags.method == COMPRESS else [])]
+        found += [f"--{name} means nothing to {alone}: leave it out" for name in unread if getattr(flags, name) is not None]
     if flags.method == COMPRESS:
-        found += [f"--{name} means nothing to --method {COMPRESS}: leave it out" for name in OF_READING if getattr(flags, name) is not None]
         most = min(source.flags["d_model"], source.flags["d_inner"])
         if flags.rank is None or not 1 <= flags.rank <= most:
             found.append(f"--rank {flags.rank} must be from 1 to {most}, the largest rank of an expert's maps")
