@@ -361,6 +361,8 @@ def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_
     run, out = tmp_path / "run", tmp_path / "out"
     tiny.completed(tiny.flags(words, run, method="smoe", moe_index="0", dense_width="all", max_step=2, eval_interval=2))
     assert "their width would be lost" in refusal(command(run, out=out))
+    with pytest.raises(UserError, match="their width would be lost"):
+        like(str(run), "2")
     arguments = {"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"}
     tiny.completed(words_of(arguments), program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")

@@ -218,10 +218,15 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     if flags.tokens < 1:
         found.append(f"--tokens {flags.tokens} must be at least 1")
     found += [f"--{name} {getattr(flags, name)} must not be negative" for name in ("seed", "threads") if getattr(flags, name) < 0]
+    return found + (_of_lost_width(source) if flags.method != COMPRESS else [])
+
+
+def _of_lost_width(source: Source) -> list[str]:
+    """Where the layers without experts would follow the number of experts."""
     wide = source.flags["model"] in OF_PIECES or source.flags["dense_width"] == "all"
-    if flags.method != COMPRESS and wide and source.flags["moe_index"] is not None:
-        found.append(f"{source.path} has layers without experts, as wide as the experts of a layer together: their width would be lost")
-    return found
+    if not wide or source.flags["moe_index"] is None:
+        return []
+    return [f"{source.path} has layers without experts, as wide as the experts of a layer together: their width would be lost"]
 
 
 def _default_folder(flags: SurgeryFlags, source: Source) -> str:
@@ -276,10 +281,11 @@ def resized(made: Flags, **changes: object) -> Flags:
 
 def like(run: str, keep: str) -> list[str]:
     """The command line of a model trained like a run's, from random weights, with `keep` experts in every layer. UserError for a run
-    without experts, and for more than it has.
+    that no surgery leaves so many experts of.
     """
     source = open_source(Path(run))
-    if mistakes := not_operable(source) + ([] if keep.isdecimal() else [f"{keep} is no number of experts to keep"]):
+    no_number = [] if keep.isdecimal() else [f"{keep} is no number of experts to keep"]
+    if mistakes := not_operable(source) or no_number + _of_lost_width(source):
         raise UserError("; ".join(mistakes))
     made = source.made
     if not 1 <= int(keep) <= made.moe_num_expert:
