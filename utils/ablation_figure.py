@@ -22,7 +22,7 @@ def draw(ablation, group, path: Path) -> None:
         if ablation.axis:
             _by_number(axes[2], ablation, group)
         handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), title=ablation.title)
         add_title(figure, group)
         save(figure, path)
 
