@@ -160,6 +160,20 @@ def test_only_replicates_are_averaged():
     for name, value in (("preset", "laptop (lr=0.1)"), ("pretrained__title", "Words, 500 steps"), ("pretrained__surgery__read__k", 4)):
         with pytest.raises(UserError, match="they are not one row"):
             group_records([one, overwrite(copy.deepcopy(two), name, value)])
+    silent = overwrite(copy.deepcopy(two), "pretrained__surgery__read", None)
+    assert cells([one, silent])[0][0] == "merge 16 to 8 (n = 2)", "the first records of compressed models do not say what was read"
+
+
+def test_seeds_stand_in_their_order_and_the_caption_says_what_the_numbers_are():
+    one, two = went_on("merge 16 to 8", 2.4, 2.1), went_on("merge 16 to 8", 2.6, 2.3, seed=2)
+    two["pretrained"]["surgery"]["after"]["experts"] = [7, 9]
+    (group,) = group_records([two, one])
+    table = build_table(group)
+    assert [record["seed"] for record in group.rows[0].records] == [1, 2]
+    assert table.caption.endswith("mean ± sample standard deviation over n seeds (seeds 1, 2).")
+    assert build_table(group_records([one])[0]).caption.endswith("seed 1.")
+    cell = table.rows[0][-1].text
+    assert cell.startswith("× ") and cell.count("×") == 1 and "±" in cell
 
 
 def test_two_trained_models_of_one_seed_are_two_tables():

@@ -144,7 +144,7 @@ def group_records(records: list[Record]) -> list[Group]:
             _check_replicates(record, row)
             row.append(record)
     return [
-        Group(name, [Row(label, found) for (label, _), found in sorted(rows.items(), key=lambda row: _order(row[1][0]))], others)
+        Group(name, [Row(label, sorted(found, key=replicate)) for (label, _), found in sorted(rows.items(), key=_order)], others)
         for name, rows in sorted(groups.items())
     ]
 
@@ -166,23 +166,24 @@ def _check_replicates(record: Record, row: list[Record]) -> None:
     for other in row:
         of = f"'{surgery_of(record)['label']}' on {surgery_of(record)['source']['title']}, seeds {other['seed']} and {record['seed']}"
         for name in ("preset", "pretrained.title", "pretrained.surgery.read"):
-            if get(record, name) != get(other, name):
-                raise UserError(f"{of}: {name} is {get(other, name)!r} and {get(record, name)!r}: they are not one row, leave one out.")
+            said = get(other, name), get(record, name)
+            if None not in said and said[0] != said[1]:  # the first records of compressed models do not say what their merging read
+                raise UserError(f"{of}: {name} is {said[0]!r} and {said[1]!r}: they are not one row, leave one out.")
         if replicate(record) == replicate(other):
             raise UserError(f"{of}: two records of one seed with other content: leave one out.")
 
 
-def _order(record: Record) -> tuple:
-    surgery = surgery_of(record)
-    return -sum(surgery["after"]["experts"]), surgery["label"], record["training"]["steps"]
+def _order(row: tuple[tuple[str, int], list[Record]]) -> tuple:
+    (label, steps), records = row
+    return -sum(surgery_of(records[0])["after"]["experts"]), label, steps
 
 
-def _mean(values: Iterable[float | None], form: str = "{:.3f}") -> Cell:
+def _mean(values: Iterable[float | None], form: str = "{:.3f}", unit: str = "") -> Cell:
     known = [value for value in values if value is not None]
     if not known:
         return Cell()
     spread = f" ± {form.format(statistics.stdev(known))}" if len(known) > 1 else ""
-    return Cell(form.format(statistics.mean(known)) + spread)
+    return Cell(unit + form.format(statistics.mean(known)) + spread)
 
 
 def build_table(group: Group) -> Table:
@@ -202,12 +203,11 @@ def build_table(group: Group) -> Table:
         sizes = [whole(left, group.others), {"quality": left["quality"], "parameters": left["parameters"]["total"]}]
         cells += [Cell(" / ".join(short_number(size["parameters"]) if size else DASH for size in sizes))]
         cells += [Cell(" / ".join(short_number(final(size["quality"], "flops_per_token")) if size else DASH for size in sizes))]
-        cells += [_mean(map(time_of_a_pass, row.records), "× {:.2f}")]
+        cells += [_mean(map(time_of_a_pass, row.records), "{:.2f}", "× ")]
         rows.append(cells)
-    seeds = sorted({record["seed"] for row in group.rows for record in row.records})
     shown = f"{split_of(first)} {metric}"
     caption = f"Surgery on {', '.join([method, *model])}, pre-trained on {start}: {shown} on {title}, all experts active, "
-    caption += f"seed {', '.join(map(str, seeds))}."
+    caption += f"{_seeds(group)}."
     notes = [
         "Time of a pass: after over before, as surgery.py measured it, all experts of each active, medians of passes taken in turn.",
         f"{DASH}: not run, or not to be had: a task has no quality before its training.",
@@ -218,6 +218,14 @@ def build_table(group: Group) -> Table:
         found = [recovered(record) for record in trained_on(group) if record["training"]["steps"] == steps]
         notes.append(f"Trained on for {steps:,} steps without surgery: {_mean(found, form).text} (n = {len(found)}).")
     return Table(f"{TABLE}:{slug(' '.join(group.name))}", caption, header, rows, notes)
+
+
+def _seeds(group: Group) -> str:
+    """Which, and what the numbers are where there are several."""
+    seeds = sorted({record["seed"] for row in group.rows for record in row.records})
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"mean ± sample standard deviation over n seeds (seeds {', '.join(map(str, seeds))})"
 
 
 def _experts(records: list[Record]) -> str:
@@ -251,20 +259,24 @@ def draw(group: Group, path: Path) -> None:
         direction = "lower is better" if first["metric"]["lower_is_better"] else "%"
         axes[0][0].set_ylabel(f"{split_of(first)} {group.name[1]} ({direction})")
         chart.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        chart.suptitle(f"Surgery on {', '.join(group.name[3:])}: {group.name[0]}, all experts active", fontsize=10.5)
+        chart.suptitle(f"Surgery on {', '.join(group.name[3:])}: {group.name[0]}, all experts active\n{_seeds(group)}", fontsize=10.5)
         figures.save(chart, path)
 
 
 def _curves(ax, group: Group, quality: Callable[[Record], float], size: Callable[[Record], int], figures) -> None:
-    methods: dict[str, list[tuple[float, float]]] = {}
+    methods: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
     for row in group.rows:
-        point = size(row.records[0]) / 1e6, statistics.mean(map(quality, row.records))
+        known = [quality(record) for record in row.records]
+        spread = statistics.stdev(known) if len(known) > 1 else 0.0
+        point = size(row.records[0]) / 1e6, statistics.mean(known), spread
         methods.setdefault(_operations(row.label), []).append(point)
-    known = sorted({*SURGERIES, COMPRESS})  # a method looks the same in every figure
+    names = sorted({*SURGERIES, COMPRESS})  # a method looks the same in every figure
     for operations, points in sorted(methods.items()):
-        index = known.index(operations[-1])
+        index = names.index(operations[-1])
         look = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index % len(figures.MARKERS)]}
-        ax.plot(*zip(*sorted(points), strict=True), label=" + ".join(operations), **look)
+        sizes, means, spreads = zip(*sorted(points), strict=True)
+        bars = {"yerr": spreads, "capsize": 3} if any(spreads) else {}
+        ax.errorbar(sizes, means, **bars, label=" + ".join(operations), **look)
 
 
 def _operations(label: str) -> tuple[str, ...]:
