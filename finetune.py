@@ -11,12 +11,12 @@ The checkpoint says what the model is and how it was trained; the training itsel
 import sys
 from pathlib import Path
 
-from utils.command_line import stored_run
+from utils.checkpoints.origin import open_source
+from utils.cli.finetune import check_stored, parse
+from utils.cli.train import stored_run
+from utils.data.rows import read_examples
 from utils.errors import exit_on_user_error
-from utils.examples import read_examples
-from utils.finetuning import check_stored, parse
-from utils.flags import FinetuneFlags
-from utils.source import open_source
+from utils.flags.fields import FinetuneFlags
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag or file is answered at once
@@ -30,8 +30,8 @@ if __name__ == "__main__":
 
 from train import evaluate_run, main
 from utils.engine import Engine
-from utils.tasks.finetuning import task_class
-from utils.text import text_of
+from utils.tasks.choose import task_class
+from utils.tasks.encoding import text_of
 
 if __name__ == "__main__":
     with exit_on_user_error(), Engine(FLAGS) as ENGINE:

@@ -9,8 +9,9 @@ What it writes goes to stdout, prompt included; how fast it was to stderr. `pyth
 import sys
 import time
 
+from utils.cli.generate import load, parse
 from utils.errors import exit_on_user_error
-from utils.generation import load, parse, write
+from utils.models.sampling import write
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported
@@ -18,7 +19,7 @@ if __name__ == "__main__":
 
 import torch
 
-from utils.flops import active_parameters
+from utils.models.flops import active_parameters
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ The folder it makes is read like a finished run's, by train.py --start_from, fin
 
 import sys
 
+from utils.cli.surgery import parse
 from utils.errors import exit_on_user_error
-from utils.surgery import parse
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag or text is answered at once
@@ -24,18 +24,18 @@ from smoe_dropout.io import load_weights
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import SURGERIES, load
 from smoe_dropout.surgery.compression import compress
-from utils.checkpoint import name_of
+from utils.checkpoints.origin import SURGERY
+from utils.checkpoints.storage import name_of
+from utils.checkpoints.weights import store
+from utils.cli.surgery import COMPRESS, Plan, flags_after, is_complete
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.run_folder import RunFolder, describe_environment, write_json
-from utils.source import SURGERY
-from utils.surgery import COMPRESS, Plan, flags_after, is_complete
-from utils.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
-from utils.tasks import Task
-from utils.tasks.finetuning import task_class
-from utils.tasks.starting import pretraining
-from utils.text import text_of
-from utils.transfer import store
+from utils.tasks.base import Task
+from utils.tasks.choose import task_class
+from utils.tasks.encoding import text_of
+from utils.training.run_folder import RunFolder, describe_environment, write_json
+from utils.training.start_from import pretraining
+from utils.training.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
 
 
 def main(plan: Plan, engine: Engine) -> int:

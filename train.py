@@ -11,11 +11,11 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
-from utils.command_line import evaluation_ks, last_top_k, method_of, parse_ks, stored_run, top_k_schedule
-from utils.data import Corpus
+from utils.cli.train import parse, stored_run
+from utils.data.corpus import Corpus
 from utils.errors import exit_on_user_error
-from utils.flags import OF_PIECES, Flags
-from utils.starting import parse
+from utils.flags.derive import evaluation_ks, last_top_k, method_of, parse_ks, top_k_schedule
+from utils.flags.fields import OF_PIECES, Flags
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
@@ -39,23 +39,23 @@ from smoe_dropout.control import auxiliary_losses
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.methods.base import Forward, cross_entropy
-from utils import checkpoint
-from utils.averaging import WeightAverage
+from utils.checkpoints import storage
 from utils.engine import Engine
 from utils.errors import TrainingError, UserError
-from utils.evaluation import evaluate, evaluate_all
-from utils.flops import parameter_counts
-from utils.interrupt import Interrupt
-from utils.model import forget_router_gradients, training_settings
-from utils.optimizer import Plateau, build_optimizer, learning_rate
-from utils.probe import refuse_if_too_slow
-from utils.progress import Progress
-from utils.result import build_result, moe_layer_indices
-from utils.routing import describe_routing, validation_before_the_end
-from utils.run_folder import RunFolder, describe_environment, resume_command, write_json
-from utils.tasks import Batch, Task
-from utils.tasks import State as Carried
-from utils.tasks.starting import pretraining
+from utils.models.build import forget_router_gradients, training_settings
+from utils.models.flops import parameter_counts
+from utils.tasks.base import Batch, Task
+from utils.tasks.base import State as Carried
+from utils.training.averaging import WeightAverage
+from utils.training.evaluation import evaluate, evaluate_all
+from utils.training.interrupt import Interrupt
+from utils.training.optimizer import Plateau, build_optimizer, learning_rate
+from utils.training.probe import refuse_if_too_slow
+from utils.training.progress import Progress
+from utils.training.record import build_result, moe_layer_indices
+from utils.training.routing import describe_routing, validation_before_the_end
+from utils.training.run_folder import RunFolder, describe_environment, resume_command, write_json
+from utils.training.start_from import pretraining
 
 
 @dataclass
@@ -81,12 +81,12 @@ def main(task: Task) -> int:
     say = print if engine.is_main else (lambda sentence: None)
 
     checkpoints = RunFolder.checkpoints_of(flags)
-    if not flags.yes and not checkpoint.steps(checkpoints):
+    if not flags.yes and not storage.steps(checkpoints):
         refuse_if_too_slow(task)
     torch.manual_seed(flags.seed)  # the same on every process: the same initial weights and router
     model = task.build()  # before anything is written: what it starts from may not fit
     folder = RunFolder(flags, task.fingerprints) if engine.is_main else None
-    newest = checkpoint.latest(checkpoints, say)
+    newest = storage.latest(checkpoints, say)
     if (checkpoints.parent / "result.json").exists():
         say(f"this run is complete: {checkpoints.parent / 'result.json'}")
         return 0
@@ -100,7 +100,7 @@ def main(task: Task) -> int:
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
     average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
     # weights and Adam's two moments, in four checkpoints kept and one in the making; with --swad the mean besides
-    checkpoint.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + bool(average)) * 5)
+    storage.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + bool(average)) * 5)
 
     state, carried = State(world_size=engine.world_size), None
     if newest is not None:
@@ -300,48 +300,48 @@ def save(
     """One whole checkpoint by all processes; the last two, the best and the one to keep stay."""
     engine = task.engine
     state.plateau = plateau.state_dict()
-    writer = checkpoint.Writer(root, state.step, engine.is_main)
+    writer = storage.Writer(root, state.step, engine.is_main)
     engine.barrier()
-    writer.add(f"rank{engine.rank}.safetensors", checkpoint.rank_tensors(carried, engine.device))
+    writer.add(f"rank{engine.rank}.safetensors", storage.rank_tensors(carried, engine.device))
     writer.add_json(f"rank{engine.rank}.json", {"loss_sum": state.loss_sum, "loss_tokens": state.loss_tokens})
     engine.barrier()
     if engine.is_main:
         save_model(model, writer.partial)
-        writer.add("optimizer.safetensors", checkpoint.optimizer_tensors(optimizer))
+        writer.add("optimizer.safetensors", storage.optimizer_tensors(optimizer))
         if average:
             writer.add("average.safetensors", average.state())
         if tensors := task.tensors():
             writer.add("task.safetensors", tensors)
         writer.add_json("state.json", asdict(state))
         writer.finish()
-        checkpoint.prune(root, keep={state.best_step, keep})
+        storage.prune(root, keep={state.best_step, keep})
     engine.barrier()
 
 
 def restore(folder, task: Task, model, optimizer, plateau: Plateau, average: WeightAverage | None) -> tuple[State, Carried]:
     """Everything as it was when the checkpoint was made. UserError for another number of processes."""
     engine = task.engine
-    stored = checkpoint.read_json(folder / "state.json")
+    stored = storage.read_json(folder / "state.json")
     if stored.keys() != {entry.name for entry in fields(State)}:
         raise UserError(f"{folder} was made by another version of this program: choose another --work_dir")
     state = State(**stored)
     if state.world_size != engine.world_size:
         raise UserError(f"{folder} was made by {state.world_size} processes, and this run has {engine.world_size}: start as many")
-    state = replace(state, **checkpoint.read_json(folder / f"rank{engine.rank}.json"))
+    state = replace(state, **storage.read_json(folder / f"rank{engine.rank}.json"))
     load_weights(model, folder)
-    checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
+    storage.load_optimizer(optimizer, folder / "optimizer.safetensors")
     if average:
         average.load_state(load_file(folder / "average.safetensors"))
     if task.tensors():
         task.load_tensors(load_file(folder / "task.safetensors"))
     task.load_state_dict(state.data)
     plateau.load_state_dict(state.plateau)
-    return state, checkpoint.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
+    return state, storage.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
 
 
 def load_step(model, checkpoints, step: int) -> None:
-    folder = checkpoints / checkpoint.name_of(step)
-    checkpoint.verify(folder)
+    folder = checkpoints / storage.name_of(step)
+    storage.verify(folder)
     load_weights(model, folder)
 
 
@@ -381,10 +381,10 @@ def computed_by(flags: Flags, model) -> str:
 
 
 def not_finite(step, lr, norm, loss, checkpoints) -> str:
-    last = checkpoint.steps(checkpoints)
+    last = storage.steps(checkpoints)
     return (
         f"loss or gradient is not finite at step {step}: loss {loss:.4g}, gradient norm {float(norm):.4g}, "
-        f"lr {lr:.3g}; the step was not taken; last good checkpoint: {checkpoints / checkpoint.name_of(last[-1]) if last else 'none'}; "
+        f"lr {lr:.3g}; the step was not taken; last good checkpoint: {checkpoints / storage.name_of(last[-1]) if last else 'none'}; "
         f"try a smaller --lr or --clip, or --precision fp32, in a new --work_dir"
     )
 
@@ -392,12 +392,12 @@ def not_finite(step, lr, norm, loss, checkpoints) -> str:
 def evaluate_run(task: Task) -> int:
     """--eval_only: the weights of a run that its table shows, at the given k, into eval.json beside result.json."""
     flags, engine, root = task.flags, task.engine, RunFolder.checkpoints_of(task.flags)
-    newest = checkpoint.latest(root, print)
+    newest = storage.latest(root, print)
     if newest is None:
         raise UserError(f"{root} holds no checkpoint: train first")
     model = task.build()
-    best_step = checkpoint.read_json(newest / "state.json")["best_step"]
-    step = best_step or checkpoint.steps(root)[-1]
+    best_step = storage.read_json(newest / "state.json")["best_step"]
+    step = best_step or storage.steps(root)[-1]
     load_step(model, root, step)
     model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)

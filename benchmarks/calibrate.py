@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import layer
 from benchmarks.measure import Common, Precision, autocast, environment, interleave, summarise
 from smoe_dropout.experts.choice import CALIBRATION
-from utils.run_folder import write_json
+from utils.training.run_folder import write_json
 
 BASELINE = "masked"
 # tokens, d_model and d_expert of the layers measured: small models, the paper's, and BERT-base's

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.tables import FIGURES, LINES
-from utils.figures import COLOURS, GREYS, MARKERS, STYLE, save
+from utils.reporting.figures import COLOURS, GREYS, MARKERS, STYLE, save
 
 OURS = LINES["layer"].ours
 AXES = {

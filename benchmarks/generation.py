@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.measure import Precision, autocast, compare
 from benchmarks.model import DENSE, OURS, ModelFlags, contestants, random_batches
 from mem_transformer import MemTransformerLM
-from utils.flops import active_parameters
+from utils.models.flops import active_parameters
 
 CACHED, UNCACHED = "cached", "uncached"
 BASELINE = f"{DENSE}, {CACHED}"

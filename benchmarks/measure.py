@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from utils.engine import Engine
-from utils.run_folder import describe_environment, write_json
+from utils.training.run_folder import describe_environment, write_json
 
 SCHEMA = 1
 Precision = Literal["fp32", "bf16"]

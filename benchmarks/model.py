@@ -10,7 +10,7 @@ from benchmarks.measure import Common
 from benchmarks.peers import official_style
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout import SMoEConfig, moefy
-from utils.models import Shape
+from utils.models.registry import Shape
 from utils.models.transformer_xl import N_TOKEN, forward_flops
 
 OFFICIAL, OURS, DENSE = "official style, experts", "ours, experts", "ours, dense"

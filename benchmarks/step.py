@@ -9,8 +9,8 @@ import torch
 from benchmarks.measure import Precision, autocast, compare
 from benchmarks.model import OFFICIAL, ModelFlags, contestants, least_ratio, random_batches
 from mem_transformer import MemTransformerLM
-from utils.flags import Flags
-from utils.optimizer import build_optimizer
+from utils.flags.fields import Flags
+from utils.training.optimizer import build_optimizer
 
 BASELINE = OFFICIAL
 

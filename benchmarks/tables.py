@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.errors import UserError, run_main
-from utils.report import update_readme
+from utils.reporting.tables import update_readme
 
 RECORDS = Path("results/benchmarks")
 FIGURES = {

@@ -32,8 +32,8 @@ DATA_DIR = Path(__file__).resolve().parent
 if str(DATA_DIR.parent) not in sys.path:
     sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
-from utils.download import Unavailable, download, log  # noqa: E402
+from utils.data.corpus import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
+from utils.data.download import Unavailable, download, log  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
 
 PYSTDLIB = "pystdlib"

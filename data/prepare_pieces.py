@@ -28,10 +28,10 @@ sys.path[:0] = [str(folder) for folder in (DATA_DIR.parent, DATA_DIR) if str(fol
 import numpy as np  # noqa: E402
 from prepare import folder_name, require_space, shown, sync_folder, write_synced  # noqa: E402
 
-from utils.data import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
-from utils.download import log  # noqa: E402
+from utils.data.corpus import CHUNK, META, SCHEMA, SPLITS, Corpus, digest_of, read_chunks, split_file  # noqa: E402
+from utils.data.download import log  # noqa: E402
+from utils.data.tokenizer import load_tokenizer, vocabulary_of  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.tokenizer import load_tokenizer, vocabulary_of  # noqa: E402
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
 HELD_OUT = 100  # one in so many pieces is for validation, and as many for the test

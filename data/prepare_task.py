@@ -1,4 +1,4 @@
-"""Puts the labelled data of a task into a folder, as utils.examples reads it (see data/README.md).
+"""Puts the labelled data of a task into a folder, as utils.data.rows reads it (see data/README.md).
 
     python data/prepare_task.py sst2                        # sst2 and csqa: from the hub
     python data/prepare_task.py svamp                       # asdiv_a, mawps and svamp: from github.com/arkilpatel/SVAMP
@@ -26,10 +26,10 @@ sys.path[:0] = [str(folder) for folder in (DATA_DIR.parent, DATA_DIR) if str(fol
 
 from prepare import require_space, shown, sync_folder, write_synced  # noqa: E402
 
-from utils.data import digest_of, read_chunks  # noqa: E402
-from utils.download import Unavailable, download, log  # noqa: E402
+from utils.data.corpus import digest_of, read_chunks  # noqa: E402
+from utils.data.download import Unavailable, download, log  # noqa: E402
+from utils.data.rows import KINDS, TASKS, Examples, read_examples  # noqa: E402
 from utils.errors import UserError, run_main  # noqa: E402
-from utils.examples import KINDS, TASKS, Examples, read_examples  # noqa: E402
 
 SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data"
 SPLITS = ("train", "validation")  # on the hub
@@ -173,7 +173,7 @@ def write_hub_files(task: str, hub: Hub, folder: Path) -> str:
 
 
 def fill(job: argparse.Namespace, downloads: dict[str, Download], folder: Path) -> list[str]:
-    """Writes all files of the task into the empty folder and returns lines about them. UserError for rows that utils.examples refuses and,
+    """Writes all files of the task into the empty folder and returns lines about them. UserError for rows that utils.data.rows refuses and,
     without --source, for other numbers of rows than the published ones.
     """
     for name in names_of(job.task):

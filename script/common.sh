@@ -26,7 +26,7 @@ field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]
 prepare_text() {
   local settings dataset
   if has data "$@" || has dataset "$@" || has help "$@" || { ! has model "$@" && [ -e data/enwik8/meta.json ]; }; then return; fi
-  settings=$("$PYTHON" -m utils.command_line "$@")
+  settings=$("$PYTHON" -m utils.cli.train "$@")
   dataset=$(field dataset <<<"$settings")
   case $dataset in
     enwik8) "$PYTHON" data/prepare.py enwik8 >/dev/null ;;
@@ -63,7 +63,7 @@ finetune() {
     exit 2
   fi
   set -- --model "$model" --task "$task" --expect "$expected" --checkpoint "$@"
-  "$PYTHON" -m utils.finetuning "$@" >/dev/null
+  "$PYTHON" -m utils.cli.finetune "$@" >/dev/null
   if ! has data "$@" && [ ! -e "data/$task" ]; then "$PYTHON" data/prepare_task.py "$task" >/dev/null; fi
   case $task in
     asdiv_a | mawps)
@@ -90,7 +90,7 @@ run_rows() {
       exit 2
     fi
   done
-  settings=$("$PYTHON" -m utils.command_line --preset paper "$@")
+  settings=$("$PYTHON" -m utils.cli.train --preset paper "$@")
   prepare_text --preset paper "$@"
   data=$(field data <<<"$settings") runs=$(dirname "$(field work_dir <<<"$settings")")
   if [ ! -e "$data/meta.json" ]; then

@@ -13,6 +13,6 @@ for method in dense smoe smoe_dropout; do
   "$PYTHON" -u train.py --preset quick --method "$method" --data "$data" --dataset "$dataset" --seed 1 --work_dir "$folder" "$@"
 done
 echo
-"$PYTHON" -m utils.report --runs runs/quick/"$dataset" --figs Figs
+"$PYTHON" -m utils.reporting.tables --runs runs/quick/"$dataset" --figs Figs
 echo
 echo "At this size nothing overfits, and the dense model is expected ahead; results/NOTES.md says what longer runs showed, --output_scale dense among it."

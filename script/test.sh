@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is needed, then runs the linter and all tests on the CPU. Arguments go to pytest, such as tests/test_reference.py -k curve.
+# Installs what is needed, then runs the linter and all tests on the CPU. Arguments go to pytest, such as tests/library/test_reference.py -k curve.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 bash script/setup.sh
 .venv/bin/python -m ruff check .

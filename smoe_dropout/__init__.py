@@ -26,7 +26,7 @@ _EXPORTS = {
     "ConfigError": "options",
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
-    "moefy": "hosts",
+    "moefy": "conversion",
     "MoELayer": "layer",
     "Routing": "routers",
     "set_top_k": "control",
@@ -38,7 +38,7 @@ _EXPORTS = {
     "expert_load": "control",
     "set_progress": "training",
     "method_metrics": "training",
-    "slim": "inference",
+    "slim": "control",
     "calibrate": "surgery",
     "Calibration": "surgery",
     "operate": "surgery",
@@ -49,9 +49,9 @@ _EXPORTS = {
     "load_weights": "io",
     "from_official": "io",
     "to_official": "io",
-    "save_pretrained": "pretrained",
-    "from_pretrained": "pretrained",
-    "TopKScheduleCallback": "trainer_callback",
+    "save_pretrained": "hf.pretrained",
+    "from_pretrained": "hf.pretrained",
+    "TopKScheduleCallback": "hf.callback",
 }
 __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
 """The knobs of a model with MoE layers: k, frozen routers, auxiliary losses, expert load."""
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,3 +123,20 @@ def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
     return layers
+
+
+def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy with k active experts in every MoE layer, in evaluation mode and without gradients; the model stays as it is.
+
+    The paper's self-slimmable inference: time and active parameters fall with k; all experts stay, unless `operate` takes some away before.
+    `dtype`: of all weights but the routers', which stay as they are, since a rounded router may choose others. ValueError for a k that some
+    layer has not, or a model without experts.
+    """
+    slimmed = copy.deepcopy(model).eval().requires_grad_(False)
+    set_top_k(slimmed, k)
+    if dtype is not None:
+        routers = [(layer, copy.deepcopy(layer.router)) for _, layer in moe_layers(slimmed)]
+        slimmed.to(dtype)
+        for layer, router in routers:
+            layer.router = router
+    return slimmed

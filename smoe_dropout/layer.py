@@ -10,26 +10,8 @@ from smoe_dropout.experts import Experts
 from smoe_dropout.options import NoOptions, build_options
 from smoe_dropout.recomputation import Pass, check, recomputing, remembered
 from smoe_dropout.registry import ROUTERS, load
-from smoe_dropout.routers import Routing
+from smoe_dropout.routers import Routing, Shared
 from smoe_dropout.training import FollowsTraining
-
-
-class Shared:
-    """What the MoE layers of one model share within one forward pass. `moefy` gives one to all of them.
-
-    tokens: the token ids the model was given, where a layer or router needs them. carried: what a layer hands on to the next one.
-    """
-
-    def __init__(self):
-        self.tokens: Tensor | None = None
-        self.carried: Tensor | None = None
-
-    def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        """A forward pre-hook of the host's token embedding."""
-        self.tokens = inputs[0] if inputs else named["input"]
-
-    def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
-        return {"tokens": None, "carried": None}
 
 
 class MoELayer(nn.Module, FollowsTraining):

@@ -1,6 +1,7 @@
 """What modules of a method are told of training, and what they report of it."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class FollowsTraining:
@@ -34,3 +35,10 @@ def method_metrics(model: nn.Module) -> dict[str, float]:
     """What the modules of a method report, by "module name.quantity"."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Reports)]
     return {f"{name}.{quantity}": value for name, module in found for quantity, value in module.metrics().items()}
+
+
+def shared(drawn: Tensor) -> Tensor:
+    """The same values on every process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(drawn, 0)
+    return drawn

@@ -204,7 +204,7 @@ def _server():
             "torch._dynamo",
             "torch.distributed.tensor",
             "utils.models.roberta",
-            "utils.tasks.finetuning",
+            "utils.tasks.choose",
             "tests.tiny",
         ]
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smoe_dropout import tune_cpu
 from utils.errors import UserError
-from utils.flags import Flags
+from utils.flags.fields import Flags
 
 
 class Engine:

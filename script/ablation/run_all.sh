@@ -12,5 +12,5 @@ if [ -z "$name" ] || [ ! -d "$folder" ]; then
 fi
 shift
 run_rows "$folder" "$@"
-"$PYTHON" -m utils.ablations --only "$name" --runs "$runs" --figs "$runs/Figs"
+"$PYTHON" -m utils.reporting.ablations --only "$name" --runs "$runs" --figs "$runs/Figs"
 exit "${failed:-0}"

@@ -52,5 +52,5 @@ xargs -P "$jobs" -L 1 bash -c '
     echo "$name FAILED: $(tail -n 1 "$runs/logs/$name.log")"
     exit 1
   fi' row "$runs" "$@" <<<"$rows" || { echo "some rows failed; start the same command again when that is mended" >&2; failed=1; }
-"$PYTHON" -m utils.surgery_report --runs "$runs" --figs "$runs/Figs"
+"$PYTHON" -m utils.reporting.surgery --runs "$runs" --figs "$runs/Figs"
 exit "${failed:-0}"

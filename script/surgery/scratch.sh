@@ -9,7 +9,7 @@ fi
 run=$1 keep=$2
 shift 2
 has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
-words=$("$PYTHON" -m utils.surgery "$run" "$keep")
+words=$("$PYTHON" -m utils.cli.surgery "$run" "$keep")
 given=()
 while IFS= read -r word; do given+=("$word"); done <<<"$words"
 start train.py "${given[@]}" "$@"

@@ -4,9 +4,9 @@
 # --model bert or roberta runs the rows in that folder.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/table1/run_all.sh; fi
-model=$("$PYTHON" -m utils.command_line --preset paper "$@" | field model)
+model=$("$PYTHON" -m utils.cli.train --preset paper "$@" | field model)
 folder=script/table1
 [ "$model" = transformer_xl ] || folder=script/table1/$model
 run_rows "$folder" "$@"
-"$PYTHON" -m utils.report --runs "$runs" --figs "$runs/Figs"
+"$PYTHON" -m utils.reporting.tables --runs "$runs" --figs "$runs/Figs"
 exit "${failed:-0}"

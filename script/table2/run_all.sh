@@ -27,7 +27,7 @@ for task in $tasks; do
     for method in dense_model smoe thor smoe_dropout; do
       checkpoint=$pretrained/${method%_model}-seed$seed
       [ -e "$checkpoint/result.json" ] || continue
-      settings=$("$PYTHON" -m utils.finetuning --checkpoint "$checkpoint" --task "$task" "$@")
+      settings=$("$PYTHON" -m utils.cli.finetune --checkpoint "$checkpoint" --task "$task" "$@")
       model=$(field model <<<"$settings")
       for fold in $folds; do
         for start in pretrained ${SCRATCH:+scratch}; do rows+="$model $task $method $checkpoint $seed $fold $start"$'\n'; done
@@ -60,5 +60,5 @@ xargs -P "$jobs" -L 1 bash -c '
     echo "$name FAILED: $(tail -n 1 "$runs/logs/$name.log")"
     exit 1
   fi' row "$runs" "$@" <<<"$rows" || { echo "some runs failed; start the same command again when that is mended" >&2; failed=1; }
-"$PYTHON" -m utils.report --table table2 --runs "$runs" --figs "$runs/Figs"
+"$PYTHON" -m utils.reporting.tables --table table2 --runs "$runs" --figs "$runs/Figs"
 exit "${failed:-0}"

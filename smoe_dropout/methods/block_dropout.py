@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.draw import shared
 from smoe_dropout.hosts import sites_in_blocks
 from smoe_dropout.methods.base import Method
 from smoe_dropout.options import require
+from smoe_dropout.training import shared
 
 
 @dataclass(frozen=True)

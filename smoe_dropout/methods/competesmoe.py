@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smoe_dropout.draw import shared
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
 from smoe_dropout.recomputation import recomputing
-from smoe_dropout.training import Reports
+from smoe_dropout.training import Reports, shared
 
 
 @dataclass(frozen=True)

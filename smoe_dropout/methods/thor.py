@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.draw import shared
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, Objective
 from smoe_dropout.options import require
 from smoe_dropout.routers import Routing
+from smoe_dropout.training import shared
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import NoOptions, build_options
 
 if TYPE_CHECKING:
-    from smoe_dropout.layer import Shared
+    pass
 
 
 class Routing(NamedTuple):
@@ -132,3 +132,21 @@ def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
     share_E = assigned_E / assigned_E.sum().clamp(min=1)
     probability_E = logits_NE.softmax(-1).sum(0) / max(len(logits_NE), 1)
     return num_experts * (share_E * probability_E).sum()
+
+
+class Shared:
+    """What the MoE layers of one model share within one forward pass. `moefy` gives one to all of them.
+
+    tokens: the token ids the model was given, where a layer or router needs them. carried: what a layer hands on to the next one.
+    """
+
+    def __init__(self):
+        self.tokens: Tensor | None = None
+        self.carried: Tensor | None = None
+
+    def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        """A forward pre-hook of the host's token embedding."""
+        self.tokens = inputs[0] if inputs else named["input"]
+
+    def __getstate__(self) -> dict:  # what belongs to a pass can be neither copied nor pickled
+        return {"tokens": None, "carried": None}

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from utils.command_line import method_of
-from utils.flags import Flags
-from utils.flops import expert_flops
-from utils.models import Shape
+from utils.data.tokenizer import Vocabulary
+from utils.flags.derive import method_of
+from utils.flags.fields import Flags
+from utils.models.flops import expert_flops
+from utils.models.registry import Shape
 from utils.tasks.masked import MaskedLanguageModelling as Task
-from utils.vocabulary import Vocabulary
 
 __all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
 TITLE, CAUSAL = "BERT", False

@@ -2,9 +2,9 @@
 
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from utils.flags import Flags
+from utils.data.tokenizer import Vocabulary
+from utils.flags.fields import Flags
 from utils.models.bert import CAUSAL, SIZES, MaskedLM, Task, blocks, forward_flops, hidden_states, sizes, summary, without_head
-from utils.vocabulary import Vocabulary
 
 __all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
 TITLE = "RoBERTa"

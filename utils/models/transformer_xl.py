@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
-from utils.flags import Flags
-from utils.flops import expert_flops
-from utils.models import Shape
+from utils.flags.fields import Flags
+from utils.models.flops import expert_flops
+from utils.models.registry import Shape
 from utils.tasks.language_modelling import LanguageModelling as Task
 
 __all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout import moe_layers
-from utils import finetuning, transfer
-from utils.data import rank_lanes
+from utils.checkpoints import weights as transfer
+from utils.checkpoints.origin import Source
+from utils.data.lanes import rank_lanes
+from utils.data.rows import KINDS, Examples
 from utils.errors import UserError
-from utils.examples import KINDS, Examples
-from utils.flags import FinetuneFlags
-from utils.model import build_model
-from utils.models import Shape
-from utils.source import Source
-from utils.tasks import Batch, Numbered
-from utils.text import Text
+from utils.flags.fields import FinetuneFlags
+from utils.models.build import build_model
+from utils.models.registry import Shape
+from utils.tasks.base import Batch, Numbered
+from utils.tasks.encoding import Text
+from utils.training.identity import finetuning_departures
 
 ORDER = 1  # what a random stream is for
 POOL = 50  # batches whose rows are sorted by length together
@@ -90,7 +91,7 @@ class Labelled(Numbered):
 
     @property
     def departures(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return finetuning.departures(self.flags, self.source)
+        return finetuning_departures(self.flags, self.source)
 
     def build(self) -> nn.Module:
         """UserError for a checkpoint that does not fit, or a method that cannot do without knowing what is padding."""

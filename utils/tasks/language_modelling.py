@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mem_transformer import Cache
-from utils.data import LaneIterator, Segment, rank_lanes
+from utils.data.lanes import LaneIterator, Segment, rank_lanes
 from utils.errors import UserError
-from utils.models import Shape
-from utils.tasks import Batch, Metric, State, Task
+from utils.models.registry import Shape
+from utils.tasks.base import Batch, Metric, State, Task
 
 LN2 = math.log(2)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from utils.data import rank_lanes
+from utils.data.lanes import rank_lanes
+from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
-from utils.models import Shape
-from utils.tasks import Batch, Metric, Numbered
-from utils.vocabulary import Vocabulary
+from utils.models.registry import Shape
+from utils.tasks.base import Batch, Metric, Numbered
 
 ORDER, MASKS = 1, 2  # what a random stream is for
 HELD_OUT = ("valid", "test")

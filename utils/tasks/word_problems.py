@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.equations import solves, tokens
-from utils.examples import Problem
-from utils.heads import IGNORED, Continuation, Decoder, DecoderSizes
-from utils.tasks import Batch, Metric, State
+from utils.data.equations import solves, tokens
+from utils.data.rows import Problem
+from utils.models.heads import IGNORED, Continuation, Decoder, DecoderSizes
+from utils.tasks.base import Batch, Metric, State
 from utils.tasks.labelled import Labelled
 
 Row = tuple[np.ndarray, np.ndarray, Problem]  # the question's tokens, the equation's, and the problem

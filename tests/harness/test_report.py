@@ -1,0 +1,386 @@
+"""Tables and figures from records with known numbers."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from utils.errors import EXIT_USER_ERROR, UserError, run_main
+from utils.reporting import tables as report
+
+CONSTANT_K = 8
+
+
+def record(method="smoe_dropout", title="SMoE-Dropout", seed=1, quality=None, experts=16, seconds=100.0, **changes):
+    """A complete record; `quality` maps k (None: dense) to the test value. Dotted names in `changes` overwrite single fields."""
+    quality = quality or {1: 7.5, 2: 5.5, 4: 3.7, 8: 2.7, 16: 2.4}
+    sparse = None not in quality
+    entries = [
+        {"k": k, "valid": v, "test": v, "active_parameters": 1_000_000 + 100_000 * (k or 16), "flops_per_token": 2_000_000 * (k or 16)}
+        for k, v in quality.items()
+    ]
+    key = str(experts) if sparse else "dense"
+    made = {
+        "schema": 1,
+        "table": "table1",
+        "method": method,
+        "title": title,
+        "sparse": sparse,
+        "preset": "laptop",
+        "dataset": {"name": "enwik8-prefix", "title": "enwik8 prefix, 4.15 MB", "fingerprint": "f"},
+        "metric": {"name": "bpc", "lower_is_better": True},
+        "seed": seed,
+        "status": "complete",
+        "model": {"architecture": "Transformer-XL", "num_experts": experts if sparse else None},
+        "parameters": {"total": 2_600_000},
+        "quality": entries,
+        "training": {"steps": 3000, "seconds": seconds, "cpu_seconds": seconds / 2},
+        "curve": {
+            "train": [[s, 8.0 / (1 + s / 500), CONSTANT_K if sparse else None, 1e-3] for s in range(0, 3001, 100)],
+            "valid": [[s, {key: 8.0 / (1 + s / 500) + 0.1}] for s in range(500, 3001, 500)],
+        },
+        "environment": {"device": "cpu", "threads": 1, "precision": "fp32"},
+    }
+    for name, value in changes.items():
+        overwrite(made, name, value)
+    return made
+
+
+def overwrite(made, name, value):
+    """Sets one field by a name such as dataset__title; returns the record."""
+    *parents, last = name.split("__")
+    place = made
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    return made
+
+
+def dense(value=2.3, seed=1, **changes):
+    return record("dense", "Dense", seed, {None: value}, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with a README that has the markers."""
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_bytes(b"# Title\r\n\n<!-- table1:begin -->\nold\n<!-- table1:end -->\ntail, \xc3\xa9\n")
+    return tmp_path
+
+
+def store(*records, where="results/table1"):
+    Path(where).mkdir(parents=True, exist_ok=True)
+    for i, one in enumerate(records):
+        Path(where, f"{i}.json").write_text(json.dumps(one))
+
+
+def row(text, title):
+    """The cells of the Markdown row that starts with `title`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {title}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def refusal(argv, capsys):
+    """The message of a refused command, whose exit code has to be 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: report.main(argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == EXIT_USER_ERROR
+    last = error.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in error
+    return last
+
+
+def test_table_numbers(folder, capsys):
+    smoe = [record("smoe", "SMoE", s, {8: 2.5, 16: 2.5}) for s in (1, 2)]
+    drop = [record(seed=s, quality={8: 2.7 + d, 16: 2.4 + d}, seconds=t) for s, d, t in ((1, 0.0, 10), (2, 0.1, 5000), (3, 0.2, 20))]
+    store(*smoe, *drop, dense(2.3))
+    report.main([])
+    text = capsys.readouterr().out
+    # means 2.8 and 2.5, sample deviation of (0, .1, .2) is .1; median of 10, 20 and 5,000 s is 20
+    expected = ["SMoE-Dropout (n = 3)", "2.800 ± 0.100", "2.500 ± 0.100", "2.60 M", "1.80 M / 2.60 M", "20 / 10", "16.0 M / 32.0 M"]
+    assert row(text, "SMoE-Dropout") == [*expected, "1.1776 / 1.1486"]
+    assert row(text, "Dense") == ["Dense (n = 1)", "–", "**2.300**", "2.60 M", "– / 2.60 M", "100 / 50", "– / 32.0 M", "–"]
+    assert row(text, "SMoE (")[1:3] == ["**2.500 ± 0.000**", "2.500 ± 0.000"]
+    assert "k = E/2 = 8" in text and "k = E = 16" in text
+    for part in ("enwik8 prefix, 4.15 MB, preset laptop", "seeds 1, 2, 3", "3,000 steps", "fp32", "threads: 1", "device: cpu"):
+        assert part in text
+    titles = [line.split(" (")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert titles[1:] == ["| Dense", "| SMoE", "| SMoE-Dropout"]
+
+
+def test_bold_follows_the_metric_and_needs_a_rival(folder, capsys):
+    accuracy = {"metric__name": "accuracy", "metric__lower_is_better": False}
+    store(record(quality={8: 80.0, 16: 82.0}, **accuracy), dense(81.0, **accuracy))
+    report.main([])
+    text = capsys.readouterr().out
+    assert row(text, "SMoE-Dropout")[1:3] == ["80.0", "**82.0**"]
+    assert row(text, "Dense")[2] == "81.0"
+
+
+def test_missing_k_is_a_dash_and_a_partial_n_is_said(folder, capsys):
+    store(record(quality={16: 2.4}), record(seed=2, quality={8: 2.7, 16: 2.4}), record("smoe", "SMoE", quality={16: 2.5}))
+    report.main([])
+    text = capsys.readouterr().out
+    assert row(text, "SMoE-Dropout")[1] == "2.700 (n = 1)"
+    assert row(text, "SMoE (")[1] == "–" and row(text, "SMoE (")[4] == "– / 2.60 M"
+
+
+def test_published_only_where_it_is_known(folder, capsys):
+    other = {"dataset__name": "text8", "dataset__title": "text8"}
+    store(record(), record(**other), record("thor", "THOR", **other), record(model__architecture="BERT", preset="bert"))
+    report.main([])
+    tables = capsys.readouterr().out.split("**\n\n|")[1:]
+    assert [("1.1776" in t, "Published" in t) for t in tables] == [(False, False), (True, True), (False, False)]
+    entries = json.loads(report.PUBLISHED.read_text())["entries"]
+    assert all(e["source"] and set(e["values"]) <= {"E/2", "E", "dense"} for e in entries)
+
+
+def test_latex(folder):
+    store(record(title="SMoE_Dropout 50%"), record(seed=2), dense(2.3), dense(2.4, seed=2))
+    report.main(["--latex", "out/table.tex"])
+    text = Path("out/table.tex").read_text()
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
+    assert r"Dense (n = 2) & -- & \textbf{2.350 $\pm$ 0.071} & 2.60 M" in text
+    assert r"SMoE\_Dropout 50\% (n = 1) & \textbf{2.700} & 2.400" in text
+    assert "±" not in text and "–" not in text
+    header, line = (next(one for one in text.splitlines() if one.startswith(start)) for start in ("Method", "Dense"))
+    assert header.count("&") == line.count("&") == text[text.index("{tabular}{") :].split("}")[1].count("r")
+
+
+def test_readme_changes_only_between_the_markers_and_only_once(folder):
+    store(record(), dense())
+    report.main(["--readme", "README.md"])
+    once = Path("README.md").read_bytes()
+    assert once.startswith(b"# Title\r\n\n<!-- table1:begin -->\n**enwik8 prefix") and b"old" not in once
+    assert once.endswith(b"<!-- table1:end -->\ntail, \xc3\xa9\n")
+    report.main(["--readme", "README.md"])
+    assert Path("README.md").read_bytes() == once
+
+
+@pytest.mark.parametrize("text", ["no markers", "<!-- table1:begin -->", "<!-- table1:end --><!-- table1:begin -->", None])
+def test_readme_without_markers_is_refused(folder, capsys, text):
+    store(record())
+    if text is None:
+        Path("README.md").unlink()
+    else:
+        Path("README.md").write_text(text)
+    assert "README.md" in refusal(["--readme", "README.md"], capsys)
+    assert text is None or Path("README.md").read_text() == text
+
+
+BROKEN = [
+    ("schema", 2, "schema"),
+    ("seed", "one", "seed"),
+    ("dataset__title", "", "dataset.title"),
+    ("training__seconds", float("nan"), "training.seconds"),
+    ("model__num_experts", None, "model.num_experts"),
+    ("quality", [], "quality"),
+    ("quality", [{"k": 8}], "quality[0].test"),
+    ("sparse", 1, "sparse"),
+    ("curve__train", [[1, 2]], "curve.train"),
+    ("dataset", "enwik8", "dataset.name"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "named"), BROKEN)
+def test_broken_records_are_refused_by_name(folder, capsys, name, value, named):
+    store(dense(), overwrite(record(), name, value))
+    error = refusal([], capsys)
+    assert "results/table1/1.json" in error and f"'{named}'" in error
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_a_file_that_is_no_record_is_refused(folder, capsys, text):
+    Path("results/table1").mkdir(parents=True)
+    Path("results/table1/x.json").write_text(text)
+    assert "results/table1/x.json" in refusal([], capsys)
+
+
+def test_a_missing_field_is_named(folder, capsys):
+    broken = record()
+    del broken["environment"]["precision"]
+    store(broken)
+    assert "'environment.precision' is missing" in refusal([], capsys)
+
+
+def test_incomplete_and_foreign_records_are_named_and_left_out(folder, capsys):
+    store(dense(), {"schema": 1, "status": "running"}, record(table="table9"))
+    report.main([])
+    out, err = capsys.readouterr()
+    assert "results/table1/1.json" in err and "running" in err
+    assert "results/table1/2.json" in err and "table9" in err
+    assert "SMoE-Dropout" not in out
+    store({"schema": 1, "status": "running"}, where="other")
+    assert "no complete record" in refusal(["--results", "other"], capsys)
+    assert "nowhere" in refusal(["--runs", "nowhere"], capsys)
+
+
+def test_the_same_run_counts_once_and_contradictions_are_refused(folder, capsys):
+    store(record())
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/result.json").write_text(json.dumps(record()))
+    argv = ["--results", "results/table1", "--runs", "runs"]
+    report.main(argv)
+    assert "SMoE-Dropout (n = 1)" in capsys.readouterr().out
+    for change, named in (
+        ({"seconds": 1.0}, "seed 1"),
+        ({"seed": 2, "training__steps": 5}, "training.steps"),
+        ({"seed": 2, "experts": 8}, "num_experts"),
+    ):
+        Path("runs/a/result.json").write_text(json.dumps(record(**change)))
+        error = refusal(argv, capsys)
+        assert named in error and "runs/a/result.json" in error and "results/table1/0.json" in error
+    Path("runs/a/result.json").write_text(json.dumps(dense(dataset__fingerprint="g")))
+    assert "dataset.fingerprint" in refusal(argv, capsys)
+
+
+def run_folder(name, content):
+    Path(name).mkdir(parents=True, exist_ok=True)
+    Path(name, "result.json").write_text(json.dumps(content, indent=1))
+    return Path(name)
+
+
+def test_collect(folder, capsys):
+    run = run_folder("runs/a", record(seed=3))
+    target = Path("results/table1/enwik8-prefix-laptop-smoe_dropout-seed3.json")
+    report.main(["--collect", "runs/a", "--table", "table1"])
+    assert target.read_bytes() == (run / "result.json").read_bytes()
+    report.main(["--collect", "runs/a"])  # the same again is no conflict
+    run_folder("runs/a", record(seed=3, seconds=7.0))
+    assert "--force" in refusal(["--collect", "runs/a"], capsys)
+    assert json.loads(target.read_text())["training"]["seconds"] == 100.0
+    report.main(["--collect", "runs/a", "--force"])
+    assert json.loads(target.read_text())["training"]["seconds"] == 7.0
+
+
+def test_collect_refuses_before_it_writes(folder, capsys):
+    run_folder("runs/good", record(seed=5))
+    for name, content, said in (
+        ("running", {"schema": 1, "status": "running"}, "running"),
+        ("foreign", record(table="table2"), "table2"),
+        ("twin", record(seed=5, seconds=1.0), "same name"),
+    ):
+        run_folder(f"runs/{name}", content)
+        error = refusal(["--collect", "runs/good", f"runs/{name}"], capsys)
+        assert said in error and f"runs/{name}/result.json" in error
+    assert "runs/none/result.json" in refusal(["--collect", "runs/none"], capsys)
+    assert not Path("results").exists()
+
+
+def png_size(path):
+    data = Path(path).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 10_000
+    return struct.unpack(">II", data[16:24])
+
+
+def test_figures_of_a_full_table(folder, capsys):
+    store(
+        *(record(seed=s, quality={1: 7.5, 8: 2.7 + s / 50, 16: 2.4}) for s in (1, 2)), record("smoe", "SMoE"), dense(), dense(2.4, seed=2)
+    )
+    report.main(["--figs", "Figs", "--prefix", "new"])
+    names = {path.name for path in Path("Figs").iterdir()}
+    assert names == {"new_slimmable_enwik8-prefix_laptop.png", "new_curves_enwik8-prefix_laptop.png", "framework.png"}
+    assert all(min(png_size(f"Figs/{name}")) > 400 for name in names)
+    err = capsys.readouterr().err
+    assert all(f"drawn Figs/{name}" in err for name in names)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [dense()],
+        [record()],
+        [record(quality={16: 2.4}), record(seed=2, quality={8: 2.6, 16: 2.4})],
+        [record(experts=1, quality={1: 2.4})],
+        [record(method=f"m{i}", title=f"Method {i}") for i in range(9)] + [dense(), record("wide", "Wide", 1, {None: 2.2})],
+    ],
+    ids=["dense only", "one seed", "missing k", "one expert", "many methods"],
+)
+def test_figures_of_few_or_many_records(folder, records):
+    store(*records)
+    report.main(["--figs", "Figs"])
+    assert png_size("Figs/slimmable_enwik8-prefix_laptop.png")[0] > 400
+    assert png_size("Figs/curves_enwik8-prefix_laptop.png")[0] > 400
+
+
+def test_no_curve_no_figure(folder):
+    store(record(curve__train=[], curve__valid=[]))
+    report.main(["--figs", "Figs"])
+    assert not Path("Figs/curves_enwik8-prefix_laptop.png").exists()
+    assert Path("Figs/slimmable_enwik8-prefix_laptop.png").exists()
+
+
+def test_points_drawn():
+    from utils.reporting import figures
+
+    group = report.group_records([(Path(f"{s}.json"), record(seed=s, quality={8: 2.7 + d, 16: 2.4})) for s, d in ((1, 0.0), (2, 0.2))])[0]
+    method = group.methods[0]
+    assert [(k, x) for k, x, _, _ in figures.quality_points(method)] == [(8, 1_800_000), (16, 2_600_000)]
+    assert figures.quality_points(method)[0][2:] == pytest.approx((2.8, 0.2 / 2**0.5))
+    method.records[1]["curve"]["valid"].pop()  # a step that one seed lacks is no mean over seeds
+    assert [step for step, _, _ in figures.curve_points(method, "valid")] == [500, 1000, 1500, 2000, 2500]
+
+
+def test_colours_stay_with_their_method():
+    from utils.reporting import figures
+
+    methods = [report.Method(name, name, True, []) for name in ("a", "smoe", "smoe_dropout")]
+    first, second = figures.styles(methods), figures.styles(methods[1:])
+    assert first["smoe"] == second["smoe"] and first["smoe_dropout"] == second["smoe_dropout"]
+    assert len({style["color"] for style in first.values()}) == 3
+
+
+def test_tables_do_without_matplotlib(folder):
+    store(record())
+    code = "import sys; sys.modules['matplotlib'] = None; from utils.reporting import tables; tables.main([])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "SMoE-Dropout" in done.stdout, done.stderr
+
+
+def test_numbers_are_short():
+    assert [report.short_number(n) for n in (0, 999, 999_600, 4_470_000, 19_521_804, 123_456_789, 2.5e9)] == [
+        "0",
+        "999",
+        "1.00 M",
+        "4.47 M",
+        "19.5 M",
+        "123 M",
+        "2.50 G",
+    ]
+
+
+def test_user_errors_are_user_errors():
+    with pytest.raises(UserError, match=r"gone\.json"):
+        report.read_record(Path("gone.json"))
+
+
+def test_routing_has_a_column_where_it_was_measured(folder):
+    """Means over the seeds; methods without it, and tables without any, go without."""
+    found = [{"load_entropy": entropy, "fluctuation": share} for entropy, share in ((0.9, 0.2), (0.8, 0.1))]
+    store(dense(), *(record(seed=seed, routing=routing) for seed, routing in enumerate(found, 1)))
+    report.main(["--readme", "README.md"])
+    text = Path("README.md").read_text()
+    header, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|") and ":--" not in line]
+    column = next(i for i, name in enumerate(header) if name.startswith("Load entropy"))
+    assert [row[column].strip(" |") for row in rows] == [report.DASH, "0.850 / 15 %"] and "Routes changing late" in text
+    store(record("other", "Other", 1, routing={"load_entropy": 0.5, "fluctuation": None}))
+    report.main(["--readme", "README.md"])
+    assert "0.500 / –" in Path("README.md").read_text()
+
+
+def test_methods_of_the_frozen_router_get_figures_of_their_own(folder):
+    """Where there are several of them beside others."""
+    fixed = [record(name, name, model__router="random") for name in ("a", "b")]
+    store(dense(), *fixed)
+    report.main(["--figs", "Figs"])
+    assert not list(Path("Figs").glob("fixed_router*"))
+    store(record("c", "c", model__router="learned"))
+    report.main(["--figs", "Figs"])
+    assert len(list(Path("Figs").glob("fixed_router*.png"))) == 2

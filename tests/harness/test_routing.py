@@ -1,0 +1,110 @@
+"""How evenly experts are used and how much routes change late, against counts made by hand from the same checkpoints."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from smoe_dropout import moe_layers, set_top_k
+from smoe_dropout.io import load_weights
+from tests import tiny
+from utils.cli.train import parse_from_random as parse
+from utils.data.corpus import Corpus
+from utils.engine import Engine
+from utils.errors import UserError
+from utils.models.build import build_model
+from utils.models.registry import architecture
+from utils.training import routing
+
+E = 4
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [4, 0, 0, 0], [3, 1, 0, 0], [7, 5, 3, 1]])
+def test_load_entropy(counts):
+    shares = np.array(counts) / sum(counts)
+    expected = -sum(share * math.log(share) for share in shares if share) / math.log(len(counts))
+    indices = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
+    assert routing.load_entropy(indices, len(counts)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_single_expert_is_used_evenly():
+    assert routing.load_entropy(torch.zeros(5, 1, dtype=torch.int64), 1) == 1.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routing")
+    corpus = tiny.write_corpus(folder / "words", held_out_bytes=700)
+    arguments = tiny.flags(corpus, folder / "run", method="smoe", lr=3e-2)
+    tiny.completed(arguments)
+    return folder / "run", arguments
+
+
+def test_of_a_run_against_counts_by_hand(run):
+    folder, arguments = run
+    found = tiny.read_json(folder / "result.json")["routing"]
+    flags, model = parse(arguments), build_model(parse(arguments)).eval()
+    text = torch.from_numpy(np.fromfile(flags.data + "/valid.bin", np.uint8).astype(np.int64))
+    lanes = text[: len(text) // 2 * 2].view(2, -1)
+    chosen = []
+    for path in tiny.checkpoints(folder)[-2:]:
+        load_weights(model, path)
+        set_top_k(model, E // 2)
+        memory, seen = None, []
+        for begin in range(0, 8 * routing.BATCHES, 8):
+            _, memory, _ = model(lanes[:, begin : begin + 8], lanes[:, begin + 1 : begin + 9], memory)
+            seen.append(torch.stack([layer.assigned for _, layer in moe_layers(model)]))
+        chosen.append(torch.cat(seen, 1))
+    changed = [(one[:, 0] != other[:, 0]).float().mean().item() for one, other in zip(*chosen, strict=True)]
+    assert found["k"] == E // 2 and found["steps"] == [16, 24]
+    assert found["fluctuation_by_layer"] == pytest.approx(changed, abs=1e-6) and 0 < found["fluctuation"] < 1
+    for entropy, indices in zip(found["load_entropy_by_layer"], chosen[1], strict=True):
+        shares = np.bincount(indices.flatten(), minlength=E) / indices.numel()
+        assert entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(E), abs=1e-6)
+
+
+def test_measured_anew_it_is_the_same(run, capsys):
+    folder, _ = run
+    before = tiny.read_json(folder / "result.json")
+    assert before["routing"] is not None
+    (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
+    routing.main([str(folder)])
+    assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
+
+
+def test_other_checkpoints_change_nothing(run, tmp_path):
+    """Those of --save_interval, or of a run that was stopped between two validations."""
+    folder, arguments = run
+    again = [*arguments[: arguments.index("--work_dir")], "--work_dir", str(tmp_path), "--save_interval", "5"]
+    again += arguments[arguments.index("--work_dir") + 2 :]
+    tiny.completed(again)
+    assert [path.name[-2:] for path in tiny.checkpoints(tmp_path)][-3:] == ["16", "20", "24"]
+    assert tiny.read_json(tmp_path / "result.json")["routing"] == tiny.read_json(folder / "result.json")["routing"]
+
+
+def test_a_frozen_hash_route_never_changes_and_a_dense_model_has_none(tmp_path):
+    corpus = tiny.write_corpus(tmp_path / "words")
+    tiny.completed(tiny.flags(corpus, tmp_path / "hash", method="smoe", gate_name="hash"))
+    assert tiny.read_json(tmp_path / "hash" / "result.json")["routing"]["fluctuation"] == 0
+    tiny.completed(tiny.flags(corpus, tmp_path / "dense", method="dense"))
+    assert tiny.read_json(tmp_path / "dense" / "result.json")["routing"] is None
+
+
+def test_unfinished_runs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="only a finished run"):
+        routing.main([str(tmp_path)])
+    with pytest.raises(UserError, match="usage"):
+        routing.main([])
+
+
+def test_one_checkpoint_has_no_fluctuation(run):
+    folder, arguments = run
+    flags = parse(arguments)
+    for path in tiny.checkpoints(folder)[:-1]:
+        (path / "manifest.json").unlink()
+    with Engine(flags) as engine:
+        task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
+        found = routing.describe_routing(task, build_model(flags), folder / "checkpoints")
+    assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1

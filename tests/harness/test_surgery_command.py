@@ -1,0 +1,459 @@
+"""surgery.py on tiny trained models: what it makes, measures and refuses, and that the programs of a trained model take what it made."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoe_dropout import calibrate, moe_layers
+from smoe_dropout.io import load_weights, stored_tensors
+from smoe_dropout.registry import SURGERIES
+from smoe_dropout.surgery import slimming
+from tests import tiny
+from tests.conftest import ROOT
+from tests.harness.test_resume import die
+from tests.scripts.test_scripts import ENV
+from utils.checkpoints.origin import open_source
+from utils.cli.finetune import parse as parse_finetuning
+from utils.cli.surgery import SCORES, flags_after, like, parse
+from utils.cli.train import parse_from_random as parse_training
+from utils.cli.train import stored_run
+from utils.data.corpus import Corpus
+from utils.data.rows import read_examples
+from utils.engine import Engine
+from utils.errors import UserError
+from utils.models.build import build_model
+from utils.reporting.records import read_record
+from utils.reporting.tables import DASH
+from utils.tasks.choose import task_class
+from utils.tasks.encoding import text_of
+from utils.training.evaluation import evaluate_all
+from utils.training.start_from import pretraining
+from utils.training.surgery_measure import row_passes
+
+HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
+TRAINING = {"preset": "quick", "max_step": 4, "eval_interval": 2, "batch_size": 4, "eval_batch_size": 2, "device": "cpu", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "sst2", "sst2")
+
+
+@pytest.fixture(scope="module")
+def trained(words, tmp_path_factory):
+    """Gives the folder of a finished run of a method, with four experts in each of its two layers where it has any."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def of(method: str, model: str = "transformer_xl") -> Path:
+        changes = {"max_step": 8, "eval_interval": 4, "method": method}
+        data = words
+        if model != "transformer_xl":
+            changes, data = {**tiny.ENCODER, **changes, "model": model}, tiny.write_pieces(root / "pieces", model)
+        tiny.completed(tiny.flags(data, root / f"{method}-{model}", **changes))
+        return root / f"{method}-{model}"
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def operated(trained, tmp_path_factory):
+    """Gives the folder of an operation that leaves two of four experts, and what the program printed."""
+    root = tmp_path_factory.mktemp("operated")
+
+    @cache
+    def of(method: str, model: str = "transformer_xl", run: str = "smoe") -> tuple[Path, str]:
+        out = root / f"{method}-{model}-{run}"
+        done = tiny.completed(command(trained(run, model), method=method, out=out), program="surgery.py")
+        return out, done.out
+
+    return of
+
+
+def words_of(values: dict) -> list[str]:
+    words = []
+    for name, value in values.items():
+        words += [] if value is None else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def command(run: Path, **changes) -> list[str]:
+    return words_of({"from": run, "method": "drop", "keep": 2, **HOW, **changes})
+
+
+def refusal(arguments: list[str], program: str = "surgery.py") -> str:
+    done = tiny.run(arguments, program=program)
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done
+    return done.err
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "run"),
+    [*((method, "transformer_xl", "smoe") for method in SURGERIES), ("drop", "transformer_xl", "smoe_dropout"), ("merge", "bert", "smoe")],
+)
+def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, model, run, operated, trained):
+    """Strictly: the flags in it give a model that the weights fit, with every tensor outside the MoE layers as it was."""
+    out, printed = operated(method, model, run)
+    surgery, source = tiny.read_json(out / "surgery.json"), open_source(out)
+    before, after = surgery["before"], surgery["after"]
+    assert before["experts"] == [4, 4] and sum(after["experts"]) == 4 and after["parameters"] < before["parameters"]
+    assert [row["k"] for row in before["quality"]] == [1, 2, 4]
+    assert [row["k"] for row in after["quality"]][-1] == max(after["experts"])
+    flags = stored_run(["--eval_only", "--work_dir", str(out)])
+    with Engine(flags) as engine:
+        task = pretraining(flags, Corpus.open(flags.data), engine, None)
+        network = load_weights(task.build(), source.weights.parent)
+        assert [layer.num_experts for _, layer in moe_layers(network)] == after["experts"]
+        again = evaluate_all(task, engine.prepare(network), ("test",), [max(after["experts"])], lambda sentence: None)
+    assert again[0]["test"] == pytest.approx(after["quality"][-1]["test"], rel=1e-6)
+    theirs = load_file(open_source(trained(run, model)).weights)
+    tensors = stored_tensors(network)
+    inside = tuple(f"{name}." for name, _ in moe_layers(network))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items() if not name.startswith(inside))
+    assert f"done: {out}" in printed and f"parameters: {before['parameters']:,} -> {after['parameters']:,}" in printed
+    row = next(line for line in printed.splitlines() if line.split()[:2] == ["1", f"{before['quality'][0]['test']:.4f}"])
+    assert row.split()[2:4] == ["->", f"{after['quality'][0]['test']:.4f}"]
+    assert [one["k"] for one in surgery["time"]] == ([[4, k], [k, k]] if (k := max(after["experts"])) < 4 else [[4, 4]])
+
+
+def test_before_is_what_the_run_recorded(operated, trained):
+    out, _ = operated("drop")
+    recorded = tiny.read_json(trained("smoe") / "result.json")["quality"]
+    measured = tiny.read_json(out / "surgery.json")["before"]["quality"]
+    assert [(row["k"], row["test"], row["flops_per_token"]) for row in measured] == [
+        (row["k"], row["test"], row["flops_per_token"]) for row in recorded
+    ]
+
+
+def test_the_same_command_again_measures_nothing_and_another_one_is_refused(operated, trained):
+    out, _ = operated("drop")
+    stamp = (out / "surgery.json").stat().st_mtime_ns
+    again = tiny.completed(command(trained("smoe"), out=out), program="surgery.py")
+    assert again.out == f"this operation is complete: {out}\n"
+    assert "holds another operation, of other keep" in refusal(command(trained("smoe"), out=out, keep=3))
+    assert (out / "surgery.json").stat().st_mtime_ns == stamp
+
+
+def test_cut_short_before_it_was_measured_it_ends_as_if_it_had_not_been(operated, trained, tmp_path):
+    out = shutil.copytree(operated("drop")[0], tmp_path / "out")
+    (out / "surgery.json").unlink()
+    weights = out / "checkpoints" / "step-00000000" / "model.safetensors"
+    before = weights.read_bytes()
+    tiny.completed(command(trained("smoe"), out=out), program="surgery.py")
+    assert weights.read_bytes() == before
+    ours, theirs = (tiny.read_json(folder / "surgery.json")["after"] for folder in (out, operated("drop")[0]))
+    assert tiny.quality(ours) == tiny.quality(theirs)
+
+
+@pytest.mark.parametrize(("model", "method"), [("transformer_xl", "merge"), ("bert", "drop")])
+def test_training_goes_on_from_it_and_the_record_tells_all(model, method, operated, tmp_path):
+    out, _ = operated(method, model)
+    tiny.completed(words_of({"start_from": out, "work_dir": tmp_path / "run", **TRAINING}))
+    record, surgery = read_record(tmp_path / "run" / "result.json"), tiny.read_json(out / "surgery.json")
+    assert record["table"] == "surgery" and record["pretrained"]["surgery"] == surgery
+    assert record["method"] == f"smoe (surgery={method} 4 to 2)" and record["preset"].startswith("quick")
+    assert "d_ff" not in record["preset"] and record["model"]["num_experts"] == max(surgery["after"]["experts"])
+    assert record["parameters"]["total"] == surgery["after"]["parameters"]
+    title = f"{surgery['title']}, 4 steps"
+    assert surgery["title"].endswith(f", 8 steps, {method} 4 to 2") and open_source(tmp_path / "run").title == title
+    assert open_source(tmp_path / "run").surgery == surgery
+
+
+def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(trained("smoe_dropout"), method="uncurl", task="sst2", calibrate=rows, out=out)
+    tiny.completed(arguments, program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    assert surgery["label"] == "uncurl 4 to 2 on sst2" and surgery["read"]["task"] == "sst2"
+    how = {"task": "sst2", "data": rows, "checkpoint": out, "work_dir": tmp_path / "run", **TRAINING}
+    tiny.completed(words_of(how), program="finetune.py")
+    record = read_record(tmp_path / "run" / "result.json")
+    assert record["table"] == "surgery" and record["pretrained"]["surgery"] == surgery
+    assert "surgery=uncurl 4 to 2 on sst2" in record["method"] and [row["k"] for row in record["quality"]] == [1, 2]
+
+
+def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
+    """Of a task with folds: its own fold's rows are not read, and another fold cannot be held out afterwards."""
+    rows = tiny.write_rows(tmp_path / "rows", "mawps")
+    how = {"method": "uncurl", "task": "mawps", "fold": 1, "calibrate": rows, "out": tmp_path / "out"}
+    arguments = command(trained("smoe"), **how)
+    folds = [read_examples("mawps", rows, fold) for fold in (0, 1)]
+    assert [parse(command(trained("smoe"), **how | {"fold": fold})).material for fold in (None, 1)] == folds and folds[0] != folds[1]
+    tiny.completed(arguments, program="surgery.py")
+    surgery = tiny.read_json(tmp_path / "out" / "surgery.json")
+    assert surgery["label"] == "uncurl 4 to 2 on mawps without fold 1" and surgery["read"]["fold"] == 1
+    tuned = {"task": "mawps", "data": rows, "checkpoint": tmp_path / "out", "work_dir": tmp_path / "run"}
+    said = refusal(words_of({**tuned, "fold": 0}), "finetune.py")
+    assert f"--fold 0: its rows were read when {tmp_path / 'out'} was made" in said and "surgery.py --task mawps --fold 0" in said
+    assert parse_finetuning(words_of({**tuned, "fold": 1}))[0].fold == 1
+
+
+@pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
+@pytest.mark.parametrize("model", ["transformer_xl", "bert"])
+def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
+    """Usage is the same for rows read one by one, which have no padding, and side by side."""
+    run, data = trained("smoe", model), tiny.write_rows(tmp_path / task, task)
+    if model == "bert":
+        tiny.write_tokenizer(tmp_path / "tokenizer")
+    from utils.cli import finetune as finetuning
+
+    how = {"task": task, "checkpoint": run, "data": data, "eval_batch_size": 4, "dropout": 0.0, "device": "cpu"}
+    found = []
+    for size in (1, 6):
+        flags, source = finetuning.parse(
+            words_of({**how, "batch_size": size, "tokenizer": tmp_path / "tokenizer" if model == "bert" else None})
+        )
+        source = dataclasses.replace(source, flags={name: value for name, value in source.flags.items() if name != "vocabulary_sha256"})
+        with Engine(flags) as engine:
+            rows_of_task = task_class(flags)(flags, read_examples(task, data), engine, source, text_of(flags, source))
+            model_ = build_model(flags, rows_of_task.vocabulary).eval()
+            torch.manual_seed(0)
+            for parameter in model_.parameters():
+                torch.nn.init.normal_(parameter, 0.0, 0.3)
+            every = [batch for batch in rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True)]
+            rows_of_task.next = iter(
+                [rows_of_task._batch([row], 1) for batch in every for row in batch.rows] if size == 1 else every
+            ).__next__
+            count = sum(int(rows_of_task.sequences_of(batch)[1].sum()) for batch in every)
+            calibration = calibrate(model_, row_passes(rows_of_task, model_, count), k=2, seed=0)
+        found.append(calibration.usage)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "melt"}, "--method: unknown method 'melt'; known: merge"),
+        ({"keep": 5}, "--keep 5 must be from 1 to the 4 experts of"),
+        ({"keep": 0}, "--keep 0 must be from 1 to the 4 experts of"),
+        ({"keep": None}, "--keep is missing: say how many of the 4 experts"),
+        ({"k": 9}, "--k 9 must be from 1 to the 4 experts of"),
+        ({"tokens": 0}, "--tokens 0 must be at least 1"),
+        ({"seed": -1}, "--seed -1 must not be negative"),
+        ({"device": "tpu"}, "--device: unknown value 'tpu'"),
+        ({"task": "sst"}, "--task: unknown task 'sst'; nearest: sst2"),
+        ({"fold": 1}, "--fold 1: a text has no folds, leave it out"),
+        ({"task": "sst2", "fold": 0}, "--fold 0: sst2 has no folds, leave it out"),
+        ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
+        ({"method": "uncurl", "by_layer": True}, "--by_layer means nothing to --method uncurl: leave it out"),
+        ({"rank": 4}, "--rank means nothing to --method drop: leave it out"),
+        ({"method": "slim", "score": "usual"}, "--score: unknown score 'usual'; nearest: usage"),
+        ({"method": "slim", "score": "router_norm", "task": "sst2"}, "--task means nothing to --score router_norm: leave it out"),
+        ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep means nothing to --method compress: leave it out"),
+        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank None must be from 1 to 16, the largest rank"),
+        ({"method": "compress", "keep": None, "rank": 17, "kept": 0.0}, "--kept 0.0 must be above 0, and 1 at most"),
+        ({"from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"calibrate": "nowhere"}, "nowhere is not a prepared text"),
+        ({"data": "nowhere"}, "nowhere is not a prepared text"),
+        ({"task": "sst2", "calibrate": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(changes, said, trained, tmp_path):
+    assert said in refusal(command(trained("smoe"), **{"out": tmp_path / "out", **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_path):
+    """The best two of each layer by it, and no calibration beside them."""
+    run, out = trained("smoe_dropout"), tmp_path / "out"
+    tiny.completed(command(run, method="slim", score="router_norm", out=out), program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    assert surgery["read"] is None and not (out / "calibration.safetensors").exists() and set(SCORES) == slimming.SCORES.keys()
+    theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
+    for name in (name for name in theirs if name.endswith("router.weight")):
+        kept = theirs[name].norm(dim=1).topk(2).indices.sort().values
+        assert torch.equal(ours[name], theirs[name][kept])
+
+
+def test_refusals_do_not_wait_for_torch(trained):
+    code = "import sys, utils.cli.surgery as s; s.parse(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *command(trained("smoe"))], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp_path):
+    out = {"out": tmp_path / "out"}
+    assert "without experts: there are none to make fewer" in refusal(command(trained("dense"), **out))
+    pieces = tiny.write_pieces(tmp_path / "pieces")
+    assert "does not hold bytes that" in refusal(command(trained("smoe"), calibrate=pieces, **out))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("kept")
+    assert "holds something else" in refusal(command(trained("smoe"), out=tmp_path / "folder"))
+    assert "holds something else" in refusal(command(trained("smoe"), out=trained("smoe_dropout")))
+    tuned = tmp_path / "tuned"
+    tiny.completed(
+        words_of({"task": "sst2", "data": rows, "checkpoint": trained("smoe"), "work_dir": tuned, **TRAINING}), program="finetune.py"
+    )
+    assert "is itself a fine-tuned run, of sst2" in refusal(command(tuned, **out))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine.txt"] and not (tmp_path / "out").exists()
+
+
+def test_what_the_library_refuses_is_a_sentence_too_and_leaves_nothing(words, trained, tmp_path):
+    tiny.completed(tiny.flags(words, tmp_path / "hash", moe=True, gate_name="hash", max_step=2, eval_interval=2))
+    assert "router 'hash' has no row for each expert" in refusal(command(tmp_path / "hash", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_another_tokenizer_is_refused(trained, tmp_path):
+    other = tiny.write_pieces(tmp_path / "other")
+    meta = tiny.read_json(other / "meta.json")
+    (other / "meta.json").write_text(json.dumps(meta | {"vocabulary": meta["vocabulary"] | {"sha256": "1" * 64}}))
+    assert "does not hold the word pieces that" in refusal(command(trained("smoe", "bert"), calibrate=other, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("sizes", "by_layer"), [((2, 2), None), ((3, 1), "3,1")])
+def test_flags_afterwards_say_experts_and_their_width(sizes, by_layer, trained):
+    """k is what the method has at that size."""
+    plan = parse(command(trained("smoe_dropout")))
+    made, flags = plan.made, flags_after(plan, sizes)
+    assert (flags.moe_num_expert, flags.moe_experts_by_layer, flags.d_inner) == (max(sizes), by_layer, made.d_inner)
+    assert flags.d_ff == max(sizes) * made.d_inner and flags.method == made.method
+    assert (flags.moe_top_k_min, flags.moe_top_k_max) == (1, max(sizes))
+    assert [layer.num_experts for _, layer in moe_layers(build_model(flags))] == list(sizes)
+
+
+def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_pruned(trained, tmp_path):
+    """U V + S computes what the experts did; killed on the way, a run prunes the same; what it leaves is smaller, and as good as it was."""
+    run, out = trained("smoe"), tmp_path / "out"
+    arguments = words_of({"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
+    tiny.completed(arguments, program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
+    assert after == pytest.approx(before, rel=1e-5) and surgery["label"] == "compress rank 4 kept 0.25"
+    how = {"start_from": out, "teacher": run, **TRAINING, "max_step": 12, "eval_interval": 4}
+    tiny.completed(words_of({**how, "work_dir": tmp_path / "whole"}))
+    broken = words_of({**how, "work_dir": tmp_path / "broken"})
+    assert tiny.run(broken, partial(die, "step", 7, False)).code == -signal.SIGKILL
+    tiny.completed(broken)
+    tiny.same_run(tmp_path / "whole", tmp_path / "broken")
+    record, left = read_record(tmp_path / "whole" / "result.json"), tmp_path / "whole" / "compressed"
+    rows = load_file(open_source(left).weights)["layers.0.feed_forward.core.experts.up_s"]
+    assert rows.shape == (4, 1, 4, 32)  # of sixteen hidden units
+    assert record["best_step"] == 12 and record["parameters"]["total"] < surgery["before"]["parameters"] < surgery["after"]["parameters"]
+    tiny.completed(["--eval_only", "--k", "4", "--work_dir", str(left)])
+    assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
+    again = words_of({"from": left, "method": "compress", "rank": 4, "kept": 0.25, "out": tmp_path / "again"})
+    assert "has compressed experts: operate on the model as it was before" in refusal(again)
+    assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps, taught")
+    pruned = record["pretrained"]["surgery"]
+    assert pruned == surgery | {"pruned_to": 0.25, "time": pruned["time"]} and pruned["time"] != surgery["time"]
+    assert pruned["time"][0]["k"] == [4, 4] and pruned["time"][0]["ratio"] > 0 and open_source(left).surgery["time"] == pruned["time"]
+    assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
+
+
+def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_others(words, tmp_path):
+    """They are as wide as all experts of a layer together, and compressing leaves as many."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    tiny.completed(tiny.flags(words, run, method="smoe", moe_index="0", dense_width="all", max_step=2, eval_interval=2))
+    assert "their width would be lost" in refusal(command(run, out=out))
+    with pytest.raises(UserError, match="their width would be lost"):
+        like(str(run), "2")
+    arguments = {"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"}
+    tiny.completed(words_of(arguments), program="surgery.py")
+    surgery = tiny.read_json(out / "surgery.json")
+    before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
+    assert after == pytest.approx(before, rel=1e-5)
+    theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
+    dense = [name for name in theirs if "layers.1.feed_forward" in name]
+    assert dense and all(torch.equal(ours[name], theirs[name]) for name in dense)
+
+
+def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(trained, operated, tmp_path):
+    """Merged, and compressed: the table has what the trained model was, and what is left in the end."""
+    merged, out = operated("merge")[0], tmp_path / "out"
+    then = words_of({"from": merged, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
+    printed = tiny.completed(then, program="surgery.py").out
+    first, chain = (tiny.read_json(folder / "surgery.json") for folder in (merged, out))
+    assert chain["label"] == "merge 4 to 2, compress rank 4 kept 0.25" and chain["title"] == f"{first['source']['title']}, {chain['label']}"
+    assert [chain[name] for name in ("source", "before")] == [first[name] for name in ("source", "before")]
+    assert chain["after"]["experts"] == first["after"]["experts"] and chain["weights_sha256"] == open_source(merged).fingerprint
+    (time,) = chain["time"]
+    assert time["k"] == [4, max(chain["after"]["experts"])] and time["ratio"] > 0 and "before:" not in printed
+    assert "this operation is complete" in tiny.completed(then, program="surgery.py").out
+    other = tiny.write_corpus(tmp_path / "other", train_bytes=19_000)
+    assert "was tested on another text than" in refusal(command(merged, keep=1, data=other, out=tmp_path / "third"))
+
+
+def test_a_chain_is_tested_on_as_much_every_time(operated, tmp_path):
+    said = refusal(command(operated("merge")[0], keep=1, max_test_steps=1, out=tmp_path / "out"))
+    assert "--max_test_steps 1: " in said and "was tested with 80" in said
+
+
+def test_what_taught_a_run_is_not_needed_to_operate_on_it(trained, tmp_path):
+    teacher = shutil.copytree(trained("smoe"), tmp_path / "teacher")
+    tiny.completed(words_of({"start_from": trained("smoe"), "teacher": teacher, "work_dir": tmp_path / "run", **TRAINING}))
+    shutil.rmtree(teacher)
+    tiny.completed(command(tmp_path / "run", out=tmp_path / "out"), program="surgery.py")
+    made = tiny.read_json(tmp_path / "out" / "config.json")
+    assert (made["start_from"], made["teacher"]) == (None, None)
+
+
+def test_from_scratch_a_model_is_like_the_run_but_for_its_experts(trained, tmp_path):
+    """Sizes, text and training are the run's own; k has the method's defaults at that size, and follows other steps."""
+    run = trained("smoe")
+    made, flags = open_source(run).made, parse_training([*like(str(run), "2"), "--work_dir", str(tmp_path), "--max_step", "7"])
+    changed = {name for name, value in dataclasses.asdict(flags).items() if getattr(made, name) != value}
+    assert changed == {"moe_num_expert", "d_ff", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "max_step", "work_dir"} | {
+        "dynamic_overall_steps",
+        "swad_end",
+    }
+    assert (flags.moe_num_expert, flags.d_inner, flags.moe_top_k, flags.dynamic_overall_steps) == (2, made.d_inner, 1, 7)
+    for name, keep, sentence in (
+        ("smoe", "5", "5 experts must be from 1 to the 4"),
+        ("smoe", "two", "two is no number of experts"),
+        ("dense", "2", "none to make fewer"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            like(str(trained(name)), keep)
+
+
+def bash(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
+
+
+def test_run_all_operates_goes_on_and_draws_the_table(tmp_path):
+    """In a copy of the tree, from one run: an operation and what it is held against, on the text and fine-tuned."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", ".venv", "__pycache__", "results", "Figs"))
+    tiny.completed(
+        tiny.flags(tiny.write_corpus(copy / "words"), copy / "trained" / "smoe-seed1", method="smoe", max_step=4, eval_interval=2)
+    )
+    tiny.write_rows(copy / "data" / "sst2", "sst2")
+    short = ("--batch_size", "4", "--eval_batch_size", "2", "--device", "cpu", "--threads", "1")
+    how = {"METHODS": "drop", "KEEP": "2", "STEPS": "2", "SCRATCH": "1", "JOBS": "1"}
+    refused = bash("script/surgery/run_all.sh", "trained", "--max_step", "3", cwd=copy)
+    assert refused.returncode == 2 and "--max_step differs from row to row" in refused.stderr
+    assert bash("script/surgery/run_all.sh", cwd=copy).returncode == 2
+    done = bash("script/surgery/run_all.sh", "trained", *short, cwd=copy, **how)
+    logs = {path.name: path.read_text() for path in (copy / "runs" / "quick" / "surgery" / "logs").glob("*.log")}
+    assert done.returncode == 0, (done.stderr, logs)
+    assert sorted(logs) == ["smoe-seed1-drop-2.log", "smoe-seed1-scratch-2.log", "smoe-seed1-whole-0.log"]
+    assert "Trained on for 2 steps without surgery" in done.stdout
+    on_task, on_text = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| drop 4 to 2 (n = 1) |")]
+    assert all(DASH not in (row[2], row[5]) for row in (on_task, on_text)), "before, and from scratch at that size"
+    assert on_task[3] == DASH != on_text[3], "a task has no quality directly after"
+
+
+@pytest.mark.parametrize("name", [*SURGERIES, "compress"])
+def test_every_operation_has_its_script(name, trained):
+    """A run is asked for; flags that follow win."""
+    script = ROOT / "script" / "surgery" / f"{name}.sh"
+    assert bash(script).returncode == 2
+    wins, foreign = ("--kept", "--fold") if name == "compress" else ("--keep", "--rank")
+    done = bash(script, trained("smoe"), wins, "0", foreign, "1")
+    assert done.returncode == 2 and f"{wins} 0" in done.stderr and f"{foreign} means nothing to --method {name}" in done.stderr

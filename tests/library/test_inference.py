@@ -1,0 +1,133 @@
+"""Inference: a slimmed copy, generate.py, and what tune_cpu does to a process."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import smoe_dropout as sd
+from mem_transformer import MemTransformerLM, TransformerXLConfig
+from tests import tiny
+from utils.models.flops import active_parameters
+from utils.models.sampling import draw, write
+
+
+def language_model(**settings) -> MemTransformerLM:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "d_model": 16, "d_head": 8, "d_inner": 32, "mem_len": 8, "init_std": 0.3}
+    return MemTransformerLM(TransformerXLConfig(256, **{**sizes, **settings}))
+
+
+def with_experts() -> MemTransformerLM:
+    return sd.moefy(language_model(), sd.SMoEConfig(num_experts=4, top_k=4, init_std=0.3))
+
+
+def test_a_slimmed_copy_is_the_model_at_k():
+    model, tokens = with_experts().train(), torch.randint(256, (2, 8))
+    slimmed = {k: sd.slim(model, k) for k in (1, 2, 4)}
+    assert sd.get_top_k(model) == 4 and model.training and all(parameter.grad is None for parameter in model.parameters())
+    for k, copy in slimmed.items():
+        assert sd.get_top_k(copy) == k and not copy.training and not any(p.requires_grad for p in copy.parameters())
+        with sd.top_k(model.eval(), k), torch.no_grad():
+            torch.testing.assert_close(copy.logits(tokens)[0], model.logits(tokens)[0])
+    active = [active_parameters(copy, sd.get_top_k(copy))[0] for copy in slimmed.values()]
+    assert active == sorted(set(active))
+    with pytest.raises(ValueError, match="from 1 to the 4 experts"):
+        sd.slim(model, 5)
+
+
+def test_a_slimmed_copy_in_bf16_routes_as_the_model_does():
+    model, tokens = with_experts().eval(), torch.randint(256, (2, 8))
+    copy = sd.slim(model, 2, torch.bfloat16)
+    for name, parameter in copy.named_parameters():
+        assert parameter.dtype == (torch.float32 if "router" in name else torch.bfloat16), name
+    with sd.top_k(model, 2), torch.no_grad():
+        torch.testing.assert_close(copy.logits(tokens)[0], model.logits(tokens)[0], atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_what_is_written_is_what_would_be_drawn_from_the_whole_text(temperature):
+    """Byte by byte, the prompt in segments: as if the last bytes that memory holds were read at once before every draw."""
+    model, prompt = language_model(mem_len=64).eval(), b"the prompt"
+    torch.manual_seed(1)
+    written = list(write(model, prompt, 20, temperature, 1.0, segment=3))
+    torch.manual_seed(1)
+    text = list(prompt)
+    for _ in written:
+        text.append(int(draw(model.read(torch.tensor([text]))[0][0, -1], temperature, 1.0)))
+    assert bytes(text) == prompt + bytes(written)
+
+
+def test_draws_are_of_the_likeliest_symbols_that_have_the_share():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    torch.manual_seed(0)
+    drawn = [int(draw(logits, 1.0, 0.7)) for _ in range(600)]
+    assert set(drawn) == {1, 3} and abs(drawn.count(1) / 600 - 2 / 3) < 0.06
+    assert {int(draw(logits, 1.0, 1e-6)) for _ in range(20)} == {int(draw(logits, 0, 1.0))} == {1}
+    assert len({int(draw(logits, 1.0, 1.0)) for _ in range(600)}) == 4
+    cold = [int(draw(logits, 0.2, 1.0)) for _ in range(100)]
+    assert cold.count(1) > 90
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    corpus = tiny.write_corpus(root / "corpus")
+    for method in ("smoe_dropout", "dense"):
+        tiny.completed(tiny.flags(corpus, root / method, method=method, max_step=4, eval_interval=4))
+    return root
+
+
+def generate(*arguments: object, text: bytes | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "generate.py", *map(str, arguments), "--threads", "1"]
+    return subprocess.run(command, input=text, capture_output=True, cwd=tiny.ROOT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_generate(runs, precision):
+    arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 12, "--k", 2, "--precision", precision)
+    done = generate(*arguments, "--prompt", "Words and ")
+    assert done.returncode == 0 and done.stdout.startswith(b"Words and ") and len(done.stdout) == 22, done
+    assert b"12 bytes in" in done.stderr and b"k = 2 of 4" in done.stderr
+    piped = generate(*arguments, text=b"Words and ")
+    assert piped.stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "sentence"),
+    [
+        ("dense", ["--k", "2"], "is dense; leave it out"),
+        ("smoe_dropout", ["--k", "5"], "--k 5 must be from 1 to the 4 experts"),
+        ("smoe_dropout", ["--top_p", "0", "--length", "0", "--temperature=-1"], "--length 0 must be positive; --temperature -1.0 must be"),
+        ("smoe_dropout", ["--precision", "fp8"], "--precision fp8 must be one of fp32, bf16"),
+        ("nothing", [], "is not there"),
+    ],
+)
+def test_generate_refuses(runs, run, arguments, sentence):
+    done = generate("--checkpoint", runs / run, *arguments, text=b"")
+    assert done.returncode == 2 and sentence in done.stderr.decode() and done.stdout == b"" and done.stderr.count(b"\n") == 1, done
+
+
+def test_tuning_loses_no_precision():
+    """In a process of its own, since it is for good."""
+    code = """
+import torch, smoe_dropout
+draw = torch.Generator().manual_seed(1)
+a, b = torch.randn(2, 300, 300, generator=draw)
+said = smoe_dropout.tune_cpu()
+assert len(said) == 2 and all(said), said
+error = (a @ b - (a.double() @ b.double())).abs().max()
+assert error < 1e-4, (error, said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_lower_precision_is_taken_back(monkeypatch):
+    from smoe_dropout import tuning
+
+    errors, before = iter([1e-6, 1e-2]), torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(tuning, "_error", lambda: next(errors))
+    assert "torch's own: oneDNN's would be less precise" in tuning._onednn_products()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -1,0 +1,321 @@
+"""Folders of transformers models with experts: they come back bit for bit or not at all, and nothing else reads them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import smoe_dropout as sd
+from smoe_dropout.hf.pretrained import CONFIG, GENERATION, MANIFEST, THEIR_INDEX, THEIR_WEIGHTS, WEIGHTS
+from tests.conftest import ROOT
+from tests.library.test_hosts import CAUSAL, HOSTS, TOKENS, logits, made
+
+transformers = pytest.importorskip("transformers")
+
+SMOE = {"num_experts": 4, "top_k": 2}
+DOWN = "bert.encoder.layer.1.intermediate.experts.down"
+
+
+def sparse(host="bert", **settings) -> nn.Module:
+    return sd.moefy(made(host), sd.SMoEConfig(**{**SMOE, **settings}))
+
+
+def as_trainer_saves(model: nn.Module, folder) -> None:
+    model.save_pretrained(folder)
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Bit for bit, precision and what is trained included."""
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) and p.requires_grad == theirs[n].requires_grad for n, p in ours.items()
+    )
+
+
+@pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
+@pytest.mark.parametrize("host", HOSTS)
+def test_round_trip(host, save, tmp_path):
+    """Of weights, k, ties and the experts' configuration; the global generator is left alone."""
+    settings = {"router": "learned", "expert_init": "split", "layers": (0, 2), "balance_loss": 0.5, "gate_weight": "uniform"}
+    model = sparse(host, **settings)
+    sd.set_top_k(model, 3)
+    with sd.top_k(model, 1):
+        pass
+    save(model, tmp_path)
+    before = torch.get_rng_state()
+    loaded = sd.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before) and type(loaded) is type(model) and not loaded.training
+    assert same(loaded, model) and torch.equal(logits(loaded), logits(model)) and sd.get_top_k(loaded) == 3
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == (host != "llama")
+    assert sd.moe_layers(loaded)[1][1].config == sd.SMoEConfig(**{**SMOE, **settings, "top_k": 3})
+    assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.zero_()
+    assert model.get_input_embeddings().weight.any()
+
+
+def test_a_fresh_process_computes_the_same(tmp_path):
+    models = {host: sparse(host, expert_init="split") for host in HOSTS}
+    for host, model in models.items():
+        sd.save_pretrained(model, tmp_path / host)
+    code = (
+        "import sys, torch, smoe_dropout as sd\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "torch.set_num_threads(1)\n"
+        "tokens, folder = load_file(sys.argv[1] + '/tokens')['tokens'], sys.argv[1]\n"
+        "with torch.no_grad():\n"
+        "    save_file({name: sd.from_pretrained(f'{folder}/{name}')(tokens).logits for name in sys.argv[2:]}, folder + '/logits')\n"
+    )
+    save_file({"tokens": TOKENS}, tmp_path / "tokens")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path), *models], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    computed = load_file(tmp_path / "logits")
+    assert all(torch.equal(computed[host], logits(model)) for host, model in models.items())
+
+
+@pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_bfloat16_stays(when, save, tmp_path):
+    """Made so before the experts, the router is float32; made so with them, all is bfloat16."""
+    model = sd.moefy(made("bert").bfloat16(), sd.SMoEConfig(**SMOE)) if when == "before" else sparse().bfloat16()
+    save(model, tmp_path)
+    loaded = sd.from_pretrained(tmp_path)
+    assert (
+        same(loaded, model)
+        and torch.equal(logits(loaded), logits(model))
+        and sd.moe_layers(loaded)[0][1].experts.up.dtype == torch.bfloat16
+    )
+
+
+def test_a_router_that_needs_tokens_and_a_generation_config(tmp_path):
+    model = sparse("gpt2", router="hash")
+    model.generation_config.max_new_tokens = 3
+    sd.save_pretrained(model, tmp_path)
+    loaded = sd.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and loaded.generate(TOKENS[:1], do_sample=False, pad_token_id=0).shape == (1, 12)
+
+
+@pytest.mark.parametrize("method", ["similarity", "attention"])
+def test_methods_that_look_at_attention(method, tmp_path):
+    """Whose implementation config.json does not tell."""
+    model = made("bert")
+    model.set_attn_implementation("eager")
+    sd.moefy(model, sd.SMoEConfig(**SMOE, router="learned", method=method))
+    sd.save_pretrained(model, tmp_path)
+    loaded = sd.from_pretrained(tmp_path)
+    loaded.set_attn_implementation("eager")  # as the model it is compared with
+    assert same(loaded, model) and torch.equal(logits(loaded), logits(model))
+
+
+def test_saving_again(tmp_path):
+    """Over an older save of ours, finished or not; what else lies in the folder stays."""
+    (tmp_path / "notes.txt").write_text("mine")
+    sd.save_pretrained(sparse("gpt2"), tmp_path)
+    model = sparse()
+    sd.save_pretrained(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, MANIFEST, "notes.txt"}
+    assert same(sd.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", ["save_file", "_sha256", "os.replace"])
+@pytest.mark.parametrize("older", [False, True])
+def test_an_interrupted_save_is_refused_or_was_not_begun(name, older, tmp_path, monkeypatch):
+    """And can be done again."""
+    module, model, calls = sys.modules["smoe_dropout.hf.pretrained"], sparse(), []
+    if older:
+        sd.save_pretrained(model, tmp_path)
+    real = module.os.replace if "." in name else getattr(module, name)
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if name != "os.replace" or len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(module.os if "." in name else module, name.removeprefix("os."), stops)
+    with pytest.raises(KeyboardInterrupt):
+        sd.save_pretrained(sparse(router="learned"), tmp_path)
+    monkeypatch.undo()
+    if older and name != "os.replace":
+        assert same(sd.from_pretrained(tmp_path), model)
+    else:
+        with pytest.raises(sd.ConfigError, match="interrupted"):
+            sd.from_pretrained(tmp_path)
+    sd.save_pretrained(model, tmp_path)
+    assert same(sd.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", [CONFIG, GENERATION, WEIGHTS, THEIR_WEIGHTS, THEIR_INDEX, MANIFEST])
+def test_another_models_folder_is_not_written_to(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(sd.ConfigError, match=f"holds {re.escape(name)} of another model"):
+        sd.save_pretrained(sparse(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
+
+
+def uneven_k() -> nn.Module:
+    model = sparse()
+    sd.moe_layers(model)[0][1].top_k = 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: made("bert"), "no MoE layers of moefy: use its own model.save_pretrained"),
+        (lambda: nn.Linear(2, 2), "use smoe_dropout.save_model"),
+        (lambda: sd.moefy(nn.Sequential(made("bert")), sd.SMoEConfig(**SMOE)), "use smoe_dropout.save_model"),
+        (uneven_k, "different k.*set_top_k"),
+    ],
+)
+def test_what_cannot_be_saved_so(build, words, tmp_path):
+    with pytest.raises(sd.ConfigError, match=words):
+        sd.save_pretrained(build(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def rewrite(folder, name, change):
+    """Changes a JSON file by `change(values)`."""
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+
+
+def flip(folder, name):
+    """One bit of the last byte."""
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 1
+    (folder / name).write_bytes(data)
+
+
+def edit(folder, change):
+    """Changes the tensors of a folder that transformers wrote."""
+    tensors = load_file(folder / THEIR_WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / THEIR_WEIGHTS)
+
+
+OURS = {
+    "weights_bit": (lambda f: flip(f, WEIGHTS), WEIGHTS, "damaged"),
+    "config_changed": (lambda f: rewrite(f, CONFIG, lambda c: c["smoe_dropout"].update(top_k=1)), CONFIG, "damaged, or was changed"),
+    "generation_changed": (lambda f: rewrite(f, GENERATION, lambda c: c.update(max_length=3)), GENERATION, "was changed"),
+    "weights_missing": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "is missing"),
+    "config_missing": (lambda f: (f / CONFIG).unlink(), CONFIG, "is missing"),
+    "manifest_missing": (lambda f: (f / MANIFEST).unlink(), "", "neither manifest.json nor model.safetensors"),
+    "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "cannot be read"),
+    "manifest_of_nothing": (lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)), MANIFEST, "no complete save"),
+    "manifest_list": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST, "no JSON object"),
+    "their_weights_beside": (lambda f: (f / THEIR_WEIGHTS).write_bytes(b""), THEIR_WEIGHTS, "was not written with the rest"),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), WEIGHTS, "damaged"),
+    "no_folder": (lambda f: f.rename(f.parent / "gone"), "", "is no folder"),
+}
+
+
+@pytest.mark.parametrize(("damage", "file", "words"), OURS.values(), ids=OURS)
+def test_what_was_changed_since_is_refused(damage, file, words, tmp_path):
+    folder = tmp_path / "saved"
+    sd.save_pretrained(sparse("gpt2"), folder)
+    damage(folder)
+    with pytest.raises(sd.ConfigError, match=re.escape(words)) as error:
+        sd.from_pretrained(folder)
+    assert str(folder / file) in str(error.value)
+
+
+def host(**values):
+    return lambda f: rewrite(f, CONFIG, lambda c: c["host"].update(values))
+
+
+def experts(**values):
+    return lambda f: rewrite(f, CONFIG, lambda c: c["smoe_dropout"].update(values))
+
+
+def top(**values):
+    return lambda f: rewrite(f, CONFIG, lambda c: c.update(values))
+
+
+TYING = "cls.predictions.decoder.weight"
+THEIRS = {
+    "missing": (lambda f: edit(f, lambda t: t.pop(DOWN)), f"missing ['{DOWN}']"),
+    "foreign": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(1))), "foreign ['extra']"),
+    "misshapen": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].mT.contiguous()})), f"{DOWN} has shape (4, 16, 8)"),
+    "precision": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].half()})), f"{DOWN} has shape (4, 8, 16) of torch.float16"),
+    "untied": (lambda f: edit(f, lambda t: t.update({TYING: t["bert.embeddings.word_embeddings.weight"] + 1})), "one tensor of the model"),
+    "truncated": (lambda f: (f / THEIR_WEIGHTS).write_bytes((f / THEIR_WEIGHTS).read_bytes()[:-4]), "cannot be read"),
+    "sharded": (lambda f: (f / THEIR_WEIGHTS).rename(f / THEIR_INDEX), "in several files"),
+    "dense": (top(model_type="bert"), "is of a 'bert' model without experts"),
+    "num_experts": (experts(num_experts=2), "model wants shape"),
+    "fewer_layers": (experts(layers=[0]), "missing ["),
+    "impossible": (experts(top_k=99), "top_k = 99"),
+    "later_version": (experts(novelty=1), "novelty"),
+    "no_experts": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("smoe_dropout")), "is damaged"),
+    "garbage": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
+    "layers": (host(num_hidden_layers=2), "foreign ["),
+    "width": (host(intermediate_size=64), "has shape"),
+    "host_garbage": (host(hidden_size="wide"), "gives no model BertForMaskedLM"),
+    "no_host": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("host")), "gives no model"),
+    "architecture": (top(architectures=["Unheard"]), "'Unheard' is no model of transformers"),
+    "no_architecture": (top(architectures=None), "model_class=..."),
+    "not_a_model": (top(architectures=["BertConfig"]), "is no model of transformers"),
+    "other_class": (top(architectures=["GPT2LMHeadModel"]), "is of a 'bert' model, and GPT2LMHeadModel is not"),
+    "head": (top(architectures=["BertForSequenceClassification"]), "missing ["),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), THEIRS.values(), ids=THEIRS)
+def test_what_does_not_fit_is_refused(damage, words, tmp_path):
+    sparse().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(sd.ConfigError, match=re.escape(words)) as error:
+        sd.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_tied_tensor_under_another_of_its_names(tmp_path):
+    model = sparse()
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.update({TYING: t.pop("bert.embeddings.word_embeddings.weight")}))
+    assert same(sd.from_pretrained(tmp_path), model)
+
+
+class Own(transformers.BertForMaskedLM):
+    """A class that transformers does not have."""
+
+
+def test_a_class_of_ones_own(tmp_path):
+    model = sd.moefy(Own(made("bert").config), sd.SMoEConfig(**SMOE)).eval()
+    sd.save_pretrained(model, tmp_path)
+    with pytest.raises(sd.ConfigError, match="'Own' is no model of transformers"):
+        sd.from_pretrained(tmp_path)
+    loaded = sd.from_pretrained(tmp_path, model_class=Own)
+    assert type(loaded) is Own and same(loaded, model)
+
+
+@pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
+@pytest.mark.parametrize("host", HOSTS)
+def test_transformers_refuses_what_has_experts(host, save, tmp_path):
+    model = sparse(host)
+    save(model, tmp_path)
+    auto = transformers.AutoModelForCausalLM if host in CAUSAL else transformers.AutoModelForMaskedLM
+    for loader in (transformers.AutoConfig, transformers.AutoModel, auto, type(model), type(model.base_model)):
+        with pytest.raises(Exception, match="smoe_dropout"):
+            loader.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_users_configuration_is_not_changed(host, tmp_path):
+    """All parts of a model share the one that tells of the experts: a part of it that is saved alone tells of them too."""
+    dense = made(host)
+    config, before = dense.config, dense.config.to_dict()
+    model = sd.moefy(dense, sd.SMoEConfig(**SMOE))
+    assert config.to_dict() == before and type(config) is not type(model.config) and isinstance(model.config, type(config))
+    assert model.config.model_type == config.model_type and not [m for m in model.modules() if getattr(m, "config", None) is config]
+    model.base_model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="smoe_dropout"):
+        type(model.base_model).from_pretrained(tmp_path)
+    if host in CAUSAL:  # the bodies of the others lack the pooler that their class has by itself
+        assert same(sd.from_pretrained(tmp_path), model.base_model)

@@ -1,0 +1,231 @@
+"""Gradient checkpointing and torch.compile: gradients are those without them, or are refused; nothing runs eagerly in silence."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import smoe_dropout as sd
+from smoe_dropout.registry import METHODS, ROUTERS, load
+from tests.conftest import ROOT
+from tests.library.test_hosts import HOSTS, SMALL, TOKENS, made
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS = [name for name in METHODS if (layer := load(METHODS, "method", name).layer) and "attention" not in layer.needs]
+KINDS = [(None, router) for router in ROUTERS if router != "none"] + [
+    (name, load(METHODS, "method", name).flags.get("gate_name", "random")) for name in LAYERS
+]
+BALANCED = ("learned", "noisy_top_k")
+
+
+def sparse(host: str, method: str | None = None, router: str = "random", **settings) -> nn.Module:
+    return sd.moefy(made(host), sd.SMoEConfig(**{"num_experts": 4, "top_k": 2, "router": router, "method": method, **settings})).train()
+
+
+def gradients(model: nn.Module, reentrant: bool | None, passes=None) -> dict[str, torch.Tensor]:
+    """Of a copy, and its counters; dropout included."""
+    model = copy.deepcopy(model)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    sd.set_progress(model, 5, 10)
+    torch.manual_seed(3)
+    (passes or (lambda model: model(TOKENS, labels=TOKENS).loss.backward()))(model)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None} | dict(
+        model.named_buffers()
+    )
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "router"), KINDS)
+@pytest.mark.parametrize("host", ["bert", "llama"])
+def test_checkpointed_gradients_are_the_same_or_refused(host, method, router, reentrant):
+    model = sparse(host, method, router, **({"options": {"flip_rate": 0.5}} if method == "competesmoe" else {}))
+    words = None
+    if reentrant and router in BALANCED:
+        words = "auxiliary losses cannot be trained with reentrant"
+    if method and not load(METHODS, "method", method).layer.repeatable:
+        words = "cannot repeat a pass for its gradient"
+    if words is None:
+        assert_same(gradients(model, reentrant), gradients(model, None))
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            gradients(model, reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_a_pass_left_behind_stays(host, reentrant):
+    """The repeated pass does not overwrite it, and several passes with their gradients in turn are fine."""
+    model = sparse(host)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for k in (2, 4, 1):
+        sd.set_top_k(model, k)
+        loss, layer = model(TOKENS, labels=TOKENS).loss, sd.moe_layers(model)[1][1]
+        assigned = layer.assigned
+        loss.backward()
+        assert layer.assigned is assigned and assigned.shape[1] == k
+
+
+def under_another_k(model):
+    with sd.top_k(model, 4):
+        loss = model(TOKENS, labels=TOKENS).loss
+    loss.backward()
+
+
+def two_passes(model):
+    (model(TOKENS, labels=TOKENS).loss + model(TOKENS.flip(0), labels=TOKENS).loss).backward()
+
+
+def evaluated_between(model):
+    loss = model(TOKENS, labels=TOKENS).loss
+    with torch.no_grad():
+        model.eval()(TOKENS.flip(0))
+    model.train()
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("passes", "router", "words"),
+    [
+        (under_another_k, "random", r"ran at k = 4, and is repeated for its gradient at k = 2: call backward\(\) right after"),
+        (two_passes, "hash", "another pass of the model ran between"),
+        (evaluated_between, "hash", "another pass of the model ran between"),
+    ],
+)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_changed_since_the_pass_is_refused(passes, router, words, reentrant):
+    """Without checkpointing the same is fine."""
+    model = sparse("gpt2", router=router)
+    assert gradients(model, None, passes)
+    with pytest.raises(RuntimeError, match=words):
+        gradients(model, reentrant, passes)
+
+
+def test_an_evaluation_between_a_pass_and_its_gradient_is_fine_for_other_routers():
+    model = sparse("gpt2")
+    assert_same(gradients(model, False, evaluated_between), gradients(model, None, evaluated_between))
+
+
+def test_checkpointing_of_other_models():
+    """By torch's own function; the auxiliary losses are lost in the reentrant form, and that is told."""
+    x = torch.randn(5, 8, requires_grad=True)
+    for reentrant in (False, True):
+        ffn = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
+        model = sd.moefy(ffn, sd.SMoEConfig(4, 2, router="learned"))
+        loss = checkpoint(model, x, use_reentrant=reentrant).square().sum() + sd.auxiliary_loss(model)
+        if not reentrant:
+            loss.backward()
+            assert model[0].router.weight.grad.any()
+            continue
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            loss.backward()
+
+
+# torch.compile
+
+
+@pytest.fixture
+def dynamo():
+    """The compiler without what it compiled before, and with its own limit."""
+    dynamo = pytest.importorskip("torch._dynamo")
+    limit = dynamo.config.recompile_limit
+    dynamo.reset()
+    yield dynamo
+    dynamo.config.recompile_limit = limit
+    dynamo.reset()
+
+
+def small_bert(**settings) -> nn.Module:
+    """One layer, without dropout."""
+    torch.manual_seed(0)
+    off = {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 20}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**{**SMALL, **off}))
+    return sd.moefy(model, sd.SMoEConfig(**{"num_experts": 16, "top_k": 8, "init_std": 0.3, **settings}))
+
+
+def test_one_graph_for_each_k_and_none_beyond(dynamo):
+    ffn = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    model, graphs, x = sd.moefy(nn.Sequential(ffn, nn.LayerNorm(8)), sd.SMoEConfig(16, 8, init_std=0.5)).eval(), [], torch.randn(7, 8)
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    with torch.no_grad():
+        for sweep in range(2):
+            for k in range(1, 17):
+                with sd.top_k(model, k):
+                    assert torch.equal(compiled(x), model(x))
+                    assert len(graphs) == (16 if sweep else k)
+    assert dynamo.config.recompile_limit >= 20
+
+
+def assert_compiled_as_eager(model: nn.Module, ks, loss_of) -> None:
+    """Losses and gradients, in one graph."""
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for k in ks:
+        sd.set_top_k(model, k)
+        found = []
+        for run in (compiled, model):
+            model.zero_grad()
+            loss = loss_of(run)
+            loss.backward()
+            found.append((loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        torch.testing.assert_close(found[0][0], found[1][0])
+        assert_same(found[0][1], found[1][1])
+
+
+def test_compiled_training_of_bert(dynamo):
+    """The load balance among its losses."""
+    model = small_bert(router="learned", balance_loss=2.0).train()
+    assert_compiled_as_eager(model, (3,), lambda run: run(TOKENS, labels=TOKENS).loss)
+    assert sd.auxiliary_loss(model).item() > 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "masked", "sorted", "grouped"])
+def test_compiled_training_by_backend(backend, dynamo):
+    ffn = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    model = sd.moefy(nn.Sequential(nn.LayerNorm(8), ffn), sd.SMoEConfig(4, 2, router="learned", init_std=0.5, backend=backend))
+    x = torch.randn(9, 8)
+    assert_compiled_as_eager(model, (1, 4), lambda run: run(x).square().sum() + sd.auxiliary_loss(model))
+
+
+def test_compiled_dropout_of_experts(dynamo):
+    """Is drawn anew in every pass, follows the seed, and is the same in the backward pass."""
+    torch.manual_seed(0)
+    ffn = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8))
+    model = sd.moefy(nn.Sequential(ffn), sd.SMoEConfig(4, 4, init_std=0.5)).train()
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(50, 8)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        y = compiled(x)
+        torch.rand(3)  # what others draw in between changes nothing
+        y.sum().backward()
+        results.append((y.detach(), model[0].experts.down.grad.clone()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[2][0])
+    down = model[0].experts.down.detach()
+    # y is linear in the second map, so the gradient times the map is the sum of the outputs, its biases being zero
+    assert (results[2][1] * down).sum().item() == pytest.approx(results[2][0].sum().item(), rel=1e-4)
+
+
+def test_the_compiler_is_not_imported_for_others():
+    code = "import sys, torch, smoe_dropout as sd; from torch.nn import *\n"
+    code += "m = sd.moefy(Sequential(Sequential(Linear(4, 8), ReLU(), Linear(8, 4))), sd.SMoEConfig(2, 1))\n"
+    code += "sd.set_top_k(m, 2); m(torch.ones(1, 4)); "
+    code += "print('torch._dynamo' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False False\n"

@@ -1,0 +1,212 @@
+"""The checkpoint that training starts from: what it was made with, and where its weights are. Imports no torch.
+
+A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of surgery.py or of smoe_dropout.save_pretrained, or
+weights alone: a folder of smoe_dropout.save_model, whose sizes the command line has to say.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.registry import METHODS, load
+from utils.data.corpus import digest_of, read_chunks
+from utils.errors import UserError
+from utils.flags.derive import read_config
+from utils.flags.fields import OF_PIECES, OF_THE_RUN, Flags
+
+WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
+SURGERY = "surgery.json"
+TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """path: as it was given. weights: the file. flags: those of train.py that made it, as far as they are known. title: what it was trained
+    on and for how long, as tables say it. of_transformers: smoe_dropout.from_pretrained reads it. surgery: what surgery.json says of the
+    operation that made it, or the run it is of started from.
+    """
+
+    path: Path
+    weights: Path
+    flags: dict[str, Any]
+    title: str
+    of_transformers: bool = False
+    surgery: dict[str, Any] | None = None
+
+    @property
+    def made(self) -> Flags:
+        """The flags of the run that made it; it is known to say what it is."""
+        return Flags(**{field.name: self.flags[field.name] for field in dataclasses.fields(Flags) if field.name in self.flags})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the weights."""
+        return digest_of(read_chunks(self.weights), "sha256")[1]
+
+    @property
+    def operated(self) -> dict[str, str]:
+        """What a table says of the operation beside the method's name."""
+        return {"surgery": self.surgery["label"]} if self.surgery else {}
+
+    def provenance(self, transferred: bool) -> dict[str, Any]:
+        """What a record says of it. `transferred`: whether its weights are used."""
+        operated = {"surgery": self.surgery} if self.surgery else {}
+        return {"title": self.title, "sha256": self.fingerprint, "transferred": transferred, **operated}
+
+
+def open_source(path: Path) -> Source:
+    """UserError for a folder that is not there, is none of the five, or is of a run that has not ended."""
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "is not there"
+        raise UserError(f"the checkpoint {path} {kind}: give the folder of a finished run of train.py, or of weights")
+    kinds: dict[str, Callable[[Path], Source]] = {SURGERY: operation, "config.json": _run, "state.json": _step}
+    kinds |= {OF_EXPERTS: _weights, WEIGHTS: _weights}
+    if (path / TRANSFORMERS_WEIGHTS).exists() or "model_type" in _json(path / "config.json"):
+        return _transformers(path)
+    for name, open_it in kinds.items():
+        if (path / name).exists():
+            return open_it(path)
+    raise UserError(f"{path} holds no checkpoint: neither config.json of a run, nor {WEIGHTS}, nor {TRANSFORMERS_WEIGHTS} is in it")
+
+
+def _run(path: Path) -> Source:
+    """The weights that its table shows."""
+    flags = _flags_of_run(path)
+    try:
+        step = json.loads((path / "result.json").read_text())["best_step"]
+    except FileNotFoundError:
+        raise UserError(
+            f"the run {path} has not ended, it has no result.json: finish it, or give one of its folders checkpoints/step-*"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path / 'result.json'} is damaged: give one of the folders {path}/checkpoints/step-*") from None
+    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, _json(path / "result.json"), f"{flags['max_step']:,} steps")
+
+
+def operation(path: Path) -> Source:
+    """What surgery.py made. UserError for one that is not whole."""
+    flags, surgery, folder = _flags_of_run(path), _json(path / SURGERY), path / "checkpoints" / "step-00000000"
+    if not surgery.keys() >= {"title", "label"}:
+        raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
+    return Source(path, _whole(folder), flags, surgery["title"], surgery=surgery)
+
+
+def _step(path: Path) -> Source:
+    run = path.resolve().parent.parent
+    if not (run / "config.json").exists():
+        return _weights(path)
+    if (run / SURGERY).exists():
+        return operation(run)
+    step = path.resolve().name.rpartition("-")[2].lstrip("0")
+    return _of_run(path, path, _flags_of_run(run), _json(run / "result.json"), f"step {step}")
+
+
+def _flags_of_run(run: Path) -> dict[str, Any]:
+    config = read_config(run)
+    names = {field.name for field in dataclasses.fields(Flags)} - {*OF_THE_RUN} | {"method", "model", "preset", "dataset"}
+    if absent := sorted(names - config.keys()):
+        raise UserError(f"{run / 'config.json'} is of a run of another version, without {', '.join(absent[:4])}: train it again")
+    if "task" in config:
+        raise UserError(f"{run} is itself a fine-tuned run, of {config['task']}: give the pre-trained one it started from")
+    return config
+
+
+def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], steps: str) -> Source:
+    """`record`: where the run has ended; one that started from weights says which."""
+    start = record.get("pretrained", {})
+    what = start.get("title") or f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}"
+    return Source(path, _whole(folder), flags, f"{what}, {steps}", surgery=start.get("surgery"))
+
+
+def _whole(folder: Path) -> Path:
+    """The weights of a checkpoint."""
+    if not (folder / WEIGHTS).exists() or not (folder / MANIFEST).exists():
+        raise UserError(f"the checkpoint {folder} is missing or not whole: give another of {folder.parent}, or train again")
+    return folder / WEIGHTS
+
+
+def _dataset(record: dict[str, Any], flags: dict[str, Any]) -> str:
+    """The title of the text, where the run has ended and says it."""
+    dataset = record.get("dataset")
+    return str(dataset["title"] if isinstance(dataset, dict) and "title" in dataset else flags["dataset"])
+
+
+def _weights(path: Path) -> Source:
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"{path / WEIGHTS} is missing: the folder was not saved whole")
+    flags: dict[str, Any] = {}
+    if (path / OF_EXPERTS).exists():
+        try:
+            flags = flags_of_experts(SMoEConfig.from_json((path / OF_EXPERTS).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path / OF_EXPERTS} is damaged: {error}") from None
+    return Source(path, path / WEIGHTS, flags, path.name)
+
+
+def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
+    """The flags of train.py that say the same as a configuration of the library."""
+    frozen = experts.router == "random" if experts.freeze_router is None else experts.freeze_router  # None: as the router's file has it
+    return {
+        "moe": True,
+        "moe_num_expert": experts.num_experts,
+        "gate_name": experts.router,
+        "freeze_gate": frozen,
+        "gate_weight": experts.gate_weight,
+        "output_scale": experts.output_scale,
+        "load_balance": experts.balance_loss,
+        "moe_index": None if experts.layers is None else ",".join(map(str, experts.layers)),
+        "method_options": ",".join(f"{name}={value}" for name, value in experts.options.items()) or None,
+        **({"method": experts.method} if experts.method in METHODS else {}),
+        "moe_experts_by_layer": ",".join(map(str, experts.experts_by_layer)) if experts.experts_by_layer else None,
+        "moe_expert_rank": experts.expert_rank,
+        "moe_sparse_share": experts.sparse_share,
+        **({"d_inner": experts.d_expert} if experts.d_expert else {}),
+    }
+
+
+def _transformers(path: Path) -> Source:
+    """Of smoe_dropout.save_pretrained: sizes from the host's settings."""
+    told = _json(path / "config.json")
+    if told.get("model_type") != LIBRARY:
+        raise UserError(f"{path} holds a model of transformers without experts: make it one with smoe_dropout.moefy and save_pretrained")
+    try:
+        host, kind, experts = told["host"], told["host_model_type"], SMoEConfig.from_dict(told[LIBRARY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
+    names = [str(name) for name in told.get("architectures") or [kind]]
+    if kind not in OF_PIECES or not names[0].endswith("ForMaskedLM"):
+        known = f"only {' and '.join(OF_PIECES)} for masked language modelling can be fine-tuned"
+        raise UserError(f"{path} holds a {', '.join(names)}, and {known}")
+    sizes = {
+        "model": kind,
+        "n_layer": host.get("num_hidden_layers", 12),
+        "d_model": host.get("hidden_size", 768),
+        "n_head": host.get("num_attention_heads", 12),
+        "d_ff": host.get("intermediate_size", 3072),
+        "tgt_len": host.get("max_position_embeddings", 512) - (2 if kind == "roberta" else 0),
+        "dropout": host.get("hidden_dropout_prob", 0.1),
+        "dropatt": host.get("attention_probs_dropout_prob", 0.1),
+    }
+    weights = next(path / name for name in (TRANSFORMERS_WEIGHTS, WEIGHTS) if (path / name).exists() or name == WEIGHTS)
+    return Source(path, weights, sizes | flags_of_experts(experts), path.name, of_transformers=True)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What stands in it; nothing where it is no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def kind_of(source: Source) -> str:
+    """What its method is called in refusals."""
+    name = source.flags.get("method")
+    sparse = load(METHODS, "method", name).sparse if name else source.flags.get("moe", False)
+    return f"--method {name or 'custom'}, {'with' if sparse else 'without'} experts"

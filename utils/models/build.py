@@ -1,0 +1,63 @@
+"""The model that the flags describe, dense or with experts, and what of it is trained."""
+
+from torch import nn
+
+from smoe_dropout import freeze_routers, moe_layers, moefy
+from smoe_dropout.attention import ExpertQueryKeyValue, expert_attention
+from smoe_dropout.methods.base import Settings
+from smoe_dropout.options import ConfigError
+from utils.data.tokenizer import Vocabulary
+from utils.errors import UserError
+from utils.flags.derive import method_of, method_options, parse_layers, smoe_config, top_k_schedule
+from utils.flags.fields import Flags
+from utils.models.registry import architecture
+
+ATTENTION_EXPERTS = 16  # as in the official code
+
+
+def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module:
+    """The dense model, its feed-forward layers turned into what the method makes of them. `vocabulary`: of a model of word pieces.
+    UserError for a method that cannot be used with it.
+    """
+    model, method = architecture(flags.model).build(flags, vocabulary), method_of(flags)
+    try:
+        if flags.moe:
+            model = moefy(model, smoe_config(flags, method))
+        elif method and method.convert:
+            model = method.convert(model, method_options(flags))
+    except ConfigError as error:
+        raise UserError(f"--method {flags.method} cannot be used with --model {flags.model}: {error}") from None
+    if flags.attn_moe:
+        model = expert_attention(model, parse_layers(flags.moe_index, flags.n_layer)[0], ATTENTION_EXPERTS, flags.init_std)
+    freeze(model, flags)
+    return model
+
+
+def freeze(model: nn.Module, flags: Flags) -> None:
+    """--freeze_main_network: the experts. --freeze_main_network_all: all in the layers but routers; embeddings and output stay trained."""
+    if flags.freeze_main_network_all:
+        routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.routing_parameters()}
+        for parameter in architecture(flags.model).blocks(model).parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in routers)
+    elif flags.freeze_main_network:
+        for _, layer in moe_layers(model):
+            layer.experts.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, ExpertQueryKeyValue):
+                module.requires_grad_(False)
+    if flags.dynamic_router_start == 0:
+        freeze_routers(model)
+
+
+def forget_router_gradients(model: nn.Module) -> None:
+    """Keeps routers as they are in the coming update: without a gradient the optimiser passes over them."""
+    for _, layer in moe_layers(model):
+        for parameter in layer.routing_parameters():
+            parameter.grad = None
+
+
+def training_settings(flags: Flags, train_tokens: int) -> Settings:
+    """What a method's objective is told of the run."""
+    schedule = top_k_schedule(flags)
+    ks = (schedule.k_min, schedule.k_max) if schedule else (1, 1)
+    return Settings(*ks, method_options(flags), train_tokens)

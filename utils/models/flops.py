@@ -1,0 +1,63 @@
+"""Floating-point operations and parameters by formula: two operations a multiply-add, matrix products only."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from smoe_dropout import moe_layers
+from smoe_dropout.attention import ExpertQueryKeyValue
+from smoe_dropout.experts import Experts
+from smoe_dropout.experts.compressed import CompressedExperts
+
+if TYPE_CHECKING:
+    from utils.models.registry import Shape
+
+# the modules that make up feed-forward networks: of Transformer-XL; of BERT and RoBERTa
+FEED_FORWARD = re.compile(r"(.*\.)?(feed_forward|layer\.\d+\.(intermediate|output\.dense))")
+
+
+def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, dense: int) -> int:
+    """Of the feed-forward networks of so many layers in one pass; `dense`: of one token in a dense one. k as in forward_flops."""
+    sparse, tokens = moe_layers(model), shape.rows * shape.positions
+    total = (layers - len(sparse)) * tokens * dense
+    for _, layer in sparse:
+        one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
+        active = min(k, layer.num_experts) if k else layer.computed_experts
+        total += 2 * tokens * one * active + layer.routing_flops(shape.rows, shape.positions) + composing_flops(layer.experts)
+    return total
+
+
+def composing_flops(experts: Experts) -> int:
+    """Of making the maps of compressed experts from their factors, once in a pass."""
+    if not isinstance(experts, CompressedExperts):
+        return 0
+    return 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """All parameters, those that are trained, and those of routers; a tied tensor counts once."""
+    routers = [parameter for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "router": sum(parameter.numel() for parameter in routers),
+    }
+
+
+def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
+    """Parameters that one token meets with k experts active: of the whole model, and of its feed-forward layers."""
+    total, ffn_total, idle = parameter_counts(model)["total"], 0, 0
+    for name, module in model.named_modules():
+        if FEED_FORWARD.fullmatch(name):
+            ffn_total += sum(parameter.numel() for parameter in module.parameters())
+    for _, layer in moe_layers(model):
+        one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+        idle += (layer.num_experts - min(k or layer.top_k, layer.num_experts)) * one
+    elsewhere = 0  # experts outside the feed-forward layers, of which one is active
+    for module in model.modules():
+        if isinstance(module, ExpertQueryKeyValue):
+            elsewhere += sum((len(tensor) - 1) * tensor[0].numel() for tensor in (module.weight, module.bias))
+    return total - idle - elsewhere, ffn_total - idle

@@ -1,0 +1,57 @@
+"""How the rows of a task become tokens: bytes for Transformer-XL, as in its pre-training, pieces for BERT and RoBERTa."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+
+from utils.checkpoints.origin import Source
+from utils.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from utils.errors import UserError
+from utils.flags.fields import OF_PIECES, FinetuneFlags
+
+
+class Text(ABC):
+    """pad: the token behind a row's end. vocabulary: of word pieces, else None."""
+
+    pad: int = 0
+    vocabulary: Vocabulary | None = None
+
+    @abstractmethod
+    def encode(self, sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
+        """Each sequence of texts as one row of tokens int64 [T], closed by a token that says that it ends."""
+
+
+class Bytes(Text):
+    """UTF-8, a newline behind every text."""
+
+    def encode(self, sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
+        joined = ("".join(f"{text}\n" for text in texts).encode() for texts in sequences)
+        return [np.frombuffer(content, np.uint8).astype(np.int64) for content in joined]
+
+
+class Pieces(Text):
+    """[CLS] text [SEP] text [SEP], as the model's tokenizer has it."""
+
+    def __init__(self, folder: str):
+        self._tokenizer = load_tokenizer(folder)
+        self.vocabulary = vocabulary_of(self._tokenizer, folder)
+        self.pad = self.vocabulary.pad
+
+    def encode(self, sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
+        columns = [list(texts) for texts in zip(*sequences, strict=True)]
+        found = self._tokenizer(*columns, return_attention_mask=False, split_special_tokens=True)["input_ids"]
+        return [np.array(ids, np.int64) for ids in found]
+
+
+def text_of(flags: FinetuneFlags, source: Source) -> Text:
+    """UserError where the checkpoint's tokenizer is not to be found, or is another."""
+    if flags.model not in OF_PIECES:
+        return Bytes()
+    folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
+    if flags.tokenizer is None and not Path(folder).is_dir():
+        raise UserError(f"the tokenizer of {source.path} is not at {folder}: give its folder, or its name on the hub, with --tokenizer")
+    text = Pieces(folder)
+    if (known := source.flags.get("vocabulary_sha256")) and known != text.vocabulary.sha256:
+        raise UserError(f"{source.path} was trained with another tokenizer than that of {folder}: give that one with --tokenizer")
+    return text

@@ -1,0 +1,63 @@
+"""Quality of a model on a text, at any number of active experts."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from smoe_dropout import top_k
+from utils.models.flops import active_parameters
+from utils.tasks.base import Task
+
+
+def forked_random(device: torch.device):
+    """Within it, random generators may be seeded and used; afterwards they are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
+    """The task's quality on a split, positions read and those with a loss, and positions read per second.
+
+    Methods that draw experts draw the same at every evaluation, from the run's seed. k, mode and memory length of the model, and the random
+    generators, are as before afterwards. Rows are shared out over processes; the mean is over all positions with a loss.
+    """
+    engine, was_training = task.engine, model.training
+    model.eval()
+    measured, targets, tokens, state, begin = 0.0, 0, 0, None, time.perf_counter()
+    try:
+        with task.evaluation(model), top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
+            torch.manual_seed(task.flags.seed + engine.rank)
+            for index, batch in enumerate(task.held_out(split)):
+                if index == max_steps:
+                    break
+                value, count, state = task.measure(model, batch, state)
+                measured += value
+                targets += count
+                tokens += batch.inputs[0].numel()
+    finally:
+        model.train(was_training)
+    measured, targets, tokens = engine.sum([measured, targets, tokens])
+    quality = task.metric.of(measured / targets)
+    speed = tokens / (time.perf_counter() - begin)
+    return {task.metric.name: quality, "tokens": int(tokens), "targets": int(targets), "tokens_per_second": speed}
+
+
+def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list[int | None], say) -> list[dict]:
+    """One row for each k: quality on every split, tokens read, parameters and operations of a token, speed. `say` is told of each row."""
+    rows, metric, shape = [], task.metric.name, task.evaluation_shape
+    for k in ks:
+        measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
+        parameters, ffn_parameters = active_parameters(model, k)
+        row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
+        row |= {f"{split}_{name}": values[name] for split, values in measured.items() for name in ("tokens", "targets")}
+        row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
+        row["flops_per_token"] = task.forward_flops(model, shape, k) / (shape.rows * shape.positions)
+        row["tokens_per_second"] = measured[splits[-1]]["tokens_per_second"]
+        rows.append(row)
+        at = "dense" if k is None else f"k = {k}"
+        quality = ", ".join(f"{split} {values[metric]:.4f}" for split, values in measured.items())
+        cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs a token, {row['tokens_per_second']:,.0f} tokens/s"
+        say(f"{at:>7}: {quality} {metric}; {cost}")
+    return rows

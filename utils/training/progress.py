@@ -1,0 +1,33 @@
+"""What a person sees during a run: one line kept up to date on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from utils.formatting import duration
+
+
+class Progress:
+    """Speed and time left of the steps since this process started; says nothing on other ranks than the first."""
+
+    def __init__(self, first_step: int, last_step: int, enabled: bool):
+        self.first_step, self.last_step, self.enabled = first_step, last_step, enabled
+        self.begin = time.perf_counter()
+        self.paused = 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def say(self, sentence: str) -> None:
+        if self.enabled:
+            print(("\r\033[K" if self.terminal else "") + sentence, flush=True)
+
+    def steps_per_second(self, step: int) -> float:
+        elapsed = time.perf_counter() - self.begin - self.paused
+        return (step - self.first_step) / elapsed if elapsed > 0 else 0.0
+
+    def update(self, step: int, line: str, keep: bool) -> None:
+        """`line` about `step`; on a terminal it overwrites the one before it unless `keep`, in a log only kept ones are written."""
+        if not self.enabled or not (keep or self.terminal):
+            return
+        rate = self.steps_per_second(step)
+        left = duration((self.last_step - step) / rate) if rate else "?"
+        text = f"step {step:>{len(str(self.last_step))}}/{self.last_step} | {line} | {rate:.2f} steps/s | {left} left"
+        print(("\r\033[K" if self.terminal else "") + text, end="\n" if keep or not self.terminal else "", flush=True)

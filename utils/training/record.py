@@ -1,0 +1,101 @@
+"""result.json: everything a table or a figure needs to know of a finished run."""
+
+from typing import Any
+
+from torch import nn
+
+from smoe_dropout import moe_layers
+from smoe_dropout.registry import METHODS, load
+from utils.flags.fields import Flags
+from utils.models.flops import parameter_counts
+from utils.tasks.base import Metric, Task
+
+SCHEMA = 1
+
+
+def build_result(
+    task: Task,
+    model: nn.Module,
+    quality: list[dict],
+    training: dict[str, float],
+    routing: dict[str, Any] | None,
+    metrics: list[dict],
+    environment: dict,
+    peak_memory_mib: float,
+    best_step: int,
+    argv: list[str],
+) -> dict[str, Any]:
+    """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
+    flags, corpus = task.flags, task.corpus
+    name = flags.method or "custom"
+    title = load(METHODS, "method", flags.method).title if flags.method else "custom"
+    of_preset, of_method = (in_brackets(found) for found in task.departures)
+    sparse = moe_layers(model)
+    return {
+        "schema": SCHEMA,
+        "status": "complete",
+        "table": task.table,
+        "method": name + of_method,
+        "title": title + of_method,
+        "sparse": bool(sparse),
+        "preset": flags.preset + of_preset,
+        "dataset": {
+            "name": corpus.name,
+            "title": corpus.title,
+            "fingerprint": corpus.fingerprint,
+            corpus.unit: task.sizes,
+            **({"note": task.note} if task.note else {}),
+        },
+        "metric": {
+            "name": task.metric.name,
+            "lower_is_better": task.metric.lower_is_better,
+            "split": task.splits[-1],
+            "training": task.metric.in_training,
+        },
+        **task.provenance(),
+        "seed": flags.seed,
+        "model": {
+            "architecture": task.architecture.TITLE,
+            **{name: getattr(flags, name) for name in task.architecture.SIZES},
+            "num_experts": flags.moe_num_expert if sparse else None,
+            **({"experts_by_layer": [layer.num_experts for _, layer in sparse]} if flags.moe_experts_by_layer else {}),
+            "moe_layers": moe_layer_indices(flags) if sparse else [],
+            "router": flags.gate_name if sparse else None,
+        },
+        "parameters": parameter_counts(model),
+        "quality": quality,
+        "best_step": best_step,
+        "training": training,
+        "routing": routing,
+        "peak_memory_mib": round(peak_memory_mib, 1),
+        "curve": curve(metrics, task.metric),
+        "environment": environment,
+        "argv": argv,
+    }
+
+
+def in_brackets(values: dict[str, Any]) -> str:
+    """ " (name=value, ...)", or nothing for nothing: behind a name, so that what differs is not averaged with what does not."""
+    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()]
+    return f" ({', '.join(words)})" if words else ""
+
+
+def moe_layer_indices(flags: Flags) -> list[int]:
+    """Which layers have experts."""
+    if not flags.moe:
+        return []
+    return list(range(flags.n_layer)) if flags.moe_index is None else [int(word) for word in flags.moe_index.split(",")]
+
+
+def curve(metrics: list[dict], metric: Metric) -> dict[str, list]:
+    """train: [step, quality, or loss where that says nothing of it, k, lr]; valid: [step, {k or "dense": quality}]."""
+    train = [[line["step"], line[metric.in_training], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
+    valid = [[line["step"], by_k(line, metric.name)] for line in metrics if line["split"] != "train"]
+    return {"train": train, "valid": valid}
+
+
+def by_k(line: dict[str, Any], metric: str) -> dict[str, float]:
+    """The metric_k8, metric_k16 ... (or metric) of a validation line as {"8": .., "16": ..} (or {"dense": ..})."""
+    if metric in line:
+        return {"dense": line[metric]}
+    return {name.removeprefix(f"{metric}_k"): value for name, value in line.items() if name.startswith(f"{metric}_k")}
