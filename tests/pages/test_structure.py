@@ -1,59 +1,111 @@
-"""The house's rules: dependencies point one way, and a method is known by its file and its line in the registry only."""
+"""The structure of the code: imports point one way, nothing is circular, names are unique, files are short, and a method is known only by
+its file and its registry line.
+"""
 
 import ast
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from smoe_dropout.registry import METHODS
+from smoe_dropout.registry import METHODS, load
 from tests.conftest import ROOT
 
 LIBRARY = sorted((ROOT / "smoe_dropout").rglob("*.py"))
-CORE = [path for path in LIBRARY if path.parent.name != "methods" and path.name != "registry.py"]
 HARNESS = sorted((ROOT / "utils").rglob("*.py"))
-EXPERIMENTS = [ROOT / name for name in ("train.py", "finetune.py", "surgery.py", "generate.py")]
+PROGRAMS = [ROOT / f"{name}.py" for name in ("train", "finetune", "surgery", "generate")]
 MODEL = ROOT / "mem_transformer.py"
-OURS = {"smoe_dropout", "utils", "train", "finetune", "mem_transformer", "tests", "data", "benchmarks", "script"}
-
-# names of methods that are words besides: "dense" is the key under which a model without k is recorded and plotted, and a value of
-# output_scale, and how BERT calls a linear map; "attention" what a layer may need of its host; "elastic" a schedule of k
+BESIDE = sorted([*(ROOT / "data").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+CODE = [*PROGRAMS, MODEL, *HARNESS, *LIBRARY, *BESIDE]
+# the rooms of utils, lowest first: a room imports from those below it
+ROOMS = ("errors", "formatting", "data", "flags", "checkpoints", "models", "engine", "tasks", "training", "reporting", "cli")
+CORE = [path for path in LIBRARY if path.parent.name != "methods" and path.name != "registry.py"]
+DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
+PACKAGE = "smoe_dropout"  # also the name of a method: fine in imports and prose, not as a value
+# method names that are also ordinary words: "dense", the key under which a model without k is recorded, a value of --output_scale, and what
+# BERT calls a linear layer; "attention", what a layer may need of its host; "elastic", a schedule of k
 ENGLISH = {
     "dense": {"record.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py", "intermediate_output.py"},
     "attention": {"conversion.py"},
     "elastic": {"schedule.py"},
 }
-# the name of the project and of its Python package is also the name of one method: fine in imports and prose, not as a value
-PACKAGE = "smoe_dropout"
-
-
-def imports(path: Path) -> set[str]:
-    """Top-level names of everything imported anywhere in a file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.partition(".")[0] if not node.level else path.relative_to(ROOT).parts[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
-            argument = node.args[0]
-            found |= {argument.value.partition(".")[0]} if isinstance(argument, ast.Constant) else set()
-    return found
 
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in CODE}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of the modules a file imports anywhere, `from package import module` resolved."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name(path)}, line {node.lineno}: relative import"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in MODULES]
+            yield from submodules
+            if len(submodules) < len(node.names):
+                yield node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in DYNAMIC_IMPORTS and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def top_level(path: Path) -> set[str]:
+    return {module.partition(".")[0] for module in imported(path)}
+
+
+IMPORTS = {module: {found for found in imported(path) if found in MODULES} - {module} for module, path in MODULES.items()}
+
+
+def test_there_is_no_import_circle():
+    """Imports in functions and for type checkers count."""
+    state: dict[str, int] = {}
+    trail: list[str] = []
+
+    def visit(module: str) -> None:
+        assert state.get(module) != 1, " -> ".join([*trail[trail.index(module) :], module])
+        if module in state:
+            return
+        state[module] = 1
+        trail.append(module)
+        for following in sorted(IMPORTS[module]):
+            visit(following)
+        trail.pop()
+        state[module] = 2
+
+    for module in IMPORTS:
+        visit(module)
+
+
+@pytest.mark.parametrize("path", [path for path in HARNESS if path.parent != ROOT / "utils" or path.stem in ROOMS], ids=name)
+def test_rooms_of_utils_import_downwards(path):
+    room = path.relative_to(ROOT / "utils").parts[0].removesuffix(".py")
+    rooms = {module.split(".")[1] for module in imported(path) if module.startswith("utils.")}
+    above = [other for other in rooms if ROOMS.index(other) > ROOMS.index(room)]
+    assert not above, f"{name(path)} imports from {above}, which are above {room}"
+
+
+@pytest.mark.parametrize("path", HARNESS, ids=name)
+def test_utils_imports_neither_programs_nor_what_stands_beside_it(path):
+    assert not top_level(path) & {"train", "finetune", "surgery", "generate", "tests", "data", "benchmarks"}
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_the_library_imports_nothing_of_the_experiments(path):
-    assert imports(path) & OURS <= {PACKAGE}
+def test_the_library_stands_alone(path):
     known = {"torch", "safetensors", "numpy", "scipy", "transformers", "fmoe", "triton", PACKAGE}
-    assert imports(path) - set(sys.stdlib_module_names) <= known
+    assert top_level(path) - set(sys.stdlib_module_names) <= known
 
 
 def test_the_model_imports_torch_alone():
-    assert imports(MODEL) - set(sys.stdlib_module_names) == {"torch"}
+    assert top_level(MODEL) - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_the_model_has_no_word_of_experts_in_its_code():
@@ -62,14 +114,42 @@ def test_the_model_has_no_word_of_experts_in_its_code():
     assert not [word for word in names if "expert" in word.lower() or "moe" in word.lower() or "router" in word.lower()]
 
 
-@pytest.mark.parametrize("path", HARNESS, ids=name)
-def test_the_harness_does_not_import_the_experiments(path):
-    assert not imports(path) & {"train", "finetune", "tests", "data", "benchmarks"}
+def test_module_names_in_utils_are_unique():
+    names = [path.stem for path in HARNESS if path.stem != "__init__"]
+    assert not {stem for stem in names if names.count(stem) > 1}
 
 
-@pytest.mark.parametrize("path", [*EXPERIMENTS, MODEL, *HARNESS, *CORE], ids=name)
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_no_file_is_over_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_utils_stays_small():
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7000
+
+
+@pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
+def test_docstrings_open_with_a_verb_or_a_noun(path):
+    """Not with "Of ..." or "What ...", which say nothing on their own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+            where = f"{name(path)}, {getattr(node, 'name', 'module')}"
+            assert text.split()[0] not in ("Of", "What", "Whether,"), f"{where}: {text.splitlines()[0]}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=name)
+def test_constants_are_named_after_what_they_hold(path):
+    """A set of flags is MODEL_FLAGS, not OF_THE_MODEL."""
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        for target in targets:
+            words = ast.unparse(target).strip("_").split("_")
+            assert words[0] not in ("OF", "TO", "SAID"), f"{name(path)}: {ast.unparse(target)}"
+
+
+@pytest.mark.parametrize("path", [*PROGRAMS, MODEL, *HARNESS, *CORE], ids=name)
 def test_no_method_is_named_outside_its_file_and_the_registry(path):
-    """Neither as a string in the code (docstrings may tell of methods), nor by importing its module."""
+    """Neither as a string in code (docstrings may mention methods), nor by importing its module."""
     tree = ast.parse(path.read_text())
     bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
     prose = {id(s.value) for body in bodies for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)}
@@ -80,19 +160,13 @@ def test_no_method_is_named_outside_its_file_and_the_registry(path):
         if path.name not in ENGLISH.get(node.value, ())
     ]
     modules = {place.partition(":")[0] for place in METHODS.values()}
-    named += [
-        f"line {node.lineno}: from {node.module} import ..."
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and any(f"{node.module}.{alias.name}" in modules for alias in node.names)
-    ]
-    named += [f"line {n.lineno}: {a.name}" for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names if a.name in modules]
-    named += [f"line {n.lineno}: {n.module}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module in modules]
+    named += [f"import {module}" for module in imported(path) if module in modules]
     assert not named, f"{name(path)} names a method: {named}; take it from smoe_dropout.registry"
 
 
-def test_english_exemptions_never_decide_by_method():
-    """Nothing is compared with a method's name: no `if method == "dense"`."""
-    for path in (*EXPERIMENTS, MODEL, *HARNESS):
+def test_nothing_is_decided_by_comparing_a_method_name():
+    """There is no `if method == "dense"`."""
+    for path in (*PROGRAMS, MODEL, *HARNESS):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare) and any("method" in ast.unparse(side) for side in (node.left, *node.comparators)):
                 compared = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
@@ -100,9 +174,7 @@ def test_english_exemptions_never_decide_by_method():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_one_file_named_as_it_is(method):
-    from smoe_dropout.registry import load
-
+def test_every_method_is_one_file_with_its_name(method):
     assert METHODS[method] == f"smoe_dropout.methods.{method}:METHOD" and load(METHODS, "method", method).name == method
     others = {path.stem for path in (ROOT / "smoe_dropout" / "methods").glob("*.py")} - {"__init__", "base"}
     assert others == set(METHODS)
