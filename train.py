@@ -20,7 +20,7 @@ from utils.flags.fields import OF_PIECES, Flags
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
         FLAGS, SOURCE = parse() if not (run := stored_run()) else (run, None)
-        CORPUS = Corpus.open(FLAGS.data, FLAGS.model in OF_PIECES)
+        CORPUS = Corpus.open(FLAGS.data, "pieces" if FLAGS.model in OF_PIECES else "bytes")
         CORPUS.verify()
 
 import math

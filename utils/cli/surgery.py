@@ -245,7 +245,7 @@ def refuse_occupied(out: Path) -> None:
 
 def open_text(folder: str, source: Source) -> Corpus:
     """UserError for a text that is not there, is damaged, or is none that the model can read."""
-    corpus = Corpus.open(folder, source.flags["model"] in OF_PIECES)
+    corpus = Corpus.open(folder, "pieces" if source.flags["model"] in OF_PIECES else "bytes")
     known, there = source.flags.get("vocabulary_sha256"), corpus.vocabulary
     if (there and there.sha256) != known:
         units = "bytes" if known is None else "the word pieces"

@@ -1,4 +1,4 @@
-"""A file from the network, resumed where it was cut and checked before it counts."""
+"""Download a file: resumed after a cut connection, and checked before it is accepted."""
 
 from __future__ import annotations
 
@@ -18,35 +18,33 @@ NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.cli
 
 
 class Unavailable(UserError):
-    """A known text is neither here nor downloadable: the one mistake that --fallback mends."""
+    """A file that cannot be downloaded. `fault`: why, without the remedy."""
 
-    def __init__(self, fault: str, remedy: str) -> None:
-        super().__init__(f"{fault}: {remedy}")
+    def __init__(self, fault: str, remedy: str, kept: int = 0) -> None:
+        super().__init__(f"{fault}{f'; {kept:,} bytes are kept, rerun to resume' if kept else ''}: {remedy}")
         self.fault = fault
 
 
 def log(line: str) -> None:
+    """Print a line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
-# reading sources
-
-
-def fetch_rest(url: str, part: Path) -> bool:
-    """Appends to `part` what it lacks of `url`; True when the server has nothing more. Raises one of NETWORK_ERRORS."""
+def _append(url: str, part: Path) -> bool:
+    """Append to `part` what it lacks of `url`; return whether it is complete. Raises one of NETWORK_ERRORS."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
-            return True  # nothing after the last byte here; whether these are the right bytes is checked next
+            return True  # the server has no further bytes; the content is checked by the caller
         raise
     with response:
         have = have if response.status == 206 else 0  # a server without ranges starts again
         length = response.headers["Content-Length"]
         total = have + int(length) if length else None
-        log(f"downloading {url}: {have:,} of {total or 0:,} bytes are here")
+        log(f"downloading {url}: {have:,} of {f'{total:,}' if total else 'unknown'} bytes received")
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read(1 << 16):
                 have += file.write(chunk)
@@ -54,16 +52,16 @@ def fetch_rest(url: str, part: Path) -> bool:
 
 
 def download(url: str, target: Path, check: Callable[[Path], None], remedy: str) -> None:
-    """Brings `url` to `target` through `target`.part, which a later call resumes. `check(path)` raises UserError for a wrong file.
+    """Download `url` to `target` through `target`.part, from which a later call resumes. `check(path)` raises UserError for a wrong file.
 
-    Raises Unavailable with `remedy`. A part that cannot be completed is kept, one with a wrong content is not.
+    Raises Unavailable with `remedy`. An incomplete part is kept, one with wrong content is deleted.
     """
     part = target.with_name(f"{target.name}.part")
-    kept = part.stat().st_size if part.exists() else 0
+    resumed = part.exists() and part.stat().st_size > 0
     for _ in range(DOWNLOAD_ATTEMPTS):
         before = part.stat().st_size if part.exists() else 0
         try:
-            if fetch_rest(url, part):
+            if _append(url, part):
                 break
             reason = "the connection was cut"
         except NETWORK_ERRORS as error:
@@ -71,12 +69,12 @@ def download(url: str, target: Path, check: Callable[[Path], None], remedy: str)
         if not part.exists() or part.stat().st_size <= before:
             raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy)
     else:
-        raise Unavailable(f"{url} cannot be downloaded ({reason}; {part.stat().st_size:,} bytes are kept for another try)", remedy)
+        raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy, kept=part.stat().st_size)
     try:
         check(part)
     except UserError as error:
         part.unlink()
-        if kept:  # the old part may have been the wrong one: once more from the start
+        if resumed:  # the old part may be what is wrong: try once from the start
             return download(url, target, check, remedy)
-        raise Unavailable(f"{url} sent something else ({error})", remedy) from None
+        raise Unavailable(f"{url} returned unexpected content ({error})", remedy) from None
     os.replace(part, target)
