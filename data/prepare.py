@@ -230,9 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"{PYSTDLIB} is read from Python itself: leave out --source, or choose another name")
     for name in TEXTS:
         if args.title is not None and args.title.strip().lower() == name != args.name:
-            raise UserError(
-                f"--title {args.title!r} is the name of another text: choose another title, only the verified {name} has this one"
-            )
+            raise UserError(f"--title {args.title!r} is reserved for the verified text of that name: choose another title")
     for path in args.sources:
         if not path.is_file():
             raise UserError(f"--source {path} is not a file: give a plain, .xz, .gz or .zip file")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.data.corpus import rows as examples
+from utils.data import rows as examples
 from utils.data.rows import KINDS, TASKS, Choice, Examples, Problem, read_examples
 from utils.errors import UserError
 

@@ -150,8 +150,9 @@ class Dataset(ABC):
     def _install(self) -> list[str]:
         out = self.out.resolve()  # the place behind a link, so that the folder is built on the same disk
         created = [folder for folder in out.parents if not folder.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
         building = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        building.mkdir(parents=True)
+        building.mkdir()
         try:
             lines = self.build(building)
             install(building, out)
