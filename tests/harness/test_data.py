@@ -1,4 +1,4 @@
-"""Corpus refuses what is not whole; the lanes are those of a slow transcription and resume bit for bit."""
+"""utils/data/corpus.py refuses incomplete and damaged texts; the lanes equal a slow transcription and resume bit for bit."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def text(size: int, seed: int = 0) -> np.ndarray:
 
 
 def slow_lanes(data: np.ndarray, batch_size: int, tgt_len: int) -> list[tuple[list[list[int]], list[list[int]]]]:
-    """What Transformer-XL's LMOrderedIterator does, byte by byte."""
+    """Do what Transformer-XL's LMOrderedIterator does, byte by byte."""
     n_step = len(data) // batch_size
     segments = []
     for i in range(0, n_step - 1, tgt_len):
@@ -52,16 +52,16 @@ def slow_lanes(data: np.ndarray, batch_size: int, tgt_len: int) -> list[tuple[li
 # Corpus
 
 
-def test_corpus_gives_the_bytes_read_only(tmp_path):
+def test_a_corpus_holds_the_bytes_read_only(tmp_path):
     corpus = Corpus.open(str(write_corpus(tmp_path / "c")))
-    assert (corpus.name, corpus.title) == ("mine", "Mine")
+    assert (corpus.name, corpus.title, corpus.unit, corpus.vocabulary) == ("mine", "Mine", "bytes", None)
     for split, content in SPLITS.items():
         array = getattr(corpus, split)
         assert array.dtype == np.uint8 and array.tobytes() == content and not array.flags.writeable
     corpus.verify()
 
 
-def test_fingerprint_is_that_of_the_content(tmp_path):
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
     one, same = (Corpus.open(write_corpus(tmp_path / name)) for name in ("a", "b"))
     swapped = Corpus.open(write_corpus(tmp_path / "c", {**SPLITS, "valid": SPLITS["test"], "test": SPLITS["valid"]}))
     hashes = [hashlib.sha256(SPLITS[split]).hexdigest() for split in ("train", "valid", "test")]
@@ -71,44 +71,44 @@ def test_fingerprint_is_that_of_the_content(tmp_path):
 @pytest.mark.parametrize(
     "content, found", [(b"vali", "has 4 bytes"), (b"v" * 56, "has 56 bytes"), (b"", "has 0 bytes"), (None, "is missing")]
 )
-def test_corpus_refuses_a_split_of_another_size(tmp_path, content, found):
+def test_a_split_of_another_size_is_refused(tmp_path, content, found):
     folder = write_corpus(tmp_path / "c")
     path = folder / "valid.bin"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         Corpus.open(folder)
-    message = str(caught.value)
-    assert (
-        message.startswith(f"{path} {found}") and "55 bytes" in message and "python data/prepare.py mine --source FILE --force" in message
-    )
+    remedy = "prepare it again with `python data/prepare.py mine --source FILE --force`"
+    assert str(caught.value) == f"{path} {found}, meta.json says 55 bytes: {remedy}"
 
 
-def test_corpus_refuses_what_is_no_folder(tmp_path):
+def test_a_missing_text_is_refused_with_the_command_that_prepares_it(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(b"x")
     for name in ("enwik8", "empty", "file"):
         with pytest.raises(UserError, match=rf"{name} is not a prepared text.*prepare.py {name}"):
             Corpus.open(tmp_path / name)
+        with pytest.raises(UserError, match=rf"prepare one with `python data/prepare_pieces.py {name} --tokenizer T --data_files FILE`$"):
+            Corpus.open(tmp_path / name, "pieces")
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"schema": 2}, "schema 2, this program reads schema 1"),
-        ({"name": None}, "lacks the text 'name'"),
-        ({"official_text": "no"}, "official_text"),
+        ({"name": None}, "lacks the string 'name'"),
+        ({"official_text": "no"}, "lacks the boolean 'official_text'"),
         ({"splits": []}, "'train'"),
         ({"splits": {"train": {"bytes": "9", "sha256": ""}}}, "'train'"),
     ],
 )
-def test_corpus_refuses_an_unknown_meta(tmp_path, change, said):
+def test_a_meta_of_another_kind_is_refused(tmp_path, change, message):
     change_meta(write_corpus(tmp_path / "c"), **change)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Corpus.open(tmp_path / "c")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"schema": 1', b"[1]", b"\xff\xfe"])
-def test_corpus_refuses_a_damaged_meta(tmp_path, content):
+def test_a_damaged_meta_is_refused(tmp_path, content):
     path = write_corpus(tmp_path / "c") / "meta.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"meta\.json is not .*--force"):
@@ -123,7 +123,7 @@ def test_verify_finds_one_changed_byte(tmp_path):
         corpus.verify()
 
 
-def test_the_check_before_torch_does_not_import_torch(tmp_path):
+def test_opening_a_corpus_does_not_import_torch(tmp_path):
     folder = write_corpus(tmp_path / "c")
     code = f"import sys; from utils.data.corpus import Corpus; Corpus.open({str(folder)!r}).verify(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
@@ -135,7 +135,7 @@ def test_the_check_before_torch_does_not_import_torch(tmp_path):
 @pytest.mark.parametrize(
     "size, batch_size, tgt_len", [(100, 4, 7), (103, 4, 8), (97, 1, 10), (50, 5, 100), (8, 4, 3), (68, 4, 8), (1000, 22, 16)]
 )
-def test_lanes_are_those_of_a_slow_transcription(size, batch_size, tgt_len):
+def test_lanes_equal_a_slow_transcription(size, batch_size, tgt_len):
     data = text(size)
     lanes, expected = LaneIterator(data, batch_size, tgt_len), slow_lanes(data, batch_size, tgt_len)
     assert lanes.segments_per_epoch == len(expected)
@@ -151,7 +151,7 @@ def test_a_pass_reads_every_byte_of_every_lane_once():
     data = text(10 * 37 + 3)
     segments = list(LaneIterator(data, 10, 5).one_pass())
     read = torch.cat([s.tokens for s in segments] + [segments[-1].targets[:, -1:]], dim=1)
-    assert np.array_equal(read.numpy().astype(np.uint8).ravel(), data[:370])  # the 3 left over are in no lane
+    assert np.array_equal(read.numpy().astype(np.uint8).ravel(), data[:370])  # the remaining 3 are in no lane
 
 
 def test_training_is_endless_and_marks_each_epoch():
@@ -208,17 +208,17 @@ def test_state_may_be_loaded_with_another_number_of_ranks():
 
 
 @pytest.mark.parametrize(
-    "other, said",
+    "other, message",
     [
         (LaneIterator(text(200), 5, 16), "--batch_size 4, this run has 5"),
         (LaneIterator(text(200), 4, 8), "--tgt_len 16, this run has 8"),
-        (LaneIterator(text(201), 4, 16), "200, this run has 201"),
-        (LaneIterator(text(200), 4, 16, fingerprint="g"), "a text f, this run has g"),
+        (LaneIterator(text(201), 4, 16), "with 200 bytes of text, this run has 201"),
+        (LaneIterator(text(200), 4, 16, fingerprint="g"), "the text f, this run has g"),
     ],
 )
-def test_a_state_of_something_else_is_refused(other, said):
+def test_the_state_of_another_run_is_refused(other, message):
     state = LaneIterator(text(200), 4, 16, fingerprint="f").state_dict()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         other.load_state_dict(state)
     assert (other.epoch, other.position) == (0, 0)
 
@@ -234,7 +234,7 @@ def test_a_damaged_state_is_refused(change):
         lanes.load_state_dict({})
 
 
-def test_a_split_too_short_names_sizes_and_remedy():
+def test_a_split_that_is_too_short_is_refused_with_sizes_and_remedy():
     assert LaneIterator(text(10), 5, 4).segments_per_epoch == 1
     with pytest.raises(UserError, match=r"10 bytes is too short for --batch_size 6 .* use --batch_size 5 or smaller"):
         LaneIterator(text(10), 6, 4)

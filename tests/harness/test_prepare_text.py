@@ -229,7 +229,7 @@ def test_a_new_text_is_one_entry(run, refused, data_dir, server, monkeypatch, fi
     assert b"".join(contents(folder)) == TEXT and Corpus.open(folder).title == "odes"
     assert sorted(path.name for path in data_dir.iterdir()) == ["odes", file] and "already" in run(prepare, "odes")[1]
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="prepare one with `python data/prepare.py odes`$"):
+    with pytest.raises(UserError, match=r"prepare one with `python data/prepare\.py odes`$"):
         Corpus.open(folder)
     assert "is reserved" in refused(prepare, "mine", "--source", data_dir / file, "--title", "Odes")
 

@@ -102,13 +102,14 @@ class LaneIterator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was saved. Raises UserError for the state of another text, batch size or segment length."""
-        names = {"batch_size": "--batch_size", "tgt_len": "--tgt_len", "data_bytes": "bytes of text", "fingerprint": "the text"}
+        names = {"batch_size": "--batch_size {}", "tgt_len": "--tgt_len {}", "data_bytes": "{} bytes of text", "fingerprint": "the text {}"}
         for key, here in self._shape().items():
             saved = state.get(key)
             if key == "fingerprint" and (saved is None or here is None):
                 continue  # one side was made without a Corpus; the lengths have been compared
             if saved != here:
-                raise UserError(f"the checkpoint has {names[key]} {saved}, this run has {here}: resume with the same settings and data")
+                fault = f"the checkpoint was saved with {names[key].format(saved)}, this run has {here}"
+                raise UserError(f"{fault}: resume with the same settings and data")
         epoch, position = state.get("epoch"), state.get("position")
         if type(epoch) is not int or type(position) is not int or epoch < 0 or position not in range(0, self.n_step - 1, self.tgt_len):
             fault = f"epoch {epoch!r} and position {position!r} are outside the data"
