@@ -25,7 +25,7 @@ sys.path.insert(0, str(DATA_DIR.parent))
 
 from utils.data.download import log  # noqa: E402
 from utils.data.tokenizer import load_tokenizer, vocabulary_of  # noqa: E402
-from utils.data.writing import TextDataset, add_arguments, describe_files, require_space, run_program  # noqa: E402
+from utils.data.writing import TextDataset, add_arguments, describe_files, refuse_unreadable, require_space, run_program  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
@@ -48,7 +48,7 @@ def read_texts(args: argparse.Namespace) -> Iterator[list[str]]:
     from datasets import load_dataset
 
     source = source_label(args)
-    try:
+    with refuse_unreadable(source, "read files of your own with --data_files" if args.hub else "give undamaged files"):
         if args.hub:
             name, _, revision = args.hub.partition("@")
             rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
@@ -62,12 +62,6 @@ def read_texts(args: argparse.Namespace) -> Iterator[list[str]]:
             if others := [text for text in texts if not isinstance(text, str)]:
                 raise UserError(f"{source} has {others[0]!r} in the column {args.column!r}, not a text: choose another with --column")
             yield texts
-    except UserError:
-        raise
-    except Exception as error:  # many kinds: of the network, the hub, a decompressor or a parser
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        remedy = "read files of your own with --data_files" if args.hub else "give undamaged files"
-        raise UserError(f"{source} cannot be read ({reason}): {remedy}") from error
 
 
 def tokenize(texts: Iterable[list[str]], tokenizer) -> Iterator[np.ndarray]:

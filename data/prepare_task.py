@@ -17,11 +17,12 @@ from pathlib import Path
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
+from utils.data import writing  # noqa: E402
 from utils.data.corpus import digest_of, read_chunks  # noqa: E402
 from utils.data.download import Unavailable, download, log  # noqa: E402
-from utils.data.rows import KINDS, TASKS, Examples, read_examples  # noqa: E402
+from utils.data.rows import TASKS, Examples, kind_of, read_examples  # noqa: E402
 from utils.data.sources import ROWS, Files, Hub  # noqa: E402
-from utils.data.writing import REPLACE, Dataset, add_arguments, require_space, run_program, sync_folder, write_synced  # noqa: E402
+from utils.data.writing import REPLACE, Dataset, refuse_unreadable, require_space, sync_folder, write_synced  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 HUB_SPLITS = ("train", "validation")
@@ -33,12 +34,12 @@ def sha256_of(path: Path) -> str:
 
 def file_names(task: str) -> list[str]:
     """Return the files of a task, of every fold."""
-    return [name for fold in range(KINDS[task].folds) for name in KINDS[task].files(fold)]
+    return [name for fold in range(kind_of(task).folds) for name in kind_of(task).files(fold)]
 
 
 def source_remedy(task: str) -> str:
-    further = f", and so on to fold{KINDS[task].folds - 1}" if KINDS[task].folds > 1 else ""
-    return f"give a folder with {' and '.join(KINDS[task].files(0))}{further} by --source DIR"
+    further = f", and so on to fold{kind_of(task).folds - 1}" if kind_of(task).folds > 1 else ""
+    return f"give a folder with {' and '.join(kind_of(task).files(0))}{further} by --source DIR"
 
 
 # where the files come from: each function fills `folder` and returns the origin
@@ -70,21 +71,16 @@ def read_hub(task: str, hub: Hub, split: str) -> Iterator[bytes]:
     from datasets import load_dataset
 
     yield hub.header.encode()
-    try:
+    with refuse_unreadable(hub.name, source_remedy(task)):
         for row in load_dataset(hub.name, hub.config, split=split, streaming=True):
             if missing := [column for column in hub.columns if column not in row]:
                 raise UserError(f"{hub.name} has the columns {', '.join(row)} and no {', '.join(missing)}: {source_remedy(task)}")
             yield hub.line(row).encode() + b"\n"
-    except UserError:
-        raise
-    except Exception as error:  # many kinds: of the network, the hub or a parser
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{hub.name} cannot be read ({reason}): {source_remedy(task)}") from error
 
 
 def write_hub_files(task: str, hub: Hub, folder: Path) -> str:
     require_space(folder, 0)
-    for name, split in zip(KINDS[task].files(0), HUB_SPLITS, strict=True):
+    for name, split in zip(kind_of(task).files(0), HUB_SPLITS, strict=True):
         log(f"reading {hub.name}, {split}")
         write_synced(folder / name, read_hub(task, hub, split))
     return hub.name
@@ -95,12 +91,12 @@ def write_hub_files(task: str, hub: Hub, folder: Path) -> str:
 
 def read_folds(task: str, folder: Path) -> list[Examples]:
     """Read and check every row of every fold."""
-    return [read_examples(task, folder, fold) for fold in range(KINDS[task].folds)]
+    return [read_examples(task, folder, fold) for fold in range(kind_of(task).folds)]
 
 
 def unpublished(folds: list[Examples]) -> str | None:
     """Return the title of the first fold whose numbers of rows are not the published ones."""
-    pairs = zip(folds, KINDS[folds[0].name].counts, strict=True)
+    pairs = zip(folds, kind_of(folds[0].name).counts, strict=True)
     return next((fold.title for fold, counts in pairs if (len(fold.train), len(fold.held_out)) != counts), None)
 
 
@@ -112,8 +108,8 @@ def summary(fold: Examples) -> str:
 class TaskRows(Dataset):
     """The files of a task, of every fold. Rows of a published source must have the published numbers, and files the published sha256."""
 
-    def owns(self, path: Path) -> bool:
-        return path.as_posix() in file_names(self.name)
+    def owns(self, name: str) -> bool:
+        return name in file_names(self.name)
 
     def check(self, found: list[str]) -> None:
         source, published = self.args.source, ROWS.get(self.name)
@@ -133,16 +129,17 @@ class TaskRows(Dataset):
                 raise UserError(f"{self.out / name} differs from the file of {source or published.url}: {REPLACE}")
 
     def build(self, folder: Path) -> list[str]:
-        source, published = self.args.source, ROWS.get(self.name)
+        source, published, remedy = self.args.source, ROWS.get(self.name), source_remedy(self.name)
         for name in file_names(self.name):
             (folder / name).parent.mkdir(exist_ok=True)
         if source:
             origin = copy_files(self.name, source, folder)
         elif isinstance(published, Hub):
             origin = write_hub_files(self.name, published, folder)
-        else:
+        elif published:
             origin = download_files(self.name, published, folder)
-        remedy = source_remedy(self.name)
+        else:
+            raise UserError(f"{self.name} has no published source: {remedy}")
         try:
             folds = read_folds(self.name, folder)
         except UserError as error:  # name the origin, since this folder is about to be removed
@@ -165,12 +162,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--source", type=Path, metavar="DIR", help="folder with the files (default: download them)")
     on_hub = [task for task, published in ROWS.items() if isinstance(published, Hub)]
     where.add_argument("--hub", action="store_true", help=f"read the hub, the default for {' and '.join(on_hub)}")
-    add_arguments(parser, "TASK")
+    writing.add_arguments(parser, "TASK")
     args = parser.parse_args(argv)
     if args.hub and args.name not in on_hub:
         raise UserError(f"--hub has {' and '.join(on_hub)}, not {args.name}: leave it out")
-    if not args.source and args.name not in ROWS:
-        raise UserError(f"{args.name} has no published source: {source_remedy(args.name)}")
     for name in file_names(args.name) if args.source else ():
         if not (args.source / name).is_file():
             raise UserError(f"--source {args.source} has no {name}: {source_remedy(args.name)}")
@@ -184,4 +179,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    writing.run_program(main)

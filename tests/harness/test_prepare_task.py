@@ -13,7 +13,7 @@ from tests.harness.conftest import state
 from tests.harness.test_examples import contents, problem, question, real, remedy, table, write
 from utils.data import rows as examples
 from utils.data import sources, writing
-from utils.data.rows import KINDS, TASKS, read_examples
+from utils.data.rows import TASKS, kind_of, read_examples
 
 MATHS = ("asdiv_a", "mawps", "svamp")
 REPLACE = ": choose another --out, or replace it with --force"
@@ -37,8 +37,12 @@ def maths(server, monkeypatch):
 @pytest.fixture
 def published(monkeypatch):
     """The small files have the published numbers of rows."""
-    for task, kind in KINDS.items():
-        monkeypatch.setitem(examples.KINDS, task, kind._replace(counts=((6, 4),) * kind.folds))
+
+    def small(task: str) -> examples.Kind:
+        return kind_of(task)._replace(counts=((6, 4),) * kind_of(task).folds)
+
+    for module in (examples, prepare_task):
+        monkeypatch.setattr(module, "kind_of", small)
 
 
 @pytest.fixture
@@ -94,9 +98,9 @@ def test_only_the_files_of_the_task_are_taken_from_a_folder(task, run, data_dir,
     source = write(tmp_path / "mine", contents(task) | {"test.tsv": "not wanted", "fold0/notes": "not wanted"})
     folder, err = run(prepare_task, task, "--source", source)
     assert folder == data_dir / task and files_of(folder) == contents(task)
-    folds = [read_examples(task, folder, fold) for fold in range(KINDS[task].folds)]
+    folds = [read_examples(task, folder, fold) for fold in range(kind_of(task).folds)]
     lines = [f"{fold.title}: 6 training rows, 4 held out ({fold.split})" for fold in folds]
-    assert err.splitlines() == [f"prepared {folder} from {source}", *lines] and os.access(folder / KINDS[task].files(0)[0], os.W_OK)
+    assert err.splitlines() == [f"prepared {folder} from {source}", *lines] and os.access(folder / kind_of(task).files(0)[0], os.W_OK)
 
 
 def test_a_subset_is_prepared_and_never_taken_for_the_full_set(run, refused, tmp_path):
@@ -146,7 +150,7 @@ def test_a_published_source_is_one_entry(run, refused, server, published, monkey
 
 @pytest.mark.parametrize("task", ["sst2", "csqa"])
 def test_rows_of_the_hub_give_the_published_files_byte_for_byte(task):
-    files = {name: (real(task) / name).read_text(encoding="utf-8") for name in KINDS[task].files(0)}
+    files = {name: (real(task) / name).read_text(encoding="utf-8") for name in kind_of(task).files(0)}
     hub = sources.ROWS[task]
     for text, rows in zip(files.values(), hub_rows(files).values(), strict=True):
         assert hub.header + "".join(f"{hub.line(row)}\n" for row in rows) == text

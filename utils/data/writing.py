@@ -11,8 +11,8 @@ import signal
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def require_space(folder: Path, size: int) -> None:
     free, needed = shutil.disk_usage(folder).free, size + SPACE_MARGIN
     if free < needed:
         raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed: make room, or choose another --out")
+
+
+@contextmanager
+def refuse_unreadable(source: str, remedy: str) -> Iterator[None]:
+    """Raise UserError for whatever goes wrong while `source` is read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # many kinds: of the network, the hub, a decompressor or a parser
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{source} cannot be read ({reason}): {remedy}") from error
 
 
 def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
@@ -113,8 +125,8 @@ class Dataset(ABC):
         self.out: Path = args.out or display_path(data_dir / args.name)
 
     @abstractmethod
-    def owns(self, path: Path) -> bool:
-        """Whether the file `path`, relative to the folder, may be there: `--force` never touches a folder with any other."""
+    def owns(self, name: str) -> bool:
+        """Whether the file `name`, relative to the folder, may be there: `--force` never touches a folder with any other."""
 
     @abstractmethod
     def check(self, found: list[str]) -> None:
@@ -130,13 +142,16 @@ class Dataset(ABC):
             return False
         if not self.out.is_dir():
             raise UserError(f"{self.out} is a file, not a folder: {MOVE}")
-        paths = (path.relative_to(self.out) for path in self.out.rglob("*") if path.is_symlink() or not path.is_dir())
-        found = sorted(path for path in paths if path.as_posix() not in self.inputs)
-        if foreign := [path for path in found if not self.owns(path)]:
-            raise UserError(f"{self.out} holds {foreign[0].as_posix()}, which is not part of {self.name}: {MOVE}")
+        found = []
+        for path in self.out.rglob("*"):
+            if path.is_symlink() or not path.is_dir():
+                name = path.relative_to(self.out).as_posix()
+                if name not in self.inputs and not self.owns(name):
+                    raise UserError(f"{self.out} holds {name}, which is not part of {self.name}: {MOVE}")
+                found += [name] if name not in self.inputs else []
         if self.args.force or not found:
             return False
-        self.check([path.as_posix() for path in found])
+        self.check(sorted(found))
         return True
 
     def prepare(self) -> Path:
@@ -177,10 +192,10 @@ class TextDataset(Dataset):
     def settings(self) -> dict[str, Any]:
         """Return the entries of meta.json by which a prepared folder is recognised."""
 
-    def owns(self, path: Path) -> bool:
+    def owns(self, name: str) -> bool:
         """Other files are kept beside a prepared text; a folder without meta.json is one only if it holds nothing else."""
         known = {META, "tokenizer", *(split_file(self.out, split).name for split in SPLITS)}
-        return path.parts[0] in known or (self.out / META).exists()
+        return name.partition("/")[0] in known or (self.out / META).exists()
 
     def check(self, found: list[str]) -> None:
         if not (self.out / META).exists():
