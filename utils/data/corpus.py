@@ -148,7 +148,7 @@ class Corpus:
 
     @property
     def unit(self) -> str:
-        """What the text consists of: "bytes" or "pieces"."""
+        """The symbols of the text, "bytes" or "pieces": what a model `reads`."""
         return _unit(self.meta)
 
     @property
