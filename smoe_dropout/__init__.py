@@ -1,22 +1,22 @@
 """Sparse mixture-of-experts as dropout, for any Transformer (Chen et al., ICLR 2023, arXiv 2303.01610).
 
     import smoe_dropout as sd
-    sd.moefy(model, sd.SMoEConfig(num_experts=16, top_k=8))   # the FFNs become experts, in place
+    sd.moefy(model, sd.SMoEConfig(num_experts=16, top_k=8))   # replace the FFNs with MoE layers, in place
     schedule = sd.TopKSchedule("linear_increase", 8, 16, total_steps)
     sd.set_top_k(model, schedule(step))                         # before each training step
     with sd.top_k(model, 4): ...                                # any k at inference
 
-With a model of the transformers library, its own Trainer and the same names:
+Models of the transformers library, trained with its Trainer:
 
     trainer = Trainer(model, ..., callbacks=[sd.TopKScheduleCallback("linear_increase", 8, 16)])
     sd.save_pretrained(model, folder); model = sd.from_pretrained(folder)
 
-A trained model made smaller, with fewer experts (surgery/):
+Surgery, which reduces the experts of a trained model:
 
     calibration = sd.calibrate(model, passes)
     smaller, config = sd.operate(model, "merge", 8, calibration)
 
-Importing this package does not import torch; the first use of a name that needs it does.
+Importing this package does not import torch; the first use of a name that needs torch does.
 """
 
 import importlib

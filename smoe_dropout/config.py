@@ -1,4 +1,4 @@
-"""What turns a feed-forward layer into a mixture of experts, checked when it is made. Importing this does not import torch."""
+"""Configuration of MoE layers, validated on construction. Does not import torch."""
 
 import json
 import math
@@ -18,29 +18,30 @@ ExpertInit = Literal["fresh", "split", "copy"]
 class SMoEConfig:
     """Settings of the MoE layers of one model.
 
-    num_experts: E. top_k: k, experts active per token, 1..E; may be changed later with `set_top_k`.
-    d_expert: hidden width of one expert; None divides the host's FFN width by E (paper section 3.1: 8192 = 16 x 512).
-    router: a name in `registry.ROUTERS` or one of the official names.
-    freeze_router: None leaves it to the router (random: frozen, learned: trained).
-    gate_weight: "softmax" over the k kept logits (paper section 3.1), or "uniform" 1/k.
-    output_scale: "mean" leaves the gate weights as they are (official: the layer is a weighted mean of experts); "dense" multiplies by E,
-        so that k = E is the sum that the dense FFN is and k < E is inverted dropout over experts.
-    expert_init: "fresh" N(0, init_std^2), the official one; "split" cuts the host's trained FFN into E experts; "copy" gives every expert
+    num_experts: E.
+    top_k: k, experts active per token, 1..E; `set_top_k` changes it later.
+    d_expert: hidden width of one expert; None divides the FFN width by E (paper section 3.1: 8192 = 16 x 512).
+    router: a name in `registry.ROUTERS`, or one of the official code's names.
+    freeze_router: None uses the router's default (random: frozen, learned: trained).
+    gate_weight: "softmax" over the k chosen logits (paper section 3.1), or "uniform", 1/k.
+    output_scale: "mean" uses the gate weights unscaled, as the official code does: the layer is a weighted mean of experts. "dense"
+        multiplies by E, so that k = E gives the sum that a dense FFN is, and k < E is inverted dropout over experts.
+    expert_init: "fresh" N(0, init_std^2), as in the official code; "split" splits the model's FFN into E experts; "copy" gives every expert
         the whole FFN (sparse upcycling, arXiv 2212.05055).
-    balance_loss: coefficient of the Switch load-balance loss; None leaves it to the router (learned: 0.01).
-    layers: which of the host's FFNs become experts, by index; None: all.
-    experts_by_layer: numbers of experts of the MoE layers in order, where they differ; num_experts is the largest of them. Needs d_expert,
-        and expert_init = "fresh". A layer with fewer than k experts has all of them active.
-    sites: for an architecture that no host knows, or to overrule the hosts: which modules are FFNs, as glob patterns of their dotted names,
-        "encoder.layers.*.mlp", one or several; `layers` then counts the modules found.
-    backend: how experts are computed: "auto" or a name in `registry.BACKENDS`; all give the same result.
-    init_std: standard deviation of fresh weights and of the router's.
-    method: a name in `registry.METHODS` whose layer routes and combines in its own way; None: the plain layer.
-    options: of the method and the router, by name; their files say which there are.
-    expert_rank: what `surgery.compression` left: every map is U V of this rank + S; None: the map itself.
-    sparse_share: with expert_rank, the share of the hidden units that S has.
+    balance_loss: coefficient of the Switch load-balance loss; None uses the router's default (learned: 0.01).
+    layers: indices of the FFNs to convert; None: all.
+    experts_by_layer: number of experts of each MoE layer, if they differ; num_experts is the largest. Requires d_expert and
+        expert_init = "fresh". A layer with fewer than k experts activates all of them.
+    sites: glob patterns of the dotted names of FFN modules, such as "encoder.layers.*.mlp", for architectures without a host or to
+        override the hosts; `layers` then counts the matching modules.
+    backend: "auto" or a name in `registry.BACKENDS`; all backends give the same result.
+    init_std: standard deviation of fresh expert weights and of the router's weights.
+    method: a name in `registry.METHODS` whose layer routes or combines differently; None: the plain layer.
+    options: options of the method and the router, by name; see their files.
+    expert_rank: rank of U V in W = U V + S for experts compressed by `surgery.compression`; None: not compressed.
+    sparse_share: with expert_rank, the fraction of hidden units in S.
 
-    Raises ConfigError, listing all mistakes at once.
+    Raises ConfigError listing all mistakes.
     """
 
     num_experts: int = 16
@@ -77,7 +78,7 @@ class SMoEConfig:
             raise ConfigError("; ".join(mistakes))
 
     def mistakes(self) -> list[str]:
-        """One sentence for each field that cannot be."""
+        """One sentence for each invalid field."""
         found, E = [], self.num_experts
         if not _is_count(E):
             found.append(f"num_experts = {E!r} must be a whole number of at least 1")
@@ -92,7 +93,7 @@ class SMoEConfig:
         if self.method is not None and self.method not in METHODS:
             found.append(unknown("method", str(self.method), METHODS))
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
-            found.append(f"options = {self.options!r} must give values by name")
+            found.append(f"options = {self.options!r} must be a mapping from names to values")
         if self.freeze_router not in (None, True, False):
             found.append(f"freeze_router = {self.freeze_router!r} must be True, False or None")
         for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
@@ -111,19 +112,19 @@ class SMoEConfig:
         if self.expert_rank is not None and not _is_count(self.expert_rank):
             found.append(f"expert_rank = {self.expert_rank!r} must be a whole number of at least 1, or None")
         if not (_is_finite(self.sparse_share) and 0 < self.sparse_share <= 1):
-            found.append(f"sparse_share = {self.sparse_share!r} must be a number above 0, and 1 at most")
+            found.append(f"sparse_share = {self.sparse_share!r} must be a number above 0 and at most 1")
         if self.expert_rank is None and self.sparse_share != 1:
-            found.append(f"sparse_share = {self.sparse_share!r} means nothing without expert_rank: leave it out")
+            found.append(f"sparse_share = {self.sparse_share!r} has no effect without expert_rank: leave it out")
         if self.expert_rank is not None and self.expert_init != "fresh":
-            found.append("expert_rank needs expert_init = 'fresh': the experts of a trained model are compressed by surgery")
+            found.append("expert_rank requires expert_init = 'fresh': use surgery to compress the experts of a trained model")
         if self.expert_init == "copy" and self.output_scale == "dense":
-            found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense one: use output_scale = 'mean'")
+            found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense output: use output_scale = 'mean'")
         if self.expert_init != "fresh" and self.d_expert is not None:
-            found.append(f"d_expert = {self.d_expert} is decided by the host's FFN with expert_init = {self.expert_init!r}: leave it out")
+            found.append(f"d_expert = {self.d_expert} follows from the model's FFN with expert_init = {self.expert_init!r}: leave it out")
         return found
 
     def _count_mistakes(self, counts: tuple[int, ...]) -> list[str]:
-        """Sentences for numbers of experts by layer that cannot be."""
+        """One sentence for each mistake in `experts_by_layer`."""
         if not isinstance(counts, tuple) or not counts or not all(map(_is_count, counts)):
             return [f"experts_by_layer = {counts!r} must be a list of whole numbers of at least 1, or None"]
         found = []
@@ -132,28 +133,30 @@ class SMoEConfig:
         if isinstance(self.layers, tuple) and len(self.layers) != len(counts):
             found.append(f"experts_by_layer = {counts} must give a number for each of the {len(self.layers)} layers")
         if self.expert_init != "fresh":
-            found.append(f"expert_init = {self.expert_init!r} cannot be with experts_by_layer: use 'fresh'")
+            found.append(f"expert_init = {self.expert_init!r} cannot be combined with experts_by_layer: use 'fresh'")
         elif self.d_expert is None:
-            found.append("experts_by_layer needs d_expert: layers of different numbers of experts do not say how wide one is")
+            found.append("experts_by_layer requires d_expert: the width of an expert does not follow if their numbers differ")
         return found
 
     def of_layer(self, place: int) -> "SMoEConfig":
-        """Of the MoE layer at this place among them, counted from 0: with its own number of experts."""
+        """Configuration of one MoE layer, by its index among the MoE layers, with that layer's number of experts."""
         if self.experts_by_layer is None:
             return self
         count = self.experts_by_layer[place]
         return replace(self, num_experts=count, top_k=min(self.top_k, count), experts_by_layer=None)
 
     def to_json(self) -> str:
+        """All fields as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "SMoEConfig":
+        """Inverse of `to_json`. ConfigError for unknown or invalid fields, ValueError for invalid JSON."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SMoEConfig":
-        """Raises ConfigError for a field this version does not know."""
+        """Build from field values. ConfigError for unknown or invalid fields."""
         known = {entry.name for entry in fields(cls)}
         if foreign := sorted(set(values) - known):
             raise ConfigError(f"unknown field {', '.join(foreign)} in the configuration; known: {', '.join(sorted(known))}")
@@ -161,21 +164,21 @@ class SMoEConfig:
 
 
 def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
-    """Sentences for what is no choice of layers: empty, negative or repeated indices, or not a list of them."""
+    """One sentence for each mistake in `layers`: not a list, empty, or with invalid or repeated indices."""
     if not isinstance(layers, tuple):
         return [f"layers = {layers!r} must be a list of layer indices, or None for all"]
     if len(layers) == 0:
         return ["layers is empty: name at least one layer, or leave it out for all"]
     found = []
     if wrong := [index for index in layers if index != 0 and not _is_count(index)]:
-        found.append(f"layers names {wrong[0]!r}, which is no layer index")
+        found.append(f"layers names {wrong[0]!r}, which is not a layer index")
     if repeated := sorted({str(index) for index in layers if layers.count(index) > 1}):
         found.append(f"layers names {', '.join(repeated)} more than once")
     return found
 
 
 def site_mistakes(sites: str | tuple[str, ...]) -> list[str]:
-    """Sentences for what is no choice of modules: not a pattern or a list of them, or an empty one."""
+    """One sentence if `sites` is not a non-empty pattern or list of patterns."""
     patterns = (sites,) if isinstance(sites, str) else sites
     if not isinstance(patterns, tuple) or not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         return [f"sites = {sites!r} must be a pattern of module names such as 'encoder.layers.*.mlp', a list of them, or None"]

@@ -1,6 +1,6 @@
-"""Weights in safetensors folders that describe themselves, loaded strictly; and the official checkpoint's names and layouts.
+"""Self-describing weight folders, loaded strictly, and conversion from and to the official checkpoint format.
 
-A folder holds `model.safetensors` (a tied tensor stored once) and `smoe_config.json` (absent for a dense model).
+A folder holds `model.safetensors`, with tied tensors stored once, and `smoe_config.json`, which is absent for a dense model.
 """
 
 import re
@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
-from smoe_dropout.options import build_options
+from smoe_dropout.options import ConfigError, build_options
 
 WEIGHTS, CONFIG = "model.safetensors", "smoe_config.json"
 
-# official name -> ours, for a Transformer-XL; `{}` is the layer. Official experts keep the second map as [E, D, H], ours is [E, H, D]
+# official name -> ours, for a Transformer-XL; `{}` is the layer. Official experts store the second map as [E, D, H], ours as [E, H, D]
 _OFFICIAL = {
     "word_emb.emb_layers.0.weight": "embedding.weight",
     "crit.out_layers.0.bias": "head.bias",
@@ -45,7 +45,7 @@ _OURS = {ours: official for official, ours in _OFFICIAL.items()}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state by name, contiguous and on the CPU, a tensor that two names share only under the first."""
+    """The model's state by name, contiguous and on the CPU; a tensor with several names only under the first."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if (identity := (tensor.data_ptr(), tensor.shape, tensor.stride())) not in seen or tensor.numel() == 0:
@@ -55,7 +55,7 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Writes the folder, made if it is not there."""
+    """Write the model's weights and configuration to the folder, creating it if needed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -65,8 +65,10 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Loads a folder into a model of the same architecture and configuration. ConfigError for a missing, foreign or misshapen tensor, for
-    another configuration of the experts, or an unreadable file; the model is then untouched.
+    """Load a folder into a model of the same architecture and configuration, and return the model.
+
+    Raises ConfigError, leaving the model untouched, for a missing or unexpected tensor, a different shape or dtype, a different
+    configuration of the experts, or an unreadable file.
     """
     folder = Path(folder)
     _check_config(model, folder)
@@ -77,22 +79,22 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
     expected = stored_tensors(model)
     if tensors.keys() != expected.keys():
         missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        raise ConfigError(f"{folder / WEIGHTS} is of another model: missing {missing[:4]}, foreign {foreign[:4]}")
+        raise ConfigError(f"{folder / WEIGHTS} belongs to another model: missing {missing[:4]}, unexpected {foreign[:4]}")
     for name, tensor in tensors.items():
         found, wanted = (f"shape {tuple(t.shape)} of {t.dtype}" for t in (tensor, expected[name]))
         if found != wanted:
-            raise ConfigError(f"{folder / WEIGHTS}: {name} has {found}, the model wants {wanted}")
+            raise ConfigError(f"{folder / WEIGHTS}: {name} has {found}, the model expects {wanted}")
     model.load_state_dict(tensors, strict=False)  # the names were compared above; tied tensors are stored once
     return model
 
 
 def _check_config(model: nn.Module, folder: Path) -> None:
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: save_model(model, folder) writes one")
+        raise ConfigError(f"{folder} is not a folder: save_model(model, folder) writes one")
     layers, path = moe_layers(model), folder / CONFIG
     if path.exists() != bool(layers):
         raise ConfigError(
-            f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, and this one is {'sparse' if layers else 'dense'}"
+            f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, but this one is {'sparse' if layers else 'dense'}"
         )
     if not layers:
         return
@@ -102,20 +104,20 @@ def _check_config(model: nn.Module, folder: Path) -> None:
         raise ConfigError(f"{path} is damaged: {error}") from None
     for name in ("num_experts", "experts_by_layer", "router", "gate_weight", "output_scale", "method", "expert_rank", "sparse_share"):
         if getattr(stored, name) != getattr(ours, name):
-            raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, the model has {getattr(ours, name)!r}")
+            raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, but the model has {getattr(ours, name)!r}")
     router = layers[0][1].router
     routed = [build_options(router.Options, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
     if routed[0] != routed[1]:
-        raise ConfigError(f"{path} has a router with {routed[0]}, the model has {routed[1]}")
+        raise ConfigError(f"{path} has a router with {routed[0]}, but the model has {routed[1]}")
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the official names and layouts -> ours. ConfigError for a name that is not an official one."""
+    """Convert tensors from the official names and layouts to ours. ConfigError for a name that is not official."""
     return {_translate(name, _OFFICIAL): _transpose_down(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_official`."""
+    """Inverse of `from_official`."""
     translated = {name: _translate(name, _OURS) for name in tensors}
     return {translated[name]: _transpose_down(translated[name], tensor) for name, tensor in tensors.items()}
 
@@ -127,6 +129,6 @@ def _transpose_down(official_name: str, tensor: Tensor) -> Tensor:
 def _translate(name: str, names: dict[str, str]) -> str:
     pattern = re.sub(r"^layers\.\d+\.", "layers.{}.", name)
     if pattern not in names:
-        raise ConfigError(f"{name!r} is not a tensor of a Transformer-XL that can be translated")
+        raise ConfigError(f"{name!r} is not a tensor of a Transformer-XL, so it cannot be converted")
     layer = re.match(r"layers\.(\d+)\.", name)
     return names[pattern].format(layer.group(1)) if layer else names[pattern]

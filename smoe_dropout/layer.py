@@ -8,22 +8,27 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.options import NoOptions, build_options
-from smoe_dropout.recomputation import Pass, check, recomputing, remembered
+from smoe_dropout.recomputation import Pass, check, record_pass, recomputing
 from smoe_dropout.registry import ROUTERS, load
-from smoe_dropout.routers import Routing, Shared
+from smoe_dropout.routers import Routing
+from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
 
 
 class MoELayer(nn.Module, FollowsTraining):
     """[..., D] -> [..., D]: y = scale * sum_{i in top-k} g_i E_i(x) (paper section 3.1), in place of a feed-forward network.
 
-    A method that routes or combines otherwise overrides `route` or `combine`. After a forward pass `losses` holds the auxiliary losses and
-    `assigned` the indices [N, K] of that pass.
+    A method that routes or combines differently overrides `route` or `combine`. After a forward pass `losses` holds the auxiliary losses
+    and `assigned` the chosen expert indices [N, K].
 
-    Options: what a method's layer lets one set. needs: what of the host it has to see: "attention", that there is an attention module
-    before it, which then stands in `attention`; "probabilities", that it keeps them. index of count: its place among the MoE layers.
-    own_losses: whether it has auxiliary losses besides its router's. repeatable: whether a pass can be repeated for its gradient, one
-    layer alone, as activation checkpointing does.
+    Class attributes for subclasses:
+    Options: options of the layer, a frozen dataclass.
+    needs: "attention" for the attention module that precedes the layer, available as `attention`; "probabilities" if that module must keep
+        its attention probabilities.
+    own_losses: whether the layer has auxiliary losses besides the router's.
+    repeatable: whether activation checkpointing may repeat a pass of this layer alone.
+
+    `index` and `count` are the layer's position among the MoE layers and their number.
     """
 
     Options: type = NoOptions
@@ -44,20 +49,21 @@ class MoELayer(nn.Module, FollowsTraining):
         self.assigned: Tensor | None = None
         self.last_pass: Pass | None = None
         self.index, self.count, self.shared = 0, 1, Shared()
-        self._before: list[nn.Module] = []  # in a list, so that it does not become a child
+        self._before: list[nn.Module] = []  # a list, so that torch does not register it as a child
 
     @property
     def attention(self) -> nn.Module | None:
-        """The host's attention module before this layer, for a layer or router that needs it."""
+        """The model's attention module before this layer, if the layer or its router needs it."""
         return self._before[0] if self._before else None
 
     def place(self, index: int, count: int, shared: Shared, attention: nn.Module | None) -> None:
-        """Told by `moefy` where in the model the layer stands."""
+        """Set the layer's position in the model; called by `moefy`."""
         self.index, self.count, self.shared = index, count, shared
         self.router.shared = shared
         self._before = [] if attention is None else [attention]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         routing = self.route(x)
         if not torch.compiler.is_compiling() and self.assigned is None:
             check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)
@@ -65,17 +71,21 @@ class MoELayer(nn.Module, FollowsTraining):
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
 
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
-        """Notes what a pass leaves behind. RuntimeError where a pass is repeated for its gradient and cannot be, or is not the same."""
+        """Store losses and assignments of a pass.
+
+        Raises RuntimeError if activation checkpointing repeats a pass that cannot be repeated, or differs from the original one.
+        """
         if not recomputing():
             self.losses, self.assigned = losses, assigned_NK
             if not torch.compiler.is_compiling():
-                known = remembered(x, self.top_k, losses, self.training)
-                if known is not None or "tokens" in self.router.needs:  # the tokens are now those of this pass
-                    self.last_pass = known
+                recorded = record_pass(x, self.top_k, losses, self.training)
+                if recorded is not None or "tokens" in self.router.needs:  # the token ids are now those of this pass
+                    self.last_pass = recorded
             return
         if not self.repeatable:
             raise RuntimeError(
-                f"{type(self).__name__} cannot repeat a pass for its gradient, one layer alone: train without gradient checkpointing"
+                f"{type(self).__name__} depends on other layers, so activation checkpointing cannot recompute it alone: "
+                "train without gradient checkpointing"
             )
         check(self.last_pass, x, self.top_k, losses)
 
@@ -84,6 +94,7 @@ class MoELayer(nn.Module, FollowsTraining):
         return self.router(x.reshape(-1, x.shape[-1]), self.top_k)
 
     def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of the chosen experts' outputs [N, D]."""
         return self.experts(x_ND, routing.indices_NK, self.scaled(routing.weights_NK))
 
     def scaled(self, weights: Tensor) -> Tensor:
@@ -91,32 +102,32 @@ class MoELayer(nn.Module, FollowsTraining):
         return weights if self.output_scale == 1.0 else weights * self.output_scale
 
     def load(self) -> Tensor:
-        """Share of the last pass's assignments that went to each expert [E]; sums to 1."""
+        """Fraction of the last pass's assignments that each expert received [E], summing to 1. RuntimeError before the first pass."""
         if self.assigned is None:
-            raise RuntimeError("this layer has not run yet, so no expert has a load")
+            raise RuntimeError("this layer has not run yet, so its experts have no load")
         counts_E = torch.bincount(self.assigned.flatten(), minlength=self.num_experts)
         return counts_E / counts_E.sum().clamp(min=1)
 
     def routing_parameters(self) -> list[nn.Parameter]:
-        """What decides the route: frozen and thawed together."""
+        """Parameters that determine the routing; `freeze_routers` freezes and unfreezes them together."""
         return list(self.router.parameters())
 
     @property
     def computed_experts(self) -> int:
-        """Experts computed for a token: k, unless the router or the last pass took more."""
+        """Experts computed per token: k, unless the router or the last pass used more."""
         return self.router.computed(self.top_k)
 
     def routing_flops(self, lanes: int, positions: int) -> int:
-        """Operations of routing `lanes` sequences of so many positions."""
+        """FLOPs of routing `lanes` sequences of `positions` tokens each."""
         return self.router.flops(lanes * positions)
 
     def __getstate__(self) -> dict:
-        # what the last pass left belongs to its autograd graph, which can be neither copied nor pickled
+        # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
         return {**self.__dict__, "losses": {}, "assigned": None, "last_pass": None}
 
 
 def check_routing(routing: Routing, tokens: int, k: int, num_experts: int) -> None:
-    """Of a layer's first pass: TypeError or ValueError where a router, perhaps one of the user's, returns what experts cannot take."""
+    """Validate a router's output on the layer's first pass; routers may be user code. Raises TypeError or ValueError."""
     if not isinstance(routing, Routing):
         raise TypeError(f"the router returned a {type(routing).__name__}, not a Routing(indices_NK, weights_NK, losses)")
     indices_NK, weights_NK, losses = routing
@@ -124,10 +135,10 @@ def check_routing(routing: Routing, tokens: int, k: int, num_experts: int) -> No
     if indices_NK.dtype != torch.int64 or indices_NK.shape != weights_NK.shape or indices_NK.dim() != 2 or len(indices_NK) != tokens:
         raise ValueError(f"{found}: both must be [{tokens} tokens, k = {k}], the indices int64")
     if indices_NK.shape[1] < k:
-        raise ValueError(f"{found}: at k = {k} a token needs as many experts")
+        raise ValueError(f"{found}: at k = {k} every token needs {k} experts")
     if tokens and (indices_NK.min() < 0 or indices_NK.max() >= num_experts):
-        raise ValueError(f"the router chose expert {int(indices_NK.max())}, and there are 0 to {num_experts - 1}")
+        raise ValueError(f"the router chose expert {int(indices_NK.max())}, but experts are numbered 0 to {num_experts - 1}")
     if (indices_NK.sort(1).values.diff(dim=1) == 0).any():
-        raise ValueError("the router chose an expert twice for one token: its k experts must differ")
+        raise ValueError("the router chose the same expert twice for one token: its k experts must be distinct")
     if wrong := [name for name, loss in losses.items() if not isinstance(loss, Tensor) or loss.dim()]:
         raise ValueError(f"the router's loss {wrong[0]!r} must be a scalar tensor")

@@ -1,4 +1,4 @@
-"""Options of a method or a router: fields of a frozen dataclass in its own file. Imports no torch."""
+"""Options of a method or router, declared as a frozen dataclass in its file. Does not import torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -8,12 +8,12 @@ from smoe_dropout.registry import unknown
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be; the text lists every mistake, one sentence each."""
+    """An invalid configuration; the message lists every mistake."""
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of what has nothing to set."""
+    """No options."""
 
 
 def option_names(classes: Iterable[type]) -> dict[str, Any]:
@@ -22,20 +22,20 @@ def option_names(classes: Iterable[type]) -> dict[str, Any]:
 
 
 def build_options(cls: type, values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Any:
-    """`cls` filled with those of `values` that are its fields; words such as "0.5" or "true" are read as the field's type.
+    """Build `cls` from those `values` that are its fields; strings such as "0.5" or "true" are converted to the field's type.
 
-    Raises ConfigError for a name that is neither a field nor in `known`, a value of another type, or one that `cls` refuses.
+    Raises ConfigError for a name that is neither a field nor in `known`, a value of the wrong type, or one that `cls` rejects.
     """
     known = option_names([cls]) if known is None else known
     if foreign := [name for name in values if name not in known]:
         listed = ", ".join(f"{name}={default}" for name, default in known.items()) or "none"
-        raise ConfigError(f"option {', '.join(foreign)} is not known here; options and their defaults: {listed}")
+        raise ConfigError(f"unknown option {', '.join(foreign)}; options and their defaults: {listed}")
     types = get_type_hints(cls)
     own = {field.name for field in fields(cls)}
-    return cls(**{name: _read(name, value, types[name]) for name, value in values.items() if name in own})
+    return cls(**{name: _convert(name, value, types[name]) for name, value in values.items() if name in own})
 
 
-def _read(name: str, value: Any, kind: Any) -> Any:
+def _convert(name: str, value: Any, kind: Any) -> Any:
     choices = get_args(kind)
     if choices:
         if value not in choices:
@@ -54,7 +54,7 @@ def _read(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"option {name} = {value!r} must be of type {kind.__name__}") from None
 
 
-def require(condition: bool, sentence: str) -> None:
-    """ConfigError with the sentence unless the condition holds."""
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with this message unless the condition holds."""
     if not condition:
-        raise ConfigError(sentence)
+        raise ConfigError(message)

@@ -1,7 +1,7 @@
-"""What activation checkpointing asks of a layer: a pass that is repeated within the backward pass must be the pass that ran before.
+"""Support for activation checkpointing, which repeats a layer's forward pass during the backward pass.
 
-torch repeats the code and the random numbers. What it cannot know is what a layer reads besides its input: k, token ids, a state carried
-from layer to layer. Where that has changed, gradients would be silently wrong.
+torch repeats the code and the random numbers. It does not know what else a layer reads besides its input: k, token ids, state passed between
+layers. If that has changed since the original pass, gradients would be silently wrong, so the repeated pass is compared with the original.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ REMEDY = "call backward() right after the pass it belongs to, or train without g
 
 
 class Pass(NamedTuple):
-    """What one pass ran with: k, a sample of its input, and whether its losses are part of a graph (None: it had none)."""
+    """Record of a pass: k, a sample of its input, and whether its losses are part of a graph (None: it had no losses)."""
 
     top_k: int
     sample: Tensor | None
@@ -21,13 +21,14 @@ class Pass(NamedTuple):
 
 
 def recomputing() -> bool:
-    """Whether this is a repeated pass, within a backward pass."""
+    """Whether this is a repeated pass, inside a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def remembered(x: Tensor, top_k: int, losses: dict[str, Tensor], training: bool) -> Pass | None:
-    """To be compared with later. The input is sampled only where the pass may be repeated: tensors packed by hooks, or gradients off in
-    training. None in inference.
+def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], training: bool) -> Pass | None:
+    """Record of this pass for `check`; None in inference.
+
+    The input is sampled only if the pass may be repeated: saved tensors are packed by hooks, or gradients are off in training mode.
     """
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if not hooked and not training:
@@ -36,26 +37,27 @@ def remembered(x: Tensor, top_k: int, losses: dict[str, Tensor], training: bool)
 
 
 def sampled(x: Tensor) -> Tensor:
-    """Some values of the input, enough to tell one pass from another."""
+    """About 64 values of the input, enough to distinguish passes."""
     flat = x.detach().flatten()
     return flat[:: max(flat.numel() // 64, 1)].clone()
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Equal, a NaN to a NaN too."""
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes and values are equal, counting NaN as equal to NaN."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def in_graph(losses: dict[str, Tensor]) -> bool | None:
+    """Whether any loss requires a gradient; None without losses."""
     return any(loss.requires_grad for loss in losses.values()) if losses else None
 
 
 def check(before: Pass | None, x: Tensor, top_k: int, losses: dict[str, Tensor]) -> None:
-    """RuntimeError unless the repeated pass is the one before."""
+    """Raise RuntimeError unless the repeated pass matches the original one."""
     if before is not None and before.top_k != top_k:
-        raise RuntimeError(f"a checkpointed pass ran at k = {before.top_k}, and is repeated for its gradient at k = {top_k}: {REMEDY}")
-    if before is None or (before.sample is not None and not alike(before.sample, sampled(x))):
-        raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its gradient: {REMEDY}")
+        raise RuntimeError(f"a checkpointed pass ran at k = {before.top_k} but is recomputed at k = {top_k}: {REMEDY}")
+    if before is None or (before.sample is not None and not identical(before.sample, sampled(x))):
+        raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its backward pass: {REMEDY}")
     if before.losses_in_graph is False and in_graph(losses):
         raise RuntimeError(
             "auxiliary losses cannot be trained with reentrant gradient checkpointing, which computes them outside the graph: "

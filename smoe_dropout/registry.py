@@ -1,12 +1,14 @@
-"""Names of routers, expert backends, methods and surgery, each with the place of its code, which is imported when first used.
+"""Names of routers, backends, methods, hosts, integrations and surgery methods, with the place of their code, imported on first use.
 
-A new one is one file and one line here. Official names (of the paper's own code) are accepted as aliases.
+To add one, write a file and add a line here. The official code's router names are accepted as aliases.
 """
 
 import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Any
+
+PACKAGE = __package__  # also the key under which a transformers model's configuration describes the experts
 
 ROUTERS: dict[str, str] = {
     "random": "smoe_dropout.routers:RandomRouter",
@@ -19,7 +21,7 @@ ROUTERS: dict[str, str] = {
     "noisy_top_k": "smoe_dropout.routers.noisy_top_k:NoisyTopKRouter",
 }
 
-# the official code's gate names; its gates without a balance loss say so by setting it to 0
+# the official code's gate names; those of its gates that have no balance loss set its coefficient to 0
 ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomNaiveGate": ("random", {}),
     "NaiveGate": ("learned", {"balance_loss": 0.0}),
@@ -42,7 +44,7 @@ BACKENDS: dict[str, str] = {
     "fastmoe": "smoe_dropout.experts.fastmoe",
 }
 
-# flags of the official scripts that name no method mean the first one here that they spell out
+# official flags without a method name select the first method here whose flags they match
 METHODS: dict[str, str] = {
     "smoe_dropout": "smoe_dropout.methods.smoe_dropout:METHOD",
     "smoe": "smoe_dropout.methods.smoe:METHOD",
@@ -60,24 +62,38 @@ METHODS: dict[str, str] = {
     "block_dropout": "smoe_dropout.methods.block_dropout:METHOD",
 }
 
+# modules with find(model) -> list[Site]: where the feed-forward networks of a family of architectures are
+HOSTS: dict[str, str] = {
+    "torch_layers": "smoe_dropout.hosts.torch_layers",
+    "sequential": "smoe_dropout.hosts.sequential",
+    "intermediate_output": "smoe_dropout.hosts.intermediate_output",
+    "conv1d": "smoe_dropout.hosts.conv1d",
+    "gated": "smoe_dropout.hosts.gated",
+}
+
+# by imported package: modules with adopt(model, config), called at the end of `moefy`
+INTEGRATIONS: dict[str, str] = {
+    "transformers": "smoe_dropout.hf.adopt",
+}
+
 # operations on trained models
 SURGERIES: dict[str, str] = {
     "merge": "smoe_dropout.surgery.merging",
     "uncurl": "smoe_dropout.surgery.uncurl",
-    "slim": "smoe_dropout.surgery.slimming",
+    "keep_best": "smoe_dropout.surgery.keep_best",
     "drop": "smoe_dropout.surgery.dropping",
     "average": "smoe_dropout.surgery.averaging",
 }
 
 
 def unknown(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """The sentence for a name that is not known: the nearest ones, or all of them."""
+    """Error message for an unknown name, with the closest known names, or all of them if none is close."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"unknown {kind} {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}")
 
 
 def load(registry: Mapping[str, str], kind: str, name: str) -> Any:
-    """The object, or the module, registered under `name`. KeyError with the nearest names if there is none."""
+    """Import the object or module registered under `name`. KeyError with the closest names if there is none."""
     if name not in registry:
         raise KeyError(unknown(kind, name, registry))
     module, _, attribute = registry[name].partition(":")
@@ -86,5 +102,5 @@ def load(registry: Mapping[str, str], kind: str, name: str) -> Any:
 
 
 def canonical_router(name: str) -> tuple[str, dict[str, Any]]:
-    """Our name of a router given by ours or by the official one, and the configuration the official name implies."""
+    """Registered name of a router given by either name, and the settings that an official name implies."""
     return ROUTER_ALIASES.get(name, (name, {}))

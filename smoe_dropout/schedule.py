@@ -1,4 +1,4 @@
-"""k as a pure function of the training step: the seven modes of the official code, a constant, and a draw at every step."""
+"""Schedules of k, pure functions of the training step: the official code's seven modes, a constant, and a random k for every step."""
 
 import math
 import random
@@ -11,7 +11,7 @@ _DOUBLING = (1, 2, 4, 8, 16)
 
 
 def _exponential(step: int, total: int) -> float:
-    # 300 equal stretches, as in the official code, which divides by zero below 300 steps
+    # 300 equal intervals, as in the official code, which divides by zero below 300 steps
     stretch = step // (total // 300) if total >= 300 else 300 * step // total
     return 0.99**stretch
 
@@ -30,16 +30,17 @@ SCHEDULES: dict[str, Callable[["TopKSchedule", int], int]] = {
     "multi_step_increase": lambda s, t: _DOUBLING[_doubling(t, s.total_steps)],
     "multi_step_decrease": lambda s, t: _DOUBLING[::-1][_doubling(t, s.total_steps)],
     "constant": lambda s, t: s.k_max,
-    # not of the paper: a new draw at every step, uniform over k_min..k_max; k_max when they are over
+    # not in the paper: uniform over k_min..k_max at every step, k_max after the last
     "elastic": lambda s, t: random.Random(s.seed * 2**40 + t).randint(s.k_min, s.k_max) if t < s.total_steps else s.k_max,
 }
 
 
 @dataclass(frozen=True)
 class TopKSchedule:
-    """k(step), within k_min..k_max; steps past `total_steps` keep the last value. Paper section 3.2: linear from E/2 to E.
+    """k(step) within k_min..k_max; steps beyond `total_steps` keep the last value. Paper section 3.2: linear from E/2 to E.
 
-    `seed` decides what a schedule that draws k draws. Raises ValueError for an unknown mode, k_min > k_max, k_min < 1 or total_steps < 1.
+    mode: a name in `SCHEDULES`. seed: of modes that draw k at random. Raises ValueError for an unknown mode, k_min > k_max, k_min < 1 or
+    total_steps < 1.
     """
 
     mode: str
@@ -57,5 +58,6 @@ class TopKSchedule:
             raise ValueError(f"total_steps = {self.total_steps} must be at least 1")
 
     def __call__(self, step: int) -> int:
+        """The k of this step, counted from 0."""
         k = SCHEDULES[self.mode](self, min(step, self.total_steps))
         return min(max(k, self.k_min), self.k_max)

@@ -1,6 +1,6 @@
-"""Activations of an expert's hidden layer: what autograd applies, and what the hand-written passes use.
+"""Activations of an expert's hidden layer, for autograd and for hand-written forward and backward passes.
 
-A gated one, such as SwiGLU (Shazeer 2020, arXiv 2002.05202), takes 2H values, of which the first H are the gate: act(gate) * rest.
+A gated activation, such as SwiGLU (Shazeer 2020, arXiv 2002.05202), takes 2H values, the first H being the gate: act(gate) * rest.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """`apply(pre)` gives the hidden values; `into(pre, hidden)` writes them; `grad(grad, pre)` is the gradient to pre, and may overwrite
-    `grad`. `from_output`: hidden and pre may be one tensor, since the derivative can be taken at the hidden values. `width`: values of pre
-    for one hidden value.
+    """An activation and its derivative.
+
+    apply(pre): the hidden values. into(pre, hidden): writes them to `hidden`. grad(grad, pre): gradient with respect to pre; may overwrite
+    `grad`. from_output: whether pre and hidden may be the same tensor, because the derivative can be computed from the hidden values.
+    width: values of pre per hidden value.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -65,7 +67,7 @@ _PLAIN: dict[str, Activation] = {
 }
 ACTIVATIONS: dict[str, Activation] = _PLAIN | {f"{name}_gated": _gated(act) for name, act in _PLAIN.items()}
 
-# by name, since transformers has its own classes for these and need not be installed
+# by name, since transformers has its own classes and need not be installed
 _CLASSES = {
     **{"ReLU": "relu", "SiLU": "silu", "SiLUActivation": "silu"},
     **{"GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"},
@@ -73,7 +75,7 @@ _CLASSES = {
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The name of an activation module in `ACTIVATIONS`, or None for one that experts cannot compute."""
+    """Name in `ACTIVATIONS` of an activation module, or None if experts do not support it."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     return _CLASSES.get(type(module).__name__)

@@ -1,7 +1,7 @@
-"""Experts under torch.compile: one operator that the compiler does not look into, whatever the backend.
+"""Experts under torch.compile: one operator that is opaque to the compiler, for every backend.
 
-Traced, the loops over experts would become graphs of thousands of nodes, one for every k, and those of `sorted` could not be traced at all,
-since their sizes depend on the data. The backward pass computes the hidden values again, as activation checkpointing does.
+If traced, the loops over experts would become graphs of thousands of nodes, one per k, and `sorted` could not be traced at all because its
+sizes depend on the data. The backward pass recomputes the hidden values, as activation checkpointing does.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from smoe_dropout.experts.compute import ExpertWeights, compute_with
 
-def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights, backend: str, training: bool) -> Tensor:
-    """What `compute_with` computes, by the operator. Dropout is drawn anew, from a seed that torch's default generator gives."""
+
+def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights, backend: str, training: bool) -> Tensor:
+    """`compute_with` as an opaque operator. Dropout is drawn from a seed taken from torch's default generator."""
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     seed = torch.randint(2**62, ()) if weights.dropout > 0 else torch.zeros((), dtype=torch.int64)
     return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, training, weights.activation, weights.dropout)
@@ -60,14 +62,12 @@ def _experts_backward(
 
 
 def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, training: bool, activation: str, dropout: float) -> Tensor:
-    from smoe_dropout.experts import ExpertWeights, compute_with
-
     return compute_with(x, indices, weights, ExpertWeights(*tensors, activation, dropout), backend, training)
 
 
 @contextmanager
 def _recorded() -> Iterator[None]:
-    """Within an operator torch leaves autograd out, whatever the grad mode; in the block it is back."""
+    """Re-enable autograd, which torch disables inside an operator whatever the grad mode."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.ADInplaceOrView
     )
@@ -78,7 +78,7 @@ def _recorded() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: Tensor, dropout: float, device: torch.device) -> Iterator[None]:
-    """Random numbers of the seed within the block; the generators outside it are left as they were."""
+    """Seed the random generators for the block and restore them afterwards."""
     if dropout == 0:
         yield
         return

@@ -1,7 +1,7 @@
-"""Experts whose maps are W = U V + S: a product of low rank, and all of W's rest for some hidden units only (LoSparse, arXiv 2306.11222;
-of experts MC-SMoE, arXiv 2310.01334, section 3.3).
+"""Experts with compressed maps W = U V + S, U V of low rank and S nonzero for some hidden units only.
 
-Besides the shape suffixes of the package: G maps of one kind, 2 of a gated expert's up, else 1; R rank; U hidden units that S has.
+LoSparse, arXiv 2306.11222; for experts MC-SMoE, arXiv 2310.01334, section 3.3. Shape suffixes besides the package's: G maps stacked in
+one, 2 for a gated expert's up and 1 otherwise; R rank; U hidden units in S.
 """
 
 import torch
@@ -12,10 +12,10 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 
 
 class CompressedExperts(Experts):
-    """Computed as other experts are, with weights composed of their factors in every pass, which costs as much however few the tokens are.
-    U V of new ones is zero.
+    """Experts whose weights are composed from their factors in every pass, at a cost that does not depend on the number of tokens.
 
-    rank: of every map's U V. sparse_units: hidden units for which S has rows, of up and down alike; `units` [E, U] says which.
+    rank: rank of U V in every map. sparse_units: number of hidden units in S, the same for up and down; `units` [E, U] holds their indices.
+    Fresh experts have U V = 0.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class CompressedExperts(Experts):
         sparse_units: int,
     ):
         super().__init__(num_experts, d_model, d_expert, activation, dropout, backend, init_std)
-        del self.up, self.down  # from here on composed
+        del self.up, self.down  # replaced by properties that compose them
         E, D, H, R, U = num_experts, d_model, d_expert, rank, sparse_units
         for name, G in (("up", ACTIVATIONS[activation].width), ("down", 1)):
             self.register_parameter(f"{name}_u", nn.Parameter(torch.zeros(E, G, H, R)))
@@ -41,15 +41,17 @@ class CompressedExperts(Experts):
 
     @property
     def up(self) -> Tensor:
+        """Composed map, shaped as in `Experts`."""
         return composed(self.up_u, self.up_v, self.up_s, self.units)
 
     @property
     def down(self) -> Tensor:
+        """Composed map, shaped as in `Experts`."""
         return composed(self.down_u, self.down_v, self.down_s, self.units)
 
     @torch.no_grad()
     def keep_units(self, places_EU: Tensor) -> None:
-        """Leaves S the rows in these places of each expert. The parameters change: build their optimiser afterwards."""
+        """Reduce S to its rows at these positions, per expert. Build the optimiser afterwards, since the parameters change."""
         for name in ("up_s", "down_s"):
             rows = getattr(self, name)
             kept = rows.gather(2, places_EU[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
@@ -57,16 +59,17 @@ class CompressedExperts(Experts):
         self.units = self.units.gather(1, places_EU)
 
     def extra_repr(self) -> str:
+        """Sizes and settings, for `print(model)`."""
         return f"{super().extra_repr()}, rank={self.up_v.shape[2]}, sparse_units={self.units.shape[1]}"
 
 
 def sparse_units(d_expert: int, share: float) -> int:
-    """Hidden units that this share of S has."""
+    """Number of hidden units in S at this fraction."""
     return max(1, round(share * d_expert))
 
 
 def composed(u_EGHR: Tensor, v_EGRD: Tensor, s_EGUD: Tensor, units_EU: Tensor) -> Tensor:
-    """U V + S as stacked maps [E, G * H, D], in the precision of the factors."""
+    """Stacked maps U V + S [E, G * H, D], in the precision of the factors."""
     with torch.autocast(u_EGHR.device.type, enabled=False):
         places_EGUD = units_EU[:, None, :, None].expand_as(s_EGUD)
         return (u_EGHR @ v_EGRD).scatter_add(2, places_EGUD, s_EGUD).flatten(1, 2)
@@ -74,7 +77,7 @@ def composed(u_EGHR: Tensor, v_EGRD: Tensor, s_EGUD: Tensor, units_EU: Tensor) -
 
 @torch.no_grad()
 def factored(experts: Experts, rank: int) -> CompressedExperts:
-    """The same experts with U V the nearest maps of that rank and S all that is left."""
+    """Factor experts by SVD: U V is the best approximation of that rank and S the remainder, so the function does not change."""
     E, H, D = experts.down.shape
     made = CompressedExperts(E, D, H, experts.activation, experts.dropout, experts.backend, 0.0, rank, H)
     made.to(experts.up.device, experts.up.dtype).train(experts.training)

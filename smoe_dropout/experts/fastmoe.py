@@ -1,6 +1,6 @@
-"""Sparse experts by fastmoe's CUDA kernels (github.com/laekov/fastmoe), imported when first used; our stacked parameters, not copies.
+"""Sparse experts by fastmoe's CUDA kernels (github.com/laekov/fastmoe), imported on first use; uses the stacked parameters directly.
 
-The calls are those of fastmoe 1.x: fmoe.functions.{prepare_forward, MOEScatter, MOEGather} and fmoe.linear.MOELinear on one worker.
+Written for fastmoe 1.x: fmoe.functions.{prepare_forward, MOEScatter, MOEGather} and fmoe.linear.MOELinear on one worker.
 """
 
 import importlib.util
@@ -13,16 +13,18 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     if importlib.util.find_spec("fmoe") is None:
-        return "fastmoe is not installed (it is on no package index: build it from github.com/laekov/fastmoe against your CUDA)"
+        return "fastmoe is not installed (it is not on a package index: build it from github.com/laekov/fastmoe against your CUDA)"
     if device != "cuda":
-        return f"fastmoe's kernels need CUDA tensors, and these are on {device!r}"
+        return f"fastmoe's kernels need CUDA tensors, but these are on {device!r}"
     if weights.up_EHD.dtype not in (torch.float32, torch.float16, torch.float64):
-        return f"fastmoe's kernels do not take {weights.up_EHD.dtype}"
+        return f"fastmoe's kernels do not support {weights.up_EHD.dtype}"
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     from fmoe.functions import MOEGather, MOEScatter, prepare_forward
     from fmoe.linear import MOELinear
 

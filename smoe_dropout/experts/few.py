@@ -1,8 +1,8 @@
-"""A few tokens, as in generation: their experts one after another, on the weights where they lie, or all at once where most are asked for.
+"""Experts for a few tokens, as in generation: one expert after another, or all at once if most are active.
 
-Nothing is sorted and no weight is copied: with a token at a time the time is that of reading the weights, and of calling each product. A
-CPU's product of a matrix and a vector reads them at a third of what its memory gives; a sum over rows, as of embeddings, reads faster.
-Plain autograd, whose gradients are of the whole stack for every expert: not for training.
+Nothing is sorted and no weight is copied: for a token at a time the cost is reading the weights and launching each product. A CPU's
+matrix-vector product reads them at a third of the memory bandwidth; a sum over rows, as in an embedding bag, is faster. Uses plain
+autograd, which builds a gradient of the whole stack for every expert, so it is not meant for training.
 """
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 
-MOST = 0.6  # share of the experts from which one product with all of them takes less time than a product for each
-NARROW = 2**19  # weights of a map up to which products that are summed afterwards stay in the cache
+MOST = 0.6  # fraction of active experts from which one product with all of them is faster than a product for each
+NARROW = 2**19  # weights of a map up to which elementwise products that are summed afterwards stay in the cache
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     gate_NE = weights_NK.new_zeros(len(x_ND), len(weights.up_EHD)).scatter(1, indices_NK, weights_NK)
     if _summed(indices_NK, weights):
         return _pairs(x_ND, indices_NK, weights_NK, weights) + gate_NE @ weights.bias_down_ED
@@ -38,14 +40,14 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
 
 
 def _summed(indices_NK: Tensor, weights) -> bool:
-    """Whether sums over rows take less time than products; the gradient of such sums cannot be differentiated again."""
+    """Whether sums over rows are faster than matrix products; their gradient cannot be differentiated again."""
     if torch.is_grad_enabled() or weights.up_EHD.dtype != torch.float32 or weights.up_EHD.device.type != "cpu":
         return False
     return 0 < indices_NK.numel() <= len(weights.up_EHD) and weights.up_EHD[0].numel() <= NARROW
 
 
 def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
-    """Every token with each of its experts, without the lower bias."""
+    """Weighted sum over each token's experts, without the output bias."""
     E, H, D = weights.down_EHD.shape
     pairs = [(row, expert) for row, experts in enumerate(indices_NK.tolist()) for expert in experts]
     pre_PH = torch.stack([torch.linalg.vecdot(weights.up_EHD[expert], x_ND[row]) for row, expert in pairs])
@@ -57,7 +59,7 @@ def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Ten
 
 
 def _all(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
-    """All experts as the one network that they make up together, each times its gate weight, which may be 0."""
+    """All experts as one dense network, each hidden value multiplied by its expert's gate weight, which may be 0."""
     pre_NP = torch.addmm(weights.bias_up_EH.flatten(), x_ND, weights.up_EHD.flatten(0, 1).t())
     hidden_NEH = ACTIVATIONS[weights.activation].apply(pre_NP.unflatten(1, weights.bias_up_EH.shape))
     hidden_NEH = F.dropout(hidden_NEH, weights.dropout) * gate_NE[..., None]
@@ -65,7 +67,7 @@ def _all(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:
-    """The rows of x that chose an expert; of an expert without any if there are no rows at all, so that weights have gradients."""
+    """Rows of x by chosen expert. Without any rows, expert 0 with an empty list, so that the weights still receive gradients."""
     rows: dict[int, list[int]] = {}
     for row, experts in enumerate(indices_NK.tolist()):
         for expert in experts:

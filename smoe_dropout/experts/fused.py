@@ -1,10 +1,11 @@
-"""Dense experts for CUDA: every token through every expert, as matrix products of all experts at once and one Triton kernel between them.
+"""Dense experts for CUDA: every token through every expert, with one Triton kernel between two matrix products over all experts.
 
-The kernel adds the bias, activates, drops and weighs in one pass, so that forward reads and writes [N, E * H] once between its two
-products. Forward and backward never wait for the device and no size depends on the data, so a CUDA graph can hold them.
+The kernel adds the bias, applies activation and dropout and multiplies by gate weights in one pass, so that the forward pass reads and
+writes [N, E * H] once between its products. Forward and backward do not synchronise with the device and no size depends on the data, so
+both can be captured in a CUDA graph.
 """
 
-from __future__ import annotations  # tl is not there where Triton is not
+from __future__ import annotations  # annotations use tl, which is undefined without Triton
 
 import os
 
@@ -14,43 +15,46 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # `refusal` says so
+except ImportError:  # reported by `refusal`
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
 COMPUTED = ("relu", "gelu", "gelu_tanh", "silu")
-BLOCK_N, MAX_BLOCK_H, WARPS = 32, 128, 8  # a tile's tokens, its hidden columns, and 16 values a thread: not measured
+BLOCK_N, MAX_BLOCK_H, WARPS = 32, 128, 8  # tokens and hidden columns of a tile, 16 values per thread: not tuned
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     if triton is None:
         return "Triton is not installed (it comes with torch's CUDA builds)"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its Triton kernels need CUDA tensors, and these are on {device!r}, where only TRITON_INTERPRET=1 runs them, slowly"
+        return f"its Triton kernels need CUDA tensors, but these are on {device!r}, where they only run, slowly, with TRITON_INTERPRET=1"
     if weights.activation not in COMPUTED:
-        return f"its kernels compute {', '.join(COMPUTED)}, not {weights.activation}"
+        return f"its kernels support {', '.join(COMPUTED)}, not {weights.activation}"
     if weights.up_EHD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernels compute in float32 and do not take {weights.up_EHD.dtype}"
+        return f"its kernels compute in float32 and do not support {weights.up_EHD.dtype}"
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
     tensors = (weights.up_EHD, weights.bias_up_EH.contiguous(), weights.down_EHD, weights.bias_down_ED)
-    with torch.cuda.device_of(x_ND):  # where Triton launches; autograd sees to it in backward
+    with torch.cuda.device_of(x_ND):  # Triton launches on the current device; autograd sets it in backward
         return FusedExperts.apply(x_ND, gate_NE, *tensors, weights.activation, weights.dropout)
 
 
 class FusedExperts(torch.autograd.Function):
-    """gate [N, E]: the gate weight of each expert, 0 if it was not chosen. F = E * H: the hidden columns of all experts, side by side.
+    """gate [N, E]: gate weight of each expert, 0 if not chosen. F = E * H: hidden columns of all experts, side by side.
 
-    Kept for backward are pre and weighted [N, F]. Forward writes weighted in any case, for its second product, so that keeping it for the
-    gradient of down costs memory and no traffic; computing it again from pre would cost backward another write of [N, F].
+    Saves pre and weighted [N, F] for backward. Forward writes weighted for its second product anyway, so keeping it for the gradient of
+    down costs memory but no traffic; recomputing it from pre would cost backward another write of [N, F].
     """
 
     @staticmethod
     def forward(ctx, x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
-        # on the device, so that nobody waits for it and a replayed CUDA graph draws another
+        """Output [N, D]."""
+        # on the device: no synchronisation, and a replayed CUDA graph draws a new seed
         seed = torch.randint(2**62, (), device=x_ND.device) if dropout > 0 else None
         pre_NF = x_ND @ up_EHD.flatten(0, 1).t()
         weighted_NF = torch.empty_like(pre_NF)
@@ -61,12 +65,13 @@ class FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
+        """Gradients of the inputs of `forward`."""
         if torch.is_grad_enabled():
             raise RuntimeError("the fused backend cannot be differentiated twice: use backend='reference'")
         x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, pre_NF, weighted_NF, seed = ctx.saved_tensors
-        grad_NF = grad_ND @ down_EHD.flatten(0, 1).t()  # of weighted, which the kernel overwrites with that of pre
+        grad_NF = grad_ND @ down_EHD.flatten(0, 1).t()  # gradient of weighted; the kernel overwrites it with that of pre
         grad_gate = torch.empty_like(gate_NE, dtype=torch.float32)
-        # sums over the tokens of a tile: a few rows, where summing over grad_NF would read all of it again; and in a fixed order
+        # bias gradients summed per tile: few rows, a fixed order, and no second read of grad_NF
         grad_bias_BF = grad_gate.new_empty(triton.cdiv(len(x_ND), BLOCK_N), grad_NF.shape[1])
         tensors = (pre_NF, bias_up_EH, gate_NE, grad_NF, grad_gate, grad_bias_BF)
         _launch(_backward_kernel, *tensors, seed=seed, dropout=ctx.dropout, activation=ctx.activation)
@@ -78,7 +83,7 @@ class FusedExperts(torch.autograd.Function):
 
 
 def _launch(kernel, pre_NF, bias_up_EH, gate_NE, *others: Tensor, seed: Tensor | None, dropout: float, activation: str) -> None:
-    """One program for every expert and `BLOCK_N` tokens."""
+    """Launch one program per expert and `BLOCK_N` tokens."""
     (N, E), H = gate_NE.shape, bias_up_EH.shape[1]
     block_H = min(MAX_BLOCK_H, max(4, triton.next_power_of_2(H)))
     scale = 1 / (1 - dropout) if dropout < 1 else 0.0
@@ -88,8 +93,8 @@ def _launch(kernel, pre_NF, bias_up_EH, gate_NE, *others: Tensor, seed: Tensor |
 
 @jit
 def _activate(pre, ACTIVATION: tl.constexpr):
-    """The hidden values, and the derivative there, which costs nothing where it is not used."""
-    if ACTIVATION == "relu":  # what is not a number stays so, as in torch
+    """Hidden values and derivative; the compiler removes the derivative if it is unused."""
+    if ACTIVATION == "relu":  # NaN stays NaN, as in torch
         hidden, slope = tl.where(pre <= 0, 0.0, pre), tl.where(pre <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":  # pre * P(standard normal < pre)
         below = 0.5 + 0.5 * tl.erf(pre * 0.7071067811865476)
@@ -107,10 +112,10 @@ def _activate(pre, ACTIVATION: tl.constexpr):
 
 @jit
 def _kept(seed_ptr, p, scale, row_N, start, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Inverted dropout: a tile of 0 with probability p, else scale. row: the token's row of experts [N * E].
+    """Tile of inverted dropout: 0 with probability p, else scale. row: index of token and expert in [N * E].
 
-    A function of seed, token, expert and column alone, so that backward draws what forward drew. The four numbers of a call of the
-    generator, some hundred instructions, serve four columns.
+    Depends on seed, token, expert and column only, so that backward reproduces forward's mask. One call of the generator, about a hundred
+    instructions, yields four numbers, used for four columns.
     """
     quad_Q = start // 4 + tl.arange(0, BLOCK_H // 4)
     a, b, c, d = tl.rand4x(tl.load(seed_ptr), row_N[:, None] * ((H + 3) // 4) + quad_Q[None, :])
@@ -120,7 +125,7 @@ def _kept(seed_ptr, p, scale, row_N, start, H: tl.constexpr, BLOCK_N: tl.constex
 
 @jit
 def _load_pre(pre_ptr, bias_ptr, row_N, inside_N, start, expert, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A tile of pre + bias, where it stands in [N, F], which of it is inside, and its columns of the expert."""
+    """Tile of pre + bias, its offsets in [N, F], its mask, and its columns within the expert."""
     column_H = start + tl.arange(0, BLOCK_H)
     at, inside = row_N[:, None] * H + column_H[None, :], inside_N[:, None] & (column_H < H)[None, :]
     bias_H = tl.load(bias_ptr + expert * H + column_H, mask=column_H < H, other=0.0).to(tl.float32)
@@ -174,7 +179,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """grad: of weighted, overwritten with that of pre. One program sees all columns of its expert, and so adds up the gradient of gate."""
+    """Overwrite grad of weighted with that of pre. A program covers all columns of its expert, so it can sum the gate's gradient."""
     block, expert = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_N, inside_N = token_N * E + expert, token_N < N

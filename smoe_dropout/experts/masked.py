@@ -1,6 +1,6 @@
-"""Dense experts: every token through every expert, unchosen ones weighed 0. For k near E, or experts too small to gather for.
+"""Dense experts: every token through every expert, with weight 0 for those not chosen. For k near E, or experts too small to gather for.
 
-No gather, no sort, no wait for counts. The work is that of the dense FFN whatever k is.
+Needs no gathering, sorting or synchronisation. The work is that of the dense FFN for any k.
 """
 
 import torch
@@ -11,20 +11,23 @@ from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     return MaskedExperts.apply(x_ND, gate_NE, *tensors, weights.activation, weights.dropout)
 
 
 class MaskedExperts(torch.autograd.Function):
-    """gate [N, E]: the gate weight of each expert, 0 if it was not chosen. Goes expert by expert, so that temporaries stay in cache."""
+    """gate [N, E]: gate weight of each expert, 0 if not chosen. Computed expert by expert, so that temporaries stay in the cache."""
 
     @staticmethod
     def forward(ctx, x_ND, gate_NE, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
+        """Output [N, D]."""
         act, (E, H, _), N = ACTIVATIONS[activation], down_EHD.shape, len(x_ND)
         hidden_ENH = x_ND.new_empty(E, N, H)
         pre_ENP = hidden_ENH if act.from_output else x_ND.new_empty(E, N, up_EHD.shape[1])
@@ -42,6 +45,7 @@ class MaskedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
+        """Gradients of the inputs of `forward`."""
         if torch.is_grad_enabled():
             raise RuntimeError("the masked backend cannot be differentiated twice: use backend='reference'")
         x_ND, gate_NE, up_EHD, down_EHD, bias_down_ED, hidden_ENH, pre_ENP, keep_ENH = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""The definition of what experts compute: one expert after another, plain autograd, any precision. Slow."""
+"""The definition of the experts' computation: one expert after another, plain autograd, any precision. Slow."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,10 +7,12 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     y_ND = x_ND.new_zeros(x_ND.shape)
     activation = ACTIVATIONS[weights.activation].apply
     for expert in range(weights.up_EHD.shape[0]):

@@ -1,7 +1,7 @@
-"""Sparse experts: tokens sorted by expert, one matrix product per expert and map, the results gathered by one weighted sum.
+"""Sparse experts: tokens sorted by expert, one matrix product per expert and map, results combined by one weighted sum.
 
-Against the usual scatter, GEMMs, gather, weighted sum this gathers tokens for one expert at a time, forward and backward, so that they
-stay in cache; keeps only hidden values, outputs and indices; and combines by `embedding_bag` over the inverse permutation instead of
+Unlike the usual scatter, GEMMs, gather and weighted sum, this gathers tokens for one expert at a time, forward and backward, so that they
+stay in the cache; saves only hidden values, outputs and indices; and combines by `embedding_bag` over the inverse permutation instead of
 materialising [N, K, D].
 """
 
@@ -16,16 +16,18 @@ from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
 
 def refusal(weights, device: str) -> str | None:
+    """Reason why this backend cannot run, or None."""
     return None
 
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
+    """Weighted sum of the chosen experts' outputs [N, D]."""
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     return SortedExperts.apply(x_ND, indices_NK, weights_NK, *tensors, weights.activation, weights.dropout)
 
 
 class Span(NamedTuple):
-    """One expert's assignments: `tokens` among the sorted ones, `rows` in buffers, where rows of zeros may follow."""
+    """One expert's assignments: `tokens` in sorted order, and `rows` in padded buffers. count: assignments. size: rows with padding."""
 
     tokens: slice
     rows: slice
@@ -33,19 +35,19 @@ class Span(NamedTuple):
     size: int
 
 
-# Rows of an expert are filled up to a multiple of this where a product is oneDNN's, as in bf16: it builds a kernel for every new size of a
-# product, which costs more than running it, and sizes change from step to step
+# Rows of an expert are padded to a multiple of this for products by oneDNN, as in bf16: it builds a kernel for every new size, which costs
+# more than running it, and sizes change from step to step
 ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}
 
 
 def multiple_of_rows(dtype: torch.dtype) -> int:
-    """1 where a new size costs nothing: torch's own float32 products, and other dtypes."""
+    """Padding multiple for a dtype; 1 where new sizes cost nothing: torch's own float32 products, and other dtypes."""
     own = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # tune_cpu sets it
     return 1 if own else ROWS.get(dtype, 1)
 
 
 def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[Span]]:
-    """Where each assignment goes when assignments are sorted by expert, each expert's rows filled up to a multiple.
+    """Sort assignments by expert, padding each expert's rows to a multiple.
 
     Returns the token of each sorted assignment [M], the row of each assignment [N, K], and each expert's span.
     """
@@ -62,10 +64,11 @@ def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> t
 
 
 class SortedExperts(torch.autograd.Function):
-    """Goes expert by expert. Temporaries share one buffer over all experts: on a CPU a fresh one costs page faults."""
+    """Computed expert by expert. All experts share one buffer for temporaries, since fresh memory costs page faults on a CPU."""
 
     @staticmethod
     def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
+        """Output [N, D]."""
         token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], multiple_of_rows(x_ND.dtype))
         act, (_, H, D), total = ACTIVATIONS[activation], down_EHD.shape, spans[-1].rows.stop
         hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
@@ -86,6 +89,7 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ND):
+        """Gradients of the inputs of `forward`."""
         if torch.is_grad_enabled():
             raise RuntimeError("the sorted backend cannot be differentiated twice: use backend='reference'")
         x_ND, weights_NK, up_EHD, down_EHD, token_M, row_NK, hidden_MH, output_MD, pre_MP, keep_MH = ctx.saved_tensors
@@ -97,18 +101,18 @@ class SortedExperts(torch.autograd.Function):
         grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), up_EHD.new_empty(E, D)
         own_grad, own_x, own_hidden = (_room_for_one(x_ND, ctx.spans, width) for width in (D, D, H))
         for expert, span in enumerate(ctx.spans):
-            if span.count == 0:  # a zero, not a missing gradient: Adam goes on moving an expert that got no token
+            if span.count == 0:  # a zero, not a missing gradient, so that Adam keeps moving an expert without tokens
                 for gradient in (grad_up, grad_bias_up, grad_down, grad_bias_down):
                     gradient[expert].zero_()
                 continue
             rows, grad = span.rows, _gather(grad_ND, token_M, span, own_grad)
             torch.sum(torch.mul(grad, output_MD[rows], out=own_x[: span.size]), -1, out=grad_weight_M[rows])
-            grad.mul_(weight_M[rows, None])  # scaled here, D wide, rather than behind the next product, H wide
+            grad.mul_(weight_M[rows, None])  # scaled here, D wide, rather than after the next product, H wide
             torch.mm(hidden_MH[rows].t(), grad, out=grad_down[expert])
             torch.sum(grad, 0, out=grad_bias_down[expert])
             grad_hidden = torch.mm(grad, down_EHD[expert].t(), out=own_hidden[: span.size])
             if keep_MH is not None:
-                # what was dropped is a zero among the hidden values, which a derivative taken there sees by itself
+                # with from_output, dropped values are zero among the hidden values, and so is the derivative there
                 grad_hidden.mul_(kept_scale(ctx.dropout) if act.from_output else keep_MH[rows] * kept_scale(ctx.dropout))
             grad_pre = act.grad(grad_hidden, pre_MP[rows])
             x = _gather(x_ND, token_M, span, own_x)
@@ -120,14 +124,14 @@ class SortedExperts(torch.autograd.Function):
 
 
 def _gather(values_ND: Tensor, token_M: Tensor, span: Span, room: Tensor) -> Tensor:
-    """The values of an expert's tokens, and zeros behind them [span.size, D], in `room`."""
+    """Values of an expert's tokens, padded with zeros [span.size, D], written to `room`."""
     torch.index_select(values_ND, 0, token_M[span.tokens], out=room[: span.count])
     room[span.count : span.size].zero_()
     return room[: span.size]
 
 
 def _room_for_one(like: Tensor, spans: list[Span], width: int) -> Tensor:
-    """A buffer [most rows of an expert, width]."""
+    """Buffer for any one expert [largest span.size, width]."""
     return like.new_empty(max(span.size for span in spans), width)
 
 

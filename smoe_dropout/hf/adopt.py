@@ -1,6 +1,6 @@
-"""Models of the transformers library with experts: their loss has the auxiliary losses in it, and their configuration tells of the experts.
+"""Transformers models with MoE layers: their loss includes the auxiliary losses, and their configuration describes the experts.
 
-Both so that transformers' own Trainer, `generate` and `save_pretrained` can be used as they are. Importing this imports no transformers.
+With this, transformers' own Trainer, `generate` and `save_pretrained` work unchanged. Importing this module does not import transformers.
 """
 
 import copy
@@ -17,46 +17,49 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import auxiliary_loss, auxiliary_losses
-
-NAME = __package__  # the model type in config.json, and the key that the experts' configuration stands under
+from smoe_dropout.registry import PACKAGE as NAME  # the model type in config.json
 
 
 def is_pretrained_model(model: nn.Module) -> bool:
-    """Whether it is a PreTrainedModel."""
+    """Whether the model is a PreTrainedModel."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
 def adopt(model: nn.Module, config: SMoEConfig) -> None:
-    """Told by `moefy` that a PreTrainedModel has experts now."""
-    before, told = model.config, described(model.config, config)
+    """Set up a PreTrainedModel that `moefy` has converted; any other model is left alone."""
+    if not is_pretrained_model(model):
+        return
+    before, after = model.config, described(model.config, config)
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if value is before:
-                setattr(module, name, told)
+                setattr(module, name, after)
     if not normalises_by_items(model):
         model.accepts_loss_kwargs = False
     model.register_forward_hook(add_auxiliary_loss, with_kwargs=True)
 
 
 class Described:
-    """Mixed into a configuration class: config.json names this library as the model's type, and has the host's settings under "host" and a
-    sentence in place of one of its sizes, so that no class of transformers loads the model and drops its experts. In memory it is the
-    host's.
+    """Mixin of a configuration class that changes only how it is saved.
+
+    config.json has this library as the model type, the host's settings under "host", and a message in place of one of the host's sizes, so
+    that no class of transformers can load the model and silently drop its experts.
     """
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write config.json; overrides PreTrainedConfig."""
         host = json.loads(self.to_json_string(use_diff))
-        told = {
+        stored = {
             "model_type": NAME,
-            "host_model_type": host.pop("model_type"),  # not within "host": transformers would find the host's settings by it
+            "host_model_type": host.pop("model_type"),  # not inside "host", where transformers would recognise the host's settings by it
             "architectures": host.get("architectures"),
             "transformers_version": host.get("transformers_version"),
-            a_size(type(self)): f"{NAME}.from_pretrained(folder) loads this model, and nothing else does",
+            size_field(type(self)): f"load this model with {NAME}.from_pretrained(folder)",
             NAME: host.pop(NAME),
             "host": host,
         }
-        Path(json_file_path).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        Path(json_file_path).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
     def __reduce__(self):
         return _restored, (type(self).__mro__[2],), self.__dict__
@@ -67,8 +70,8 @@ def _described_class(kind: type) -> type:
     return type(kind.__name__, (Described, kind), {})
 
 
-def a_size(kind: type) -> str:
-    """The name of a whole number that this kind of configuration has and not every kind."""
+def size_field(kind: type) -> str:
+    """Name of an integer field that is specific to this configuration class."""
     from transformers import PreTrainedConfig
 
     common = {entry.name for entry in fields(PreTrainedConfig)}
@@ -81,37 +84,38 @@ def _restored(kind: type) -> Described:
 
 
 def described(config: Any, experts: SMoEConfig) -> Described:
-    """A copy of a PreTrainedConfig that tells of the experts."""
-    told = copy.deepcopy(config)
-    told.__class__ = _described_class(type(config))
-    setattr(told, NAME, asdict(experts))
-    return told
+    """Copy of a PreTrainedConfig that also describes the experts."""
+    copied = copy.deepcopy(config)
+    copied.__class__ = _described_class(type(config))
+    setattr(copied, NAME, asdict(experts))
+    return copied
 
 
 def normalises_by_items(model: nn.Module) -> bool:
-    """Whether the model divides the sum of its loss by `num_items_in_batch`: the `loss_function` of language models does; that of a
-    classifier and a loss of its own in `forward` do not, although the Trainer, seeing **kwargs, takes it for granted (and then accumulates
-    a sum of means).
+    """Whether the model's loss is a sum divided by `num_items_in_batch`.
+
+    True for the `loss_function` of language models, false for that of classifiers and for losses computed in `forward`. The Trainer assumes
+    it for every model whose forward takes **kwargs, and would then accumulate a sum of means.
     """
     names = inspect.unwrap(type(model).forward).__code__.co_names
     return "loss_function" in names and _loss(model) is not None and getattr(model, "accepts_loss_kwargs", True)
 
 
 def _loss(model: nn.Module) -> Any:
-    """The loss of a language model, or None for any other model's."""
+    """The loss function if it is a language model's, else None."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
 
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or type(model).__name__, None)
     if loss is None and getattr(model, "loss_type", None) is None:
-        loss = ForCausalLMLoss  # what transformers takes for a model that names none
+        loss = ForCausalLMLoss  # transformers' default
     return loss if loss in (ForCausalLMLoss, ForMaskedLMLoss) else None
 
 
 def add_auxiliary_loss(model: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> Any:
-    """A forward hook: in training, the loss that the model returns has the auxiliary losses in it.
+    """Forward hook that adds the auxiliary losses to the returned loss in training mode.
 
-    Given `num_items_in_batch` the model's loss is a part of a mean over several micro-batches, which add up; the auxiliary losses then
-    count by this one's share of the items.
+    With `num_items_in_batch` the model's loss is its part of a mean over several micro-batches, whose losses are summed; the auxiliary
+    losses are then weighted by this micro-batch's fraction of the items.
     """
     if not model.training or not auxiliary_losses(model):
         return output
@@ -133,7 +137,7 @@ def add_auxiliary_loss(model: nn.Module, arguments: tuple, named: dict[str, Any]
 
 
 def counted_items(model: nn.Module, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | int:
-    """Labels that count in the loss, as the Trainer counts them: those of a causal model from the second position on."""
+    """Number of labels in the loss, counted as the Trainer does: from the second position on for causal models."""
     if shift_labels is not None:
         return (shift_labels != -100).sum()
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss

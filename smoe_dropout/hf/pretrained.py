@@ -1,8 +1,8 @@
-"""Folders of transformers models with experts: they describe themselves, and are loaded strictly.
+"""Self-describing folders of transformers models with MoE layers, loaded strictly.
 
-`save_pretrained` writes config.json, generation_config.json where the model generates, the weights under a name that transformers does not
-look for, and last a manifest with the sha256 of each. `from_pretrained` reads such a folder, and besides one that transformers wrote: a
-checkpoint of the Trainer, or of the model's own save_pretrained, which has model.safetensors and no manifest.
+`save_pretrained` writes config.json, generation_config.json for generative models, the weights under a file name that transformers does not
+look for, and finally a manifest with the sha256 of each file. `from_pretrained` reads such a folder, or one written by the Trainer or the
+model's own save_pretrained, which has model.safetensors and no manifest.
 """
 
 import copy
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.conversion import moefy
 from smoe_dropout.control import get_top_k, moe_layers
 from smoe_dropout.hf.adopt import NAME, Described, is_pretrained_model
 from smoe_dropout.io import stored_tensors
@@ -31,20 +32,20 @@ THEIR_WEIGHTS, THEIR_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Writes the folder, made if it is not there; one that this function wrote is overwritten. The current k is stored.
+    """Write the model and its current k to the folder, creating it if needed; a folder written by this function is overwritten.
 
-    An interrupted save leaves a folder that `from_pretrained` refuses. ConfigError for a model without MoE layers, or not of transformers,
-    for layers of different k, or a folder that holds another model.
+    An interrupted save leaves a folder that `from_pretrained` rejects. Raises ConfigError for a model without MoE layers or not from
+    transformers, layers with different k, or a folder that holds another model.
     """
     folder, kind = Path(folder), type(model).__name__
     if not is_pretrained_model(model):
         raise ConfigError(f"{kind} is not a model of the transformers library: use smoe_dropout.save_model(model, folder)")
     if not moe_layers(model) or not isinstance(model.config, Described):
-        raise ConfigError(f"{kind} has no MoE layers of moefy: use its own model.save_pretrained(folder)")
+        raise ConfigError(f"{kind} was not converted by moefy: use its own model.save_pretrained(folder)")
     try:
         k = get_top_k(model)
     except ValueError as error:
-        raise ConfigError(f"{kind} cannot be saved: {error}; set_top_k(model, k) makes them alike") from None
+        raise ConfigError(f"{kind} cannot be saved: {error}; call set_top_k(model, k) first") from None
     _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
@@ -64,29 +65,29 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 
 def from_pretrained(folder: str | Path, model_class: type | None = None) -> nn.Module:
-    """The model of a folder, in evaluation mode, bit for bit: precision, k and frozen routers included.
+    """Load the model of a folder bit for bit, with its precision, k and frozen routers, in evaluation mode.
 
-    model_class: for a class that is not in transformers itself. ConfigError, naming file and tensor, for a damaged or altered file, a save
-    that was interrupted, and a tensor that is missing, foreign, misshapen or of another precision. Needs the transformers library.
+    model_class: the model's class, if it is not part of transformers. Raises ConfigError, naming file and tensor, for a damaged or modified
+    file, an interrupted save, and a tensor that is missing, unexpected, or of another shape or precision. Requires transformers.
     """
     folder = Path(folder)
     weights = _checked(folder)
-    told = _read_json(folder / CONFIG)
-    if told.get("model_type") != NAME:
+    stored = _read_json(folder / CONFIG)
+    if stored.get("model_type") != NAME:
         raise ConfigError(
-            f"{folder / CONFIG} is of a {told.get('model_type')!r} model without experts: use transformers' own from_pretrained for it, "
+            f"{folder / CONFIG} describes a {stored.get('model_type')!r} model without experts: use transformers' own from_pretrained, "
             "or load_weights for a folder of save_model"
         )
     try:
-        experts = SMoEConfig.from_dict(told.pop(NAME))
+        experts = SMoEConfig.from_dict(stored.pop(NAME))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG} is damaged: {error}") from None
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{weights} cannot be read: {error}") from None
-    with torch.random.fork_rng(devices=[]):  # it is built on the CPU
-        model = _built(folder / CONFIG, told, experts, model_class)
+    with torch.random.fork_rng(devices=[]):  # the model is built on the CPU
+        model = _build(folder / CONFIG, stored, experts, model_class)
     _fill(model, tensors, weights)
     if (folder / GENERATION).exists() and model.can_generate():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
@@ -107,7 +108,7 @@ def _write(model: nn.Module, k: int, room: Path) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """ConfigError where writing would destroy what this library did not write, or leave another model's weights beside ours."""
+    """Raise ConfigError if writing would overwrite files of another origin, or leave another model's weights beside ours."""
     theirs = [name for name in (THEIR_WEIGHTS, THEIR_INDEX) if (folder / name).exists()]
     if not (folder / MANIFEST).exists():
         theirs += [name for name in (CONFIG, GENERATION, WEIGHTS) if (folder / name).exists()]
@@ -118,15 +119,15 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _checked(folder: Path) -> Path:
-    """The file of the weights, once every file of the folder has the sha256 that it was written with, where that is known."""
+    """Verify the folder against its manifest, if it has one, and return the path of its weights."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: save_pretrained(model, folder) writes one")
+        raise ConfigError(f"{folder} is not a folder: save_pretrained(model, folder) writes one")
     if not (folder / MANIFEST).exists():
         if (folder / THEIR_INDEX).exists():
-            raise ConfigError(f"{folder / THEIR_INDEX}: weights in several files cannot be read; save with save_pretrained of {NAME}")
+            raise ConfigError(f"{folder / THEIR_INDEX}: weights split over several files are not supported; use {NAME}.save_pretrained")
         found = folder / THEIR_WEIGHTS
         if not found.exists():
-            raise ConfigError(f"{folder} has neither {MANIFEST} nor {THEIR_WEIGHTS}: its save was interrupted, or it is no model's folder")
+            raise ConfigError(f"{folder} has neither {MANIFEST} nor {THEIR_WEIGHTS}: an interrupted save, or not a model folder")
         return found
     manifest = _read_json(folder / MANIFEST)
     if (
@@ -134,49 +135,47 @@ def _checked(folder: Path) -> Path:
         or not isinstance(hashes := manifest.get("sha256"), dict)
         or not {CONFIG, WEIGHTS} <= set(hashes)
     ):
-        raise ConfigError(f"{folder / MANIFEST} lists no complete save: it was interrupted, save again")
+        raise ConfigError(f"{folder / MANIFEST} does not describe a complete save: save again")
     if foreign := [name for name in (GENERATION, THEIR_WEIGHTS, THEIR_INDEX) if name not in hashes and (folder / name).exists()]:
-        raise ConfigError(f"{folder / foreign[0]} was not written with the rest of the folder: remove it")
+        raise ConfigError(f"{folder / foreign[0]} is not part of the save: remove it")
     for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / name} is missing")
         if _sha256(folder / name) != expected:
-            raise ConfigError(f"{folder / name} is damaged, or was changed: its sha256 is not the one in {MANIFEST}")
+            raise ConfigError(f"{folder / name} is damaged or modified: its sha256 differs from {MANIFEST}")
     return folder / WEIGHTS
 
 
-def _built(path: Path, told: dict[str, Any], experts: SMoEConfig, model_class: type | None) -> nn.Module:
-    """A new model as config.json tells, in its precision."""
+def _build(path: Path, stored: dict[str, Any], experts: SMoEConfig, model_class: type | None) -> nn.Module:
+    """Build a model as described in config.json, in its precision."""
     import transformers
 
-    from smoe_dropout.conversion import moefy
-
-    host, names = told.get("host_model_type"), told.get("architectures") or [None]
+    host, names = stored.get("host_model_type"), stored.get("architectures") or [None]
     kind = model_class or getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ConfigError(f"{path}: {names[0]!r} is no model of transformers: from_pretrained(folder, model_class=...) takes yours")
+        raise ConfigError(f"{path}: {names[0]!r} is not a model of transformers: pass yours as from_pretrained(folder, model_class=...)")
     config_class = kind.config_class if kind.config_class and kind.config_class.model_type == host else None
     if config_class is None:
-        raise ConfigError(f"{path} is of a {host!r} model, and {kind.__name__} is not")
+        raise ConfigError(f"{path} describes a {host!r} model, but {kind.__name__} is not one")
     try:
-        config = config_class.from_dict(getattr(config_class, "_decode_special_floats", dict)(told["host"]))
+        config = config_class.from_dict(getattr(config_class, "_decode_special_floats", dict)(stored["host"]))
         model = kind._from_config(config, **_attention_of(experts))
         return moefy(model, experts)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:  # of many kinds: a value that is missing, of another type, or impossible together with others
-        raise ConfigError(f"{path} gives no model {kind.__name__}: {error}") from error
+    except Exception as error:  # transformers raises many kinds: missing values, wrong types, values that contradict each other
+        raise ConfigError(f"{path} does not describe a valid {kind.__name__}: {error}") from error
 
 
 def _attention_of(experts: SMoEConfig) -> dict[str, str]:
-    """The plain implementation where a layer looks at its probabilities; config.json does not tell it."""
+    """The eager implementation if a layer needs attention probabilities; config.json does not store the implementation."""
     layer = load(METHODS, "method", experts.method).layer if experts.method else None
     return {"attn_implementation": "eager"} if layer and "probabilities" in layer.needs else {}
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Puts the tensors in, each under any of the names of a tied one. Allowed precisions are the model's and that of its configuration."""
+    """Copy the tensors into the model. A tied tensor may have any of its names; precisions of model and configuration are accepted."""
     state = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -184,15 +183,15 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     missing = [tied[0] for tied in names.values() if not any(name in tensors for name in tied)]
     foreign = sorted(tensors.keys() - state.keys())
     if missing or foreign:
-        raise ConfigError(f"{path} is of another model: missing {missing[:4]}, foreign {foreign[:4]}")
+        raise ConfigError(f"{path} belongs to another model: missing {missing[:4]}, unexpected {foreign[:4]}")
     for name, tensor in tensors.items():
         allowed = {state[name].dtype, model.config.dtype if state[name].is_floating_point() else state[name].dtype}
         if tensor.shape != state[name].shape or tensor.dtype not in allowed:
             found, wanted = (f"shape {tuple(t.shape)} of {t.dtype}" for t in (tensor, state[name]))
-            raise ConfigError(f"{path}: {name} has {found}, the model wants {wanted}")
+            raise ConfigError(f"{path}: {name} has {found}, the model expects {wanted}")
         first = next(twin for twin in names[id(state[name])] if twin in tensors)
         if first != name and not torch.equal(tensors[first], tensor):
-            raise ConfigError(f"{path}: {name} and {first} are one tensor of the model, and differ")
+            raise ConfigError(f"{path}: {name} and {first} are the same tensor in the model, but differ in the file")
     for name, tensor in tensors.items():
         state[name].data = tensor.to(state[name].device)
 
@@ -203,7 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is damaged: it is no JSON object")
+        raise ConfigError(f"{path} is damaged: not a JSON object")
     return found
 
 

@@ -1,18 +1,18 @@
-"""The attention modules of a host, for methods that route as they attend.
+"""Attention modules of a model, for methods that route by attention.
 
-Such a module says by `is_causal` whether a position sees only those before it (one that says nothing: yes). Its probabilities
-[B, heads, T, keys] it keeps by itself where it has a switch `keep_probabilities`; those of transformers return them, after their
-dropout, with attn_implementation="eager".
+An attention module has `is_causal`, whether a position attends only to earlier ones (default: yes). It keeps its probabilities
+[B, heads, T, keys] if it has a switch `keep_probabilities`; those of transformers return them, after dropout, with
+attn_implementation="eager".
 """
 
 from torch import Tensor, nn
 
-from smoe_dropout.config import ConfigError
 from smoe_dropout.hosts.site import Site
+from smoe_dropout.options import ConfigError
 
 
 def attention_before(model: nn.Module, site: Site, probabilities: bool) -> nn.Module:
-    """The last attention module ahead of a site. ConfigError if there is none, or it cannot keep the `probabilities` that are wanted."""
+    """The last attention module before a site. ConfigError if there is none, or if it cannot provide `probabilities` when required."""
     found = None
     for module in model.modules():
         if module is getattr(site.parent, site.name):
@@ -21,17 +21,17 @@ def attention_before(model: nn.Module, site: Site, probabilities: bool) -> nn.Mo
     if found is None:
         raise ConfigError(f"{type(model).__name__} has no attention module before {site.name!r}, which this method needs")
     if probabilities and not hasattr(found, "keep_probabilities"):
-        way = getattr(getattr(found, "config", None), "_attn_implementation", None)
-        if way != "eager":
+        implementation = getattr(getattr(found, "config", None), "_attn_implementation", None)
+        if implementation != "eager":
             raise ConfigError(
-                f"{type(found).__name__} before {site.name!r} does not give the attention probabilities that this method needs: it is "
-                f"computed by {way or 'its own code'!r}; build the model with attn_implementation='eager'"
+                f"{type(found).__name__} before {site.name!r} does not return the attention probabilities that this method needs: it uses "
+                f"the implementation {implementation or 'of its own code'!r}; build the model with attn_implementation='eager'"
             )
     return found
 
 
 def keep_probabilities(attention: nn.Module) -> None:
-    """From now on they stand in `attention.probabilities` after every pass."""
+    """Make the module keep the probabilities of every pass in `attention.probabilities`."""
     if hasattr(attention, "keep_probabilities"):
         attention.keep_probabilities = True
     else:
@@ -43,4 +43,5 @@ def _keep_returned(attention: nn.Module, _inputs: tuple, output: tuple[Tensor, T
 
 
 def is_causal(attention: nn.Module) -> bool:
+    """Whether a position attends only to itself and earlier ones."""
     return bool(getattr(attention, "is_causal", True))

@@ -1,4 +1,4 @@
-"""GPT-2 and its kin in transformers: `c_fc`, `act`, `c_proj`, `dropout`, whose maps are Conv1D, with weights [in, out]."""
+"""GPT-2 and similar models of transformers: `c_fc`, `act`, `c_proj`, `dropout`, with Conv1D maps whose weights are [in, out]."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from smoe_dropout.hosts.site import Site
 
 
 def find(model: nn.Module) -> list[Site]:
-    """The sites in the order of the model's layers."""
+    """Sites in the order of the model's layers."""
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     return [site for place in found if (site := _site(*place))]
 

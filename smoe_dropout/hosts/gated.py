@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen and their kin in transformers: `gate_proj`, `up_proj`, `down_proj`, `act_fn`; down(act(gate x) * up x)."""
+"""Llama, Mistral, Qwen and similar models of transformers: `gate_proj`, `up_proj`, `down_proj`, `act_fn`; down(act(gate x) * up x)."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
-    """The sites in the order of the model's layers."""
+    """Sites in the order of the model's layers."""
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     return [site for place in found if (site := _site(*place))]
 

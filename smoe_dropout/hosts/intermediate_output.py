@@ -1,5 +1,7 @@
-"""BERT, RoBERTa and their kin in transformers: the feed-forward network is spread over two modules, `intermediate` (dense, activation) and
-`output` (dense, dropout, LayerNorm of the residual sum). The experts take the place of the first, and the second keeps all but its map.
+"""BERT, RoBERTa and similar models of transformers, whose feed-forward network is split over two modules.
+
+These are `intermediate` (dense, activation) and `output` (dense, dropout, LayerNorm of the residual sum). The experts replace the first,
+and the second keeps everything except its dense map.
 """
 
 from torch import nn
@@ -9,7 +11,7 @@ from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
-    """The sites in the order of the model's layers."""
+    """Sites in the order of the model's layers."""
     return [site for layer in model.modules() if (site := _site(layer))]
 
 

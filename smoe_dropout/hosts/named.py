@@ -1,7 +1,7 @@
-"""Feed-forward networks of an architecture that no host knows, by the names of their modules: `SMoEConfig(sites="encoder.layers.*.mlp")`.
+"""Feed-forward networks selected by module name, for unsupported architectures: `SMoEConfig(sites="encoder.layers.*.mlp")`.
 
-What a module computes is found out by running it on a few random inputs with random weights, and comparing with down(act(up x)), or
-down(act(gate x) * up x), for every activation that experts have.
+Whether a module is one is determined by running it on a few random inputs with random weights and comparing the output with
+down(act(up x)), or down(act(gate x) * up x), for every activation that experts support.
 """
 
 import fnmatch
@@ -20,11 +20,11 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.options import ConfigError
 
-TOLERANCE = 2e-5  # of the output's size; float32 computes to about 1e-6, gelu and its tanh form differ by about 3e-4
+TOLERANCE = 2e-5  # relative error; float32 rounding gives about 1e-6, and gelu and its tanh approximation differ by about 3e-4
 
 
 class Network(NamedTuple):
-    """A module that is a feed-forward network: its linear maps by name within it, `gate` None where there is none, and its activation."""
+    """Structure of a feed-forward module: names of its linear maps (`gate` None if it is not gated) and its activation."""
 
     gate: str | None
     up: str
@@ -33,13 +33,13 @@ class Network(NamedTuple):
 
 
 def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
-    """The modules whose dotted names match (fnmatch; `*` matches dots too), in the model's order.
+    """Sites of the modules whose dotted names match a pattern (fnmatch; `*` also matches dots), in the model's order.
 
-    Such a module holds two linear maps D -> F -> D, or three where it is gated, an activation (as a module or in its forward), and no other
-    parameters. Of its nn.Dropouts, in the order in which they are called, one between the maps is that of hidden units, and one behind the
-    last map that of the output; a dropout that is a function called in a forward cannot be seen and is lost.
+    Such a module has two linear maps D -> F -> D, or three if gated, an activation (as a module or in its forward), and no other
+    parameters. An nn.Dropout called between the maps is kept as that of hidden units, and one after the last map as that of the output. A
+    functional dropout in a forward cannot be detected and is lost.
 
-    ConfigError for a pattern that matches nothing, matches within each other, or a module that is something else.
+    Raises ConfigError for a pattern without match, nested matches, or a module that is not a feed-forward network.
     """
     patterns, found = (patterns,) if isinstance(patterns, str) else patterns, {}
     names = [name for name, _ in model.named_modules() if name]
@@ -50,15 +50,15 @@ def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
     chosen = [name for name in names if name in found]
     for outer, inner in itertools.permutations(chosen, 2):
         if inner.startswith(f"{outer}."):
-            raise ConfigError(f"sites matches {inner!r} and {outer!r}, which contains it: name one of them")
+            raise ConfigError(f"sites matches both {outer!r} and {inner!r} inside it: name one of them")
     return [_site(model, name) for name in chosen]
 
 
 def described(model: nn.Module) -> str:
-    """A sentence with the model's feed-forward networks as patterns to name them by, or that it has none."""
+    """Sentence listing patterns that match the model's feed-forward networks, or stating that there are none."""
     found: dict[str, str] = {}
     if isinstance(recognise(model), Network):
-        return f"the {type(model).__name__} is itself one: give moefy the model that it stands in"
+        return f"{type(model).__name__} is itself a feed-forward network: pass moefy the model that contains it"
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         if (
@@ -70,7 +70,7 @@ def described(model: nn.Module) -> str:
             up = _weight(module.get_submodule(network.up))
             found[name] = f"{up.shape[1]} -> {up.shape[0]} -> {up.shape[1]}"
     if not found:
-        return "no module of it computes down(activation(up x)) and nothing else"
+        return "none of its modules computes exactly down(activation(up x))"
     groups: dict[tuple[str, str], list[str]] = {}
     for name, sizes in found.items():
         groups.setdefault((re.sub(r"\b\d+\b", "*", name), sizes), []).append(name)
@@ -78,42 +78,42 @@ def described(model: nn.Module) -> str:
         f"{pattern!r} ({len(names)} modules, {sizes})" if len(names) > 1 else f"{names[0]!r} (1 module, {sizes})"
         for (pattern, sizes), names in groups.items()
     ]
-    return f"feed-forward networks to name in sites=: {', '.join(listed)}"
+    return f"patterns of feed-forward networks for sites=: {', '.join(listed)}"
 
 
 def recognise(module: nn.Module) -> Network | str:
-    """What the module computes, or the sentence that says why it is no feed-forward network."""
+    """The module's structure, or a sentence why it is not a feed-forward network."""
     maps = {name: _weight(child) for name, child in module.named_modules() if name and _weight(child) is not None}
     if len(maps) not in (2, 3):
-        return f"it holds {len(maps)} linear map{'s' * (len(maps) != 1)}"
+        return f"it has {len(maps)} linear map{'s' * (len(maps) != 1)}"
     parts = [part for _, part in module.named_modules(remove_duplicate=False)]
-    if len(set(parts)) < len(parts):  # functional_call would leave random weights in it
-        return "it has one module in several places"
+    if len(set(parts)) < len(parts):  # functional_call would leave random weights in the module
+        return "it uses one module in several places"
     for name in maps:
         if kinds := dict(module.get_submodule(name).named_parameters()).keys() - {"weight", "bias"}:
-            return f"its linear map {name!r} is made from {', '.join(sorted(kinds))}: remove the parametrization first"
+            return f"its linear map {name!r} is computed from {', '.join(sorted(kinds))}: remove the parametrization first"
     own = {id(parameter) for name in maps for parameter in module.get_submodule(name).parameters()}
     if other := [name for name, parameter in module.named_parameters() if id(parameter) not in own]:
         return f"it has the parameter {other[0]!r} besides its linear maps"
     orders = [names for names in itertools.permutations(maps) if _fits([maps[name] for name in names])]
     if not orders:
-        return f"its linear maps {', '.join(f'{w.shape[1]} -> {w.shape[0]}' for w in maps.values())} do not lead from D to F and back to D"
+        return f"its linear maps {', '.join(f'{w.shape[1]} -> {w.shape[0]}' for w in maps.values())} do not compose to D -> F -> D"
     found = [match for names in orders if (match := _best_match(module, names))]
     if not found:
         faults = [fault for names in orders if isinstance(fault := _tried(module, names), str)]
         more = f" ({faults[0]})" if len(faults) == len(orders) else ""
-        return f"what it computes is not down(activation(up x)): a residual, a norm, a scale or another activation is in it{more}"
+        return f"it does not compute down(activation(up x)): it has a residual, a norm, a scale or an unsupported activation{more}"
     return min(found, key=lambda match: match[0])[1]
 
 
 def _fits(weights: list[Tensor]) -> bool:
-    """Whether maps [out, in] in the order ([gate], up, down) lead from D to F and back."""
+    """Whether maps [out, in] in the order ([gate], up, down) compose to D -> F -> D."""
     *first, down = weights
     return all(weight.shape == (down.shape[1], down.shape[0]) for weight in first)
 
 
 def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Network] | None:
-    """The activation that comes nearest, the maps being these, with its relative error; None if none is within the tolerance."""
+    """Relative error and structure for the best-matching activation, given the maps; None if the error exceeds the tolerance."""
     tried = _tried(module, names)
     if isinstance(tried, str):
         return None
@@ -131,9 +131,7 @@ def _best_match(module: nn.Module, names: tuple[str, ...]) -> tuple[float, Netwo
 
 
 class Trial(NamedTuple):
-    """One pass of a module with random weights: what went in, what came out, its maps' (weight, bias), and its parts in the order of their
-    calls.
-    """
+    """One pass of a module with random weights: input, output, (weight, bias) of its maps, and its parts in call order."""
 
     x_1ND: Tensor
     y: Tensor
@@ -142,7 +140,7 @@ class Trial(NamedTuple):
 
 
 def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | str:
-    """A sentence where the module does not map [1, N, D] to [1, N, D]."""
+    """Run the module with random weights. Returns an error sentence if it does not map [1, N, D] to [1, N, D]."""
     draw = torch.Generator().manual_seed(0)
     parameters, called = {}, []
     for name, parameter in module.named_parameters():
@@ -155,20 +153,20 @@ def _tried(module: nn.Module, names: tuple[str, ...]) -> Trial | str:
     try:
         with _evaluated(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
             y = torch.func.functional_call(module, parameters | buffers, (x_1ND,))
-    except Exception as error:  # whatever its forward wants, it is no feed-forward network
-        return f"run on numbers {tuple(x_1ND.shape)} it fails: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # a module that needs other inputs is not a feed-forward network
+        return f"it fails on an input of shape {tuple(x_1ND.shape)}: {' '.join(str(error).split())[:200]}"
     finally:
         for hook in hooks:
             hook.remove()
     if not isinstance(y, Tensor) or y.shape != x_1ND.shape:
-        what = f"numbers {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        return f"of numbers {tuple(x_1ND.shape)} it makes {what}"
+        result = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        return f"for an input of shape {tuple(x_1ND.shape)} it returns {result}"
     return Trial(x_1ND, y, linears, called)
 
 
 @contextmanager
 def _evaluated(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards every part has its own mode back."""
+    """Put the module in evaluation mode, and restore the mode of every part on exit."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -182,8 +180,8 @@ def _site(model: nn.Module, name: str) -> Site:
     module, network = model.get_submodule(name), recognise(model.get_submodule(name))
     if isinstance(network, str):
         raise ConfigError(
-            f"sites names {name!r}, a {type(module).__name__}, which is no feed-forward network: {network}; a module named in sites "
-            f"must be two linear maps with an activation between them, or three of a gated one, and nothing else but dropout; "
+            f"sites matches {name!r}, a {type(module).__name__}, which is not a feed-forward network: {network}; a module matched by sites "
+            f"must consist of two linear maps with an activation between them, or three if gated, and otherwise only dropout; "
             f"{described(model)}"
         )
     inner, final = _dropouts(name, module, network)
@@ -203,7 +201,7 @@ def _site(model: nn.Module, name: str) -> Site:
 
 
 def _dropouts(name: str, module: nn.Module, network: Network) -> tuple[float, nn.Module | None]:
-    """The probability of the dropout of hidden units, and the dropout behind the last map."""
+    """Probability of the hidden units' dropout, and the dropout after the last map."""
     names = tuple(part for part in network[:3] if part)
     called = [part for part in _tried(module, names).called if isinstance(part, nn.Dropout | nn.Linear) or _weight(part) is not None]
     maps = [called.index(module.get_submodule(part)) for part in names]
@@ -213,14 +211,14 @@ def _dropouts(name: str, module: nn.Module, network: Network) -> tuple[float, nn
     behind = [part for place, part in dropouts if place > maps[-1]]
     if before or len(inner) > 1 or len(behind) > 1:
         raise ConfigError(
-            f"sites names {name!r}, whose dropouts cannot be carried over: {len(before)} ahead of its hidden units, {len(inner)} of them, "
-            f"{len(behind)} of its output"
+            f"sites matches {name!r}, whose dropouts cannot be kept: {len(before)} before its hidden units, {len(inner)} of them, "
+            f"{len(behind)} of its output; at most one of hidden units and one of the output are supported"
         )
     return inner[0].p if inner else 0.0, behind[0] if behind else None
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    """The weight [out, in] of a linear map, None of anything else. Conv1D of transformers keeps it as [in, out]."""
+    """Weight [out, in] of a linear map; None for other modules. transformers' Conv1D stores it as [in, out]."""
     if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
         return None
     return _transposed(module, module.weight)

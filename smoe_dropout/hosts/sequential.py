@@ -1,5 +1,6 @@
-"""Models whose feed-forward networks are nn.Sequential(Linear, activation, [Dropout], Linear, [Dropout]): Transformer-XL here, and most
-Transformers written by hand. A final Dropout stays, behind the experts.
+"""Models whose feed-forward networks are nn.Sequential(Linear, activation, [Dropout], Linear, [Dropout]).
+
+These are this repository's Transformer-XL and most hand-written Transformers. A final Dropout is kept, after the experts.
 """
 
 from torch import nn
@@ -9,7 +10,7 @@ from smoe_dropout.hosts.site import Site, is_linear
 
 
 def find(model: nn.Module) -> list[Site]:
-    """The sites in the order of the model's modules."""
+    """Sites in the order of the model's modules."""
     sites = []
     for parent in model.modules():
         for name, child in parent.named_children():

@@ -1,4 +1,4 @@
-"""One feed-forward network of a host model, and the experts it becomes."""
+"""A feed-forward network of a model, and the experts that replace it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,20 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.config import ConfigError, SMoEConfig
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.experts.compressed import CompressedExperts, sparse_units
+from smoe_dropout.options import ConfigError
 
 
 def is_linear(module: object) -> bool:
-    """Whether it computes W x + b and nothing else: a subclass with a forward of its own, such as one with adapters, does more."""
+    """Whether the module computes exactly W x + b. False for subclasses of nn.Linear with their own forward, such as adapters."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 @dataclass(frozen=True)
 class Site:
-    """`parent.name` is the feed-forward network up -> activation -> dropout -> down (-> final). up [F, D], down [D, F] as in nn.Linear; a
-    gated activation has a `gate` [F, D] besides.
+    """The feed-forward network `parent.name`: up -> activation -> dropout -> down (-> final).
+
+    up: [F, D]. down: [D, F], as in nn.Linear. gate: [F, D], with a gated activation only.
+    final: module after the network inside the same child; it is kept.
+    put_dropout: inserts a module as the dropout of the dense network's hidden units, and returns the module of the down map.
+    put: replaces the network with a module, if that takes more than replacing one child.
     """
 
     parent: nn.Module
@@ -30,22 +35,24 @@ class Site:
     bias_down: Tensor | None
     activation: str
     dropout: float
-    final: nn.Module | None = None  # what of the host follows the network inside the same child, and stays
-    # makes a module the dropout of the dense network's hidden units, and returns the module of the map behind it
+    final: nn.Module | None = None
     put_dropout: Callable[[nn.Module], nn.Module] | None = None
     gate: Tensor | None = None
     bias_gate: Tensor | None = None
-    put: Callable[[nn.Module], None] | None = None  # makes a module the network, where that is more than one child
+    put: Callable[[nn.Module], None] | None = None
 
     @property
     def d_model(self) -> int:
+        """Width of the model."""
         return self.up.shape[1]
 
     @property
     def d_ff(self) -> int:
+        """Hidden width of the network."""
         return self.up.shape[0]
 
     def replace(self, module: nn.Module) -> None:
+        """Replace the network with `module`."""
         if self.put is not None:
             self.put(module)
             return
@@ -53,11 +60,11 @@ class Site:
         setattr(self.parent, self.name, whole.train(self.parent.training))
 
     def experts(self, config: SMoEConfig) -> Experts:
-        """Experts initialised as `config.expert_init` says. ConfigError if E does not divide the width that is to be divided."""
+        """Experts initialised according to `config.expert_init`. ConfigError if E does not divide the width."""
         E = config.num_experts
         if config.d_expert is None and config.expert_init != "copy" and self.d_ff % E:
             raise ConfigError(
-                f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}: choose another, or give d_expert"
+                f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}: choose another, or set d_expert"
             )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
         sizes = (E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
@@ -74,8 +81,9 @@ class Site:
 
     @torch.no_grad()
     def _fill(self, experts: Experts, dealt: Callable[[Tensor], Tensor], bias_share: float) -> None:
-        """Every expert gets its rows of the dense maps as `dealt`, [F, ...] -> [E, H, ...], and `bias_share` of the output bias, so that
-        all of them together have it once.
+        """Copy the dense weights into the experts.
+
+        dealt: assigns rows of the dense maps to experts, [F, ...] -> [E, H, ...]. bias_share: each expert's fraction of the output bias.
         """
         maps = [self.up] if self.gate is None else [self.gate, self.up]
         biases = [self.bias_up] if self.gate is None else [self.bias_gate, self.bias_up]

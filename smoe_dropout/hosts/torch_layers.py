@@ -1,7 +1,7 @@
-"""torch's own nn.TransformerEncoderLayer and nn.TransformerDecoderLayer: linear2(dropout(activation(linear1 x))), children of the layer.
+"""torch's nn.TransformerEncoderLayer and nn.TransformerDecoderLayer: linear2(dropout(activation(linear1 x))), children of the layer.
 
-The experts take the place of `linear1`, the other three become identities. The fused kernel that computes a whole encoder layer in
-evaluation reads the weights of the dense maps, so it is switched off.
+The experts replace `linear1`, and the other three become identities. The fused kernel that computes a whole encoder layer in evaluation
+reads the weights of the dense maps, so it is disabled.
 """
 
 import torch
@@ -16,7 +16,7 @@ _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"
 
 
 def find(model: nn.Module) -> list[Site]:
-    """The sites in the order of the model's layers."""
+    """Sites in the order of the model's layers."""
     stacks = {layer: stack for stack in model.modules() if isinstance(stack, nn.TransformerEncoder) for layer in stack.layers}
     return [site for layer in model.modules() if isinstance(layer, _KINDS) and (site := _site(layer, stacks.get(layer)))]
 
@@ -47,4 +47,4 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
 def _leave_fused_path(layer: nn.Module, stack: nn.TransformerEncoder | None) -> None:
     layer.activation_relu_or_gelu = 0
     if stack is not None:
-        stack.use_nested_tensor = False  # it would pack the batch for the fused layers
+        stack.use_nested_tensor = False  # nested tensors work with the fused layers only
