@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.options import NoOptions, build_options
-from smoe_dropout.recomputation import Pass, check, record_pass, recomputing
+from smoe_dropout.recomputation import Pass, check, recomputing, record_pass
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing
 from smoe_dropout.shared import Shared

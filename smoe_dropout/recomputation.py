@@ -1,6 +1,6 @@
 """Support for activation checkpointing, which repeats a layer's forward pass during the backward pass.
 
-torch repeats the code and the random numbers. It does not know what else a layer reads besides its input: k, token ids, state passed between
+torch repeats the code and the random numbers. It does not know what a layer reads besides its input: k, token ids, state passed between
 layers. If that has changed since the original pass, gradients would be silently wrong, so the repeated pass is compared with the original.
 """
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.conversion import moefy
 from smoe_dropout.control import get_top_k, moe_layers
+from smoe_dropout.conversion import moefy
 from smoe_dropout.hf.adopt import NAME, Described, is_pretrained_model
 from smoe_dropout.io import stored_tensors
 from smoe_dropout.options import ConfigError

@@ -1,1 +1,1 @@
-"""Training methods: one deletable file each, and one line in `registry.METHODS`."""
+"""Training methods: one file each, which can be deleted, and one line in `registry.METHODS`."""

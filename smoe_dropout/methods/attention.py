@@ -1,9 +1,9 @@
-"""Attention-aware routing: a token's router scores are averaged as the attention layer before averages values (arXiv 2505.00792).
+"""Attention-aware routing: router scores are averaged over tokens as the preceding attention layer averages values (arXiv 2505.00792).
 
-e_j = W u_j + b; e'_i = sum_j A_ij e_j, A the preceding attention's head of lowest mean entropy; then top-k of e'. Here A is cut to the
-positions of the same segment and divided by its sum, since memory has no router scores. Where attention is causal, the head is chosen
-for every position by the mean entropy over the positions up to it, so that no route depends on what follows, else by that over all. A is
-detached: routing does not train attention.
+e_j = W u_j + b; e'_i = sum_j A_ij e_j, with A the preceding attention's head of lowest mean entropy; then top-k of e'. Here A is restricted
+to positions of the same segment and renormalised, since memory has no router scores. With causal attention the head is selected per
+position by the mean entropy up to that position, so that no route depends on later tokens; otherwise by the mean over all positions. A is
+detached, so routing does not train attention.
 """
 
 import torch
@@ -16,30 +16,32 @@ from smoe_dropout.routers import Routing
 
 
 class AttentionLayer(MoELayer):
-    """Takes [B, T, D]; the attention before it keeps its probabilities [B, heads, T, keys], the last T keys being this segment's."""
+    """MoE layer for inputs [B, T, D] whose preceding attention keeps probabilities [B, heads, T, keys], this segment's keys last."""
 
     needs = frozenset({"attention", "probabilities"})
 
     def route(self, x: Tensor) -> Routing:
+        """x [B, T, D] -> the routing of its B * T tokens."""
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
             mixed_BTE = segment_attention(self.attention.probabilities, logits_BTE.dtype, is_causal(self.attention)) @ logits_BTE
         return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
 
     def routing_flops(self, lanes: int, positions: int) -> int:
+        """FLOPs of the router and of averaging its scores."""
         return super().routing_flops(lanes, positions) + 2 * lanes * positions**2 * self.num_experts
 
 
 def segment_attention(probabilities_BHTK: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
-    """Attention of the head of lowest mean entropy, so far or over all, among this segment's positions; rows sum to 1 [B, T, T]."""
+    """Attention of the head of lowest mean entropy among this segment's positions [B, T, T]; rows sum to 1."""
     p_BHTK = probabilities_BHTK.to(dtype)
     T = p_BHTK.shape[2]
     entropy_BHT = torch.special.entr(p_BHTK).sum(-1)
-    # divided by the number of positions, the mean; the head of the smallest is the same
+    # sums rather than means: the number of positions is the same for all heads
     summed_BHT = entropy_BHT.cumsum(-1) if causal else entropy_BHT.sum(-1, keepdim=True).expand_as(entropy_BHT)
     head_BT = summed_BHT.argmin(1)
     chosen_BTT = p_BHTK[..., -T:].gather(1, head_BT[:, None, :, None].expand(-1, 1, -1, T))[:, 0]
-    own = torch.eye(T, dtype=dtype, device=p_BHTK.device) * torch.finfo(dtype).tiny  # where all attention is on memory: the token itself
+    own = torch.eye(T, dtype=dtype, device=p_BHTK.device) * torch.finfo(dtype).tiny  # if all attention is on memory, use the token itself
     chosen_BTT = chosen_BTT + own
     return chosen_BTT / chosen_BTT.sum(-1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""What a method is made of. Importing this does not import torch."""
+"""Definition of a training method. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Forward(NamedTuple):
-    """One pass of the model over a batch: losses per token in nats, the state to carry to the next batch, and logits [..., V]."""
+    """Result of one pass over a batch: losses per token in nats, the state to carry to the next batch, and logits [..., V]."""
 
     token_losses: Tensor
     state: Any
@@ -24,7 +24,7 @@ class Forward(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """`total`: the scalar to minimise, a mean over tokens; `nll`: the mean cross-entropy in it; `state`: to carry on."""
+    """total: scalar to minimise, a mean over tokens. nll: mean cross-entropy. state: state to carry to the next batch."""
 
     total: Tensor
     nll: Tensor
@@ -32,7 +32,7 @@ class Objective(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of a training run: the schedule's smallest and largest k, the method's options, and the number of training tokens."""
+    """Settings of a training run: the schedule's smallest and largest k, the method's options, and the number of training tokens."""
 
     k_min: int
     k_max: int
@@ -41,20 +41,20 @@ class Settings(NamedTuple):
 
 
 def cross_entropy(model: nn.Module, forward: Callable[[], Forward], settings: Settings) -> Objective:
-    """Mean cross-entropy plus the layers' auxiliary losses. `forward` runs the model once; a method may run it more often."""
+    """Mean cross-entropy plus the layers' auxiliary losses. `forward` runs the model once; other objectives may call it repeatedly."""
     passed = forward()
     nll = passed.token_losses.mean()
     return Objective(with_auxiliary(model, nll), nll, passed.state)
 
 
 def with_auxiliary(model: nn.Module, loss: Tensor) -> Tensor:
-    """The loss plus the auxiliary losses of the pass before."""
+    """The loss plus the auxiliary losses of the last pass."""
     from smoe_dropout.control import auxiliary_loss, auxiliary_losses
 
     return loss + auxiliary_loss(model) if auxiliary_losses(model) else loss
 
 
-# the training flags that several methods stand for
+# training flags shared by several methods
 DENSE = {"moe": False, "dropout": 0.0, "dropatt": 0.0, "dense_drop": False}
 LEARNED_ROUTER = {"moe": True, "gate_name": "learned", "freeze_gate": False, "dynamic_moe": False}
 FROZEN_ROUTER = {"moe": True, "gate_name": "random", "freeze_gate": True, "dynamic_moe": True}
@@ -62,15 +62,16 @@ FROZEN_ROUTER = {"moe": True, "gate_name": "random", "freeze_gate": True, "dynam
 
 @dataclass(frozen=True)
 class Method:
-    """name: as on the command line. title: as in tables. source: paper and section. sparse: whether it has experts.
+    """A training method.
 
-    flags: the training flags that the method stands for, by field name; what the user gives on the command line wins.
-    objective: what is minimised.
-    options: what else may be set, a frozen dataclass.
-    layer: a MoELayer that routes or combines in its own way.
-    convert: of a dense method, what changes the model, given its options; builds on `hosts.find_sites`.
-    routers: those the method can use; empty: any that chooses experts.
-    refusal: the sentence for a configuration the method cannot take, or None.
+    name: name on the command line. title: name in tables. source: paper and section. sparse: whether it has experts.
+    flags: training flags that the method sets, by field name; the user's flags take precedence.
+    objective: function to minimise.
+    options: further settings, a frozen dataclass.
+    layer: a MoELayer subclass that routes or combines differently.
+    convert: for dense methods, a function that modifies the model, given the options; uses `hosts.find_sites`.
+    routers: routers that the method supports; empty: any that chooses experts.
+    refusal: returns an error sentence for a configuration that the method does not support, or None.
     """
 
     name: str
@@ -87,10 +88,10 @@ class Method:
 
 
 def refused(method: Method | None, config: SMoEConfig) -> str | None:
-    """The sentence for experts so configured that this method, or none, cannot take, or None."""
+    """Error sentence if the method, or the plain layer without a method, does not support this configuration; else None."""
     allowed = method.routers if method else ()
     if allowed and config.router not in allowed:
-        return f"router {config.router!r} cannot be used here: this method takes {' or '.join(map(repr, allowed))}"
+        return f"router {config.router!r} cannot be used here: this method supports {' or '.join(map(repr, allowed))}"
     if config.router == "none" and not allowed:
-        return "router 'none' is for methods that draw experts themselves: choose one that chooses"
+        return "router 'none' is for methods that draw experts themselves: use another router"
     return method.refusal(config) if method else None

@@ -1,8 +1,8 @@
-"""The dense model with whole expert-sized blocks dropped: --dense_drop of arXiv 2303.01610's code.
+"""Dense model with dropout of expert-sized blocks: --dense_drop of arXiv 2303.01610's code.
 
-In training each block of H / blocks hidden units is dropped for every pass as a whole with probability `rate`; kept ones are scaled by
-1 / (1 - rate), which the official code leaves out. Its blocks are every E-th unit, these are neighbours; units are alike when training
-begins.
+In each training pass every block of H / blocks hidden units is dropped as a whole with probability `rate`; kept blocks are scaled by
+1 / (1 - rate), which the official code omits. Official blocks are every E-th unit, here they are contiguous; at initialisation units are
+interchangeable.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from smoe_dropout.hosts import sites_in_blocks
 from smoe_dropout.methods.base import Method
 from smoe_dropout.options import require
-from smoe_dropout.training import shared
+from smoe_dropout.training import synchronized
 
 
 @dataclass(frozen=True)
 class Options:
-    """rate: probability of dropping a block (official --expert_drop). blocks: how many there are."""
+    """rate: probability of dropping a block (official --expert_drop). blocks: number of blocks."""
 
     rate: float = 0.5
     blocks: int = 16
@@ -29,23 +29,24 @@ class Options:
 
 
 class BlockDropout(nn.Module):
-    """[..., H] -> [..., H]: one draw of blocks for all tokens; then the hidden units' own dropout."""
+    """[..., H] -> [..., H]: the hidden units' own dropout, then one draw of blocks for all tokens."""
 
     def __init__(self, options: Options, inner: float):
         super().__init__()
         self.options, self.inner = options, nn.Dropout(inner)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> [..., H]."""
         if not self.training:
             return hidden
-        keep = shared(torch.rand(self.options.blocks, 1, device=hidden.device)) >= self.options.rate
+        keep = synchronized(torch.rand(self.options.blocks, 1, device=hidden.device)) >= self.options.rate
         scale = keep / (1 - self.options.rate)
         blocks = self.inner(hidden).unflatten(-1, (self.options.blocks, -1))
         return (blocks * scale.to(hidden.dtype)).flatten(-2)
 
 
 def convert(model: nn.Module, options: Options) -> nn.Module:
-    """Block dropout in every feed-forward network. ConfigError if a width is not divided by the number of blocks."""
+    """Add block dropout to every feed-forward network. ConfigError if `blocks` does not divide a width."""
     for site in sites_in_blocks(model, options.blocks):
         site.put_dropout(BlockDropout(options, site.dropout))
     return model

@@ -1,10 +1,10 @@
-"""CompeteSMoE: now and then all experts run and the strongest responses win; the router learns to foresee them.
+"""CompeteSMoE: occasionally runs all experts, uses those with the strongest responses, and distils them into the router.
 
-Pham et al. 2024 (arXiv 2402.02526): on a competition step s_i = ||E_i(x)||_2, y = sum over the top-k of s with weights softmax(s_S), and
-the router's loss is MSE(softmax(router logits), softmax(s)), the target detached. Every other step, and inference, is an ordinary learned
-top-k router with its balance loss. Each layer flips a coin at each step. Options of the successor (Nguyen et al. 2025, arXiv 2505.13380):
-affinity "softplus", mean softplus(E_i(x)), weights s_S / sum; competition steps drawn beforehand (`predrawn`), at most two layers a step,
-after a warm-up.
+Pham et al. 2024 (arXiv 2402.02526): in a competition step s_i = ||E_i(x)||_2, y = sum over the top-k of s with weights softmax(s_S), and
+the router's loss is MSE(softmax(router logits), softmax(s)) with a detached target. All other steps, and inference, use an ordinary learned
+top-k router with its balance loss. Each layer draws at random whether to compete in a step. Options of the successor (Nguyen et al. 2025,
+arXiv 2505.13380): affinity "softplus", mean softplus(E_i(x)), with weights s_S / sum; a predrawn plan of competition steps with at most two
+layers per step, after a warm-up.
 """
 
 import random
@@ -20,13 +20,16 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
 from smoe_dropout.recomputation import recomputing
-from smoe_dropout.training import Reports, shared
+from smoe_dropout.training import Reports, synchronized
 
 
 @dataclass(frozen=True)
 class Options:
-    """flip_rate: probability of competition per layer and step (successor: 0.07). affinity: what wins. predrawn: at most max_layers compete
-    in a step, none within the first warm_up of training. router_loss: weight of the distillation (successor: 0.01).
+    """Options of CompeteSMoE.
+
+    flip_rate: probability of competition per layer and step (successor: 0.07). affinity: measure of an expert's response.
+    predrawn: at most `max_layers` layers compete in a step, and none during the first `warm_up` fraction of training.
+    router_loss: weight of the distillation loss (successor: 0.01).
     """
 
     flip_rate: float = 0.03
@@ -44,9 +47,11 @@ class Options:
 
 
 class CompeteLayer(MoELayer, Reports):
-    """Needs a router with `logits`. Where `set_progress` tells the step, which layers compete follows from `seed`, which torch had when
-    the model was made, else from torch's default generator. `passes` and `competitions` count training passes and those with competition.
-    All three are saved with the model, and data parallelism makes the first process's count for all.
+    """MoE layer with competition steps, for routers with `logits`.
+
+    After `set_progress` the competing layers of a step are derived from `seed`, torch's initial seed when the model was built; without it
+    they are drawn from torch's default generator. `passes` and `competitions` count training passes and those with competition. All three
+    are buffers, saved with the model and taken from the first process in data parallelism.
     """
 
     Options = Options
@@ -59,6 +64,7 @@ class CompeteLayer(MoELayer, Reports):
         self.competed = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
         self.competed = self.training and self.flips()
         if self.training and not recomputing():
             self.passes += 1
@@ -66,17 +72,19 @@ class CompeteLayer(MoELayer, Reports):
         return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().forward(x)
 
     def flips(self) -> bool:
+        """Whether this layer competes in the current step. RuntimeError with `predrawn` before `set_progress`."""
         o = self.options
         if self.step is None and o.predrawn:
-            raise RuntimeError("predrawn competition steps need smoe_dropout.set_progress(model, step, total_steps) before each step")
+            raise RuntimeError("option predrawn needs smoe_dropout.set_progress(model, step, total_steps) before each step")
         if self.step is None:
-            return bool(shared(torch.rand((), device=self.experts.up.device)) < o.flip_rate)
+            return bool(synchronized(torch.rand((), device=self.experts.up.device)) < o.flip_rate)
         if o.predrawn and self.step < o.warm_up * self.total_steps:
             return False
         most = o.max_layers if o.predrawn else self.count
         return self.index in competing_layers(int(self.seed), self.step, self.count, o.flip_rate, most)
 
     def compete(self, x_ND: Tensor) -> Tensor:
+        """Run all experts, combine the k with the strongest responses [N, D], and store the router's distillation loss."""
         outputs_NED = self.experts.each(x_ND)
         affinity_NE = affinities(outputs_NED, self.options.affinity)
         top_NK, indices_NK = affinity_NE.topk(self.top_k, dim=-1)
@@ -89,22 +97,24 @@ class CompeteLayer(MoELayer, Reports):
 
     @property
     def computed_experts(self) -> int:
+        """Experts computed per token: all of them in a competition step."""
         return self.num_experts if self.competed else super().computed_experts
 
     def metrics(self) -> dict[str, float]:
+        """Fraction of training passes with competition, and the extra expert FLOPs they cost, relative to k experts."""
         share = self.competitions.item() / max(self.passes.item(), 1)
         return {"competition_share": share, "extra_expert_flops": share * (self.num_experts - self.top_k) / self.top_k}
 
 
 def affinities(outputs_NED: Tensor, kind: str) -> Tensor:
-    """How strongly each expert responds, in float32 at least [N, E]."""
+    """Strength of each expert's response [N, E], in float32 or higher."""
     outputs_NED = outputs_NED.to(torch.promote_types(outputs_NED.dtype, torch.float32))
     return outputs_NED.norm(dim=-1) if kind == "norm" else F.softplus(outputs_NED).mean(-1)
 
 
 @lru_cache(maxsize=8)
 def competing_layers(seed: int, step: int, layers: int, rate: float, most: int) -> frozenset[int]:
-    """Which layers compete in a step: each with probability `rate`, and if those are too many, `most` of them."""
+    """Layers that compete in a step: each with probability `rate`, at most `most` of them."""
     generator = random.Random(seed * 2**40 + step)
     found = [layer for layer in range(layers) if generator.random() < rate]
     return frozenset(found if len(found) <= most else generator.sample(found, most))

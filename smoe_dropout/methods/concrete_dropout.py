@@ -1,9 +1,8 @@
-"""Concrete dropout: dropout whose rate is learned (Gal, Hron and Kendall 2017, arXiv 1705.07832), on the FFN's hidden units.
+"""Concrete dropout: dropout with a learned rate (Gal, Hron and Kendall 2017, arXiv 1705.07832), on the FFN's hidden units.
 
-z = sigmoid((log p - log(1 - p) + log u - log(1 - u)) / t), u ~ U(0, 1), t = 0.1; hidden * (1 - z) / (1 - p). Regulariser of each layer,
-added to the mean cross-entropy, N the number of training tokens and K the number of hidden units: l^2 / N * ||W||^2 / (1 - p) + 1 / N * K
-(p log p + (1 - p) log(1 - p)), W the map behind the dropout; the second factor is that of the authors' code for cross-entropy. The rate
-starts at 0.1.
+z = sigmoid((log p - log(1 - p) + log u - log(1 - u)) / t), u ~ U(0, 1), t = 0.1; hidden * (1 - z) / (1 - p). With N training tokens, K
+hidden units and W the map after the dropout, each layer adds a regulariser to the mean cross-entropy: l^2 / N * ||W||^2 / (1 - p) + 1 / N *
+K (p log p + (1 - p) log(1 - p)); the second factor is that of the authors' code for cross-entropy. The rate starts at 0.1.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from smoe_dropout.training import Reports
 
 @dataclass(frozen=True)
 class Options:
-    """rate: where the rate starts. temperature: of the relaxation. length_scale: l of the prior."""
+    """rate: initial rate. temperature: t of the relaxation. length_scale: l of the prior."""
 
     rate: float = 0.1
     temperature: float = 0.1
@@ -32,15 +31,16 @@ class Options:
 
 
 class ConcreteDropout(nn.Module, Reports):
-    """[..., H] -> [..., H]. `logit` is log p - log(1 - p), a parameter. No dropout in evaluation. units: H."""
+    """[..., H] -> [..., H], without dropout in evaluation. units: H. The parameter `logit` is log p - log(1 - p)."""
 
     def __init__(self, options: Options, units: int):
         super().__init__()
         self.options, self.units = options, units
-        self.behind: list[nn.Module] = []  # the module of the map that follows; in a list, so that it does not become a child
+        self.behind: list[nn.Module] = []  # the module of the next map, in a list so that torch does not register it as a child
         self.logit = nn.Parameter(torch.logit(torch.tensor(options.rate)))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> [..., H]."""
         if not self.training:
             return hidden
         noise = torch.logit(torch.rand(hidden.shape, device=hidden.device), eps=1e-7)
@@ -48,17 +48,19 @@ class ConcreteDropout(nn.Module, Reports):
         return hidden * (keep / (1 - self.logit.sigmoid())).to(hidden.dtype)
 
     def regulariser(self, train_tokens: int) -> Tensor:
+        """The layer's scalar regularisation term."""
         p = self.logit.sigmoid()
         negative_entropy = -(torch.special.entr(p) + torch.special.entr(1 - p))
         squares = self.behind[0].weight.square().sum() * self.options.length_scale**2 / (1 - p)
         return (squares + self.units * negative_entropy) / train_tokens
 
     def metrics(self) -> dict[str, float]:
+        """Current dropout rate."""
         return {"rate": self.logit.sigmoid().item()}
 
 
 def convert(model: nn.Module, options: Options) -> nn.Module:
-    """A learned rate for each feed-forward network's hidden units; other dropout stays."""
+    """Replace the hidden units' dropout in every feed-forward network with concrete dropout; other dropout is kept."""
     for site in find_sites(model):
         dropout = ConcreteDropout(options, site.d_ff).to(site.up.device)
         dropout.behind.append(site.put_dropout(dropout))
@@ -66,6 +68,7 @@ def convert(model: nn.Module, options: Options) -> nn.Module:
 
 
 def objective(model, forward, settings) -> Objective:
+    """Mean cross-entropy plus the layers' regularisers."""
     passed = forward()
     nll = passed.token_losses.mean()
     penalty = sum(module.regulariser(settings.train_tokens) for module in model.modules() if isinstance(module, ConcreteDropout))

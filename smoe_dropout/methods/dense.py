@@ -1,4 +1,4 @@
-"""The dense model without dropout: an FFN of the width that the experts have together."""
+"""Dense model without dropout: the width of its FFN is that of all experts together."""
 
 from smoe_dropout.methods.base import DENSE, Method
 

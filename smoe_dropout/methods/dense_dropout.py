@@ -1,4 +1,4 @@
-"""The dense model with ordinary dropout of 0.1, which is what the official script of the dense model trains."""
+"""Dense model with ordinary dropout of 0.1, as in the official script of the dense model."""
 
 from smoe_dropout.methods.base import Method
 

@@ -1,8 +1,8 @@
 """DropBlock on the FFN's hidden units: contiguous blocks are dropped (Ghiasi, Lin and Le 2018, arXiv 1810.12890).
 
-Each position where a block of `width` units fits is its begin with probability gamma = rate / width * H / (H - width + 1) (eq. 1, in one
-dimension); what lies in a block becomes 0, the rest is scaled by units / kept units (algorithm 1). Drawn for every token. The rate grows
-linearly from 0 over training. Blocks are as wide as an expert, H / blocks: the dense counterpart of dropping experts.
+A block of `width` units starts at each position where it fits with probability gamma = rate / width * H / (H - width + 1) (eq. 1, in one
+dimension); units in a block become 0, the others are scaled by units / kept units (algorithm 1). Blocks are drawn for every token. The rate
+grows linearly from 0 over training. A block is as wide as an expert, H / blocks: the dense counterpart of dropping experts.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from smoe_dropout.training import FollowsTraining, Reports
 
 @dataclass(frozen=True)
 class Options:
-    """rate: share of units dropped at the end of training. blocks: how many blocks the hidden units make up."""
+    """rate: fraction of units dropped at the end of training. blocks: number of blocks that the hidden units form."""
 
     rate: float = 0.1
     blocks: int = 16
@@ -29,7 +29,7 @@ class Options:
 
 
 class DropBlock(nn.Module, FollowsTraining, Reports):
-    """[..., H] -> [..., H]. Without `set_progress` the rate is the last one from the start. None is dropped in evaluation."""
+    """[..., H] -> [..., H], without dropout in evaluation. Without `set_progress` the final rate is used from the start."""
 
     def __init__(self, width: int, rate: float):
         super().__init__()
@@ -37,9 +37,11 @@ class DropBlock(nn.Module, FollowsTraining, Reports):
 
     @property
     def rate(self) -> float:
+        """Dropout rate at the current training step."""
         return self.final_rate * (1.0 if self.step is None else self.progress)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> [..., H]."""
         if not self.training or self.rate == 0:
             return hidden
         H = hidden.shape[-1]
@@ -49,17 +51,18 @@ class DropBlock(nn.Module, FollowsTraining, Reports):
         return hidden * (kept * (kept.numel() / kept.sum().clamp(min=1))).to(hidden.dtype)
 
     def metrics(self) -> dict[str, float]:
+        """Current dropout rate."""
         return {"rate": self.rate}
 
 
 def covered(begins: Tensor, width: int) -> Tensor:
-    """Which units lie in a block that begins at a marked position: [..., H - width + 1] -> [..., H]."""
+    """Mask of units inside a block, given the mask of block starts: [..., H - width + 1] -> [..., H]."""
     padded = nn.functional.pad(begins.to(torch.int32), (width, width - 1)).cumsum(-1)
     return padded[..., width:] > padded[..., :-width]
 
 
 def convert(model: nn.Module, options: Options) -> nn.Module:
-    """DropBlock in place of each feed-forward network's own dropout. ConfigError if a width is not divided by the number of blocks."""
+    """Replace the hidden units' dropout in every feed-forward network with DropBlock. ConfigError if `blocks` does not divide a width."""
     for site in sites_in_blocks(model, options.blocks):
         site.put_dropout(DropBlock(site.d_ff // options.blocks, options.rate))
     return model

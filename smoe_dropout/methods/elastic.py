@@ -1,7 +1,7 @@
-"""Elastic k: SMoE-Dropout's frozen random router, and k drawn anew at every step, uniform over k_min..k_max, instead of growing.
+"""Elastic k: SMoE-Dropout's frozen random router, with k drawn uniformly from k_min..k_max at every step instead of growing.
 
-Ours, after slimmable networks (Yu and Huang 2019, arXiv 1903.05134): every k that inference may use is also trained, to the end. Draws
-are a function of seed and step. k_min is E/2 unless --moe_top_k_min says otherwise.
+Original to this repository, inspired by slimmable networks (Yu and Huang 2019, arXiv 1903.05134): every k used at inference is trained
+until the end. Draws are a function of seed and step. k_min defaults to E/2 (--moe_top_k_min).
 """
 
 from smoe_dropout.methods.base import FROZEN_ROUTER, Method

@@ -1,9 +1,8 @@
-"""Similarity-aware routing: a token's router scores are averaged over the tokens it resembles (Nguyen et al. 2025, arXiv 2505.00792).
+"""Similarity-aware routing: a token's router scores are averaged over similar tokens (Nguyen et al. 2025, arXiv 2505.00792).
 
-e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. Here j runs over
-the positions up to i of the same segment where attention is causal, since a language model's route may not depend on what follows, else
-over all, padding included. tau = sqrt(d) and W_s = identity
-at the start are ours: the paper's are not known.
+e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. With causal
+attention j runs over the positions up to i of the same segment, since a language model's routes may not depend on later tokens; otherwise
+over all positions, including padding. tau = sqrt(d) and the initial W_s = identity are our choice: the paper does not state them.
 """
 
 import math
@@ -21,7 +20,7 @@ from smoe_dropout.routers import Routing
 
 @dataclass(frozen=True)
 class Options:
-    """tau: temperature; 0: the square root of the model's width."""
+    """tau: temperature; 0 for the square root of d_model."""
 
     tau: float = 0.0
 
@@ -30,7 +29,7 @@ class Options:
 
 
 class SimilarityLayer(MoELayer):
-    """Takes [B, T, D]: sequences of a host with attention. `similarity` is W_s."""
+    """MoE layer for inputs [B, T, D] in models with attention. `similarity` is W_s."""
 
     Options = Options
     needs = frozenset({"attention"})
@@ -43,6 +42,7 @@ class SimilarityLayer(MoELayer):
         self.tau = self.options.tau or math.sqrt(d_model)
 
     def route(self, x: Tensor) -> Routing:
+        """x [B, T, D] -> the routing of its B * T tokens."""
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = x.to(logits_BTE.dtype)
@@ -54,9 +54,11 @@ class SimilarityLayer(MoELayer):
         return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
 
     def routing_parameters(self) -> list[nn.Parameter]:
+        """The router's parameters and W_s."""
         return [*super().routing_parameters(), self.similarity]
 
     def routing_flops(self, lanes: int, positions: int) -> int:
+        """FLOPs of the router, the similarities and the averaging."""
         d_model, tokens = self.similarity.shape[0], lanes * positions
         return super().routing_flops(lanes, positions) + 2 * tokens * (d_model**2 + positions * (d_model + self.num_experts))
 

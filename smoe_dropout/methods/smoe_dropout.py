@@ -1,6 +1,6 @@
-"""SMoE-Dropout: a random frozen router, and k growing linearly from E/2 to E over all of training.
+"""SMoE-Dropout: randomly initialised, frozen router, and k growing linearly from E/2 to E over training.
 
-Chen et al. 2023 (arXiv 2303.01610, section 3): h(x) = W x + b drawn once; the top-k logits choose, their softmax weighs;
+Chen et al. 2023 (arXiv 2303.01610, section 3): h(x) = W x + b is drawn once; the top-k logits choose, their softmax weighs;
 k(t) = clip(round((k_max - k_min) t / T) + k_min, k_min, k_max).
 """
 

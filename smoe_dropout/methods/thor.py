@@ -1,8 +1,8 @@
-"""THOR: experts drawn at random, two passes a step that are to agree (Zuo et al. 2021, arXiv 2110.04260).
+"""THOR: randomly drawn experts, with a consistency loss between two passes per step (Zuo et al. 2021, arXiv 2110.04260).
 
-Training: in each pass each layer draws one expert, uniformly, for the whole batch. Loss = (CE_1 + CE_2) + alpha * 1/2 (KL(p_1 || p_2) +
-KL(p_2 || p_1)), a mean over tokens, KL a sum over symbols. Inference at k: the average of k experts drawn for each sequence, or for each
-token; at k = E of all. That reading of "k experts" is ours.
+Training: in each pass every layer draws one expert uniformly for the whole batch. Loss = (CE_1 + CE_2) + alpha * 1/2 (KL(p_1 || p_2) +
+KL(p_2 || p_1)), a mean over tokens, with KL summed over symbols. Inference at k averages k experts drawn per sequence or per token, all of
+them at k = E; this meaning of k is ours.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, Objective
 from smoe_dropout.options import require
 from smoe_dropout.routers import Routing
-from smoe_dropout.training import shared
+from smoe_dropout.training import synchronized
 
 
 @dataclass(frozen=True)
 class Options:
-    """alpha: weight of the consistency term. inference: what experts are drawn for."""
+    """alpha: weight of the consistency loss. inference: draw experts per sentence or per token."""
 
     alpha: float = 1.0
     inference: Literal["sentence", "token"] = "sentence"
@@ -31,14 +31,15 @@ class Options:
 
 
 class ThorLayer(MoELayer):
-    """Draws k different experts with weight 1/k each, from torch's default generator."""
+    """MoE layer that draws k distinct experts, each with weight 1/k, from torch's default generator."""
 
     Options = Options
 
     def route(self, x: Tensor) -> Routing:
+        """x [..., D] -> random routing of its N tokens: one draw per batch in training, per sequence or token in evaluation."""
         lanes, tokens, k = len(x) if x.dim() > 2 else 1, x.numel() // x.shape[-1], self.top_k
         if self.training:
-            draws = shared(torch.rand(1, self.num_experts, device=x.device))
+            draws = synchronized(torch.rand(1, self.num_experts, device=x.device))
         else:
             draws = torch.rand(tokens if self.options.inference == "token" else lanes, self.num_experts, device=x.device)
         drawn = draws.topk(k, dim=-1).indices
@@ -53,7 +54,7 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
 
 def objective(model, forward, settings) -> Objective:
-    """The state carried on is the first pass's. `nll` is the mean of both passes'."""
+    """Sum of both passes' cross-entropy plus the consistency loss. `nll` is the mean of both passes, the state that of the first."""
     first, second = forward(), forward()
     nll = first.token_losses.mean() + second.token_losses.mean()
     consistency = symmetric_kl(first.logits, second.logits).mean()
@@ -61,8 +62,9 @@ def objective(model, forward, settings) -> Objective:
 
 
 def refusal(config: SMoEConfig) -> str | None:
+    """Error sentence for fewer than two experts, else None."""
     if config.num_experts < 2:
-        return f"num_experts = {config.num_experts}: two passes can only differ with 2 experts or more"
+        return f"num_experts = {config.num_experts}: two passes can only differ with at least 2 experts"
     return None
 
 

@@ -1,8 +1,7 @@
 """Dense-to-sparse gate (Nie et al. 2021, arXiv 2112.14397), as CustomDTSGate of arXiv 2303.01610's code.
 
-Training: p = softmax((W x + b + G) / temperature), G Gumbel noise, the temperature falling linearly from 2 to 0.3 over training. The
-number of experts is the mean number of p above the threshold, at least k; their p, unnormalised, are the gate weights. Evaluation: top-k
-softmax.
+Training: p = softmax((W x + b + G) / temperature), with Gumbel noise G and a temperature that falls linearly from 2 to 0.3. The number of
+active experts is the mean number of p above the threshold, at least k; the unnormalised p are the gate weights. Evaluation: top-k softmax.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from smoe_dropout.training import FollowsTraining, Reports
 
 @dataclass(frozen=True)
 class Options:
-    """max_temp, min_temp: temperature at the begin and the end of training. threshold: p above it counts as active."""
+    """max_temp, min_temp: temperature at the start and end of training. threshold: experts with p above it are active."""
 
     max_temp: float = 2.0
     min_temp: float = 0.3
@@ -32,7 +31,7 @@ class Options:
 
 
 class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
-    """Many experts at first, few at the end."""
+    """Router with many active experts early in training and few at the end."""
 
     Options = Options
     uses = ("balance_loss",)
@@ -40,9 +39,11 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
 
     @property
     def temperature(self) -> float:
+        """Softmax temperature at the current training step."""
         return self.options.max_temp + (self.options.min_temp - self.options.max_temp) * self.progress
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
+        """x [N, D] -> its routing, to more than k experts in training where p exceeds the threshold."""
         logits_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(logits_NE, k)
@@ -57,7 +58,9 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
         return Routing(indices_NK, weights_NK, losses)
 
     def computed(self, k: int) -> int:
+        """Experts computed per token: those of the last pass in training, else k."""
         return max(k, self.active) if self.training else k
 
     def metrics(self) -> dict[str, float]:
+        """Current temperature and number of active experts."""
         return {"temperature": self.temperature, "active_experts": self.active}

@@ -1,7 +1,7 @@
 """Routing by a hash of the token id (Roller et al. 2021, arXiv 2106.04426, "Hash Layers").
 
 Expert e of token id t has the score mix(t E + e + seed), a 64-bit integer hash; the k largest scores choose, and weights are 1/k, as in
-the official gate of arXiv 2303.01610. That gate hashed the position in the batch; this one hashes the token.
+the official gate of arXiv 2303.01610. That gate hashes the position in the batch; this one hashes the token id.
 """
 
 import torch
@@ -12,7 +12,7 @@ from smoe_dropout.routers import Router, Routing
 
 
 class HashRouter(Router):
-    """The same experts for every occurrence of a token id. No parameters; `seed` is drawn once per layer and saved with the model."""
+    """Router that assigns a token id the same experts wherever it occurs. No parameters; `seed` is drawn per layer and saved."""
 
     needs = frozenset({"tokens"})
 
@@ -21,11 +21,12 @@ class HashRouter(Router):
         self.register_buffer("seed", torch.randint(2**62, ()))
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
+        """x [N, D] -> its routing, by the token ids of the current batch. RuntimeError without token ids, or if their number is not N."""
         if self.shared is None or self.shared.tokens is None:
-            raise RuntimeError("the hash router has seen no token ids: they come from the host's token embedding")
+            raise RuntimeError("the hash router has no token ids: it gets them from the model's token embedding")
         tokens_N = self.shared.tokens.flatten()
         if len(tokens_N) != len(x_ND):
-            raise RuntimeError(f"the hash router saw {len(tokens_N)} token ids and has to route {len(x_ND)} positions")
+            raise RuntimeError(f"the hash router got {len(tokens_N)} token ids for {len(x_ND)} positions")
         experts_E = torch.arange(self.num_experts, device=x_ND.device)
         scores_NE = mix(tokens_N[:, None] * self.num_experts + experts_E + self.seed)
         indices_NK = scores_NE.topk(k, dim=-1).indices
@@ -33,7 +34,7 @@ class HashRouter(Router):
 
 
 def mix(values: Tensor) -> Tensor:
-    """A 64-bit integer hash: xor-shifts and multiplications that wrap around, by the constants of MurmurHash3's finaliser."""
+    """64-bit integer hash: xor-shifts and wrapping multiplications with the constants of MurmurHash3's finaliser."""
     for factor in (-0xAE502812AA7333, -0x3B314601E57A13AD):
         values = (values ^ ((values >> 33) & 0x7FFFFFFF)) * factor
     return values ^ ((values >> 33) & 0x7FFFFFFF)

@@ -1,4 +1,4 @@
-"""A learned router with dropout on its logits: CustomDropGate of arXiv 2303.01610's code, p = 0.5."""
+"""Learned router with dropout on its logits: CustomDropGate of arXiv 2303.01610's code, p = 0.5."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from smoe_dropout.routers import LinearRouter, Routing
 
 @dataclass(frozen=True)
 class Options:
-    """logit_dropout: probability with which a logit becomes 0 in training; the others are divided by 1 - p."""
+    """logit_dropout: probability of zeroing a logit in training; the others are divided by 1 - p."""
 
     logit_dropout: float = 0.5
 
@@ -25,4 +25,5 @@ class LogitDropRouter(LinearRouter):
     Options = Options
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
+        """x [N, D] -> its routing."""
         return self.choose(F.dropout(self.logits(x_ND), self.options.logit_dropout, self.training), k)

@@ -14,7 +14,7 @@ from smoe_dropout.routers import LinearRouter, Routing
 
 
 class NoisyTopKRouter(LinearRouter):
-    """Shazeer et al. start from zero weights; here they are N(0, init_std^2), as every router's. The paper's coefficient is 0.1."""
+    """Weights start from N(0, init_std^2) as in every router; Shazeer et al. start from zero. The paper's balance coefficient is 0.1."""
 
     balance_by_default = 0.1
 
@@ -24,6 +24,7 @@ class NoisyTopKRouter(LinearRouter):
         self.requires_grad_(not self.freeze)
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
+        """x [N, D] -> its routing, with noise and both losses in training mode."""
         clean_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(clean_NE, k)
@@ -35,18 +36,19 @@ class NoisyTopKRouter(LinearRouter):
         if self.balance_loss > 0:
             importance_E = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK).sum(0)
             losses["importance"] = self.balance_loss * squared_variation(importance_E)
-            if k < self.num_experts:  # all experts are always chosen otherwise
+            if k < self.num_experts:  # with k = E every expert is always chosen
                 losses["load"] = self.balance_loss * squared_variation(smooth_load(clean_NE, noisy_NE, deviation_NE, k))
         return Routing(indices_NK, weights_NK, losses)
 
     def flops(self, tokens: int) -> int:
+        """FLOPs of the linear map, twice in training for the noise."""
         return super().flops(tokens) * (2 if self.training else 1)
 
 
 def smooth_load(clean_NE: Tensor, noisy_NE: Tensor, deviation_NE: Tensor, k: int) -> Tensor:
-    """Expected number of tokens of each expert under a new draw of its own noise [E]."""
+    """Expected number of tokens of each expert if its own noise were drawn again [E]."""
     top = noisy_NE.topk(k + 1, dim=-1).values
-    # the k-th largest of the others: for a chosen expert the (k+1)-th of all, for another one the k-th
+    # the k-th largest of the others: the (k+1)-th of all for a chosen expert, the k-th otherwise
     threshold_NE = torch.where(noisy_NE > top[:, k, None], top[:, k, None], top[:, k - 1, None])
     return torch.special.ndtr((clean_NE - threshold_NE) / deviation_NE).sum(0)
 

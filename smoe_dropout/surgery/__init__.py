@@ -1,10 +1,10 @@
-"""Surgery on trained models: a model in, a smaller one out that has fewer experts and describes itself like any other.
+"""Surgery: reduces the experts of a trained model, giving a smaller model with its own configuration.
 
     calibration = sd.calibrate(model, ((lambda: model(batch), None) for batch in batches), k=8)
     smaller, config = sd.operate(model, "merge", 8, calibration)
 
-A method says which experts become one and how (`groups.py`); `registry.SURGERIES` has their names. What it leaves is compressed further by
-`compression.py`.
+A method of `registry.SURGERIES` decides which experts are combined and how; `groups.py` defines its interface. `compression.py` compresses
+the remaining experts.
 """
 
 import copy
@@ -26,20 +26,22 @@ __all__ = ["Calibration", "calibrate", "operate"]
 
 
 def operate(model: nn.Module, method: str, keep: int, calibration: Calibration | None, **options: object) -> tuple[nn.Module, SMoEConfig]:
-    """A copy of the model with fewer experts, its routers cut to those that are left, and the configuration that it has; `moefy` makes such
-    layers from it. All other tensors are those of the model, bit for bit, and the model stays as it is.
+    """Copy of the model with fewer experts and routers reduced accordingly, and its configuration, from which `moefy` builds such layers.
 
-    method: a name in `registry.SURGERIES`; its file says how many experts `keep` leaves, and which options it has. calibration: of this
-    model; None where the method needs none. k of the copy is that of the model, or all its experts if those are fewer.
+    All other tensors are bit-identical to the model's, and the model is not changed. k of the copy is the model's k, or the number of
+    experts if that is smaller.
 
-    ConfigError for a dense or a compressed model, routers that cannot be cut, a `keep` or an option that cannot be, a calibration that is
-    missing, or of another model, or that never reached an expert which would be left.
+    method: a name in `registry.SURGERIES`. keep: number of experts to keep; see the method's file for its exact meaning. calibration: of
+    this model; None if the method needs none. options: of the method.
+
+    Raises ConfigError for a dense or compressed model, a router that cannot be reduced, an invalid `keep` or option, and a missing
+    calibration or one of another model; ValueError if an expert to keep received no tokens.
     """
     require(method in SURGERIES, unknown("method of surgery", method, SURGERIES))
     surgery, layers = load(SURGERIES, "method of surgery", method), [layer for _, layer in cuttable_layers(model)]
     _check(layers, keep)
     if foreign := sorted(options.keys() - surgery.OPTIONS.keys()):
-        raise ConfigError(f"option {foreign[0]} means nothing to {method!r}; options: {', '.join(surgery.OPTIONS) or 'none'}")
+        raise ConfigError(f"unknown option {foreign[0]} of {method!r}; options: {', '.join(surgery.OPTIONS) or 'none'}")
     options = {**surgery.OPTIONS, **options}
     if calibration is not None:
         calibration.check_of(model)
@@ -48,7 +50,7 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     groups = surgery.groups(layers, calibrations, keep, options)
     made = copy.deepcopy(model)
     for layer, smaller, its, calibrated in zip(layers, (layer for _, layer in moe_layers(made)), groups, calibrations, strict=True):
-        _leave(smaller, [surgery.combine(layer, group, calibrated) for group in its], [group.leader for group in its])
+        _replace(smaller, [surgery.combine(layer, group, calibrated) for group in its], [group.leader for group in its])
     counts = tuple(map(len, groups))
     configure(
         made,
@@ -69,21 +71,21 @@ def _check(layers: Sequence[MoELayer], keep: int) -> None:
     )
     require(
         not any(isinstance(layer.experts, CompressedExperts) for layer in layers),
-        "the experts are compressed already: operate on the model as it was before, and compress last",
+        "the experts are already compressed: operate on the uncompressed model, and compress last",
     )
     widths = sorted({layer.experts.down.shape[1] for layer in layers})
-    require(len(widths) == 1, f"the layers have experts of different widths, {widths}, which no one d_expert describes")
+    require(len(widths) == 1, f"the layers have experts of different widths {widths}, which a single d_expert cannot describe")
 
 
 @torch.no_grad()
-def _leave(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int]) -> None:
-    """Leaves the layer these experts, chosen by the router rows of their leaders."""
+def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int]) -> None:
+    """Replace the layer's experts with these, and its router rows with those of their leaders."""
     count, scale_before = len(experts), layer.output_scale
     layer.output_scale = 1.0 if layer.config.output_scale == "mean" else float(count)
     names, stacked = ("up", "bias_up", "down", "bias_down"), (torch.stack(tensors) for tensors in zip(*experts, strict=True))
     for name, tensor in zip(names, stacked, strict=True):
         if "down" in name and layer.output_scale != scale_before:
-            tensor = tensor * (scale_before / layer.output_scale)  # what the experts sum to stays as large as it was
+            tensor = tensor * (scale_before / layer.output_scale)  # keep the scale of the sum over experts
         setattr(layer.experts, name, nn.Parameter(tensor, getattr(layer.experts, name).requires_grad))
     for name, rows in list(layer.router.named_parameters(recurse=False)):
         setattr(layer.router, name, nn.Parameter(rows[list(leaders)], rows.requires_grad))

@@ -1,4 +1,4 @@
-"""The baseline of merging: the same groups, their experts averaged as they are, without alignment or weights."""
+"""Baseline for merging: the same groups, with their experts averaged without alignment or weights."""
 
 import torch
 
@@ -11,6 +11,6 @@ __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
 
 def combine(layer: MoELayer, group: Group, calibration: LayerCalibration) -> Expert:
-    """The plain mean of the members."""
+    """Unweighted mean of the members."""
     count = len(group.members)
     return mean([expert_of(layer.experts, index) for index in group.members], torch.full((count,), 1 / count, dtype=torch.float64))

@@ -1,5 +1,6 @@
-"""What the experts of a model do on calibration text or a task's rows: how often each is used, with what gate weight, and what the router
-says of a sample of tokens. One pass collects it, in a small file that every method of surgery reads.
+"""Calibration data for surgery: each expert's usage and gate weight, and inputs and router logits of a sample of tokens.
+
+Collected while the model reads a text or the rows of a task, and stored in a small file.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from smoe_dropout.routers import LinearRouter
 
 
 class LayerCalibration(NamedTuple):
-    """Of one MoE layer. usage_E: each expert's share of the assignments; weight_E: of the gate weight; both sum to 1. Of S tokens, the same
-    in every layer: logits_SE, the router's, and inputs_SD, from which `Experts.each` makes every expert's output.
+    """Calibration of one MoE layer.
+
+    usage_E: each expert's fraction of the assignments, summing to 1. weight_E: its fraction of the gate weight, summing to 1.
+    logits_SE, inputs_SD: router logits and inputs of S sampled tokens, the same tokens in every layer.
     """
 
     usage_E: Tensor
@@ -34,7 +37,7 @@ class LayerCalibration(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """names: of the MoE layers, whose calibrations stand in `layers`. k: active experts. tokens: that were counted."""
+    """Calibration of a model. names: of the MoE layers. layers: their calibrations. k: active experts. tokens: number of tokens counted."""
 
     names: tuple[str, ...]
     layers: tuple[LayerCalibration, ...]
@@ -43,46 +46,46 @@ class Calibration:
 
     @property
     def usage(self) -> list[Tensor]:
-        """Of every layer, each expert's share of the assignments [E]."""
+        """Each expert's fraction of the assignments [E], by layer."""
         return [layer.usage_E for layer in self.layers]
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file."""
+        """Write a safetensors file."""
         tensors = {f"{index}.{name}": tensor for index, layer in enumerate(self.layers) for name, tensor in layer._asdict().items()}
-        said = {"names": self.names, "k": self.k, "tokens": self.tokens}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"calibration": json.dumps(said)})
+        header = {"names": self.names, "k": self.k, "tokens": self.tokens}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"calibration": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """ConfigError for a file that cannot be read, or is of something else."""
+        """Read a file written by `save`. ConfigError if it cannot be read or is not a calibration."""
         try:
             with safe_open(path, "pt") as file:
-                said = json.loads((file.metadata() or {})["calibration"])
+                header = json.loads((file.metadata() or {})["calibration"])
                 layers = [
                     LayerCalibration(*(file.get_tensor(f"{index}.{name}") for name in LayerCalibration._fields))
-                    for index in range(len(said["names"]))
+                    for index in range(len(header["names"]))
                 ]
-            return cls(tuple(said["names"]), tuple(layers), said["k"], said["tokens"])
+            return cls(tuple(header["names"]), tuple(layers), header["k"], header["tokens"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a calibration: {error}") from None
 
     def check_of(self, model: nn.Module) -> None:
-        """ConfigError unless the model has MoE layers of these names and sizes."""
+        """Raise ConfigError unless the model has MoE layers with these names and sizes."""
         ours = {
             name: (*usage_E.shape, inputs_SD.shape[1]) for name, (usage_E, _, _, inputs_SD) in zip(self.names, self.layers, strict=True)
         }
         theirs = {name: layer.router.weight.shape for name, layer in cuttable_layers(model)}
-        require(ours == theirs, "the calibration is of another model: its MoE layers have other names, numbers of experts or widths")
+        require(ours == theirs, "the calibration belongs to another model: names, numbers of experts or widths of its MoE layers differ")
 
 
 def cuttable_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    """The MoE layers with their names. ConfigError if there are none, or their routers have no row for each expert."""
+    """Names and modules of the MoE layers. ConfigError if there are none, or a router has no row per expert."""
     layers = moe_layers(model)
-    require(bool(layers), f"{type(model).__name__} has no MoE layers: surgery is for models with experts")
+    require(bool(layers), f"{type(model).__name__} has no MoE layers: surgery needs a model with experts")
     for _, layer in layers:
         require(
             isinstance(layer.router, LinearRouter),
-            f"router {layer.config.router!r} has no row for each expert: it tells no expert from another, and cannot be cut",
+            f"router {layer.config.router!r} has no row per expert, so it cannot be reduced to fewer experts",
         )
     return layers
 
@@ -91,12 +94,15 @@ def cuttable_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 def calibrate(
     model: nn.Module, passes: Iterable[tuple[Callable[[], object], Tensor | None]], k: int | None = None, seed: int = 0, sample: int = 256
 ) -> Calibration:
-    """Watches the experts while the model reads.
+    """Run the model and record how its experts are used.
 
-    passes: what runs the model once, and a bool mask of the positions that count, in the order in which the MoE layers see them; None: all.
-    k: active experts meanwhile, None: as the model has it; at k = E all are used alike. seed: decides which `sample` tokens are kept.
-    The model is in evaluation mode meanwhile, and afterwards as before. ConfigError for a model that surgery cannot be done on, and where
-    no position counts or reaches a layer; ValueError for a k it has not and a mask of another size.
+    passes: pairs of a function that runs the model once and a bool mask of the positions to count, in the order in which the MoE layers see
+        them; None counts all.
+    k: active experts; None: the model's k. At k = E all experts are used equally.
+    seed: of the choice of `sample` tokens whose inputs are kept.
+
+    The model runs in evaluation mode; modes and k are restored afterwards. Raises ConfigError for a model that surgery does not support,
+    and if no position counts or reaches a layer; ValueError for an invalid k or a mask of the wrong size.
     """
     layers, modes = cuttable_layers(model), [(module, module.training) for module in model.modules()]
     k = get_top_k(model) if k is None else k
@@ -115,14 +121,14 @@ def calibrate(
             for hook in hooks:
                 hook.remove()
     tokens = watches[0].tokens
-    require(any(watch.tokens for watch in watches), "no position of the calibration counts: give text, or rows that are not all padding")
+    require(any(watch.tokens for watch in watches), "the calibration data has no positions to count: it is empty or all padding")
     unseen = [name for (name, _), watch in zip(layers, watches, strict=True) if not watch.tokens]
-    require(not unseen, f"no position of the calibration reached {', '.join(unseen)}: the passes have to run every MoE layer")
+    require(not unseen, f"no position of the calibration data reached {', '.join(unseen)}: the passes must run every MoE layer")
     return Calibration(tuple(name for name, _ in layers), tuple(watch.result() for watch in watches), k, tokens)
 
 
 class _Watch:
-    """What went to the experts of one layer. Every token gets a random key; those of the smallest keys are the sample."""
+    """Statistics of one layer's experts. Every token gets a random key; the tokens with the smallest keys form the sample."""
 
     def __init__(self, layer: MoELayer, draw: torch.Generator, sample: int):
         self.layer, self.draw, self.sample, self.tokens = layer, draw, sample, 0
@@ -134,11 +140,11 @@ class _Watch:
         )
 
     def see(self, _experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        """A forward pre-hook of the experts."""
+        """Count a pass; a forward pre-hook of the experts."""
         x_ND, indices_NK, weights_NK = inputs
         if self.real is not None:
             if self.real.numel() != len(x_ND):
-                raise ValueError(f"the mask says of {self.real.numel()} positions whether they count, and the model read {len(x_ND)}")
+                raise ValueError(f"the mask has {self.real.numel()} positions, but the model read {len(x_ND)}")
             x_ND, indices_NK, weights_NK = (tensor[self.real.flatten()] for tensor in inputs)
         self.tokens += len(x_ND)
         chosen_M = indices_NK.flatten().cpu()
@@ -149,6 +155,7 @@ class _Watch:
         self.keys_S, self.inputs_SD = keys_S[kept_S], torch.cat([self.inputs_SD, x_ND.to(self.inputs_SD)])[kept_S]
 
     def result(self) -> LayerCalibration:
+        """Normalised statistics, and router logits of the sample."""
         router = self.layer.router
         logits_SE = router.logits(self.inputs_SD.to(router.weight.device)).cpu()
         return LayerCalibration(*(sums_E / sums_E.sum() for sums_E in (self.counts_E, self.weight_E)), logits_SE, self.inputs_SD)

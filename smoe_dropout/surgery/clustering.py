@@ -1,4 +1,4 @@
-"""Spectral clustering of a few points (Ng, Jordan and Weiss 2001), the same for the same seed."""
+"""Spectral clustering of a few points (Ng, Jordan and Weiss 2001), deterministic for a given seed."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,9 @@ RESTARTS, ROUNDS = 10, 100
 
 
 def spectral_clusters(affinity_EE: Tensor, count: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """`count` clusters, none empty, by a symmetric affinity that is not negative: k-means on the leading eigenvectors of the normalised
-    graph. In the order of their first members.
+    """Partition into `count` non-empty clusters, in order of their first members.
+
+    affinity_EE: symmetric and non-negative. Runs k-means on the leading eigenvectors of the normalised affinity matrix.
     """
     degree_E = affinity_EE.sum(1).clamp(min=1e-12)
     normalised_EE = affinity_EE / (degree_E[:, None] * degree_E).sqrt()
@@ -19,7 +20,7 @@ def spectral_clusters(affinity_EE: Tensor, count: int, seed: int = 0) -> list[tu
 
 
 def k_means(points_EC: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """The cluster of each point [E], of several restarts the one with the smallest sum of squared distances."""
+    """Cluster of each point [E]: the best of several restarts by the sum of squared distances."""
     found = [_k_means_once(points_EC, count, generator) for _ in range(RESTARTS)]
     return min(
         found, key=lambda labels_E: float(_squares(points_EC, _centres(points_EC, labels_E, count)).gather(1, labels_E[:, None]).sum())
@@ -37,7 +38,7 @@ def _k_means_once(points_EC: Tensor, count: int, generator: torch.Generator) -> 
 
 
 def _seeds(points_EC: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """k-means++: the next is drawn in proportion to its squared distance from the nearest one so far; all differ, though points may not."""
+    """k-means++ seeds: each is drawn with probability proportional to its squared distance from the nearest one so far. All differ."""
     chosen = [int(torch.randint(len(points_EC), (1,), generator=generator))]
     while len(chosen) < count:
         distance_E = _squares(points_EC, points_EC[chosen]).amin(1) + 1e-12
@@ -47,7 +48,7 @@ def _seeds(points_EC: Tensor, count: int, generator: torch.Generator) -> list[in
 
 
 def _assigned(points_EC: Tensor, centres_KC: Tensor) -> Tensor:
-    """The nearest centre of each point; a centre that no point is nearest to gets the point farthest from its own."""
+    """Nearest centre of each point; an empty centre gets the point farthest from its own."""
     squares_EK = _squares(points_EC, centres_KC)
     labels_E = squares_EK.argmin(1)
     for empty in set(range(len(centres_KC))) - set(labels_E.tolist()):

@@ -1,13 +1,14 @@
-"""MC-SMoE's compression (arXiv 2310.01334, section 3.3; LoSparse, 2306.11222): W = U V + S in every expert, S pruned while a teacher is
-learned from.
+"""MC-SMoE's compression (arXiv 2310.01334, section 3.3; LoSparse, 2306.11222): W = U V + S in every expert.
+
+S is pruned during training with distillation from a teacher:
 
     compressed = compress(model, rank=32)
     pruner = Pruner(compressed, kept=0.1, steps=1000)
     for step in range(steps):
         loss = distilled(task_loss, logits, teacher_logits); loss.backward(); optimizer.step()
-        pruner.step()                       # while the gradients are there
+        pruner.step()                       # before the gradients are cleared
         optimizer.zero_grad()
-    pruner.finish()                         # what was pruned is no longer stored
+    pruner.finish()                         # removes pruned weights from storage
 """
 
 import copy
@@ -20,18 +21,18 @@ from smoe_dropout.control import configure, moe_layers
 from smoe_dropout.experts.compressed import CompressedExperts, factored, sparse_units
 from smoe_dropout.options import require
 
-BETA = 0.85  # of the mean of importances (LoSparse)
+BETA = 0.85  # decay of the running mean of importances (LoSparse)
 
 
 def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
-    """A copy whose experts are U V + S, U V of the given rank, which with kept = 1 computes what the model does.
+    """Copy of the model with experts U V + S, U V of the given rank. With kept = 1 it computes the same function.
 
-    kept: share of the hidden units that S has at once, those it is largest for; a `Pruner` rather takes the others away in training.
-    ConfigError for a model without experts or with compressed ones, a rank that the maps have not, or a share that is none.
+    kept: fraction of hidden units to keep in S now, those with the largest norm; use a `Pruner` to remove them gradually in training.
+    Raises ConfigError for a model without experts or with compressed ones, and for an invalid rank or fraction.
     """
     layers = moe_layers(model)
     require(bool(layers), f"{type(model).__name__} has no MoE layers: there are no experts to compress")
-    require(layers[0][1].config.expert_rank is None, "the experts are compressed already")
+    require(layers[0][1].config.expert_rank is None, "the experts are already compressed")
     most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
     require(1 <= rank <= most, f"rank = {rank} must be from 1 to {most}, the largest rank of an expert's maps")
     _check_share(kept)
@@ -46,14 +47,15 @@ def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
 
 
 def kept_share(step: int, steps: int, final: float) -> float:
-    """Of S's hidden units after that step: falls from 1 to `final` in so many steps, as a cube, fast at first."""
+    """Fraction of hidden units left in S after a step: a cubic schedule from 1 to `final` over `steps`, fastest at the start."""
     return final + (1 - final) * (1 - min(step / steps, 1.0)) ** 3
 
 
 class Pruner:
-    """Sets the hidden units of S that matter least to zero, more of them after every step; they are told by a running mean of |w dL/dw|.
+    """Gradually zeroes the least important hidden units of S, by a running mean of |w dL/dw|.
 
-    Its state is to be saved and loaded where training is resumed.
+    kept: final fraction of hidden units in S. steps: length of the schedule. Save and load its state when training is resumed. Raises
+    ConfigError for a model without compressed experts, `kept` above what S has left, or steps < 1.
     """
 
     def __init__(self, model: nn.Module, kept: float, steps: int):
@@ -68,7 +70,7 @@ class Pruner:
 
     @torch.no_grad()
     def step(self) -> None:
-        """To be called after the optimiser's step, before the gradients are set to zero."""
+        """Prune; call it after each optimiser step, before gradients are cleared."""
         self.taken += 1
         share = kept_share(self.taken, self.steps, self.kept)
         for experts, importance_EU in zip(self._experts, self.importances, strict=True):
@@ -80,37 +82,39 @@ class Pruner:
                 rows_EGUD.masked_fill_(pruned_EU[:, None, :, None], 0)
 
     def finish(self) -> None:
-        """Leaves S only the hidden units that are kept. The parameters change: build their optimiser afterwards."""
+        """Remove the pruned hidden units from S. Build the optimiser afterwards, since the parameters change."""
         _keep(self.model, self.importances, self.kept)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Tensors to save with a checkpoint."""
         return {"taken": torch.tensor(self.taken), **{f"importance.{i}": tensor for i, tensor in enumerate(self.importances)}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
         self.taken = int(state["taken"])
         for index, importance_EU in enumerate(self.importances):
             importance_EU.copy_(state[f"importance.{index}"])
 
 
 def distilled(task_loss: Tensor, logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, temperature: float = 2.0) -> Tensor:
-    """The task's loss plus alpha T^2 KL(teacher || model) at temperature T, the mean over positions [..., V]."""
+    """task_loss + alpha T^2 KL(teacher || model) at temperature T, averaged over positions; logits [..., V]."""
     ours, theirs = ((some.flatten(0, -2) / temperature).log_softmax(-1) for some in (logits, teacher_logits))
     return task_loss + alpha * temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _importance(experts: CompressedExperts) -> Tensor:
-    """Mean |w dL/dw| of every hidden unit of S [E, U]."""
+    """Mean |w dL/dw| of each hidden unit of S [E, U]."""
     products = [(rows * rows.grad).abs().transpose(1, 2).flatten(2) for rows in (experts.up_s, experts.down_s)]
     return torch.cat(products, 2).mean(2)
 
 
 def _size(experts: CompressedExperts) -> Tensor:
-    """Sum of squares of every hidden unit of S [E, U]."""
+    """Squared norm of each hidden unit of S [E, U]."""
     return sum(rows.detach().square().sum((1, 3)) for rows in (experts.up_s, experts.down_s))
 
 
 def _keep(model: nn.Module, importances: list[Tensor], share: float) -> None:
-    """Leaves S of every expert its share of hidden units, the most important ones."""
+    """Keep this fraction of hidden units in S of every expert, the most important ones."""
     for (_, layer), importance_EU in zip(moe_layers(model), importances, strict=True):
         kept = importance_EU.topk(sparse_units(layer.experts.up_u.shape[2], share)).indices
         layer.experts.keep_units(kept.sort(1).values)
@@ -118,4 +122,4 @@ def _keep(model: nn.Module, importances: list[Tensor], share: float) -> None:
 
 
 def _check_share(kept: float) -> None:
-    require(0 < kept <= 1, f"kept = {kept} must be above 0, and 1 at most")
+    require(0 < kept <= 1, f"kept = {kept} must be above 0 and at most 1")

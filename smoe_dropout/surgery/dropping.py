@@ -1,4 +1,4 @@
-"""The baseline of merging: of the experts that merging would keep nothing changes, and the others are dropped."""
+"""Baseline for merging: the dominant experts are kept unchanged and the others dropped."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +16,14 @@ NEEDS = True
 def groups(
     layers: Sequence[MoELayer], calibrations: Sequence[LayerCalibration], keep: int, options: Mapping[str, Any]
 ) -> list[list[Group]]:
-    """The most used experts of all layers together, `keep` a layer on average, or with the option `by_layer` in each. ValueError for one of
-    them that no token reached.
+    """The most used experts: `keep` per layer on average, or in every layer with option `by_layer`.
+
+    Raises ValueError if one of them received no tokens.
     """
     chosen = most_used([calibration.usage_E for calibration in calibrations], keep, options["by_layer"])
     return [[Group((expert,), expert) for expert in experts] for experts in chosen]
 
 
 def combine(layer: MoELayer, group: Group, calibration: LayerCalibration | None) -> Expert:
-    """The one member."""
+    """The group's single member."""
     return expert_of(layer.experts, group.leader)

@@ -1,10 +1,9 @@
-"""What a method of surgery decides and makes: which experts become one, and the tensors of that one.
+"""Interface of surgery methods. A method is a module with
 
-A method is a module with
-    NEEDS: bool                                                    a calibration
-    OPTIONS: dict[str, Any]                                        that may be given, with their defaults
-    groups(layers, calibrations, keep, options) -> list[list[Group]]     for every layer, in order, the new experts
-    combine(layer, group, calibration) -> Expert                   the tensors of one of them
+NEEDS: bool                                                         whether it requires a calibration
+OPTIONS: dict[str, Any]                                             its options and their defaults
+groups(layers, calibrations, keep, options) -> list[list[Group]]    the new experts of every layer, in order
+combine(layer, group, calibration) -> Expert                        the tensors of one new expert
 """
 
 from typing import NamedTuple
@@ -13,14 +12,14 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """The old experts that become one new expert, which is chosen by the router row of their leader."""
+    """Indices of the old experts that form one new expert, and of the leader whose router row it gets."""
 
     members: tuple[int, ...]
     leader: int
 
 
 class Expert(NamedTuple):
-    """One expert; of a gated one up [2H, D] and its bias hold the gate's rows first."""
+    """Tensors of one expert. For a gated activation `up` is [2H, D], the gate's rows first, and likewise its bias."""
 
     up_HD: Tensor
     bias_up_H: Tensor
@@ -29,5 +28,5 @@ class Expert(NamedTuple):
 
 
 def expert_of(experts, index: int) -> Expert:
-    """A view of the expert with that index."""
+    """View of the expert with this index."""
     return Expert(*(stacked[index] for stacked in experts.weights(experts.up.dtype)[:4]))

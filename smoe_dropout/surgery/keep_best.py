@@ -1,4 +1,4 @@
-"""The best experts of every layer are kept as they are, and the others dropped: by what a text says of them, or by the router alone."""
+"""Keep the best experts of every layer unchanged and drop the others, scored on calibration data or by the router alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from smoe_dropout.surgery.merging import most_used
 
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
-NEEDS = False  # the score decides
+NEEDS = False  # depends on the score
 OPTIONS = {"score": "usage"}
 
-# how good every expert is [E]; large logits choose, and a frozen router's rows stay as long as they were drawn
+# score of every expert [E]. The norm of router rows indicates large logits; rows of a frozen router keep their initial norms
 SCORES: dict[str, Callable[[MoELayer, LayerCalibration | None], Tensor]] = {
     "usage": lambda layer, calibration: calibration.usage_E,
     "gate_weight": lambda layer, calibration: calibration.weight_E,
@@ -29,8 +29,9 @@ SCORES: dict[str, Callable[[MoELayer, LayerCalibration | None], Tensor]] = {
 def groups(
     layers: Sequence[MoELayer], calibrations: Sequence[LayerCalibration | None], keep: int, options: Mapping[str, Any]
 ) -> list[list[Group]]:
-    """The `keep` best experts of every layer by the option `score`; a layer with fewer keeps all. ConfigError for an unknown score, or one
-    that needs a calibration where there is none; ValueError for one of them that no token reached.
+    """The `keep` experts of every layer with the highest option `score`; a layer with fewer keeps all.
+
+    Raises ConfigError for an unknown score or a missing calibration, ValueError if an expert to keep received no tokens.
     """
     score = str(options["score"])
     require(score in SCORES, unknown("score", score, SCORES))

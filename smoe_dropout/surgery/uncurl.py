@@ -1,5 +1,6 @@
-"""UNCURL's pruning (arXiv 2409.01483): in every layer experts are clustered by their router logits on the data of a task, and each cluster
-becomes one expert, aligned and weighted by usage, with the router row of its most used member.
+"""UNCURL's pruning (arXiv 2409.01483): experts of every layer are clustered by their router logits on a task's data.
+
+Each cluster becomes one expert, aligned and weighted by usage, with the router row of its most used member.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ OPTIONS = {"seed": 0}
 def groups(
     layers: Sequence[MoELayer], calibrations: Sequence[LayerCalibration], keep: int, options: Mapping[str, Any]
 ) -> list[list[Group]]:
-    """`keep` clusters in every layer; option `seed`: of their search. ValueError where no token reached any expert of a cluster."""
+    """`keep` clusters in every layer; option `seed` is that of k-means. ValueError if no expert of a cluster received any tokens."""
     return [_clustered(index, calibration, keep, options["seed"]) for index, calibration in enumerate(calibrations)]
 
 
@@ -30,8 +31,8 @@ def _clustered(index: int, calibration: LayerCalibration, keep: int, seed: int) 
         if usage.sum() == 0:
             names = ", ".join(map(str, members))
             raise ValueError(
-                f"no token of the calibration reached any of the experts {names} of MoE layer {index}, which would be merged by usage: "
-                "give more text, a larger k, or keep fewer"
+                f"the experts {names} of MoE layer {index} would be merged by usage, but received no tokens of the calibration data: "
+                "use more data, a larger k, or keep fewer"
             )
         found.append(Group(members, members[int(usage.argmax())]))
     return found
