@@ -1,7 +1,6 @@
-"""A dense Transformer-XL language model (Dai et al. 2019, arXiv 1901.02860). Nothing here knows of experts.
+"""Dense Transformer-XL language model (Dai et al. 2019, arXiv 1901.02860); it contains no mixture-of-experts code.
 
-Shape suffixes: B lanes (batch), T positions of this segment, M positions of memory, K = M + T keys, H heads, C head width, D model width,
-V symbols.
+Shape suffixes: B batch, T positions of the segment, M positions of memory, K = M + T keys, H heads, C head width, D model width, V symbols.
 """
 
 import math
@@ -17,10 +16,10 @@ Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's ou
 
 @dataclass(frozen=True)
 class TransformerXLConfig:
-    """Sizes of the model; defaults are the paper's enwik8 setting with a dense feed-forward layer.
+    """Sizes of the model; the defaults are the paper's enwik8 setting with a dense feed-forward layer.
 
-    `mem_len`: positions of memory kept; `same_length`: every position attends equally far back (else the first ones see less);
-    `clamp_len`: distances beyond it share one position embedding (-1: none); `pre_lnorm`: LayerNorm before each sublayer, not after.
+    mem_len: positions of memory kept. same_length: every position attends equally far back; otherwise the first ones see less.
+    clamp_len: distances beyond it share one position embedding; -1: no limit. pre_lnorm: LayerNorm before each sublayer instead of after.
     """
 
     n_token: int
@@ -40,28 +39,29 @@ class TransformerXLConfig:
 
     def __post_init__(self):
         if self.same_length and self.mem_len == 0:
-            raise ValueError("same_length lets every position see mem_len positions, itself included, and mem_len is 0")
+            raise ValueError("same_length makes every position attend to mem_len positions, including itself, so mem_len must not be 0")
 
 
 def position_scores(qv_HBTC: Tensor, r_HKC: Tensor) -> Tensor:
-    """qv r^T for every pair of position and distance [H, B*T, K + 1], with a last column of zeros, which `by_key` needs."""
+    """qv r^T for every pair of position and distance [H, B*T, K + 1]; the last column is zero, for `by_key`."""
     return torch.bmm(qv_HBTC.flatten(1, 2), F.pad(r_HKC, (0, 0, 0, 1)).transpose(1, 2))
 
 
 def by_key(scores: Tensor, batch_size: int) -> Tensor:
-    """The same memory read by key instead of by distance: [H, B*T, K + 1] -> a view [H, B, T, K].
+    """View scores by key instead of by distance, without a copy: [H, B*T, K + 1] -> [H, B, T, K].
 
-    Column j of row i is the term of distance i + M - j, which stands T - 1 - i columns further right. In rows of K + 1 values that is flat
-    element T - 1 + i K + j, so leaving out the first T - 1 values and reading rows of K shifts every row by its own amount without a copy.
-    Where j > i + M, in the future, stands something else: mask it.
+    Column j of row i is the score of distance i + M - j, which is stored T - 1 - i columns further right. With rows of K + 1 values that is
+    flat element T - 1 + i K + j, so skipping the first T - 1 values and reading rows of K shifts every row by the right amount. Future
+    positions, j > i + M, hold unrelated values and must be masked.
     """
     T, K = scores.shape[1] // batch_size, scores.shape[2] - 1
     return scores.unflatten(1, (batch_size, T)).flatten(2)[..., T - 1 : T - 1 + T * K].unflatten(-1, (T, K))
 
 
 def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dropout: float) -> Tensor:
-    """softmax(qu k^T + shift(qv r^T) + mask) v -> [H, B, T, C], queries scaled already; torch's fused attention with the position term as
-    its bias. This is the definition, and the way taken on GPUs and with attention dropout.
+    """softmax(qu k^T + shift(qv r^T) + mask) v -> [H, B, T, C], for queries that are already scaled.
+
+    Uses torch's fused attention with the position term as bias. This is the definition, and what runs on GPUs and with attention dropout.
     """
     bias = by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]) + mask_TK
     return F.scaled_dot_product_attention(qu_HBTC, k_HBKC, v_HBKC, attn_mask=bias, dropout_p=dropout, scale=1.0)
@@ -69,8 +69,8 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
 
 @torch.no_grad()
 def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, r_HKC, mask_TK) -> Tensor:
-    """The softmax in `relative_attention_sdpa` [H, B, T, K], which does not return it."""
-    if qv_HBTC.shape[2] == 1:  # nothing to shift, and so nothing to copy
+    """Attention probabilities [H, B, T, K], which `relative_attention_sdpa` does not return."""
+    if qv_HBTC.shape[2] == 1:  # nothing to shift
         distance_HBTK = (qv_HBTC.flatten(1, 2) @ r_HKC.transpose(1, 2))[:, :, None]
     else:
         distance_HBTK = by_key(position_scores(qv_HBTC, r_HKC), qv_HBTC.shape[1])
@@ -78,14 +78,15 @@ def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, r_HKC, mask_TK) -> Tensor:
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
-    """The same with as few passes over the scores as can be, and every matrix product on operands that need no copy.
+    """`relative_attention_sdpa` for CPUs, with as few passes over the scores as possible and no copies of operands.
 
-    Only probabilities are kept. Where a product has the scores transposed, the narrow operand is transposed instead, and its result: torch
-    copies a transposed operand in bf16. torch's softmax gradient is several times slower there than three vectorised passes.
+    Saves only the probabilities for backward. In products with transposed scores the narrow operand and the result are transposed instead,
+    because torch copies transposed operands in bf16. torch's softmax gradient is several times slower than three vectorised passes.
     """
 
     @staticmethod
     def forward(ctx, qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK):
+        """Output [H, B, T, C] and probabilities [H, B, T, K], which are not differentiable."""
         p = torch.bmm(qu_HBTC.flatten(0, 1), k_HBKC.flatten(0, 1).transpose(1, 2))
         p.add_(by_key(position_scores(qv_HBTC, r_HKC), qu_HBTC.shape[1]).flatten(0, 1)).add_(mask_TK)
         torch.softmax(p, -1, out=p)
@@ -96,6 +97,7 @@ class RelativeAttentionCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_HBTC, _):
+        """Gradients of the inputs of `forward`."""
         if torch.is_grad_enabled():
             raise RuntimeError("RelativeAttentionCPU cannot be differentiated twice: use relative_attention_sdpa")
         qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, p = ctx.saved_tensors
@@ -103,7 +105,7 @@ class RelativeAttentionCPU(torch.autograd.Function):
         grad_v = torch.bmm(grad.transpose(1, 2), p).transpose(1, 2).view_as(v_HBKC)
         grad_p = torch.bmm(grad, v_HBKC.flatten(0, 1).transpose(1, 2)).mul_(p)
         by_distance = p.new_empty(H, B * T, K + 1)
-        edges = by_distance.unflatten(1, (B, T)).flatten(2)  # what lies before and behind the view was not used
+        edges = by_distance.unflatten(1, (B, T)).flatten(2)  # values before and after the view were not used
         edges[..., : T - 1], edges[..., T - 1 + T * K :] = 0, 0
         grad_scores = by_key(by_distance, B).flatten(0, 1)
         torch.addcmul(grad_p, p, grad_p.sum(-1, keepdim=True), value=-1, out=grad_scores)
@@ -115,23 +117,24 @@ class RelativeAttentionCPU(torch.autograd.Function):
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
-class Seen:
-    """What an attention module keeps of what it has read, without gradients: keys and values, and the keys of distances.
+class KeyValueCache:
+    """Keys and values of an attention module for positions already read, and the keys of distances, without gradients.
 
-    They stand in buffers twice as long as needed, so that memory is moved only when those are full, and not for every new position.
+    Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position.
     """
 
     def __init__(self):
-        self.r_HLC: Tensor | None = None  # of the distances L - 1 .. 0
-        self._kv: Tensor | None = None  # [2, H, B, room, C], filled up to `_end`
+        self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
+        self._kv: Tensor | None = None  # [2, H, B, capacity, C], filled up to `_end`
         self._end = 0
 
     @property
     def length(self) -> int:
+        """Number of positions cached."""
         return self._end
 
     def extend(self, k_HBTC: Tensor, v_HBTC: Tensor, memory: int) -> Tensor:
-        """Keys and values [2, H, B, M + T, C] of the last positions, at most `memory`, and of new ones, which are from now on kept, too."""
+        """Append new positions; return keys and values [2, H, B, M + T, C] of them and of at most `memory` positions before."""
         T, kept = k_HBTC.shape[2], min(self._end, memory)
         if self._kv is None or self._end + T > self._kv.shape[3]:
             H, B, _, C = k_HBTC.shape
@@ -145,11 +148,11 @@ class Seen:
         return self._kv[:, :, :, begin : self._end]
 
 
-Cache = tuple[Seen, ...]  # of every layer
+Cache = tuple[KeyValueCache, ...]  # one per layer
 
 
 class QueryKeyValue(nn.Linear):
-    """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], and keys and values of x and of memory, which asks nothing."""
+    """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], keys and values of x, keys and values of memory."""
 
     takes_memory = True
 
@@ -159,14 +162,14 @@ class QueryKeyValue(nn.Linear):
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         q_BTW, *kv_of_x = super().forward(x_BTD).split(self.width, -1)
-        # apart: the memory needs no gradient
+        # a separate product, since memory needs no gradient
         return q_BTW, tuple(kv_of_x), F.linear(memory_BMD, self.weight[self.width :]).split(self.width, -1)
 
 
 class RelativeAttention(nn.Module):
     """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v.
 
-    With `keep_probabilities` set, `probabilities` holds those of the last pass [B, H, T, K], detached and before dropout.
+    If `keep_probabilities` is set, `probabilities` holds those of the last pass [B, H, T, K], detached and before dropout.
     """
 
     def __init__(self, config: TransformerXLConfig):
@@ -179,7 +182,7 @@ class RelativeAttention(nn.Module):
         self.out = nn.Linear(width, config.d_model, bias=False)
 
     def _heads(self, *projected: Tensor) -> Tensor:
-        """[B, T, H*C] each, one after another in time -> contiguous [H, B, K, C]: then no matrix product copies r for every lane."""
+        """Parts [B, T, H*C], concatenated in time -> contiguous [H, B, K, C], so that products do not copy r for every sequence."""
         return torch.cat([part.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3) for part in projected], 2).contiguous()
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ class RelativeAttention(nn.Module):
         dropout = self.dropatt if self.training else 0.0
         inputs = qu, qv, k, v, self.distances(position_KD), mask_TK.to(k.dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            if x_BTD.device.type == "cpu" and dropout == 0 and not torch.compiler.is_compiling():  # which cannot trace it
+            if x_BTD.device.type == "cpu" and dropout == 0 and not torch.compiler.is_compiling():  # torch.compile cannot trace it
                 y_HBTC, p_HBTK = RelativeAttentionCPU.apply(*inputs)
             else:
                 y_HBTC = relative_attention_sdpa(*inputs, dropout)
@@ -197,19 +200,19 @@ class RelativeAttention(nn.Module):
             self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
-    def read(self, x_BTD: Tensor, seen: Seen, memory: int, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
-        """As `forward`, with `seen` in place of memory: at most `memory` positions of it. `seen` goes on to hold x, too."""
+    def read(self, x_BTD: Tensor, cache: KeyValueCache, memory: int, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+        """`forward` with at most `memory` cached positions in place of memory. Adds x to the cache."""
         q_BTW, kv_of_x, _ = self.qkv(x_BTD, x_BTD[:, :0])
-        k, v = seen.extend(*(self._heads(part) for part in kv_of_x), memory)
+        k, v = cache.extend(*(self._heads(part) for part in kv_of_x), memory)
         qu, qv = self._queries(q_BTW, u_HC, v_HC, k.dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            p_HBTK = relative_probabilities(qu, qv, k, seen.r_HLC[:, -k.shape[2] :], mask_TK.to(k.dtype))
+            p_HBTK = relative_probabilities(qu, qv, k, cache.r_HLC[:, -k.shape[2] :], mask_TK.to(k.dtype))
             y_HBTC = p_HBTK @ v
         self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
     def distances(self, position_KD: Tensor) -> Tensor:
-        """The keys of distances [H, K, C]."""
+        """Keys of distances [H, K, C]."""
         return self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
 
     def _queries(self, q_BTW: Tensor, u_HC: Tensor, v_HC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,7 @@ class RelativeAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise two-layer network [..., D] -> [..., D]. `core` is the part that may be swapped for experts."""
+    """Position-wise two-layer network [..., D] -> [..., D]. `core` is the part that may be replaced."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
@@ -236,7 +239,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each with dropout, residual and LayerNorm (after the residual, or before it with `pre_lnorm`)."""
+    """Attention and feed-forward, each with dropout, residual and LayerNorm, which comes before the sublayer with `pre_lnorm`."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
@@ -250,8 +253,9 @@ class DecoderLayer(nn.Module):
             memory_BMD = self.attention_norm(memory_BMD)
         return self._around(x_BTD, lambda x_BTD: self.attention(x_BTD, memory_BMD, *attention_inputs))
 
-    def read(self, x_BTD: Tensor, seen: Seen, *attention_inputs) -> Tensor:
-        return self._around(x_BTD, lambda x_BTD: self.attention.read(x_BTD, seen, *attention_inputs))
+    def read(self, x_BTD: Tensor, cache: KeyValueCache, *attention_inputs) -> Tensor:
+        """`forward` with cached positions in place of memory."""
+        return self._around(x_BTD, lambda x_BTD: self.attention.read(x_BTD, cache, *attention_inputs))
 
     def _around(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_lnorm:
@@ -262,15 +266,15 @@ class DecoderLayer(nn.Module):
 
 
 class MemTransformerLM(nn.Module):
-    """Language model over segments: `losses, memory, logits = model(tokens, targets, memory)`, the memory of one call given to the next."""
+    """Language model over segments: `losses, memory, logits = model(tokens, targets, memory)`; pass the memory to the next call."""
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.config = config
-        self.mem_len = config.mem_len  # evaluation may set another
+        self.mem_len = config.mem_len  # may be changed for evaluation
         self.embedding = nn.Embedding(config.n_token, config.d_model)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layer))
-        self.content_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # u of the paper, r_w_bias of its code
+        self.content_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # u in the paper, r_w_bias in its code
         self.position_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # v, r_r_bias
         self.head = nn.Linear(config.d_model, config.n_token)
         if config.tie_weight:
@@ -279,7 +283,7 @@ class MemTransformerLM(nn.Module):
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
-        """The official initialisation: every weight N(0, std), LayerNorm gains N(1, std), biases of linear maps 0."""
+        """Official initialisation: weights N(0, std), LayerNorm gains N(1, std), biases of linear maps 0."""
         std = self.config.init_std
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, 0.0, std)
@@ -292,7 +296,7 @@ class MemTransformerLM(nn.Module):
             nn.init.normal_(module.position_bias, 0.0, std)
 
     def initial_memory(self, batch_size: int) -> Memory:
-        """Memory of no positions, n_layer + 1 tensors [B, 0, D]."""
+        """Empty memory: n_layer + 1 tensors [B, 0, D]."""
         empty = self.content_bias.new_empty(batch_size, 0, self.config.d_model)
         return (empty,) * (self.config.n_layer + 1)
 
@@ -315,33 +319,33 @@ class MemTransformerLM(nn.Module):
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """The same without gradients, for evaluation and generation: keys and values of what was read are kept, not what they are made of.
+        """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
 
-        Give back the cache returned; the one given is used up. RuntimeError in training mode.
+        Pass the returned cache to the next call; the one passed in is modified. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")
         if cache is None:
-            cache = tuple(Seen() for _ in self.layers)
+            cache = tuple(KeyValueCache() for _ in self.layers)
         T, M = tokens_BT.shape[1], min(cache[0].length, self.mem_len)
         if cache[0].r_HLC is None or cache[0].r_HLC.shape[1] < M + T:
             position_LD = self._positions(self.mem_len + T)
-            for layer, seen in zip(self.layers, cache, strict=True):
-                seen.r_HLC = layer.attention.distances(position_LD)
+            for layer, cached in zip(self.layers, cache, strict=True):
+                cached.r_HLC = layer.attention.distances(position_LD)
         attention_inputs = self.mem_len, self.content_bias, self.position_bias, self._mask(T, M)
         x = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
-        for layer, seen in zip(self.layers, cache, strict=True):
-            x = layer.read(x, seen, *attention_inputs)
+        for layer, cached in zip(self.layers, cache, strict=True):
+            x = layer.read(x, cached, *attention_inputs)
         return self.head(x).float(), cache
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
-        """Cross-entropy of each target in nats [B, T], the next memory, and the logits [B, T, V]."""
+        """Cross-entropy of each target in nats [B, T], the next memory, and logits [B, T, V]."""
         logits, memory = self.logits(tokens_BT, memory)
         losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
         return losses, memory, logits
 
     def _positions(self, length: int) -> Tensor:
-        """Sinusoidal embeddings [K, D] of the distances K - 1 .. 0."""
+        """Sinusoidal embeddings of the distances K - 1 .. 0 [K, D]."""
         like = {"device": self.content_bias.device, "dtype": torch.promote_types(self.content_bias.dtype, torch.float32)}
         distance = torch.arange(length - 1, -1, -1.0, **like)
         if self.config.clamp_len > 0:
@@ -351,7 +355,7 @@ class MemTransformerLM(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], -1).to(self.content_bias.dtype)
 
     def _mask(self, T: int, M: int) -> Tensor:
-        """Additive mask [T, M + T]: -inf on the future, and with `same_length` on what lies further back than any position may see."""
+        """Additive mask [T, M + T]: -inf for future positions and, with `same_length`, for those beyond the common range."""
         ones = torch.ones(T, M + T, dtype=torch.bool, device=self.content_bias.device)
         hidden = ones.triu(1 + M)
         if self.config.same_length:

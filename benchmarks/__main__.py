@@ -1,8 +1,8 @@
 """python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
 python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,data} [flags]: one of them.
-python -m benchmarks calibrate [flags]: the table by which the backend `auto` chooses.
-Ratios hold only where nothing else runs on the machine's cores.
+python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
+Ratios are valid only if nothing else runs on the machine.
 """
 
 import sys
@@ -16,7 +16,7 @@ import tyro
 
 import smoe_dropout
 from benchmarks import attention, data, evaluation, generation, growth, layer, memory, step
-from benchmarks.calibrate import CalibrateFlags, calibrate
+from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
 
@@ -85,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["all", *arguments]
-    kinds = {"all": AllFlags, **FLAGS, "calibrate": CalibrateFlags}
+    kinds = {"all": AllFlags, **FLAGS, "backends": BackendFlags}
     flags = tyro.extras.subcommand_cli_from_dict(kinds, prog="benchmarks", args=arguments)
-    if isinstance(flags, CalibrateFlags):
+    if isinstance(flags, BackendFlags):
         torch.set_num_threads(flags.threads)
-        calibrate(flags, smoe_dropout.tune_cpu() if flags.tuned else [])
+        measure_table(flags, smoe_dropout.tune_cpu() if flags.tuned else [])
         return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 

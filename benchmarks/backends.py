@@ -1,4 +1,4 @@
-"""Up to which share of active experts `sorted` is faster than `masked`, by sizes: the table that the backend `auto` chooses by."""
+"""Measurement of the table that the backend `auto` chooses by: up to which fraction of active experts `sorted` beats `masked`, by size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import layer
 from benchmarks.measure import Common, Precision, autocast, environment, interleave, summarise
-from smoe_dropout.experts.choice import CALIBRATION
+from smoe_dropout.experts.choice import TABLE
 from utils.training.run_folder import write_json
 
 BASELINE = "masked"
@@ -23,17 +23,17 @@ SIZES = (
 
 
 @dataclass(frozen=True)
-class CalibrateFlags(Common):
-    """Measures anew up to which share of active experts `sorted` is faster than `masked`; several minutes."""
+class BackendFlags(Common):
+    """Measure up to which fraction of active experts `sorted` is faster than `masked`; takes several minutes."""
 
     rounds: int = 5
-    """rounds measured, after one that warms up"""
-    out: Path = CALIBRATION
-    """the file; by default the package's own"""
+    """measured rounds, after one warm-up round"""
+    out: Path = TABLE
+    """output file; default: the package's own table"""
     precision: tuple[Precision, ...] = ("fp32", "bf16")
     """fp32, bf16 or both"""
     num_experts: int = 16
-    """experts"""
+    """number of experts"""
     k: tuple[int, ...] = (1, 2, 4, 8, 10, 12, 14, 16)
     """numbers of active experts"""
     sizes: tuple[tuple[int, int, int], ...] = SIZES
@@ -41,7 +41,7 @@ class CalibrateFlags(Common):
 
 
 def _pass(module: nn.Module, tokens: int, d_model: int, precision: Precision, training: bool) -> Callable[[], Any]:
-    """A forward pass over new tokens at every call, in training with its backward pass."""
+    """A function that runs a forward pass over new tokens, with its backward pass in training."""
     grad_ND, draw = torch.randn(tokens, d_model), torch.Generator().manual_seed(0)
 
     def call() -> Any:
@@ -54,8 +54,8 @@ def _pass(module: nn.Module, tokens: int, d_model: int, precision: Precision, tr
     return call
 
 
-def measure_row(flags: CalibrateFlags, size: tuple[int, int, int], precision: Precision, training: bool) -> dict[str, Any]:
-    """The time of `sorted` over that of `masked` at every k, and the share of experts up to which taking it costs least in all."""
+def measure_row(flags: BackendFlags, size: tuple[int, int, int], precision: Precision, training: bool) -> dict[str, Any]:
+    """Time of `sorted` over that of `masked` at every k, and the fraction of experts up to which using it minimises the total time."""
     tokens, d_model, d_expert = size
     sizes = layer.LayerFlags(tokens=tokens, d_model=d_model, d_expert=d_expert, num_experts=flags.num_experts)
     ways = {BASELINE: layer.contestant(layer.moe_layer(sizes, flags.num_experts), "ours: masked")}  # its time does not depend on k
@@ -64,19 +64,19 @@ def measure_row(flags: CalibrateFlags, size: tuple[int, int, int], precision: Pr
     found = summarise(interleave(calls, flags.rounds), BASELINE)
     ratios = {str(k): round(found[str(k)]["ratio"], 3) for k in flags.k}
     most = min((0, *flags.k), key=lambda most: sum(ratios[str(k)] if k <= most else 1 for k in flags.k))
-    of = {"precision": precision, "training": training, "tokens": tokens, "d_model": d_model, "d_expert": d_expert}
-    return {**of, "sorted_up_to": most / flags.num_experts, "time_over_masked_by_k": ratios}
+    measured = {"precision": precision, "training": training, "tokens": tokens, "d_model": d_model, "d_expert": d_expert}
+    return {**measured, "sorted_up_to": most / flags.num_experts, "time_over_masked_by_k": ratios}
 
 
-def calibrate(flags: CalibrateFlags, tuned: list[str]) -> None:
-    """Writes the table, and says each row as it is measured."""
+def measure_table(flags: BackendFlags, tuned: list[str]) -> None:
+    """Measure and write the table, printing each row."""
     rows = []
     for precision in flags.precision:
         for training in (True, False):
             for size in flags.sizes:
                 rows.append(row := measure_row(flags, size, precision, training))
-                said = f"{row['tokens']:,} tokens, {row['d_model']} -> {row['d_expert']}, {'training' if training else 'inference'}"
-                print(f"{precision}, {said}: sorted up to k/E = {row['sorted_up_to']:g}", flush=True)
+                case = f"{row['tokens']:,} tokens, {row['d_model']} -> {row['d_expert']}, {'training' if training else 'inference'}"
+                print(f"{precision}, {case}: sorted up to k/E = {row['sorted_up_to']:g}", flush=True)
     sizes = {"num_experts": flags.num_experts, "rounds": flags.rounds, "k": flags.k}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(flags.out, {"sizes": sizes, "environment": environment(flags.device, tuned), "rows": rows})

@@ -74,7 +74,7 @@ class SortedExperts(torch.autograd.Function):
         hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
         pre_MP = hidden_MH if act.from_output else x_ND.new_empty(total, up_EHD.shape[1])
         keep_MH = keep_mask(hidden_MH.shape, dropout, x_ND.device) if dropout > 0 else None
-        own_x = _room_for_one(x_ND, spans, D)
+        own_x = _buffer(x_ND, spans, D)
         for expert, span in enumerate(spans):
             if span.count == 0:
                 continue
@@ -99,7 +99,7 @@ class SortedExperts(torch.autograd.Function):
         grad_weight_M, grad_x_MD = torch.empty_like(weight_M), torch.empty_like(output_MD)
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
         grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), up_EHD.new_empty(E, D)
-        own_grad, own_x, own_hidden = (_room_for_one(x_ND, ctx.spans, width) for width in (D, D, H))
+        own_grad, own_x, own_hidden = (_buffer(x_ND, ctx.spans, width) for width in (D, D, H))
         for expert, span in enumerate(ctx.spans):
             if span.count == 0:  # a zero, not a missing gradient, so that Adam keeps moving an expert without tokens
                 for gradient in (grad_up, grad_bias_up, grad_down, grad_bias_down):
@@ -130,9 +130,9 @@ def _gather(values_ND: Tensor, token_M: Tensor, span: Span, room: Tensor) -> Ten
     return room[: span.size]
 
 
-def _room_for_one(like: Tensor, spans: list[Span], width: int) -> Tensor:
-    """Buffer for any one expert [largest span.size, width]."""
-    return like.new_empty(max(span.size for span in spans), width)
+def _buffer(values: Tensor, spans: list[Span], width: int) -> Tensor:
+    """Buffer that fits any one expert [largest span.size, width], in the precision of `values`."""
+    return values.new_empty(max(span.size for span in spans), width)
 
 
 def _weighted_rows(row_NK: Tensor, values_MD: Tensor, weights_NK: Tensor | None) -> Tensor:

@@ -261,15 +261,15 @@ def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch)
     assert all(f"results/benchmarks/{name})" in render(tmp_path) for name, _ in FIGURES.values())
 
 
-def test_calibration_writes_the_table_that_auto_chooses_by(tmp_path, capsys, monkeypatch):
-    """The share of experts up to which `sorted` costs least in all; asked at other sizes, the nearest row decides."""
+def test_backends_writes_the_table_that_auto_chooses_by(tmp_path, capsys, monkeypatch):
+    """It stores the fraction of experts up to which using `sorted` minimises the total time; other sizes use the nearest row."""
     seconds = {"masked": [2.0], "1": [2.2], "2": [1.0], "4": [3.0]}
     monkeypatch.setattr(
-        "benchmarks.calibrate.interleave", lambda calls, rounds: {name: seconds[name] for name, call in calls.items() if [call()]}
+        "benchmarks.backends.interleave", lambda calls, rounds: {name: seconds[name] for name, call in calls.items() if [call()]}
     )
-    out = tmp_path / "calibration.json"
+    out = tmp_path / "backend_table.json"
     sizes = ["--sizes", "16", "8", "4", "900", "64", "32"]
-    main(["calibrate", "--out", str(out), "--precision", "fp32", "--num_experts", "4", "--k", "1", "2", "4", *sizes])
+    main(["backends", "--out", str(out), "--precision", "fp32", "--num_experts", "4", "--k", "1", "2", "4", *sizes])
     rows = json.loads(out.read_text())["rows"]
     assert [(row["tokens"], row["training"], row["sorted_up_to"]) for row in rows] == [
         (tokens, training, 0.5) for training in (True, False) for tokens in (16, 900)
@@ -277,7 +277,7 @@ def test_calibration_writes_the_table_that_auto_chooses_by(tmp_path, capsys, mon
     assert "fp32, 900 tokens, 64 -> 32, training: sorted up to k/E = 0.5" in capsys.readouterr().out
     rows[1]["sorted_up_to"] = 1.0
     out.write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(choice, "CALIBRATION", out)
+    monkeypatch.setattr(choice, "TABLE", out)
     for cached in (choice._table, choice.sorted_up_to):
         cached.cache_clear()
     try:

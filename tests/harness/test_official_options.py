@@ -334,7 +334,7 @@ MISTAKES = {
     "--method thor --moe_num_expert 1": "--method thor: num_experts = 1: two passes can only differ with 2 experts or more",
 }
 PAIRS = "expected name=value pairs separated by commas, such as alpha=5,inference=token"
-KNOWN = "is not known here; options and their defaults:"
+KNOWN = "; options and their defaults:"
 WRONG_OPTIONS = {
     ("thor", "beta=1"): f"option beta {KNOWN} alpha=1.0, inference=sentence",
     ("dense", "rate=0.5"): f"option rate {KNOWN} none",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from smoe_dropout import calibrate, moe_layers
 from smoe_dropout.io import load_weights, stored_tensors
 from smoe_dropout.registry import SURGERIES
-from smoe_dropout.surgery import slimming
+from smoe_dropout.surgery import keep_best
 from tests import tiny
 from tests.conftest import ROOT
 from tests.harness.test_resume import die
@@ -252,8 +252,8 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
         ({"method": "uncurl", "by_layer": True}, "--by_layer means nothing to --method uncurl: leave it out"),
         ({"rank": 4}, "--rank means nothing to --method drop: leave it out"),
-        ({"method": "slim", "score": "usual"}, "--score: unknown score 'usual'; nearest: usage"),
-        ({"method": "slim", "score": "router_norm", "task": "sst2"}, "--task means nothing to --score router_norm: leave it out"),
+        ({"method": "keep_best", "score": "usual"}, "--score: unknown score 'usual'; nearest: usage"),
+        ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task means nothing to --score router_norm: leave it out"),
         ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep means nothing to --method compress: leave it out"),
         ({"method": "compress", "keep": None, "kept": 0.5}, "--rank None must be from 1 to 16, the largest rank"),
         ({"method": "compress", "keep": None, "rank": 17, "kept": 0.0}, "--kept 0.0 must be above 0, and 1 at most"),
@@ -271,9 +271,9 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, said, trained, tmp_pat
 def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_path):
     """The best two of each layer by it, and no calibration beside them."""
     run, out = trained("smoe_dropout"), tmp_path / "out"
-    tiny.completed(command(run, method="slim", score="router_norm", out=out), program="surgery.py")
+    tiny.completed(command(run, method="keep_best", score="router_norm", out=out), program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
-    assert surgery["read"] is None and not (out / "calibration.safetensors").exists() and set(SCORES) == slimming.SCORES.keys()
+    assert surgery["read"] is None and not (out / "calibration.safetensors").exists() and set(SCORES) == keep_best.SCORES.keys()
     theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
     for name in (name for name in theirs if name.endswith("router.weight")):
         kept = theirs[name].norm(dim=1).topk(2).indices.sort().values

@@ -21,6 +21,7 @@ from utils.flags.fields import OF_PIECES, OF_THE_RUN, Flags
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 SURGERY = "surgery.json"
+RENAMED = {"slim": "keep_best"}  # methods of surgery by their names in version 0.1
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
 
 
@@ -90,10 +91,16 @@ def _run(path: Path) -> Source:
 
 def operation(path: Path) -> Source:
     """What surgery.py made. UserError for one that is not whole."""
-    flags, surgery, folder = _flags_of_run(path), _json(path / SURGERY), path / "checkpoints" / "step-00000000"
+    flags, surgery, folder = _flags_of_run(path), with_current_names(_json(path / SURGERY)), path / "checkpoints" / "step-00000000"
     if not surgery.keys() >= {"title", "label"}:
         raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
     return Source(path, _whole(folder), flags, surgery["title"], surgery=surgery)
+
+
+def with_current_names(surgery: dict[str, Any]) -> dict[str, Any]:
+    """The content of surgery.json with a method that has since been renamed under its current name."""
+    name = surgery.get("method")
+    return surgery | {"method": RENAMED[name]} if name in RENAMED else surgery
 
 
 def _step(path: Path) -> Source:
@@ -120,7 +127,8 @@ def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, A
     """`record`: where the run has ended; one that started from weights says which."""
     start = record.get("pretrained", {})
     what = start.get("title") or f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}"
-    return Source(path, _whole(folder), flags, f"{what}, {steps}", surgery=start.get("surgery"))
+    surgery = with_current_names(start["surgery"]) if start.get("surgery") else None
+    return Source(path, _whole(folder), flags, f"{what}, {steps}", surgery=surgery)
 
 
 def _whole(folder: Path) -> Path:

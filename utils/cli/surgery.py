@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from smoe_dropout.registry import SURGERIES, unknown
-from utils.checkpoints.origin import SURGERY, Source, kind_of, open_source
+from utils.checkpoints.origin import SURGERY, Source, kind_of, open_source, with_current_names
 from utils.cli import finetune
 from utils.data.corpus import Corpus
 from utils.data.rows import KINDS, TASKS, Examples, read_examples
@@ -28,13 +28,13 @@ class SurgeryFlags:
     source: Annotated[str, tyro.conf.arg(name="from")]
     """a finished run of train.py, one of its checkpoints/step-*, or a folder of this program"""
     method: str
-    """merge, uncurl, slim, drop, average or compress"""
+    """merge, uncurl, keep_best, drop, average or compress"""
     keep: int | None = None
     """experts to keep in a layer; merge, average and drop keep so many on average over the layers, unless --by_layer"""
     by_layer: bool = False
     """merge, average, drop: keep as many in every layer"""
     score: str | None = None
-    """slim: usage, gate_weight or router_norm, by which the best are told"""
+    """keep_best: score of an expert, usage, gate_weight or router_norm"""
     rank: int | None = None
     """compress: rank of U V in W = U V + S"""
     kept: float | None = None
@@ -70,7 +70,7 @@ TO_THE_END = ("dynamic_overall_steps", "swad_end")
 # of a run's flags, how it was trained from weights: the model itself needs none of them
 OF_STARTING = ("start_from", "teacher", "teacher_weight", "teacher_temperature", "moe_prune_to")
 # which methods a flag means something to; and those that mean nothing where nothing is read
-OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("slim",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
+OPTIONS = {"by_layer": ("merge", "average", "drop"), "score": ("keep_best",), "rank": (COMPRESS,), "kept": (COMPRESS,)}
 OF_READING = ("calibrate", "task", "fold", "k")
 SCORES = ("usage", "gate_weight", "router_norm")
 ROUTER_ALONE = SCORES[2]  # nothing is read for it
@@ -259,7 +259,7 @@ def is_complete(plan: Plan) -> bool:
     path = Path(plan.flags.out) / SURGERY
     if not path.exists():
         return False
-    stored, said = json.loads(path.read_text()), plan.said
+    stored, said = with_current_names(json.loads(path.read_text())), plan.said
     if different := [name for name in said if stored.get(name) != said[name]]:
         raise UserError(f"--out {plan.flags.out} holds another operation, of other {', '.join(different)}: choose another folder")
     return True
