@@ -1,4 +1,4 @@
-"""The configuration names every mistake; names are found or the nearest told; nothing here needs torch."""
+"""SMoEConfig reports every mistake, registries suggest close names, and neither imports torch."""
 
 import json
 import math
@@ -51,7 +51,7 @@ from tests.conftest import ROOT
     ],
     ids=str,
 )
-def test_config_names_every_mistake(settings, words):
+def test_config_reports_every_mistake(settings, words):
     with pytest.raises(sd.ConfigError) as error:
         sd.SMoEConfig(**settings)
     assert [word for word in words if word not in str(error.value)] == []
@@ -62,13 +62,13 @@ def test_config_names_every_mistake(settings, words):
     [{}, {"layers": (0, 2), "d_expert": 7, "balance_loss": 0.5, "freeze_router": False}, {"router": "NaiveGate"}, {"layers": [1, 3]}],
     ids=str,
 )
-def test_config_survives_json(settings):
+def test_config_round_trips_through_json(settings):
     config = sd.SMoEConfig(**settings)
     assert sd.SMoEConfig.from_json(config.to_json()) == config and hash(config)
     assert set(json.loads(config.to_json())) == set(sd.SMoEConfig.__dataclass_fields__)
 
 
-def test_config_refuses_unknown_fields():
+def test_config_rejects_unknown_fields():
     with pytest.raises(sd.ConfigError, match=r"unknown field expert, k in .* known: .*num_experts"):
         sd.SMoEConfig.from_dict({"k": 1, "expert": 2, "top_k": 3})
 
@@ -80,13 +80,13 @@ def test_config_refuses_unknown_fields():
 def test_official_router_names(official, router, balance):
     config = sd.SMoEConfig(router=official)
     assert (config.router, config.balance_loss) == (router, balance)
-    assert sd.SMoEConfig(router=official, balance_loss=0.3).balance_loss == 0.3  # what is asked for wins
+    assert sd.SMoEConfig(router=official, balance_loss=0.3).balance_loss == 0.3  # an explicit value takes precedence
 
 
 # names
 
 
-@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS", "SURGERIES"])
+@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS", "HOSTS", "INTEGRATIONS", "SURGERIES"])
 def test_registries(name):
     entries = getattr(registry, name)
     for known in entries:
@@ -97,7 +97,7 @@ def test_registries(name):
         registry.load(entries, "thing", "@@@")
 
 
-def test_import_needs_no_torch_and_exports_what_it_says():
+def test_import_needs_no_torch_and_provides_all_exports():
     code = (
         "import sys, smoe_dropout as sd, smoe_dropout.registry\n"
         "sd.SMoEConfig(); sd.TopKSchedule('linear_increase', 8, 16, 10)(3); dir(sd)\n"

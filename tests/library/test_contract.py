@@ -1,4 +1,4 @@
-"""What holds of every registered method, on a tiny Transformer-XL in this process: a new method is checked by being registered."""
+"""Properties of every registered method, checked on a tiny Transformer-XL. A new method is tested as soon as it is registered."""
 
 import copy
 import math
@@ -24,9 +24,9 @@ from utils.training.optimizer import build_optimizer
 E, LAYERS, LANES, POSITIONS, STEPS = 4, 2, 3, 6, 8
 TRAIN_TOKENS = 20_000
 SPARSE = [name for name in METHODS if load(METHODS, "method", name).sparse]
-BACKENDS_HERE = [name for name in BACKENDS if name not in ("reference", "fastmoe", "fused")]  # CUDA alone
+BACKENDS_HERE = [name for name in BACKENDS if name not in ("reference", "fastmoe", "fused")]  # CUDA only
 
-# weights large enough that every path from token to loss carries a signal well above rounding
+# weights large enough that every path from token to loss carries a signal well above rounding error
 SIZES = {"n_layer": LAYERS, "moe_num_expert": E, "tgt_len": POSITIONS, "eval_tgt_len": POSITIONS, "mem_len": 4, "init_std": 0.2}
 
 
@@ -47,7 +47,7 @@ def text(seed: int, lanes: int = LANES, positions: int = POSITIONS) -> tuple[Ten
 
 
 def backward(model: MemTransformerLM, flags: Flags, step: int, seed: int, memory=None, **shape) -> Objective:
-    """One training pass by the method's own objective, as in train.py."""
+    """One training pass with the method's own objective, as in train.py."""
     if schedule := top_k_schedule(flags):
         set_top_k(model, schedule(step))
     set_progress(model, step, flags.max_step)
@@ -60,7 +60,7 @@ def backward(model: MemTransformerLM, flags: Flags, step: int, seed: int, memory
 
 
 def train(model: MemTransformerLM, flags: Flags, steps: int) -> None:
-    """A few updates; the graph of the last pass stays alive."""
+    """Run a few updates; the graph of the last pass stays alive."""
     optimizer, memory = build_optimizer(model, flags), None
     for step in range(steps):
         optimizer.zero_grad()
@@ -70,7 +70,7 @@ def train(model: MemTransformerLM, flags: Flags, steps: int) -> None:
 
 @torch.no_grad()
 def answer(model: MemTransformerLM, seed: int = 100, k: int | None = None, tokens: Tensor | None = None) -> Tensor:
-    """Logits [B, T, V] of a text in evaluation, at k; the random generator starts afresh each time."""
+    """Logits [B, T, V] of a text in evaluation mode at k, always from the same random state."""
     model.eval()
     if k is not None:
         set_top_k(model, k)
@@ -88,7 +88,7 @@ def routers(model: nn.Module) -> set[str]:
 
 @contextmanager
 def gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Largest absolute gradient that each element of each parameter got in any step within the block; nothing for no gradient at all."""
+    """Largest absolute gradient of each parameter element over all steps in the block; parameters without gradient are absent."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str):
@@ -105,7 +105,7 @@ def gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_objective_is_finite_and_carries_the_memory_on(name):
+def test_objective_is_finite_and_carries_memory(name):
     model, flags = build(name)
     memory = None
     for step in range(3):
@@ -119,7 +119,7 @@ def test_objective_is_finite_and_carries_the_memory_on(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_exactly_what_is_not_declared_frozen_is_trained(name):
+def test_all_parameters_are_trained_except_frozen_ones(name):
     method: Method = load(METHODS, "method", name)
     model, flags = build(name)
     frozen = {parameter for parameter, p in model.named_parameters() if not p.requires_grad}
@@ -130,14 +130,14 @@ def test_exactly_what_is_not_declared_frozen_is_trained(name):
         train(model, flags, STEPS)
     assert reached.keys() == before.keys() - frozen
     for parameter, found in reached.items():
-        experts = ".experts." in parameter  # none of them is left out
+        experts = ".experts." in parameter  # every expert
         assert all(part.max() > 0 for part in (found if experts else found[None])), parameter
     changed = {parameter for parameter, p in model.named_parameters() if not torch.equal(p, before[parameter])}
     assert changed == before.keys() - frozen
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_another_k_takes_effect(name):
+def test_changing_k_takes_effect(name):
     model, _ = build(name)
     logits = {}
     for k in range(1, E + 1):
@@ -145,7 +145,7 @@ def test_another_k_takes_effect(name):
         assert get_top_k(model) == k
         for _, layer in moe_layers(model):
             assert layer.assigned.shape == (LANES * POSITIONS, k)
-            assert all(len(set(row)) == k for row in layer.assigned.tolist())  # none twice
+            assert all(len(set(row)) == k for row in layer.assigned.tolist())  # all distinct
     assert (logits[1] - logits[E]).abs().max() > 1e-2
     set_top_k(model, 3)
     with top_k(model, 1):
@@ -157,7 +157,7 @@ def test_another_k_takes_effect(name):
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_the_objective_leaves_k_as_the_schedule_set_it(name):
+def test_objective_restores_the_scheduled_k(name):
     model, flags = build(name)
     for step in range(3):
         backward(model, flags, step, seed=step)
@@ -165,7 +165,7 @@ def test_the_objective_leaves_k_as_the_schedule_set_it(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_survive_a_file(name, tmp_path):
+def test_weights_round_trip_through_a_file(name, tmp_path):
     model, flags = build(name)
     train(model, flags, STEPS)
     save_model(model, tmp_path)
@@ -180,14 +180,14 @@ def test_weights_survive_a_file(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_copy_made_between_passes_is_whole_and_apart(name):
-    """With the graph of a training pass alive; afterwards neither of the two reaches into the other."""
+def test_copy_between_passes_is_complete_and_independent(name):
+    """The copy is made while the graph of a training pass is alive; afterwards the two models share no state."""
     model, flags = build(name)
     train(model, flags, steps=2)
     twin = copy.deepcopy(model)
     ours = answer(model)
     assert torch.equal(answer(twin), ours)
-    answer(twin, seed=50)  # leaves what it leaves in the twin alone
+    answer(twin, seed=50)  # must not affect the original
     assert torch.equal(answer(model), ours)
     twin.zero_grad()
     torch.manual_seed(3)
@@ -199,8 +199,8 @@ def test_a_copy_made_between_passes_is_whole_and_apart(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_of_a_pass_survives_it(name):
-    """A pass over another text of another shape, in training or not, changes no later answer."""
+def test_no_state_persists_after_a_pass(name):
+    """A pass over another text of another shape, in training or evaluation, does not change later outputs."""
     model, flags = build(name)
     if flags.moe:
         set_top_k(model, 2)
@@ -214,11 +214,11 @@ def test_nothing_of_a_pass_survives_it(name):
     with torch.no_grad():
         model.eval()(*text(80, lanes=1, positions=2))
     assert torch.equal(answer(model), first)
-    assert auxiliary_loss(model) == 0  # that of training is gone
+    assert auxiliary_loss(model) == 0  # the loss of the training pass is gone
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_answer_depends_on_what_follows(name):
+def test_outputs_do_not_depend_on_later_tokens(name):
     model, flags = build(name)
     tokens, _ = text(100)
     other = tokens.clone()
@@ -231,8 +231,8 @@ def test_no_answer_depends_on_what_follows(name):
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("name", SPARSE)
-def test_backends_agree(name, backend):
-    """With the definition, in what they answer and in the gradient of the method's own objective."""
+def test_backends_match_the_reference(name, backend):
+    """Outputs and gradients of the method's objective match those of the reference backend."""
     totals, grads, answers = [], [], []
     for way in ("reference", backend):
         model, flags = build(name, expert_backend=way, dropout=0.0)

@@ -1,4 +1,4 @@
-"""Every way to compute experts equals the definition, forward and backward, and the definition equals a plain transcription."""
+"""Every backend matches the reference, forward and backward, and the reference matches a plain numpy implementation."""
 
 import importlib.util
 import math
@@ -11,8 +11,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import smoe_dropout as sd
-from smoe_dropout.experts import ACTIVATIONS, Experts, choose_backend
+from smoe_dropout.experts import Experts
 from smoe_dropout.experts import sorted as sorted_experts
+from smoe_dropout.experts.activations import ACTIVATIONS
+from smoe_dropout.experts.choice import choose_backend
 from smoe_dropout.experts.dropout import keep_mask, quantised
 from smoe_dropout.registry import BACKENDS, load
 
@@ -24,7 +26,7 @@ PARAMETERS = ("up", "bias_up", "down", "bias_down")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, and how likely each expert is to be drawn (None: all alike; 0: never)."""
+    """Sizes, and the probability of each expert (None: uniform; 0: never chosen)."""
 
     tokens: int
     k: int
@@ -54,18 +56,18 @@ CASES = {
 
 
 def experts_of(case: Case, backend: str, activation="relu", dropout=0.0, dtype=torch.float64) -> Experts:
-    """Experts with weights and biases that all matter, the same for every backend and dtype."""
+    """Experts with nonzero weights and biases, identical for every backend and dtype."""
     experts = Experts(case.experts, case.d_model, case.d_expert, activation, dropout, backend, 0.02).to(dtype)
     random = np.random.default_rng(1)
     with torch.no_grad():
         for name in PARAMETERS:
             parameter = getattr(experts, name)
-            parameter.copy_(torch.tensor(random.normal(size=tuple(parameter.shape)) * 0.5).bfloat16())  # exact in every dtype here
+            parameter.copy_(torch.tensor(random.normal(size=tuple(parameter.shape)) * 0.5).bfloat16())  # exact in every tested dtype
     return experts
 
 
 def outcome(case: Case, backend: str, activation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Output and all gradients, in float64, of values that every dtype holds exactly."""
+    """Output and all gradients as float64, for inputs that are exact in every dtype."""
     random = np.random.default_rng(0)
     indices = case.indices(random)
     experts = experts_of(case, backend, activation, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -97,7 +99,7 @@ def assert_near(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     + [(backend, torch.bfloat16, 2e-2) for backend in EVERYWHERE],
     ids=str,
 )
-def test_output_and_gradients_are_those_of_the_definition(backend, dtype, tolerance, activation, case):
+def test_output_and_gradients_match_the_reference(backend, dtype, tolerance, activation, case):
     if backend == "grouped" and any(size * dtype.itemsize % 16 for size in (case.d_model, case.d_expert)):
         with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
             outcome(case, backend, activation, dtype)
@@ -106,12 +108,12 @@ def test_output_and_gradients_are_those_of_the_definition(backend, dtype, tolera
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_rows_that_fill_up_an_expert_change_nothing(case, monkeypatch):
+def test_padding_rows_do_not_change_results(case, monkeypatch):
     monkeypatch.setattr(sorted_experts, "multiple_of_rows", lambda dtype: 16)
     assert_near(outcome(case, "sorted", "gelu", torch.float64), outcome(case, "reference", "gelu", torch.float64), 1e-12)
 
 
-def test_float32_rows_are_filled_up_where_products_are_onednns(monkeypatch):
+def test_float32_rows_are_padded_with_onednn(monkeypatch):
     own = [sorted_experts.multiple_of_rows(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="bf16"))
     assert (own, sorted_experts.multiple_of_rows(torch.float32)) == ([1, 1, 32], 16)
@@ -120,8 +122,8 @@ def test_float32_rows_are_filled_up_where_products_are_onednns(monkeypatch):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_few_tokens_without_gradients_have_the_output_of_the_definition(dtype, activation, case):
-    """Then their experts are computed by other sums, where they are no more than there are experts."""
+def test_few_tokens_without_gradients_match_the_reference(dtype, activation, case):
+    """Without gradients `few` uses sums over rows if there are no more assignments than experts."""
     random = np.random.default_rng(0)
     indices = case.indices(random)
     x, weights = (torch.tensor(random.normal(size=(case.tokens, size))).bfloat16() for size in (case.d_model, case.k))
@@ -142,7 +144,7 @@ PLAIN_ACTIVATIONS = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_definition_is_the_plain_transcription(activation, case):
+def test_reference_matches_a_plain_implementation(activation, case):
     random = np.random.default_rng(2)
     experts, indices = experts_of(case, "reference", activation), case.indices(random)
     x, weights = random.normal(size=(case.tokens, case.d_model)), random.normal(size=(case.tokens, case.k))
@@ -161,7 +163,7 @@ def test_definition_is_the_plain_transcription(activation, case):
 
 
 def functional(experts: Experts, indices: torch.Tensor, seed: int | None = None):
-    """The experts as a function of all that has a gradient, with its arguments; a seed makes dropout draw the same mask every time."""
+    """Experts as a function of all differentiable inputs, with its arguments; with a seed dropout always draws the same mask."""
     torch.manual_seed(5)
     leaves = [torch.randn(len(indices), experts.up.shape[2]), torch.randn(indices.shape), *(p.detach() for p in experts.parameters())]
 
@@ -192,7 +194,7 @@ def test_backward_uses_the_mask_of_its_own_forward(backend, activation):
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_second_derivative_is_right_or_refused(backend):
+def test_second_derivative_is_correct_or_rejected(backend):
     function, leaves = functional(experts_of(SMALL, backend, "gelu"), SMALL_INDICES)
     if backend in ("reference", "few"):
         assert gradgradcheck(function, leaves)
@@ -202,8 +204,8 @@ def test_second_derivative_is_right_or_refused(backend):
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_layout_of_inputs_and_frozen_parameters_change_nothing(backend):
-    """Tokens as a transposed view, the expanded gradient of a sum, and no gradient asked for some parameters."""
+def test_input_layout_and_frozen_parameters_do_not_change_results(backend):
+    """Tokens as a transposed view, the expanded gradient of a sum, and some parameters without gradients."""
     case, results = CASES["typical"], []
     indices = case.indices(np.random.default_rng(0))
     torch.manual_seed(0)
@@ -219,7 +221,7 @@ def test_layout_of_inputs_and_frozen_parameters_change_nothing(backend):
     assert_near(results[1], results[0], 1e-5)
 
 
-# dropout of the hidden values
+# dropout of hidden values
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_quantised(p, used):
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.9999])
-def test_keep_mask_drops_its_share_in_every_byte_of_a_word(p):
+def test_keep_mask_drops_the_right_fraction_in_every_byte_of_a_word(p):
     torch.manual_seed(0)
     q, n = quantised(p), 40_000
     dropped_8 = 1 - keep_mask((n, 8), p, torch.device("cpu")).double().mean(0)
@@ -240,9 +242,9 @@ def test_keep_mask_drops_its_share_in_every_byte_of_a_word(p):
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5])
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_share_of_dropped_values_and_scale_of_kept_ones(backend, p):
+def test_fraction_of_dropped_values_and_scale_of_kept_ones(backend, p):
     experts = Experts(2, 8, 8, "relu", p, backend, 0.02)
-    with torch.no_grad():  # every hidden value is 1, and the output is the hidden layer
+    with torch.no_grad():  # all hidden values are 1, and the output is the hidden layer
         experts.up.zero_(), experts.bias_up.fill_(1), experts.down.copy_(torch.eye(8))
     torch.manual_seed(0)
     n, q = 8000, quantised(p) if backend in HAND_WRITTEN else p
@@ -262,23 +264,23 @@ def test_dropout_is_unbiased_and_off_in_evaluation(backend, activation):
     y = experts(x.repeat(draws, 1), indices.repeat(draws, 1), weights.repeat(draws, 1)).detach().view(draws, 3, 8)
     error_of_mean = y.std(0) / math.sqrt(draws)
     assert ((y.mean(0) - expected).abs() < 5 * error_of_mean).all()
-    assert error_of_mean.max() < 0.05 * expected.abs().mean()  # small enough to see a wrong scale
+    assert error_of_mean.max() < 0.05 * expected.abs().mean()  # small enough to detect a wrong scale
     assert torch.equal(experts.eval()(x, indices, weights), expected)
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
 def test_dropping_everything_leaves_the_output_bias(backend):
-    """nn.Dropout takes p = 1, so a host may have it."""
+    """nn.Dropout accepts p = 1, so a model may have it."""
     indices, weights, x = torch.tensor([[0], [1]]), torch.ones(2, 1), torch.randn(2, 8)
     experts = experts_of(Case(2, 1, 2), backend, dropout=1.0, dtype=torch.float32)
     torch.testing.assert_close(experts(x, indices, weights), experts.bias_down)
 
 
-# what training sees
+# training
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)
-def test_unrouted_expert_has_a_zero_gradient_and_adam_moves_it_on(backend):
+def test_expert_without_tokens_has_a_zero_gradient_and_adam_keeps_moving_it(backend):
     experts = experts_of(Case(4, 1, 2), backend, "gelu", dtype=torch.float32)
     optimizer = torch.optim.Adam(experts.parameters(), lr=0.1)
     for indices in ([[0], [1], [0], [1]], [[0], [0], [0], [0]]):
@@ -293,7 +295,7 @@ def test_unrouted_expert_has_a_zero_gradient_and_adam_moves_it_on(backend):
 
 
 @pytest.mark.parametrize("backend", [*EVERYWHERE, "auto"])
-def test_autocast_bf16_is_near_float32_and_chooses_the_same_experts(backend):
+def test_autocast_bf16_is_close_to_float32_and_chooses_the_same_experts(backend):
     torch.manual_seed(0)
     config = sd.SMoEConfig(4, 2, backend=backend)
     layer = sd.MoELayer(8, experts_of(Case(0, 2, 4), backend, "gelu", dtype=torch.float32), config)
@@ -313,20 +315,20 @@ def test_autocast_bf16_is_near_float32_and_chooses_the_same_experts(backend):
     assert_near(results[1], results[0], 2e-2)
 
 
-# refusals and choice
+# rejected inputs and backend selection
 
 
 @pytest.mark.parametrize(
     ("backend", "d_model", "d_expert", "dtype", "sentence"),
     [
         ("fastmoe", 8, 8, torch.float32, "CUDA tensors" if importlib.util.find_spec("fmoe") else "fastmoe is not installed"),
-        ("grouped", 8, 8, torch.float64, "does not take torch.float64"),
+        ("grouped", 8, 8, torch.float64, "does not support torch.float64"),
         ("grouped", 6, 8, torch.float32, "d_expert = 8, d_model = 6"),
         ("grouped", 8, 6, torch.float32, "d_expert = 6, d_model = 8"),
         ("grouped", 8, 12, torch.bfloat16, "multiple of 16 bytes"),
     ],
 )
-def test_refusals(backend, d_model, d_expert, dtype, sentence):
+def test_unsupported_inputs_are_rejected(backend, d_model, d_expert, dtype, sentence):
     experts = Experts(2, d_model, d_expert, "relu", 0.0, backend, 0.02).to(dtype)
     with pytest.raises(RuntimeError, match=sentence) as error:
         experts(torch.zeros(1, d_model, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
@@ -335,13 +337,13 @@ def test_refusals(backend, d_model, d_expert, dtype, sentence):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_is_a_pure_choice_among_backends_that_can(device, dtype):
+def test_auto_is_a_pure_function_and_selects_supported_backends(device, dtype):
     sizes = [(n, k, 16, H, D) for n in (0, 1, 64, 11264) for k in (1, 4, 8, 12, 16) for H in (4, 6, 512) for D in (3, 8, 256)]
     state = torch.get_rng_state()
     first = {size: choose_backend(*size, dtype, device) for size in sizes}
     assert {size: choose_backend(*size, dtype, device) for size in reversed(sizes)} == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(set(first.values())) > 1  # the grid does tell sizes apart
+    assert len(set(first.values())) > 1  # the sizes cover several choices
     assert "few" not in first.values()
     without_gradients = {choose_backend(*size, dtype, device, training=False) == "few" for size in sizes if size[0] < 2}
     assert without_gradients == {device == "cpu"}

@@ -1,4 +1,4 @@
-"""Layers of different numbers of experts in one model: k, training, evaluation, counts and folders."""
+"""Models whose layers have different numbers of experts: k, training, evaluation, counts and saved folders."""
 
 import pytest
 import torch
@@ -29,28 +29,28 @@ def ks(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"experts_by_layer": ()}, "must be a list of whole numbers"),
         ({"experts_by_layer": (4, 0)}, "must be a list of whole numbers"),
         ({"experts_by_layer": 4}, "must be a list of whole numbers"),
         ({"experts_by_layer": (3, 2)}, "num_experts = 4 must be the largest"),
         ({"layers": (1,)}, "a number for each of the 1 layers"),
-        ({"d_expert": None}, "needs d_expert"),
-        ({"d_expert": None, "expert_init": "split"}, "expert_init = 'split' cannot be with experts_by_layer"),
+        ({"d_expert": None}, "requires d_expert"),
+        ({"d_expert": None, "expert_init": "split"}, "expert_init = 'split' cannot be combined with experts_by_layer"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, said):
-    with pytest.raises(sd.ConfigError, match=said):
+def test_invalid_settings_are_rejected(settings, message):
+    with pytest.raises(sd.ConfigError, match=message):
         sd.SMoEConfig(**{**MIXED, **settings})
 
 
-def test_there_must_be_a_number_for_each_layer():
+def test_one_number_per_layer_is_required():
     with pytest.raises(sd.ConfigError, match="for each of the 2 MoE layers"):
         mixed(experts_by_layer=(4, 2, 1))
 
 
-def test_every_layer_has_its_own_experts_and_the_configuration_survives_json():
+def test_layers_have_their_own_experts_and_config_round_trips_through_json():
     model = mixed(layers=(1, 0), experts_by_layer=[4, 1], output_scale="dense")
     layers = [layer for _, layer in sd.moe_layers(model)]
     assert [(len(layer.experts.up), len(layer.router.weight), layer.output_scale) for layer in layers] == [(4, 4, 4.0), (1, 1, 1.0)]
@@ -58,12 +58,12 @@ def test_every_layer_has_its_own_experts_and_the_configuration_survives_json():
     assert config.experts_by_layer == COUNTS and sd.SMoEConfig.from_json(config.to_json()) == config
 
 
-def test_equal_numbers_make_the_model_that_one_number_makes():
+def test_equal_numbers_are_equivalent_to_num_experts():
     one, other = mixed(experts_by_layer=(4, 4)), mixed(experts_by_layer=None)
     assert torch.equal(outputs(one), outputs(other)) and one.state_dict().keys() == other.state_dict().keys()
 
 
-def test_a_layer_with_fewer_experts_has_all_of_them_active():
+def test_layer_with_fewer_than_k_experts_activates_all():
     model = mixed()
     assert ks(model) == [3, 1] and sd.get_top_k(model) == 3
     with sd.top_k(model, 4):
@@ -74,7 +74,7 @@ def test_a_layer_with_fewer_experts_has_all_of_them_active():
             sd.set_top_k(model, k)
 
 
-def test_other_k_than_one_for_all_is_no_k():
+def test_layers_set_to_different_k_have_no_common_k():
     model = mixed(experts_by_layer=(4, 3))
     sd.moe_layers(model)[1][1].top_k = 2
     with pytest.raises(ValueError, match="different k"):
@@ -99,7 +99,7 @@ def test_every_method_trains_and_runs_at_every_k(method):
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_operations_and_active_parameters(k):
+def test_flops_and_active_parameters(k):
     sizes = {"n_layer": 3, "n_head": 2, "d_model": 12, "d_head": 5, "mem_len": 7, "n_token": 13, "d_inner": 24}
     model = sd.moefy(transformer_xl(**sizes), sd.SMoEConfig(**{**MIXED, "experts_by_layer": (4, 1, 2), "backend": "reference"}))
     active = [min(k, count) for count in (4, 1, 2)]
@@ -109,15 +109,15 @@ def test_operations_and_active_parameters(k):
     assert active_parameters(model, k)[0] == sum(parameter.numel() for parameter in model.parameters()) - idle
 
 
-def test_folders_are_read_strictly(tmp_path):
+def test_folders_are_loaded_strictly(tmp_path):
     model = mixed()
     sd.save_model(model, tmp_path)
     assert torch.equal(outputs(sd.load_weights(mixed(seed=1), tmp_path)), outputs(model))
-    with pytest.raises(sd.ConfigError, match=r"experts_by_layer = \(4, 1\), the model has None"):
+    with pytest.raises(sd.ConfigError, match=r"experts_by_layer = \(4, 1\), but the model has None"):
         sd.load_weights(mixed(experts_by_layer=None), tmp_path)
 
 
-def test_a_transformers_folder_tells_of_every_layer(tmp_path):
+def test_transformers_folder_round_trip(tmp_path):
     pytest.importorskip("transformers")
     model = sd.moefy(made("bert"), sd.SMoEConfig(**{**MIXED, "experts_by_layer": (1, 4, 2)}))
     sd.set_top_k(model, 2)

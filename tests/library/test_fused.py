@@ -1,6 +1,6 @@
-"""The fused backend's kernels: equal to the definition in Triton's interpreter on the CPU, and compiled for a GPU that need not be there.
+"""The fused backend's kernels match the reference in Triton's CPU interpreter, and compile for a GPU without one being present.
 
-Triton reads TRITON_INTERPRET when it is imported, so kernels are run, and compiled, in processes of their own.
+Triton reads TRITON_INTERPRET on import, so kernels run and compile in separate processes.
 """
 
 import importlib.util
@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from smoe_dropout.experts import ACTIVATIONS, Experts, ExpertWeights, fused
+from smoe_dropout.experts import Experts, ExpertWeights, fused
+from smoe_dropout.experts.activations import ACTIVATIONS
 from tests.library.test_experts import CASES, PARAMETERS, Case, assert_near, experts_of, outcome
 
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-RAGGED = Case(37, 3, 5, d_model=10, d_expert=19)  # a second block of tokens, and no size a power of two
+RAGGED = Case(37, 3, 5, d_model=10, d_expert=19)  # two blocks of tokens, no size a power of two
 SIZES = CASES | {"ragged": RAGGED, "several_blocks_of_columns": Case(3, 2, 3, d_model=6, d_expert=300)}
 
 
 @contextmanager
 def process(interpret: str, cache):
-    """Gives a way to call a function in a process that interprets kernels, or does not."""
+    """Yield a function that runs another one in a process with or without Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", interpret)
         patch.setenv("TRITON_CACHE_DIR", str(cache))
@@ -51,14 +52,14 @@ def check_outcome(case: Case, activation: str, dtype: torch.dtype, tolerance: fl
 @with_triton
 @pytest.mark.parametrize("case", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("activation", fused.COMPUTED)
-def test_output_and_gradients_are_those_of_the_definition(interpreted, activation, case):
+def test_output_and_gradients_match_the_reference(interpreted, activation, case):
     interpreted(check_outcome, case, activation, torch.float32, 1e-5)
 
 
 @with_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", fused.COMPUTED)
-def test_half_precision_is_near_the_definition(interpreted, activation, dtype):
+def test_half_precision_is_close_to_the_reference(interpreted, activation, dtype):
     interpreted(check_outcome, RAGGED, activation, dtype, 2e-2)
 
 
@@ -75,7 +76,7 @@ def check_layout() -> None:
 
 
 @with_triton
-def test_layout_of_inputs_changes_nothing(interpreted):
+def test_input_layout_does_not_change_results(interpreted):
     """Tokens and a bias as transposed views, and the expanded gradient of a sum."""
     interpreted(check_layout)
 
@@ -89,7 +90,7 @@ def check_not_a_number(activation: str) -> None:
 
 @with_triton
 @pytest.mark.parametrize("activation", fused.COMPUTED)
-def test_what_is_not_a_number_stays_so_and_spoils_no_other_token(interpreted, activation):
+def test_nan_is_kept_and_does_not_spread_to_other_tokens(interpreted, activation):
     interpreted(check_not_a_number, activation)
 
 
@@ -102,7 +103,7 @@ def check_second_derivative() -> None:
 
 
 @with_triton
-def test_second_derivative_is_refused(interpreted):
+def test_second_derivative_is_rejected(interpreted):
     interpreted(check_second_derivative)
 
 
@@ -110,7 +111,7 @@ def test_second_derivative_is_refused(interpreted):
 
 
 def kept(p: float, seed: int, tokens: int = 37, experts: int = 3, d_expert: int = 19) -> torch.Tensor:
-    """What dropout multiplies hidden values by [N, E, H]: those are 1 here, and the output is the hidden layer of the expert weighed."""
+    """Dropout factors of hidden values [N, E, H]: the values are 1 here, and the output is one expert's hidden layer."""
     probe = Experts(experts, d_expert, d_expert, "relu", p, "fused", 0.02)
     torch.nn.init.zeros_(probe.up), torch.nn.init.ones_(probe.bias_up)
     probe.down.data = torch.eye(d_expert).expand(experts, -1, -1).contiguous()
@@ -143,7 +144,7 @@ def check_one_mask(activation: str) -> None:
 
 @with_triton
 @pytest.mark.parametrize("activation", fused.COMPUTED)
-def test_backward_draws_the_mask_of_its_own_forward(interpreted, activation):
+def test_backward_uses_the_mask_of_its_own_forward(interpreted, activation):
     interpreted(check_one_mask, activation)
 
 
@@ -205,14 +206,14 @@ def compile_for_cuda(kernel: str, activation: str, dtype: str, dropout: bool) ->
     ("activation", "dtype", "dropout"),
     [("relu", "bf16", False), ("gelu", "fp32", True), ("gelu_tanh", "fp16", True), ("silu", "bf16", True)],
 )
-def test_kernels_compile_for_a_gpu_that_is_not_here(compiled, kernel, activation, dtype, dropout):
-    """Types are checked by the compiler, not by the interpreter."""
+def test_kernels_compile_without_a_gpu(compiled, kernel, activation, dtype, dropout):
+    """The compiler checks types, the interpreter does not."""
     assert compiled(compile_for_cuda, kernel, activation, dtype, dropout).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("backend", ["grouped", pytest.param("fused", marks=with_triton)])
-def test_nothing_waits_for_the_device(monkeypatch, backend):
-    """Tensors without values: whatever asks for one, or for a size that depends on one, fails."""
+def test_no_synchronisation_with_the_device(monkeypatch, backend):
+    """Uses fake tensors: reading a value, or a size that depends on one, fails."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fused, "_launch", lambda *tensors, **settings: None)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
@@ -227,14 +228,21 @@ def test_nothing_waits_for_the_device(monkeypatch, backend):
     ("triton", "interpret", "device", "activation", "dtype", "sentence"),
     [
         (None, "1", "cuda", "relu", torch.float32, "Triton is not installed"),
-        ("here", "0", "cpu", "relu", torch.float32, "need CUDA tensors, and these are on 'cpu', where only TRITON_INTERPRET=1"),
-        ("here", "0", "cuda", "silu_gated", torch.float32, "compute relu, gelu, gelu_tanh, silu, not silu_gated"),
-        ("here", "0", "cuda", "relu", torch.float64, "do not take torch.float64"),
+        (
+            "here",
+            "0",
+            "cpu",
+            "relu",
+            torch.float32,
+            "need CUDA tensors, but these are on 'cpu', where they only run, slowly,",
+        ),
+        ("here", "0", "cuda", "silu_gated", torch.float32, "support relu, gelu, gelu_tanh, silu, not silu_gated"),
+        ("here", "0", "cuda", "relu", torch.float64, "do not support torch.float64"),
         ("here", "1", "cpu", "relu", torch.float32, None),
         ("here", "0", "cuda", "gelu", torch.bfloat16, None),
     ],
 )
-def test_refusals(monkeypatch, triton, interpret, device, activation, dtype, sentence):
+def test_unsupported_inputs_are_rejected(monkeypatch, triton, interpret, device, activation, dtype, sentence):
     monkeypatch.setattr(fused, "triton", triton)
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     weights = ExpertWeights(*Experts(2, 4, 4, activation, 0.0, "fused", 0.02).weights(dtype)[:4], activation, 0.0)

@@ -1,4 +1,4 @@
-"""Models of the transformers library: where their feed-forward networks are, and that experts stand in for them exactly."""
+"""Hosts for models of the transformers library: their feed-forward networks are found and replaced exactly."""
 
 import copy
 
@@ -39,7 +39,7 @@ TOKENS = torch.randint(3, 31, (2, 9), generator=torch.Generator().manual_seed(1)
 
 
 def made(host: str, *act: str) -> nn.Module:
-    """With weights and biases that matter, in evaluation mode."""
+    """A model with nonzero weights and biases, in evaluation mode."""
     torch.manual_seed(0)
     model = HOSTS[host](*act).eval()
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def test_sites_in_the_order_of_the_layers(host):
 
 
 @pytest.mark.parametrize(("host", "act"), [(h, a) for h in HOSTS for a in ("relu", "gelu", "gelu_new", "silu", "gelu_pytorch_tanh")])
-def test_split_at_all_experts_is_the_dense_model(host, act):
+def test_split_equals_the_dense_model_with_all_experts(host, act):
     model = made(host, act)
     dense = logits(model)
     exact = sd.SMoEConfig(4, 4, expert_init="split", gate_weight="uniform", output_scale="dense")
@@ -73,7 +73,7 @@ def test_split_at_all_experts_is_the_dense_model(host, act):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("k", [1, 3, 4])
-def test_copies_are_the_dense_model_at_any_k(host, k):
+def test_copies_equal_the_dense_model_at_any_k(host, k):
     model = made(host)
     dense = logits(model)
     sd.moefy(model, sd.SMoEConfig(4, k, expert_init="copy"))
@@ -81,8 +81,8 @@ def test_copies_are_the_dense_model_at_any_k(host, k):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_chosen_layers_and_what_else_the_host_has_stay(host):
-    """The LayerNorm, the residual and its dropout are the host's own; parameters outside the chosen layers are untouched."""
+def test_only_the_chosen_networks_are_replaced(host):
+    """LayerNorm, residual and its dropout are the model's own; parameters outside the chosen layers are unchanged."""
     dense, model = made(host), sd.moefy(made(host), sd.SMoEConfig(4, 2, layers=(0, 2)))
     before, after = dict(dense.named_parameters()), dict(model.named_parameters())
     assert len(sd.moe_layers(model)) == 2 and any(".1." in name for name in before.keys() & after.keys())
@@ -97,13 +97,13 @@ def test_chosen_layers_and_what_else_the_host_has_stay(host):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("router", ["random", "learned", "hash"])
-def test_a_step_of_training_moves_what_it_should(host, router):
+def test_training_step_moves_the_right_parameters(host, router):
     model = sd.moefy(made(host), sd.SMoEConfig(4, 2, router=router, balance_loss=0.1 if router == "learned" else None)).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     loss, auxiliary = model(TOKENS, labels=TOKENS).loss, sd.auxiliary_loss(model)
     assert bool(auxiliary) == (router == "learned")
-    loss.backward()  # with the auxiliary losses in it
+    loss.backward()  # includes the auxiliary losses
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert {name for name in before if ".experts." in name} <= moved
@@ -115,7 +115,7 @@ def test_a_step_of_training_moves_what_it_should(host, router):
 @pytest.mark.parametrize("host", CAUSAL)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_generation_works_at_any_k(k, host):
-    """With its cache of keys and values, it gives what the whole text gives."""
+    """With its key-value cache it gives the same tokens as reading the whole text."""
     model = sd.moefy(made(host), sd.SMoEConfig(4, 2))
     with sd.top_k(model, k):
         text = model.generate(TOKENS[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -135,17 +135,17 @@ def test_round_trip_and_copy(host, tmp_path):
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_on_this_host(name, host):
-    """They run and train, or are refused with a reason that names what is missing, the model untouched."""
+    """They run and train, or are rejected with the reason and leave the model unchanged."""
     method, model = load(METHODS, "method", name), made(host)
     dense = logits(model)
     if method.convert:
         method.convert(model, method.options())
-        assert torch.equal(logits(model), dense)  # dropout of whatever kind is off in evaluation
+        assert torch.equal(logits(model), dense)  # every kind of dropout is off in evaluation
         assert not torch.equal(model.train()(TOKENS).logits, dense)
         return
     settings = {"router": method.flags.get("gate_name", "random"), "method": name if method.layer else None}
     if method.layer and "probabilities" in method.layer.needs:
-        with pytest.raises(sd.ConfigError, match="computed by 'sdpa'; build the model with attn_implementation='eager'"):
+        with pytest.raises(sd.ConfigError, match="uses the implementation 'sdpa'; build the model with attn_implementation='eager'"):
             sd.moefy(model, sd.SMoEConfig(4, 2, **settings))
         assert torch.equal(logits(model), dense)
         model.set_attn_implementation("eager")
@@ -162,8 +162,8 @@ def test_methods_on_this_host(name, host):
 @pytest.mark.parametrize(
     "name", [name for name in METHODS if (layer := load(METHODS, "method", name).layer) and "attention" in layer.needs]
 )
-def test_routes_look_as_far_as_the_hosts_attention(name, host):
-    """Of a causal host no route depends on a later token; in an encoder the last token moves the router scores of the first."""
+def test_routes_see_as_far_as_the_models_attention(name, host):
+    """In a causal model no route depends on a later token; in an encoder the last token changes the router scores of the first."""
     model = made(host)
     model.set_attn_implementation("eager")
     sd.moefy(model, sd.SMoEConfig(4, 2, router="learned", method=name, init_std=0.3))
@@ -185,7 +185,7 @@ def test_routes_look_as_far_as_the_hosts_attention(name, host):
     same = torch.allclose(before[:, :, :-1], after[:, :, :-1], rtol=0, atol=1e-5)
     assert same == (host in CAUSAL)
     assert not torch.equal(before, after)
-    if host not in CAUSAL:  # by the routing itself, not only by what attention lets through
+    if host not in CAUSAL:  # through the routing itself, not only through attention
         for hook in hooks:
             hook.remove()
         layer, x = sd.moe_layers(model)[0][1], torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""Inference: a slimmed copy, generate.py, and what tune_cpu does to a process."""
+"""Inference: slimmed copies, generate.py, and tune_cpu."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def with_experts() -> MemTransformerLM:
     return sd.moefy(language_model(), sd.SMoEConfig(num_experts=4, top_k=4, init_std=0.3))
 
 
-def test_a_slimmed_copy_is_the_model_at_k():
+def test_slimmed_copy_equals_the_model_at_k():
     model, tokens = with_experts().train(), torch.randint(256, (2, 8))
     slimmed = {k: sd.slim(model, k) for k in (1, 2, 4)}
     assert sd.get_top_k(model) == 4 and model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -37,7 +37,7 @@ def test_a_slimmed_copy_is_the_model_at_k():
         sd.slim(model, 5)
 
 
-def test_a_slimmed_copy_in_bf16_routes_as_the_model_does():
+def test_slimmed_copy_in_bf16_routes_like_the_model():
     model, tokens = with_experts().eval(), torch.randint(256, (2, 8))
     copy = sd.slim(model, 2, torch.bfloat16)
     for name, parameter in copy.named_parameters():
@@ -47,8 +47,8 @@ def test_a_slimmed_copy_in_bf16_routes_as_the_model_does():
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_what_is_written_is_what_would_be_drawn_from_the_whole_text(temperature):
-    """Byte by byte, the prompt in segments: as if the last bytes that memory holds were read at once before every draw."""
+def test_cached_generation_matches_reading_the_whole_text(temperature):
+    """The prompt is read in segments and bytes are cached one by one; the reference rereads all bytes in memory before every draw."""
     model, prompt = language_model(mem_len=64).eval(), b"the prompt"
     torch.manual_seed(1)
     written = list(write(model, prompt, 20, temperature, 1.0, segment=3))
@@ -59,7 +59,7 @@ def test_what_is_written_is_what_would_be_drawn_from_the_whole_text(temperature)
     assert bytes(text) == prompt + bytes(written)
 
 
-def test_draws_are_of_the_likeliest_symbols_that_have_the_share():
+def test_top_p_draws_only_from_the_smallest_sufficient_set():
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     torch.manual_seed(0)
     drawn = [int(draw(logits, 1.0, 0.7)) for _ in range(600)]
@@ -104,30 +104,30 @@ def test_generate(runs, precision):
         ("nothing", [], "is not there"),
     ],
 )
-def test_generate_refuses(runs, run, arguments, sentence):
+def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):
     done = generate("--checkpoint", runs / run, *arguments, text=b"")
     assert done.returncode == 2 and sentence in done.stderr.decode() and done.stdout == b"" and done.stderr.count(b"\n") == 1, done
 
 
-def test_tuning_loses_no_precision():
-    """In a process of its own, since it is for good."""
+def test_tuning_keeps_precision():
+    """In a separate process, since the settings are permanent."""
     code = """
 import torch, smoe_dropout
 draw = torch.Generator().manual_seed(1)
 a, b = torch.randn(2, 300, 300, generator=draw)
-said = smoe_dropout.tune_cpu()
-assert len(said) == 2 and all(said), said
+settings = smoe_dropout.tune_cpu()
+assert len(settings) == 2 and all(settings), settings
 error = (a @ b - (a.double() @ b.double())).abs().max()
-assert error < 1e-4, (error, said)
+assert error < 1e-4, (error, settings)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tiny.ROOT)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_lower_precision_is_taken_back(monkeypatch):
+def test_settings_that_lose_precision_are_reverted(monkeypatch):
     from smoe_dropout import tuning
 
     errors, before = iter([1e-6, 1e-2]), torch.backends.mkldnn.matmul.fp32_precision
     monkeypatch.setattr(tuning, "_error", lambda: next(errors))
-    assert "torch's own: oneDNN's would be less precise" in tuning._onednn_products()
+    assert "torch's default: oneDNN would lose precision" in tuning._onednn_products()
     assert torch.backends.mkldnn.matmul.fp32_precision == before

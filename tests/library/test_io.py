@@ -1,4 +1,4 @@
-"""Weights come back bit for bit or not at all; official names and layouts translate both ways."""
+"""Weights load bit for bit or are rejected; official names and layouts convert both ways."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def build(seed=0, moe=True, config=None, **sizes) -> MemTransformerLM:
     if moe:
         sd.moefy(model, sd.SMoEConfig(**{**SMOE, **(config or {})}))
     for parameter in model.parameters():
-        nn.init.normal_(parameter)  # biases too
+        nn.init.normal_(parameter)  # including biases
     return model
 
 
@@ -112,7 +112,7 @@ DAMAGES = {
     "truncated_config": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:30]), CONFIG, CONFIG),
     "config_of_a_later_version": (lambda f: edit_config(f, novelty=1), CONFIG, "novelty"),
     "impossible_config": (lambda f: edit_config(f, top_k=99), CONFIG, "top_k = 99"),
-    "num_experts": (lambda f: edit_config(f, num_experts=8), CONFIG, "num_experts = 8, the model has 4"),
+    "num_experts": (lambda f: edit_config(f, num_experts=8), CONFIG, "num_experts = 8, but the model has 4"),
     "router": (lambda f: edit_config(f, router="learned"), CONFIG, "router = 'learned'"),
     "gate_weight": (lambda f: edit_config(f, gate_weight="uniform"), CONFIG, "gate_weight = 'uniform'"),
     "output_scale": (lambda f: edit_config(f, output_scale="dense"), CONFIG, "output_scale = 'dense'"),
@@ -120,7 +120,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "file", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path, damage, file, words):
+def test_damaged_folders_are_rejected_and_the_model_is_unchanged(tmp_path, damage, file, words):
     sd.save_model(build(0), tmp_path)
     damage(tmp_path)
     model = build(1)
@@ -134,16 +134,16 @@ def test_what_does_not_fit_is_refused_and_the_model_untouched(tmp_path, damage, 
 @pytest.mark.parametrize(
     ("stored", "ours", "words"),
     [
-        ({}, {"moe": False}, "holds a sparse model, and this one is dense"),
-        ({"moe": False}, {}, "holds a dense model, and this one is sparse"),
+        ({}, {"moe": False}, "holds a sparse model, but this one is dense"),
+        ({"moe": False}, {}, "holds a dense model, but this one is sparse"),
         ({}, {"tie_weight": False}, "missing ['head.weight']"),
-        ({"tie_weight": False}, {}, "foreign ['head.weight']"),
+        ({"tie_weight": False}, {}, "unexpected ['head.weight']"),
         ({}, {"n_layer": 3}, "missing ['layers.2."),
-        ({}, {"d_inner": 32}, "the model wants shape (4, 8"),
+        ({}, {"d_inner": 32}, "the model expects shape (4, 8"),
         ({"moe": False}, {"moe": False, "n_token": 12}, "embedding.weight has shape (11, 8)"),
     ],
 )
-def test_another_model_is_refused(tmp_path, stored, ours, words):
+def test_folders_of_other_models_are_rejected(tmp_path, stored, ours, words):
     sd.save_model(build(0, **stored), tmp_path)
     model = build(1, **ours)
     before = snapshot(model)
@@ -153,7 +153,7 @@ def test_another_model_is_refused(tmp_path, stored, ours, words):
 
 
 @pytest.mark.parametrize("change", [{"top_k": 4}, {"backend": "reference"}, {"init_std": 0.1}], ids=str)
-def test_what_may_differ_between_configurations(tmp_path, change):
+def test_settings_that_may_differ(tmp_path, change):
     model = build(0)
     sd.save_model(model, tmp_path)
     assert same(sd.load_weights(build(1, config=change), tmp_path), model.state_dict())
@@ -163,7 +163,7 @@ def test_what_may_differ_between_configurations(tmp_path, change):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_official_names_translate_both_ways(kind):
+def test_official_names_convert_both_ways(kind):
     tensors = stored_tensors(build(0, n_layer=12, **{**kind, **({"config": {"layers": (3, 11)}} if "config" in kind else {})}))
     official = sd.to_official(tensors)
     assert len(official) == len(tensors) and not set(official) & set(tensors)
@@ -174,7 +174,7 @@ def test_official_names_translate_both_ways(kind):
 
 
 def test_official_layout_of_experts():
-    """fmoe's FMoELinear keeps [expert, out, in]: the first map as ours, the second turned."""
+    """fmoe's FMoELinear stores [expert, out, in]: the first map as ours, the second transposed."""
     experts = build().eval().layers[1].feed_forward.core.experts
     official = sd.to_official(stored_tensors(build()))
     x = torch.randn(8)
@@ -189,15 +189,15 @@ def test_official_layout_of_experts():
 @pytest.mark.parametrize(
     "name", ["layers.0.pos_ff.nothing", "word_emb", "module.layers.0.attention.qkv.weight", "layers.x.attention.qkv.weight"]
 )
-def test_unknown_names_are_refused(translate, name):
+def test_unknown_names_are_rejected(translate, name):
     with pytest.raises(sd.ConfigError, match=re.escape(repr(name))):
         translate({name: torch.zeros(1)})
 
 
-def test_weights_of_another_method_are_refused(tmp_path):
-    """Which have the same names and shapes."""
+def test_weights_of_another_method_are_rejected(tmp_path):
+    """Although they have the same names and shapes."""
     from tests.library.test_moefy import transformer_xl
 
     sd.save_model(sd.moefy(transformer_xl(), sd.SMoEConfig(4, 2, router="learned", method="momentumsmoe")), tmp_path)
-    with pytest.raises(sd.ConfigError, match="method = 'momentumsmoe', the model has None"):
+    with pytest.raises(sd.ConfigError, match="method = 'momentumsmoe', but the model has None"):
         sd.load_weights(sd.moefy(transformer_xl(), sd.SMoEConfig(4, 2, router="learned")), tmp_path)

@@ -1,4 +1,4 @@
-"""Knobs, routers, the MoE layer and k's schedules."""
+"""Control of k, routers, the MoE layer, and schedules of k."""
 
 import copy
 import itertools
@@ -40,7 +40,7 @@ def tokens(*shape: int) -> torch.Tensor:
 # k
 
 
-def test_set_get_and_borrow_k():
+def test_set_get_and_temporary_k():
     model = sparse()
     assert sd.get_top_k(model) == 2
     sd.set_top_k(model, 4)
@@ -55,7 +55,7 @@ def test_set_get_and_borrow_k():
     assert sd.get_top_k(model) == 4
 
 
-def test_borrowed_k_is_given_back_after_an_exception_and_layer_by_layer():
+def test_temporary_k_is_restored_per_layer_and_after_an_exception():
     model = sparse()
     layers = [layer for _, layer in sd.moe_layers(model)]
     layers[0].top_k, layers[1].top_k = 1, 3
@@ -70,7 +70,7 @@ def test_borrowed_k_is_given_back_after_an_exception_and_layer_by_layer():
 
 
 @pytest.mark.parametrize("k", [0, -1, 3, 1.5])
-def test_impossible_k_changes_no_layer(k):
+def test_invalid_k_changes_no_layer(k):
     model = nn.ModuleList([sparse(1, num_experts=4, top_k=1), sparse(1, num_experts=2, top_k=1)])
     with pytest.raises(ValueError, match=f"k = {k}"):
         sd.set_top_k(model, k)
@@ -80,7 +80,7 @@ def test_impossible_k_changes_no_layer(k):
 @pytest.mark.parametrize(
     "knob", [sd.get_top_k, sd.freeze_routers, partial(sd.set_top_k, k=1), lambda model: sd.top_k(model, 1).__enter__()]
 )
-def test_a_dense_model_has_no_knobs(knob):
+def test_dense_models_are_rejected(knob):
     with pytest.raises(ValueError, match="Net has no MoE layers"):
         knob(Net())
     assert sd.auxiliary_loss(Net()) == 0 and sd.expert_load(Net()) == {} and sd.moe_layers(Net()) == []
@@ -97,7 +97,7 @@ def trained(model) -> set[bool]:
     ("router", "freeze", "expected"),
     [("random", None, False), ("learned", None, True), ("random", False, True), ("learned", True, False), ("NaiveGate", None, True)],
 )
-def test_which_routers_are_trained(router, freeze, expected):
+def test_frozen_and_trained_routers(router, freeze, expected):
     model = sparse(router=router, freeze_router=freeze)
     assert trained(model) == {expected}
     sd.freeze_routers(model)
@@ -109,7 +109,7 @@ def test_which_routers_are_trained(router, freeze, expected):
 
 @pytest.mark.parametrize("gate_weight", ["softmax", "uniform"])
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_router_against_a_plain_transcription(gate_weight, k):
+def test_router_matches_a_plain_implementation(gate_weight, k):
     torch.manual_seed(0)
     router = RandomRouter(8, sd.SMoEConfig(6, 1, gate_weight=gate_weight, init_std=1.0))
     assert not router.bias.any() and router.weight.std() > 0.5
@@ -125,7 +125,7 @@ def test_router_against_a_plain_transcription(gate_weight, k):
     assert routing.losses == {}
 
 
-def test_logits_are_float32_whatever_the_precision_of_the_model():
+def test_logits_are_float32_in_any_model_precision():
     router = LearnedRouter(8, sd.SMoEConfig(4, 2))
     with torch.autocast("cpu", torch.bfloat16):
         assert router.logits(tokens(3)).dtype == torch.float32
@@ -146,17 +146,17 @@ def plain_switch_loss(logits: np.ndarray, indices: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("experts", "k"), [(4, 1), (4, 3), (6, 6)])
-def test_balance_loss_against_a_plain_transcription(experts, k):
+def test_balance_loss_matches_a_plain_implementation(experts, k):
     logits = torch.randn(30, experts, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     indices = logits.topk(k).indices
     assert switch_balance_loss(logits, indices).item() == pytest.approx(plain_switch_loss(logits.numpy(), indices.numpy()), rel=1e-12)
     balanced = torch.tensor([[(n + slot) % experts for slot in range(k)] for n in range(experts)])
     assert switch_balance_loss(torch.ones(experts, experts), balanced).item() == pytest.approx(1)
-    assert switch_balance_loss(logits * 0, indices).item() == pytest.approx(1)  # uniform probabilities: whatever the shares
+    assert switch_balance_loss(logits * 0, indices).item() == pytest.approx(1)  # uniform probabilities, for any assignment
 
 
 @pytest.mark.parametrize(("router", "coefficient", "used"), [("learned", None, 0.01), ("learned", 0.5, 0.5), ("random", 0.25, 0.25)])
-def test_auxiliary_loss_is_the_layers_sum_in_training_only(router, coefficient, used):
+def test_auxiliary_loss_is_the_sum_over_layers_in_training_only(router, coefficient, used):
     model, x = sparse(router=router, balance_loss=coefficient), tokens(7)
     assert sd.auxiliary_loss(model) == 0
     model(x)
@@ -180,14 +180,14 @@ def test_no_auxiliary_loss(settings):
     assert sd.auxiliary_loss(model) == 0
 
 
-def test_no_tokens_no_nan():
+def test_empty_input_gives_no_nan():
     model = sparse(router="learned")
     assert model(tokens(0)).shape == (0, 8)
     assert sd.auxiliary_loss(model).isfinite() and not any(load.any() for load in sd.expert_load(model).values())
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_expert_load_is_the_share_of_assignments(k):
+def test_expert_load_is_the_fraction_of_assignments(k):
     model = sparse(top_k=k)
     assert sd.expert_load(model) == {}
     with pytest.raises(RuntimeError, match="has not run"):
@@ -205,7 +205,7 @@ def test_expert_load_is_the_share_of_assignments(k):
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 2, 2)])
-def test_layer_keeps_the_shape_and_treats_tokens_alone(shape):
+def test_layer_keeps_the_shape_and_treats_tokens_independently(shape):
     layer, x = sparse(1).layers[0], tokens(*shape)
     y = layer(x)
     assert y.shape == x.shape
@@ -218,7 +218,7 @@ def test_output_scale_dense_is_E_times_the_mean(k):
     torch.testing.assert_close(dense(tokens(6)), 4 * mean(tokens(6)))
 
 
-def test_a_model_may_be_copied_after_a_training_pass():
+def test_model_can_be_copied_after_a_training_pass():
     model, x = sparse(router="learned"), tokens(5)
     y = model(x)
     twin = copy.deepcopy(model)
@@ -243,7 +243,7 @@ def test_schedule_properties(mode):
         values = [schedule(step) for step in range(total + 1)]
         case = f"{schedule}: {values}"
         assert all(type(k) is int and low <= k <= high for k in values), case
-        if mode == "elastic":  # drawn at random: has a test of its own
+        if mode == "elastic":  # random; tested separately
             continue
         steps = {later - earlier for earlier, later in itertools.pairwise(values)} | {0}
         assert (max(steps) <= 0) if mode.endswith("decrease") else (min(steps) >= 0), case
@@ -261,6 +261,6 @@ def test_schedule_properties(mode):
         (("constant", 1, 2, 0), "total_steps = 0"),
     ],
 )
-def test_schedule_refuses(arguments, words):
+def test_invalid_schedules_are_rejected(arguments, words):
     with pytest.raises(ValueError, match=words):
         sd.TopKSchedule(*arguments)

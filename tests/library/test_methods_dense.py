@@ -1,4 +1,4 @@
-"""Dense methods against their own equations, written out in numpy."""
+"""Dense methods match their equations, written in numpy."""
 
 import math
 
@@ -21,7 +21,7 @@ H = 16  # hidden width of the models of test_moefy
 
 
 def hidden(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) + 3  # nowhere 0
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)) + 3  # never 0
 
 
 # Concrete dropout
@@ -44,15 +44,15 @@ def test_concrete_dropout(rate, temperature):
     assert module.metrics() == {"rate": pytest.approx(rate)}
 
 
-def test_concrete_dropout_drops_its_rate_and_keeps_the_mean():
-    y = concrete(rate=0.3, temperature=0.02)(torch.ones(100_000))  # so cold that units are dropped or kept, nothing between
+def test_concrete_dropout_drops_at_its_rate_and_keeps_the_mean():
+    y = concrete(rate=0.3, temperature=0.02)(torch.ones(100_000))  # a temperature so low that units are either dropped or kept
     assert about((y < 0.5 / 0.7).sum().item(), 100_000, 0.3)
     assert y.mean().item() == pytest.approx(1, abs=0.02)
     assert concrete(rate=1e-6)(torch.ones(10_000)).isfinite().all()
 
 
-def test_gradient_of_concrete_dropout_to_its_rate():
-    """Against a difference quotient under the same draw."""
+def test_gradient_of_concrete_dropout_rate():
+    """Matches a finite difference with the same random draw."""
     module, x = concrete(rate=0.3, temperature=0.5).double(), hidden(50).double()
 
     def total(shift: float) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_concrete_objective_adds_the_regulariser_of_every_layer():
 
 @pytest.mark.parametrize(("length", "goal"), [(0.0, 0.5), (10.0, 0.0)])
 def test_the_rate_is_learned(length, goal):
-    """Where the regulariser dominates: towards the largest entropy, or no dropout where the prior wants small W / (1 - p)."""
+    """With a dominant regulariser the rate moves towards maximum entropy, or towards 0 if the prior favours small W / (1 - p)."""
     model, options = concrete_model(d_inner=256, length_scale=length)
     rates = [parameter for name, parameter in model.named_parameters() if name.endswith("logit")]
     assert len(rates) == 2
@@ -128,7 +128,7 @@ def test_the_rate_is_learned(length, goal):
 
 
 def spread(begins: np.ndarray, width: int) -> np.ndarray:
-    """Units in a block of so many that begins at a marked position; one row."""
+    """Mask of units in a block of `width` units that begins at a marked position; one row."""
     out = np.zeros(len(begins) + width - 1, bool)
     for begin in np.flatnonzero(begins):
         out[begin : begin + width] = True
@@ -136,7 +136,7 @@ def spread(begins: np.ndarray, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("width", "length"), [(1, 6), (2, 6), (3, 9), (5, 5)])
-def test_covered_against_a_loop(width, length):
+def test_covered_matches_a_loop(width, length):
     begins = torch.rand(4, 50, length - width + 1, generator=torch.Generator().manual_seed(1)) < 0.2
     found = dropblock.covered(begins, width)
     assert found.shape == (4, 50, length) and found.dtype == torch.bool
@@ -154,7 +154,7 @@ def test_dropblock(width, rate):
     begins = torch.rand(30, 20, H - width + 1).numpy() < gamma
     kept = ~np.array([[spread(row, width) for row in lane] for lane in begins])
     np.testing.assert_allclose(numpy(y), numpy(x) * kept * (kept.size / kept.sum()), rtol=1e-5)
-    assert len(np.unique(kept.reshape(600, H), axis=0)) > min(10, 2 ** (H - width))  # drawn for every token
+    assert len(np.unique(kept.reshape(600, H), axis=0)) > min(10, 2 ** (H - width))  # drawn per token
     assert torch.equal(module.eval()(x), x)
 
 
@@ -162,7 +162,7 @@ def test_dropblock(width, rate):
 def test_dropblock_drops_about_its_rate(width):
     torch.manual_seed(3)
     y = dropblock.DropBlock(width, 0.02)(torch.ones(20_000, H))
-    blocks = 20_000 * H / width  # dropped in blocks: as many independent draws
+    blocks = 20_000 * H / width  # number of independent draws
     assert about((y == 0).sum().item() / width, int(blocks), 0.02)
     assert y.mean().item() == pytest.approx(1, abs=1e-5)
     lengths = [len(run) for row in numpy(y) for run in "".join("x" if value == 0 else " " for value in row).split()]
@@ -172,7 +172,7 @@ def test_dropblock_drops_about_its_rate(width):
 def test_rate_of_dropblock_grows_over_training():
     model = dropblock.convert(transformer_xl(dropout=0.3), dropblock.Options(rate=0.2, blocks=4))
     names = [f"layers.{index}.feed_forward.core.2.rate" for index in range(2)]
-    assert sd.method_metrics(model) == dict.fromkeys(names, 0.2)  # nobody told the step
+    assert sd.method_metrics(model) == dict.fromkeys(names, 0.2)  # before set_progress
     for step, rate in ((0, 0.0), (25, 0.05), (100, 0.2), (150, 0.2)):
         sd.set_progress(model, step, 100)
         assert sd.method_metrics(model) == dict.fromkeys(names, pytest.approx(rate))
@@ -183,7 +183,7 @@ def test_rate_of_dropblock_grows_over_training():
     assert all(decoder.feed_forward.core[2].width == H // 4 for decoder in model.layers)
 
 
-def test_dropblock_survives_dropping_everything():
+def test_dropblock_handles_dropping_everything():
     torch.manual_seed(3)
     y = dropblock.DropBlock(4, 0.999)(torch.ones(1, 4))
     assert y.isfinite().all() and not y.any()
@@ -199,14 +199,14 @@ def test_block_dropout(blocks, rate):
     outputs = [module(x) for _ in range(500)]
     torch.manual_seed(3)
     for y in outputs:
-        keep = np.repeat(torch.rand(blocks).numpy() >= rate, H // blocks)  # for the whole batch
+        keep = np.repeat(torch.rand(blocks).numpy() >= rate, H // blocks)  # one draw for the whole batch
         np.testing.assert_allclose(numpy(y), numpy(x) * keep / (1 - rate), rtol=1e-5)
     counts = sum((y[0, 0] != 0).numpy().astype(int) for y in outputs)
     assert all(about(count, 500, 1 - rate) for count in counts)  # so the expectation is x
     assert torch.equal(module.eval()(x), x)
 
 
-def test_block_dropout_keeps_the_hidden_units_own_dropout():
+def test_block_dropout_keeps_ordinary_dropout_of_hidden_units():
     module, x = block_dropout.BlockDropout(block_dropout.Options(0.5, 2), 0.2), torch.ones(4000, H)
     torch.manual_seed(3)
     blocks = next(y for y in (module(x) for _ in range(20)) if y.any()).view(4000, 2, H // 2)
@@ -217,7 +217,7 @@ def test_block_dropout_keeps_the_hidden_units_own_dropout():
     assert torch.equal(module.eval()(x), x)
 
 
-# where they stand in a model
+# placement in a model
 
 CONVERTED = {
     "concrete_dropout": (concrete_dropout, concrete_dropout.ConcreteDropout),
@@ -228,7 +228,7 @@ CONVERTED = {
 
 @pytest.mark.parametrize("name", ["relu", "gelu_dropout", "both_dropouts", "no_bias"])
 @pytest.mark.parametrize("method", CONVERTED)
-def test_convert_puts_it_behind_the_activation(method, name):
+def test_convert_places_it_after_the_activation(method, name):
     module, kind = CONVERTED[method]
     model, dense = hand_written(name), hand_written(name)
     assert module.convert(model, module.Options()) is model
@@ -236,7 +236,7 @@ def test_convert_puts_it_behind_the_activation(method, name):
         assert isinstance(block.ffn[2], kind)
         up, activation, down = (type(part) for part in before.ffn if not isinstance(part, nn.Dropout))
         assert [type(part) for part in block.ffn[:4]] == [up, activation, kind, down]
-        assert isinstance(block.ffn[-1], nn.Dropout) == (name == "both_dropouts")  # the one behind the network stays
+        assert isinstance(block.ffn[-1], nn.Dropout) == (name == "both_dropouts")  # dropout after the network is kept
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.eval()(x), dense(x))
 
@@ -269,7 +269,7 @@ def test_blocks_must_divide_the_width(method):
     ],
     ids=str,
 )
-def test_options_that_are_refused(module, values):
+def test_invalid_options_are_rejected(module, values):
     with pytest.raises(sd.ConfigError, match="option"):
         module.Options(**values)
 
@@ -279,7 +279,7 @@ def test_options_that_are_refused(module, values):
     [("dense", {0.0}), ("dense_dropout", {0.1}), ("concrete_dropout", {0.0}), ("dropblock", {0.0}), ("block_dropout", None)],
 )
 def test_dense_methods_in_the_training_program(method, rates):
-    """No experts; dropout as the method says it; the method's own module in every layer."""
+    """Runs have no experts, the method's dropout rates, and the method's module in every layer."""
     sizes = "--n_layer 2 --n_head 2 --d_head 4 --d_model 8 --d_ff 32 --data x --work_dir x"
     flags = parse(["--preset", "quick", "--method", method, *sizes.split()])
     model, definition = build_model(flags), load(METHODS, "method", method)
@@ -292,8 +292,8 @@ def test_dense_methods_in_the_training_program(method, rates):
     assert [core[0].out_features for core in (decoder.feed_forward.core for decoder in model.layers)] == [32, 32]
 
 
-def test_dense_and_its_dropout_are_the_plain_network():
-    """With the same weights the two differ by dropout alone."""
+def test_dense_and_dense_dropout_are_the_plain_network():
+    """With equal weights they differ in dropout only."""
     torch.manual_seed(0)
     sizes = "--n_layer 1 --n_head 2 --d_head 4 --d_model 8 --d_ff 32 --data x --work_dir x --preset quick --method"
     plain, dropped = (build_model(parse([*sizes.split(), method])) for method in ("dense", "dense_dropout"))

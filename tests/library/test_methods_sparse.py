@@ -1,4 +1,4 @@
-"""Methods with experts against their own equations, written out in numpy."""
+"""Methods with experts match their equations, written in numpy."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ D, E = 8, 4
 
 
 def sparse(model: nn.Module, **settings) -> nn.Module:
-    """Biases of routers and experts that matter."""
+    """Convert to experts, with nonzero biases of routers and experts."""
     config = sd.SMoEConfig(**{"num_experts": E, "top_k": 2, "router": "learned", "init_std": 0.5, **settings})
     torch.manual_seed(0)
     for _, layer in sd.moe_layers(sd.moefy(model, config)):
@@ -33,7 +33,7 @@ def sparse(model: nn.Module, **settings) -> nn.Module:
 
 
 def responses(layer: sd.MoELayer, x: np.ndarray) -> np.ndarray:
-    """E_i(x) of every expert [N, E, D]."""
+    """Outputs E_i(x) of all experts [N, E, D]."""
     e = layer.experts
     up, bias_up, down, bias_down = (numpy(parameter) for parameter in (e.up, e.bias_up, e.down, e.bias_down))
     return np.stack([np.maximum(x @ up[i].T + bias_up[i], 0) @ down[i] + bias_down[i] for i in range(E)], 1)
@@ -44,7 +44,7 @@ def logits(layer: sd.MoELayer, x: np.ndarray) -> np.ndarray:
 
 
 def best(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k highest scores of each row, and where they are."""
+    """The k highest scores of each row, and their indices."""
     indices = np.argsort(-scores)[:, :k]
     return np.take_along_axis(scores, indices, 1), indices
 
@@ -71,7 +71,7 @@ def close(ours: torch.Tensor, expected: np.ndarray) -> None:
 
 
 class Recorded:
-    """Forward passes over one segment, with what came out of each, k, and the experts of each layer."""
+    """Forward passes over one segment, recording results, k, and the chosen experts of each layer."""
 
     def __init__(self, model: nn.Module):
         ids = torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(2))
@@ -84,10 +84,10 @@ class Recorded:
         return self.passes[-1]
 
 
-def test_thor_consistency_against_the_reference_file():
+def test_thor_consistency_matches_the_reference_file():
     file = load_file(REFERENCE / "thor_consistency.safetensors")
     a, b = file["logits_a"], file["logits_b"]
-    expected = file["symmetric_kl_per_row"] * a.shape[-1] / 2  # there a mean over classes without the factor 1/2
+    expected = file["symmetric_kl_per_row"] * a.shape[-1] / 2  # the file has a mean over classes without the factor 1/2
     torch.testing.assert_close(thor.symmetric_kl(a, b), expected, rtol=1e-5, atol=1e-6)
     close(thor.symmetric_kl(a, b), (kl(numpy(a), numpy(b)) + kl(numpy(b), numpy(a))) / 2)
 
@@ -102,7 +102,7 @@ def test_thor_trains_one_expert_for_the_whole_batch():
         model(x)
         assert all(layer.assigned.shape == (15, 1) and len(layer.assigned.unique()) == 1 for layer in model.layers)
         counts[tuple(int(layer.assigned[0]) for layer in model.layers)] += 1
-    assert all(about(count, 600, 1 / E**2) for count in counts.flatten())  # uniform, and layers draw on their own
+    assert all(about(count, 600, 1 / E**2) for count in counts.flatten())  # uniform, and layers draw independently
     output = model.layers[0](x)
     close(output, responses(model.layers[0], numpy(x).reshape(15, D))[:, int(model.layers[0].assigned[0])])
 
@@ -131,7 +131,7 @@ def test_thor_inference(inference, k):
     torch.manual_seed(5)
     output = layer(x)
     assert all(len(set(row)) == k for row in layer.assigned.tolist())
-    assert len(layer.assigned.sort().values.unique(dim=0)) == math.comb(E, k)  # every set of experts was drawn
+    assert len(layer.assigned.sort().values.unique(dim=0)) == math.comb(E, k)  # every subset of experts occurred
     lanes = layer.assigned.view(30, 20, k)
     assert bool((lanes == lanes[:, :1]).all()) == (inference == "sentence")
     outputs = responses(layer, numpy(x).reshape(600, D))
@@ -173,7 +173,7 @@ def test_distillation_trains_the_router_and_no_expert(affinity):
     weight, bias, *rest = torch.autograd.grad(layer.losses["router"], parameters, allow_unused=True, retain_graph=True)
     assert rest == [None] * 4
     p, s = softmax(logits(layer, numpy(x))), softmax(affinity_of(responses(layer, numpy(x)), affinity))
-    towards_p = 2 * (p - s) / p.size  # of the mean of squares; then through the softmax and the linear map
+    towards_p = 2 * (p - s) / p.size  # derivative of the mean of squares, then of the softmax and the linear map
     towards_logits = p * (towards_p - (towards_p * p).sum(1, keepdims=True))
     np.testing.assert_allclose(numpy(weight), towards_logits.T @ numpy(x), rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(numpy(bias), towards_logits.sum(0), rtol=1e-3, atol=1e-7)
@@ -181,18 +181,18 @@ def test_distillation_trains_the_router_and_no_expert(affinity):
     assert router == [None] * 2 and all(grad.any() for grad in (a, b, c, d))
 
 
-def test_other_steps_are_those_of_a_learned_router():
+def test_other_steps_use_the_learned_router():
     never, always, plain, x = compete(2, flip_rate=0.0), compete(2, flip_rate=1.0).eval(), sparse(Net(2)), tokens(20)
     assert torch.equal(never(x), plain(x))
     assert torch.equal(sd.auxiliary_loss(never), sd.auxiliary_loss(plain)) and sd.auxiliary_loss(plain) > 0
     assert [(int(layer.passes), int(layer.competitions)) for layer in never.layers] == [(1, 0)] * 2
-    assert torch.equal(always(x), plain.eval()(x)) and sd.auxiliary_loss(always) == 0  # in evaluation nobody competes
+    assert torch.equal(always(x), plain.eval()(x)) and sd.auxiliary_loss(always) == 0  # no competition in evaluation
     assert [(layer.competed, int(layer.passes)) for layer in always.layers] == [(False, 0)] * 2
     close(plain.layers[0](x), plain_smoe(plain.layers[0], numpy(x)))
 
 
 def competed_steps(model: Net, steps: int) -> np.ndarray:
-    """Which layers competed at each step [steps, layers]."""
+    """Mask of competing layers at each step [steps, layers]."""
     found, x = [], tokens(1)
     for step in range(steps):
         sd.set_progress(model, step, steps)
@@ -209,15 +209,15 @@ def test_competition_steps_are_a_function_of_seed_and_step():
             layer.seed.fill_(seed)
     generator = torch.get_rng_state()
     found, other = competed_steps(model, 200), competed_steps(other, 200)
-    assert torch.equal(torch.get_rng_state(), generator)  # torch's generator was not asked
+    assert torch.equal(torch.get_rng_state(), generator)  # torch's generator was not used
     torch.manual_seed(7)
     assert (found == competed_steps(same, 200)).all() and (found != other).any(1).sum() > 50
     assert all(set(np.flatnonzero(row)) == competing_layers(1, step, 3, 0.3, 3) for step, row in enumerate(found))
     assert all(about(count, 200, 0.3) for count in found.sum(0))
-    assert all(about((found[:, a] & found[:, b]).sum(), 200, 0.09) for a, b in ((0, 1), (0, 2), (1, 2)))  # each flips its own coin
+    assert all(about((found[:, a] & found[:, b]).sum(), 200, 0.09) for a, b in ((0, 1), (0, 2), (1, 2)))  # layers draw independently
 
 
-def test_without_a_step_each_layer_flips_a_coin_of_torchs_generator():
+def test_without_a_step_layers_draw_from_torchs_generator():
     model, x, found = compete(2, flip_rate=0.4), tokens(1), []
     torch.manual_seed(6)
     for _ in range(100):
@@ -233,7 +233,7 @@ def test_predrawn_competition():
         model(tokens(2))
     found = competed_steps(model, 240)
     assert not found[:60].any() and set(found[60:].sum(1)) == {0, 1, 2}
-    # each layer is among the drawn with 1/2 and then among the two kept: sum over the number of others drawn
+    # each layer is drawn with 1/2 and then kept among at most two: sum over the number of others drawn
     share = sum(math.comb(4, n) / 2**5 * min(1, 2 / (n + 1)) for n in range(5))
     assert all(about(count, 180, share) for count in found[60:].sum(0))
 
@@ -249,7 +249,7 @@ def test_competitions_are_counted_saved_and_reported():
 
 
 def unrolled(model: Net, x: np.ndarray, mu=0.7, gamma=1.0, adam=False, adam_gamma=1.0, beta1=0.9, beta2=0.999) -> np.ndarray:
-    """x after all layers of the residual stack, by the recurrence m <- mu m + gamma f(x), x <- x + m."""
+    """Output of the residual stack by the recurrence m <- mu m + gamma f(x), x <- x + m."""
     m = np.zeros_like(x)
     for index, layer in enumerate(model.layers):
         f = plain_smoe(layer, x)
@@ -269,7 +269,7 @@ def test_momentum_over_depth(options, n_layer, training):
     assert all(layer.shared is model.layers[0].shared for layer in model.layers)
 
 
-def test_a_pass_that_was_cut_short_leaves_no_momentum_behind():
+def test_interrupted_pass_leaves_no_momentum():
     model, x = sparse(Net(3), method="momentumsmoe"), tokens(9)
     expected = model(x)
     model.layers[1](model.layers[0](tokens(4)))
@@ -278,7 +278,7 @@ def test_a_pass_that_was_cut_short_leaves_no_momentum_behind():
     assert torch.equal(model(x), expected) and model.layers[0].shared.carried is None
 
 
-def test_momentum_follows_the_models_order_in_whatever_order_layers_are_named():
+def test_momentum_follows_the_order_of_the_model_not_of_config_layers():
     model, x = sparse(Net(3), method="momentumsmoe", layers=(2, 0, 1)), tokens(9)
     for _ in range(2):
         close(model(x), unrolled(model, numpy(x)))
@@ -286,7 +286,7 @@ def test_momentum_follows_the_models_order_in_whatever_order_layers_are_named():
 
 
 def check_route(layer: sd.MoELayer, mixed: np.ndarray, x: torch.Tensor) -> None:
-    """The k largest of `mixed` [B, T, E] choose, their softmax weighs."""
+    """Assert that the k largest of `mixed` [B, T, E] choose and their softmax weighs."""
     routing, (kept, indices) = layer.route(x), best(mixed.reshape(-1, E), layer.top_k)
     np.testing.assert_array_equal(routing.indices_NK.numpy(), indices)
     close(routing.weights_NK, softmax(kept))
@@ -307,7 +307,7 @@ def test_similarity(tau, expected_tau, k):
 
 
 def plain_attention(attention: nn.Module, inputs: tuple) -> np.ndarray:
-    """Probabilities [B, H, T, M + T] of relative attention, term by term: ((q + u) k + (q + v) r of the distance) / sqrt(C)."""
+    """Probabilities [B, H, T, M + T] of relative attention, term by term: ((q + u) k + (q + v) r[distance]) / sqrt(C)."""
     x, memory, positions, u, v, _mask = (numpy(tensor) for tensor in inputs)
     H, C, M, T = attention.n_head, attention.d_head, memory.shape[1], x.shape[1]
     weight, p = numpy(attention.qkv.weight), np.zeros((len(x), H, T, M + T))
@@ -341,13 +341,13 @@ def test_attention(segments, dropatt):
             mixed[b, i] = sum(A[j] * logits(layer, numpy(x)[b, j]) for j in range(i + 1)) / A.sum()
             heads.add(head)
         check_route(layer, mixed, x)
-    assert len(heads) > 1  # else the choice of the head was not put to the test
+    assert len(heads) > 1  # otherwise the choice of the head would not be tested
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("method", ["similarity", "attention"])
-def test_routes_do_not_depend_on_what_follows(method, seed):
-    """Bit for bit, in every layer, within a segment that has memory."""
+def test_routes_do_not_depend_on_later_tokens(method, seed):
+    """Bit for bit, in every layer, for a segment with memory."""
     model, routes = sparse(transformer_xl(n_layer=3, mem_len=9), method=method), {}
     for _, layer in sd.moe_layers(model):
         layer.experts.register_forward_pre_hook(lambda experts, inputs: routes.__setitem__(experts, [x.view(2, 24, 2) for x in inputs[1:]]))
@@ -367,7 +367,7 @@ def test_routes_do_not_depend_on_what_follows(method, seed):
 
 
 @pytest.mark.parametrize("method", ["similarity", "attention"])
-def test_a_host_without_attention_is_refused_and_left_alone(method):
+def test_model_without_attention_is_rejected_and_unchanged(method):
     model = nn.Sequential(nn.Sequential(nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, D)))
     modules, state = list(model.modules()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(sd.ConfigError, match="no attention module"):
@@ -385,7 +385,7 @@ def test_sandwich_objective(drawn):
     nll, apart = cross_entropy(largest, forward.targets), kl(largest, smallest).mean()
     assert apart > 1e-3 and objective.nll.item() == pytest.approx(nll, rel=1e-5)
     assert objective.total.item() == pytest.approx((nll + apart + kl(largest, between).mean()) / 3, rel=1e-5)
-    # the output bias: p - target for the largest k, p - p_max for the others, since p_max is detached
+    # gradient of the output bias: p - target for the largest k, p - p_max for the others, since p_max is detached
     expected = softmax(smallest) + softmax(between) - softmax(largest) - np.eye(11)[forward.targets.numpy()]
     close(torch.autograd.grad(objective.total, model.head.bias)[0], expected.mean((0, 1)) / 3)
 
@@ -396,7 +396,7 @@ def test_elastic_k_is_uniform_over_its_range(low, high):
     schedule, *others = (sd.TopKSchedule("elastic", low, high, steps, seed) for seed in (0, 0, 1))
     one, same, other = ([each(step) for step in range(steps)] for each in (schedule, *others))
     assert one == same and set(one) == set(range(low, high + 1)) and all(about(one.count(k), steps, p) for k in set(one))
-    for pairs in (zip(one[1:], other[1:], strict=True), itertools.pairwise(one)):  # seeds and steps draw on their own
+    for pairs in (zip(one[1:], other[1:], strict=True), itertools.pairwise(one)):  # seeds and steps draw independently
         assert about(sum(a == b for a, b in pairs), steps - 1, p)
-    assert [schedule(step) for step in (7, 5, 7)] == [one[7], one[5], one[7]]  # whatever was asked before
+    assert [schedule(step) for step in (7, 5, 7)] == [one[7], one[5], one[7]]  # independent of earlier calls
     assert [schedule(step) for step in (steps, steps + 1, 10**9)] == [high] * 3

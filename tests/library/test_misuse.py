@@ -1,4 +1,4 @@
-"""What a user gets wrong with the library is said at once, and not computed silently."""
+"""Common mistakes with the library raise immediately instead of computing something wrong."""
 
 import numpy as np
 import pytest
@@ -25,38 +25,38 @@ def config(**changes) -> sd.SMoEConfig:
 
 
 class Adapted(nn.Linear):
-    """A linear map with something added, as adapters do."""
+    """A linear map with an added term, as in adapters."""
 
     def forward(self, x):
         return super().forward(x) + x.sum()
 
 
 class Itself(nn.Linear):
-    """Another name for a linear map."""
+    """A subclass that computes the same."""
 
 
-def test_a_linear_map_with_a_forward_of_its_own_is_none():
-    with pytest.raises(sd.ConfigError, match="no feed-forward network a host knows"):
+def test_linear_subclass_with_its_own_forward_is_not_a_linear_map():
+    with pytest.raises(sd.ConfigError, match="finds a feed-forward network in"):
         sd.moefy(model(nn.Sequential(Adapted(D, F), nn.ReLU(), Adapted(F, D))), config())
     assert len(sd.moe_layers(sd.moefy(model(nn.Sequential(Itself(D, F), nn.ReLU(), Itself(F, D))), config()))) == 1
 
 
-def test_tied_weights_are_not_parted():
+def test_tied_weights_are_not_untied():
     one, other = ffn(), ffn()
     other[0].weight = one[0].weight
     tied = model(one, other)
-    with pytest.raises(sd.ConfigError, match=r"0\.ffn\.0\.weight and 1\.ffn\.0\.weight are one and the same parameter"):
+    with pytest.raises(sd.ConfigError, match=r"0\.ffn\.0\.weight and 1\.ffn\.0\.weight are the same parameter"):
         sd.moefy(tied, config())
     assert not sd.moe_layers(tied)
     outside = nn.ModuleDict({"ffn": ffn(), "embedding": nn.Embedding(F, D)})
     outside["embedding"].weight = outside["ffn"][0].weight
-    with pytest.raises(sd.ConfigError, match="one and the same parameter"):
+    with pytest.raises(sd.ConfigError, match="are the same parameter"):
         sd.moefy(outside, config())
-    sd.moefy(model(one, ffn()), config())  # what is tied elsewhere does not matter
+    sd.moefy(model(one, ffn()), config())  # ties outside the model do not matter
 
 
 @pytest.mark.parametrize("method", ["smoe", "smoe_dropout", "elastic", "dense", "sandwich", "dropblock"])
-def test_a_method_without_a_layer_of_its_own_is_refused(method):
+def test_method_without_its_own_layer_is_rejected(method):
     from smoe_dropout.registry import METHODS
 
     if method not in METHODS:
@@ -66,7 +66,7 @@ def test_a_method_without_a_layer_of_its_own_is_refused(method):
 
 
 class Given(Router):
-    """Returns what the test wants."""
+    """A router that returns a given result."""
 
     result = None
 
@@ -83,39 +83,39 @@ def routing(indices=((0, 1), (2, 3)), weights=None, losses=None) -> Routing:
 
 
 @pytest.mark.parametrize(
-    ("result", "error", "said"),
+    ("result", "error", "message"),
     [
         ((torch.zeros(2, 2), torch.zeros(2, 2), {}), TypeError, "returned a tuple, not a Routing"),
-        (routing(((0,), (1,))), ValueError, "as many experts"),
-        (routing(((0, 1), (2, 4))), ValueError, "chose expert 4, and there are 0 to 3"),
-        (routing(((0, 1), (2, 2))), ValueError, "an expert twice"),
+        (routing(((0,), (1,))), ValueError, "every token needs 2 experts"),
+        (routing(((0, 1), (2, 4))), ValueError, "chose expert 4, but experts are numbered 0 to 3"),
+        (routing(((0, 1), (2, 2))), ValueError, "the same expert twice"),
         (routing(((0, 1),)), ValueError, r"both must be \[2 tokens, k = 2\]"),
         (routing(weights=torch.ones(2, 1)), ValueError, "both must be"),
         (routing(((0.0, 1.0), (2.0, 3.0))), ValueError, "the indices int64"),
         (routing(losses={"mine": torch.ones(3)}), ValueError, "loss 'mine' must be a scalar"),
     ],
 )
-def test_what_a_router_returns_is_looked_at_once(result, error, said, monkeypatch):
+def test_router_output_is_validated_on_the_first_pass(result, error, message, monkeypatch):
     monkeypatch.setitem(ROUTERS, "given", f"{__name__}:Given")
     monkeypatch.setattr(Given, "result", result)
     made = sd.moefy(model(), config(router="given"))
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         made[0]["ffn"](torch.randn(2, D))
     monkeypatch.setattr(Given, "result", routing())
     assert made[0]["ffn"](torch.randn(2, D)).shape == (2, D)
 
 
-def test_weights_of_another_router_option_are_refused(tmp_path):
+def test_weights_with_other_router_options_are_rejected(tmp_path):
     made = sd.moefy(model(), config(router="logit_drop", options={"logit_dropout": 0.3}))
     sd.save_model(made, tmp_path / "model")
     sd.load_weights(sd.moefy(model(), config(router="logit_drop", options={"logit_dropout": 0.3})), tmp_path / "model")
     with pytest.raises(sd.ConfigError, match="has a router with"):
         sd.load_weights(sd.moefy(model(), config(router="logit_drop")), tmp_path / "model")
-    with pytest.raises(sd.ConfigError, match="is no folder"):
+    with pytest.raises(sd.ConfigError, match="is not a folder"):
         sd.load_weights(made, tmp_path / "nothing")
 
 
-def test_the_auxiliary_loss_can_always_be_added():
+def test_auxiliary_loss_can_always_be_added():
     made = sd.moefy(model(), config(router="learned")).train()
     loss = made[0]["ffn"](torch.randn(3, D)).sum()
     assert sd.auxiliary_loss(made) > 0 and (loss + sd.auxiliary_loss(made)).requires_grad
@@ -124,7 +124,7 @@ def test_the_auxiliary_loss_can_always_be_added():
     assert sd.auxiliary_loss(nn.ReLU()) == 0
 
 
-def test_a_network_in_two_places_is_not_suggested():
+def test_shared_network_is_not_suggested():
     class Ponder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -139,8 +139,8 @@ def test_a_network_in_two_places_is_not_suggested():
         sd.moefy(nn.ModuleList([nn.ModuleDict({"ponder": shared}), nn.ModuleDict({"ponder": shared})]), config())
     assert "sites=" not in str(error.value)
     assert all(isinstance(shared.get_parameter(name), nn.Parameter) for name in before)
-    assert all(torch.equal(shared.get_parameter(name), value) for name, value in before.items())  # the search touched nothing
-    with pytest.raises(sd.ConfigError, match="the Ponder is itself one: give moefy the model that it stands in"):
+    assert all(torch.equal(shared.get_parameter(name), value) for name, value in before.items())  # the search did not modify it
+    with pytest.raises(sd.ConfigError, match="Ponder is itself a feed-forward network: pass moefy the model that contains it"):
         sd.moefy(shared, config())
     nn.utils.parametrizations.weight_norm(shared.wide)
     with pytest.raises(sd.ConfigError, match="remove the parametrization first"):
@@ -148,17 +148,17 @@ def test_a_network_in_two_places_is_not_suggested():
 
 
 @pytest.mark.parametrize("k", [None, 2.0, True, "2"])
-def test_k_is_a_whole_number(k):
+def test_k_must_be_a_whole_number(k):
     with pytest.raises(ValueError, match="must be a whole number"):
         sd.set_top_k(sd.moefy(model(), config()), k)
 
 
-def test_a_whole_number_of_numpy_is_one():
+def test_numpy_integers_are_accepted_as_k():
     made = sd.moefy(model(), config())
     sd.set_top_k(made, np.int64(3))
     assert type(sd.get_top_k(made)) is int and sd.get_top_k(made) == 3
 
 
-def test_a_configuration_is_asked_for():
+def test_config_must_be_an_smoeconfig():
     with pytest.raises(sd.ConfigError, match="config is a dict"):
         sd.moefy(model(), {"num_experts": 4})

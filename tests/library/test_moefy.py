@@ -1,4 +1,4 @@
-"""moefy turns feed-forward networks into experts in place: exactly where that is promised, and not at all where it is refused."""
+"""moefy replaces feed-forward networks in place: exactly where that is documented, and not at all if it raises."""
 
 import copy
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 def hand_written(name="relu", n_layer=2) -> nn.Module:
-    """Blocks with biases that matter, in evaluation mode."""
+    """Blocks with nonzero biases, in evaluation mode."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(*FFNS[name]()) for _ in range(n_layer)))
     for parameter in model.parameters():
@@ -61,7 +61,7 @@ def experts_of(model: nn.Module) -> list:
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
-    """Of the hand-written model, or of the Transformer-XL over two segments."""
+    """Outputs of the hand-written model, or of the Transformer-XL over two segments."""
     if not isinstance(model, MemTransformerLM):
         dtype = next(model.parameters()).dtype
         return model(torch.randn(3, 6, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype))
@@ -72,7 +72,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
 def dtype(request):
-    """All modules of the test are made in this dtype."""
+    """Default dtype of all modules in the test."""
     torch.set_default_dtype(request.param)
     yield request.param
     torch.set_default_dtype(torch.float32)
@@ -83,7 +83,7 @@ BUILDERS = {**{name: (lambda name=name: hand_written(name)) for name in FFNS}, "
 
 
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_split_at_k_E_is_the_dense_model(build, dtype):
+def test_split_equals_the_dense_model_at_k_E(build, dtype):
     dense = build()
     sparse = sd.moefy(copy.deepcopy(dense), config(**EXACT))
     torch.testing.assert_close(outputs(sparse), outputs(dense), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -99,10 +99,10 @@ def test_split_has_the_gradients_of_the_dense_model():
     expected = {"up": up.weight.grad, "bias_up": up.bias.grad.view(4, -1), "down": down.weight.grad.t()}
     for name, gradient in expected.items():
         torch.testing.assert_close(getattr(experts, name).grad, gradient.reshape(getattr(experts, name).shape), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(experts.bias_down.grad, down.bias.grad.expand(4, D), rtol=1e-12, atol=1e-12)  # each share weighs E * 1/E
+    torch.testing.assert_close(experts.bias_down.grad, down.bias.grad.expand(4, D), rtol=1e-12, atol=1e-12)  # E * 1/E of the bias
 
 
-def test_split_with_the_mean_is_a_share_of_the_dense_network(dtype):
+def test_split_with_output_scale_mean_is_the_dense_network_over_E(dtype):
     ffn, sparse = hand_written()[0].ffn, sd.moefy(hand_written(), config(**{**EXACT, "output_scale": "mean"}))[0].ffn
     x = torch.randn(7, D)
     torch.testing.assert_close(4 * sparse(x), ffn(x), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -111,7 +111,7 @@ def test_split_with_the_mean_is_a_share_of_the_dense_network(dtype):
 @pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("gate_weight", ["softmax", "uniform"])
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-def test_copy_is_the_dense_model_at_any_k(build, gate_weight, k, dtype):
+def test_copy_equals_the_dense_model_at_any_k(build, gate_weight, k, dtype):
     dense = build()
     sparse = sd.moefy(copy.deepcopy(dense), config(expert_init="copy", gate_weight=gate_weight, top_k=k))
     torch.testing.assert_close(outputs(sparse), outputs(dense), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -136,7 +136,7 @@ def test_fresh_experts(std, d_expert, width):
 
 
 @pytest.mark.parametrize("layers", [None, (0,), (1,), (2, 0)])
-def test_layers_picks(layers):
+def test_layers_selects_networks(layers):
     model = transformer_xl(n_layer=3)
     before = [layer.feed_forward.core for layer in model.layers]
     assert sd.moefy(model, config(layers=layers)) is model
@@ -164,17 +164,21 @@ def without(*ffn: nn.Module) -> nn.Module:
         (transformer_xl, {"num_experts": 5}, "width 16 of 'core' is not divisible by num_experts = 5"),
         (uneven, {}, "width 15 of 'ffn' is not divisible"),
         (uneven, {"expert_init": "split"}, "width 15 of 'ffn' is not divisible"),
-        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {}, "Sequential has MoE layers already"),
-        (lambda: nn.Linear(D, D), {}, "Linear has no feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D + 1)), {}, "no feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.Tanh(), nn.Linear(F, D)), {}, "no feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.Dropout(0.1), nn.ReLU(), nn.Linear(F, D)), {}, "no feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.1), nn.Linear(F, D)), {}, "no feed-forward network"),
-        (lambda: without(nn.Dropout(0.1), nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D)), {}, "no feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D), nn.LayerNorm(D)), {}, "no feed-forward network"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {}, "Sequential already has MoE layers"),
+        (lambda: nn.Linear(D, D), {}, "finds a feed-forward network in Linear"),
+        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D + 1)), {}, "finds a feed-forward network"),
+        (lambda: without(nn.Linear(D, F), nn.Tanh(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
+        (lambda: without(nn.Linear(D, F), nn.Dropout(0.1), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
+        (
+            lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.1), nn.Linear(F, D)),
+            {},
+            "finds a feed-forward network",
+        ),
+        (lambda: without(nn.Dropout(0.1), nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
+        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D), nn.LayerNorm(D)), {}, "finds a feed-forward network"),
     ],
 )
-def test_refusal_leaves_the_model_alone(build, settings, words):
+def test_rejected_models_are_unchanged(build, settings, words):
     model = build()
     modules, state = dict(model.named_modules()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(sd.ConfigError, match=words):
@@ -184,7 +188,7 @@ def test_refusal_leaves_the_model_alone(build, settings, words):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_widths_that_E_does_not_divide_are_fine_where_nothing_is_divided():
+def test_any_width_works_if_it_is_not_divided():
     assert experts_of(sd.moefy(uneven(), config(d_expert=3)))[1].up.shape == (4, 3, D)
     assert experts_of(sd.moefy(uneven(), config(expert_init="copy")))[1].up.shape == (4, 15, D)
 
@@ -193,7 +197,7 @@ def test_widths_that_E_does_not_divide_are_fine_where_nothing_is_divided():
     ("name", "inner", "final"),
     [("relu", 0, None), ("gelu_dropout", 0.3, None), ("silu_final_dropout", 0, 0.2), ("both_dropouts", 0.3, 0.2)],
 )
-def test_dropouts_go_inside_the_experts_or_stay_behind_them(name, inner, final):
+def test_dropouts_move_into_the_experts_or_stay_after_them(name, inner, final):
     model = hand_written(name)
     last = model[0].ffn[-1]
     sd.moefy(model, config())
@@ -209,7 +213,7 @@ def test_dropouts_go_inside_the_experts_or_stay_behind_them(name, inner, final):
 
 @pytest.mark.parametrize("name", FFNS)
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_is_kept(training, name):
+def test_training_mode_is_kept(training, name):
     model = sd.moefy(hand_written(name).train(training), config())
     assert {path: module.training for path, module in model.named_modules() if module.training != training} == {}
 
@@ -225,7 +229,7 @@ def test_experts_have_the_dtype_of_the_network_they_replace(dtype, expert_init):
 def test_split_of_a_float64_model_is_exact():
     dense = hand_written().double()
     for parameter in dense.parameters():
-        parameter.data.div_(3)  # now no float32 holds it
+        parameter.data.div_(3)  # not representable in float32
     sparse = sd.moefy(copy.deepcopy(dense), config(**EXACT))
     torch.testing.assert_close(outputs(sparse), outputs(dense), atol=1e-12, rtol=1e-12)
 

@@ -1,4 +1,4 @@
-"""Folders of transformers models with experts: they come back bit for bit or not at all, and nothing else reads them."""
+"""Folders of transformers models with experts load bit for bit or are rejected, and transformers itself cannot load them."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def as_trainer_saves(model: nn.Module, folder) -> None:
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:
-    """Bit for bit, precision and what is trained included."""
+    """Whether two models are bit-identical, including precision and frozen parameters."""
     ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
     return ours.keys() == theirs.keys() and all(
         p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) and p.requires_grad == theirs[n].requires_grad for n, p in ours.items()
@@ -40,7 +40,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 @pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
 @pytest.mark.parametrize("host", HOSTS)
 def test_round_trip(host, save, tmp_path):
-    """Of weights, k, ties and the experts' configuration; the global generator is left alone."""
+    """Restores weights, k, tied weights and the experts' configuration, without using the global generator."""
     settings = {"router": "learned", "expert_init": "split", "layers": (0, 2), "balance_loss": 0.5, "gate_weight": "uniform"}
     model = sparse(host, **settings)
     sd.set_top_k(model, 3)
@@ -59,7 +59,7 @@ def test_round_trip(host, save, tmp_path):
     assert model.get_input_embeddings().weight.any()
 
 
-def test_a_fresh_process_computes_the_same(tmp_path):
+def test_another_process_computes_the_same(tmp_path):
     models = {host: sparse(host, expert_init="split") for host in HOSTS}
     for host, model in models.items():
         sd.save_pretrained(model, tmp_path / host)
@@ -80,8 +80,8 @@ def test_a_fresh_process_computes_the_same(tmp_path):
 
 @pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_bfloat16_stays(when, save, tmp_path):
-    """Made so before the experts, the router is float32; made so with them, all is bfloat16."""
+def test_bfloat16_is_kept(when, save, tmp_path):
+    """Converted before moefy, the router stays float32; converted after it, everything is bfloat16."""
     model = sd.moefy(made("bert").bfloat16(), sd.SMoEConfig(**SMOE)) if when == "before" else sparse().bfloat16()
     save(model, tmp_path)
     loaded = sd.from_pretrained(tmp_path)
@@ -101,19 +101,19 @@ def test_a_router_that_needs_tokens_and_a_generation_config(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["similarity", "attention"])
-def test_methods_that_look_at_attention(method, tmp_path):
-    """Whose implementation config.json does not tell."""
+def test_methods_that_need_attention_probabilities(method, tmp_path):
+    """config.json does not store the attention implementation."""
     model = made("bert")
     model.set_attn_implementation("eager")
     sd.moefy(model, sd.SMoEConfig(**SMOE, router="learned", method=method))
     sd.save_pretrained(model, tmp_path)
     loaded = sd.from_pretrained(tmp_path)
-    loaded.set_attn_implementation("eager")  # as the model it is compared with
+    loaded.set_attn_implementation("eager")  # as in the original model
     assert same(loaded, model) and torch.equal(logits(loaded), logits(model))
 
 
 def test_saving_again(tmp_path):
-    """Over an older save of ours, finished or not; what else lies in the folder stays."""
+    """Overwrites an earlier save, complete or not, and keeps other files in the folder."""
     (tmp_path / "notes.txt").write_text("mine")
     sd.save_pretrained(sparse("gpt2"), tmp_path)
     model = sparse()
@@ -124,8 +124,8 @@ def test_saving_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["save_file", "_sha256", "os.replace"])
 @pytest.mark.parametrize("older", [False, True])
-def test_an_interrupted_save_is_refused_or_was_not_begun(name, older, tmp_path, monkeypatch):
-    """And can be done again."""
+def test_interrupted_save_is_rejected_or_not_started(name, older, tmp_path, monkeypatch):
+    """And can be repeated."""
     module, model, calls = sys.modules["smoe_dropout.hf.pretrained"], sparse(), []
     if older:
         sd.save_pretrained(model, tmp_path)
@@ -151,7 +151,7 @@ def test_an_interrupted_save_is_refused_or_was_not_begun(name, older, tmp_path, 
 
 
 @pytest.mark.parametrize("name", [CONFIG, GENERATION, WEIGHTS, THEIR_WEIGHTS, THEIR_INDEX, MANIFEST])
-def test_another_models_folder_is_not_written_to(name, tmp_path):
+def test_folder_of_another_model_is_not_overwritten(name, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(sd.ConfigError, match=f"holds {re.escape(name)} of another model"):
         sd.save_pretrained(sparse(), tmp_path)
@@ -167,34 +167,34 @@ def uneven_k() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: made("bert"), "no MoE layers of moefy: use its own model.save_pretrained"),
+        (lambda: made("bert"), "was not converted by moefy: use its own model.save_pretrained"),
         (lambda: nn.Linear(2, 2), "use smoe_dropout.save_model"),
         (lambda: sd.moefy(nn.Sequential(made("bert")), sd.SMoEConfig(**SMOE)), "use smoe_dropout.save_model"),
         (uneven_k, "different k.*set_top_k"),
     ],
 )
-def test_what_cannot_be_saved_so(build, words, tmp_path):
+def test_models_that_cannot_be_saved(build, words, tmp_path):
     with pytest.raises(sd.ConfigError, match=words):
         sd.save_pretrained(build(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def rewrite(folder, name, change):
-    """Changes a JSON file by `change(values)`."""
+    """Apply `change(values)` to a JSON file."""
     values = json.loads((folder / name).read_text())
     change(values)
     (folder / name).write_text(json.dumps(values))
 
 
 def flip(folder, name):
-    """One bit of the last byte."""
+    """Flip one bit of the last byte."""
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
 
 
 def edit(folder, change):
-    """Changes the tensors of a folder that transformers wrote."""
+    """Apply `change(tensors)` to a folder written by transformers."""
     tensors = load_file(folder / THEIR_WEIGHTS)
     change(tensors)
     save_file(tensors, folder / THEIR_WEIGHTS)
@@ -202,22 +202,26 @@ def edit(folder, change):
 
 OURS = {
     "weights_bit": (lambda f: flip(f, WEIGHTS), WEIGHTS, "damaged"),
-    "config_changed": (lambda f: rewrite(f, CONFIG, lambda c: c["smoe_dropout"].update(top_k=1)), CONFIG, "damaged, or was changed"),
-    "generation_changed": (lambda f: rewrite(f, GENERATION, lambda c: c.update(max_length=3)), GENERATION, "was changed"),
+    "config_changed": (lambda f: rewrite(f, CONFIG, lambda c: c["smoe_dropout"].update(top_k=1)), CONFIG, "damaged or modified"),
+    "generation_changed": (lambda f: rewrite(f, GENERATION, lambda c: c.update(max_length=3)), GENERATION, "modified"),
     "weights_missing": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "is missing"),
     "config_missing": (lambda f: (f / CONFIG).unlink(), CONFIG, "is missing"),
     "manifest_missing": (lambda f: (f / MANIFEST).unlink(), "", "neither manifest.json nor model.safetensors"),
     "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "cannot be read"),
-    "manifest_of_nothing": (lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)), MANIFEST, "no complete save"),
-    "manifest_list": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST, "no JSON object"),
-    "their_weights_beside": (lambda f: (f / THEIR_WEIGHTS).write_bytes(b""), THEIR_WEIGHTS, "was not written with the rest"),
+    "manifest_of_nothing": (
+        lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)),
+        MANIFEST,
+        "not describe a complete save",
+    ),
+    "manifest_list": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST, "not a JSON object"),
+    "their_weights_beside": (lambda f: (f / THEIR_WEIGHTS).write_bytes(b""), THEIR_WEIGHTS, "is not part of the save"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), WEIGHTS, "damaged"),
-    "no_folder": (lambda f: f.rename(f.parent / "gone"), "", "is no folder"),
+    "no_folder": (lambda f: f.rename(f.parent / "gone"), "", "is not a folder"),
 }
 
 
 @pytest.mark.parametrize(("damage", "file", "words"), OURS.values(), ids=OURS)
-def test_what_was_changed_since_is_refused(damage, file, words, tmp_path):
+def test_modified_folders_are_rejected(damage, file, words, tmp_path):
     folder = tmp_path / "saved"
     sd.save_pretrained(sparse("gpt2"), folder)
     damage(folder)
@@ -241,33 +245,36 @@ def top(**values):
 TYING = "cls.predictions.decoder.weight"
 THEIRS = {
     "missing": (lambda f: edit(f, lambda t: t.pop(DOWN)), f"missing ['{DOWN}']"),
-    "foreign": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(1))), "foreign ['extra']"),
+    "foreign": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(1))), "unexpected ['extra']"),
     "misshapen": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].mT.contiguous()})), f"{DOWN} has shape (4, 16, 8)"),
     "precision": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].half()})), f"{DOWN} has shape (4, 8, 16) of torch.float16"),
-    "untied": (lambda f: edit(f, lambda t: t.update({TYING: t["bert.embeddings.word_embeddings.weight"] + 1})), "one tensor of the model"),
+    "untied": (
+        lambda f: edit(f, lambda t: t.update({TYING: t["bert.embeddings.word_embeddings.weight"] + 1})),
+        "are the same tensor",
+    ),
     "truncated": (lambda f: (f / THEIR_WEIGHTS).write_bytes((f / THEIR_WEIGHTS).read_bytes()[:-4]), "cannot be read"),
-    "sharded": (lambda f: (f / THEIR_WEIGHTS).rename(f / THEIR_INDEX), "in several files"),
-    "dense": (top(model_type="bert"), "is of a 'bert' model without experts"),
-    "num_experts": (experts(num_experts=2), "model wants shape"),
+    "sharded": (lambda f: (f / THEIR_WEIGHTS).rename(f / THEIR_INDEX), "split over several files"),
+    "dense": (top(model_type="bert"), "describes a 'bert' model without experts"),
+    "num_experts": (experts(num_experts=2), "model expects shape"),
     "fewer_layers": (experts(layers=[0]), "missing ["),
     "impossible": (experts(top_k=99), "top_k = 99"),
     "later_version": (experts(novelty=1), "novelty"),
     "no_experts": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("smoe_dropout")), "is damaged"),
     "garbage": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
-    "layers": (host(num_hidden_layers=2), "foreign ["),
+    "layers": (host(num_hidden_layers=2), "unexpected ["),
     "width": (host(intermediate_size=64), "has shape"),
-    "host_garbage": (host(hidden_size="wide"), "gives no model BertForMaskedLM"),
-    "no_host": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("host")), "gives no model"),
-    "architecture": (top(architectures=["Unheard"]), "'Unheard' is no model of transformers"),
+    "host_garbage": (host(hidden_size="wide"), "does not describe a valid BertForMaskedLM"),
+    "no_host": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("host")), "does not describe a valid"),
+    "architecture": (top(architectures=["Unheard"]), "'Unheard' is not a model of transformers"),
     "no_architecture": (top(architectures=None), "model_class=..."),
-    "not_a_model": (top(architectures=["BertConfig"]), "is no model of transformers"),
-    "other_class": (top(architectures=["GPT2LMHeadModel"]), "is of a 'bert' model, and GPT2LMHeadModel is not"),
+    "not_a_model": (top(architectures=["BertConfig"]), "is not a model of transformers"),
+    "other_class": (top(architectures=["GPT2LMHeadModel"]), "describes a 'bert' model, but GPT2LMHeadModel is not one"),
     "head": (top(architectures=["BertForSequenceClassification"]), "missing ["),
 }
 
 
 @pytest.mark.parametrize(("damage", "words"), THEIRS.values(), ids=THEIRS)
-def test_what_does_not_fit_is_refused(damage, words, tmp_path):
+def test_folders_that_do_not_match_are_rejected(damage, words, tmp_path):
     sparse().save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(sd.ConfigError, match=re.escape(words)) as error:
@@ -275,7 +282,7 @@ def test_what_does_not_fit_is_refused(damage, words, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_tied_tensor_under_another_of_its_names(tmp_path):
+def test_tied_tensor_stored_under_another_name(tmp_path):
     model = sparse()
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda t: t.update({TYING: t.pop("bert.embeddings.word_embeddings.weight")}))
@@ -283,13 +290,13 @@ def test_a_tied_tensor_under_another_of_its_names(tmp_path):
 
 
 class Own(transformers.BertForMaskedLM):
-    """A class that transformers does not have."""
+    """A model class that is not part of transformers."""
 
 
-def test_a_class_of_ones_own(tmp_path):
+def test_user_defined_model_class(tmp_path):
     model = sd.moefy(Own(made("bert").config), sd.SMoEConfig(**SMOE)).eval()
     sd.save_pretrained(model, tmp_path)
-    with pytest.raises(sd.ConfigError, match="'Own' is no model of transformers"):
+    with pytest.raises(sd.ConfigError, match="'Own' is not a model of transformers"):
         sd.from_pretrained(tmp_path)
     loaded = sd.from_pretrained(tmp_path, model_class=Own)
     assert type(loaded) is Own and same(loaded, model)
@@ -297,7 +304,7 @@ def test_a_class_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
 @pytest.mark.parametrize("host", HOSTS)
-def test_transformers_refuses_what_has_experts(host, save, tmp_path):
+def test_transformers_cannot_load_models_with_experts(host, save, tmp_path):
     model = sparse(host)
     save(model, tmp_path)
     auto = transformers.AutoModelForCausalLM if host in CAUSAL else transformers.AutoModelForMaskedLM
@@ -307,8 +314,8 @@ def test_transformers_refuses_what_has_experts(host, save, tmp_path):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_users_configuration_is_not_changed(host, tmp_path):
-    """All parts of a model share the one that tells of the experts: a part of it that is saved alone tells of them too."""
+def test_users_configuration_is_not_changed(host, tmp_path):
+    """All parts of a model share the configuration with the experts, so a part saved on its own describes them too."""
     dense = made(host)
     config, before = dense.config, dense.config.to_dict()
     model = sd.moefy(dense, sd.SMoEConfig(**SMOE))
@@ -317,5 +324,5 @@ def test_the_users_configuration_is_not_changed(host, tmp_path):
     model.base_model.save_pretrained(tmp_path)
     with pytest.raises(Exception, match="smoe_dropout"):
         type(model.base_model).from_pretrained(tmp_path)
-    if host in CAUSAL:  # the bodies of the others lack the pooler that their class has by itself
+    if host in CAUSAL:  # the base models of the others lack the pooler of their class
         assert same(sd.from_pretrained(tmp_path), model.base_model)

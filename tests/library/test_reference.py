@@ -1,4 +1,4 @@
-"""Agreement with vectors computed by the official implementation. Folder: REFERENCE_DIR; every name and size is taken from the files."""
+"""Agreement with vectors computed by the official implementation, in REFERENCE_DIR; names and sizes are read from the files."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def metadata(path, key):
 
 
 def find(wanted):
-    """Files with a model configuration whose tensors include `wanted`."""
+    """Files with a model configuration that contain the tensor `wanted`."""
     found = []
     for path in sorted(REFERENCE.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -32,7 +32,7 @@ def find(wanted):
 
 
 def build(config, tensors, backend="auto"):
-    """The model of a reference file with its weights, from the file's own configuration."""
+    """Build the model of a reference file from its configuration and weights."""
     model = MemTransformerLM(TransformerXLConfig(dropout=0.0, **{key: config[key] for key in MODEL_KEYS if key in config}))
     if config["moe"]:
         layers = tuple(config["moe_index"]) if config.get("moe_index") is not None else None
@@ -55,7 +55,7 @@ MODEL_FILES = find("input.tokens")
 CURVE_FILES = find("input.stream")
 
 
-def test_files_are_there():
+def test_reference_files_exist():
     assert MODEL_FILES and CURVE_FILES and (REFERENCE / "top_k_schedules.json").exists()
 
 
@@ -71,7 +71,7 @@ def test_losses_memory_and_gradients(path, backend):
         model = build(config, tensors, backend)
         if k:
             sd.set_top_k(model, k)
-            sd.freeze_routers(model, False)  # the official run froze nothing here
+            sd.freeze_routers(model, False)  # the official run did not freeze the router here
         memory, total = None, 0.0
         for index, (inputs, targets) in enumerate(segments(tensors["input.tokens"], config["tgt_len"])):
             losses, memory, _ = model(inputs, targets, memory)

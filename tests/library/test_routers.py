@@ -1,4 +1,4 @@
-"""Routers against their own equations, written out in numpy and plain integers."""
+"""Routers match their equations, written in numpy and plain integers."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout.registry import ROUTERS, load
-from smoe_dropout.routers import Shared
+from smoe_dropout.shared import Shared
 from tests.library.test_moefy import transformer_xl
 from utils.cli.train import parse_from_random as parse
 from utils.errors import UserError
@@ -21,7 +21,7 @@ D = 8
 
 
 def router(name: str, experts: int = 6, **settings) -> nn.Module:
-    """A router with a bias that matters."""
+    """A router with a nonzero bias."""
     torch.manual_seed(0)
     config = sd.SMoEConfig(experts, 1, router=name, init_std=1.0, **settings)
     made = load(ROUTERS, "router", config.router)(D, config)
@@ -57,7 +57,7 @@ def switch(logits: np.ndarray, indices: np.ndarray) -> float:
 
 
 def check(routing: sd.Routing, scores: np.ndarray, k: int, weights: np.ndarray | None = None) -> None:
-    """The k highest scores were chosen, weighed by their softmax, or by `weights` of all experts."""
+    """Assert that the k highest scores were chosen and weighed by their softmax, or by `weights` [N, E]."""
     indices = routing.indices_NK.numpy()
     assert indices.shape == routing.weights_NK.shape == (len(scores), k) and routing.indices_NK.dtype == torch.int64
     np.testing.assert_array_equal(np.sort(indices), np.sort(np.argsort(-scores)[:, :k]))
@@ -66,7 +66,7 @@ def check(routing: sd.Routing, scores: np.ndarray, k: int, weights: np.ndarray |
 
 
 def about(count: float, draws: int, probability: float) -> bool:
-    """Within five standard deviations of a binomial count."""
+    """Whether a binomial count is within five standard deviations of its mean."""
     return abs(count - draws * probability) <= 5 * math.sqrt(draws * probability * (1 - probability))
 
 
@@ -74,7 +74,7 @@ def about(count: float, draws: int, probability: float) -> bool:
 
 
 def murmur(value: int) -> int:
-    """MurmurHash3's 64-bit finaliser, read as a signed number."""
+    """MurmurHash3's 64-bit finaliser as a signed integer."""
     value %= 2**64
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         value = (value ^ value >> 33) * factor % 2**64
@@ -83,7 +83,7 @@ def murmur(value: int) -> int:
 
 
 def hashed(ids: torch.Tensor, gate: nn.Module, k: int) -> np.ndarray:
-    """The experts of each token id in ascending order [N, K]."""
+    """Experts of each token id in ascending order [N, K]."""
     E, seed = gate.num_experts, int(gate.seed)
     rows = [sorted(range(E), key=lambda e: -murmur(token * E + e + seed))[:k] for token in ids.flatten().tolist()]
     return np.sort(np.array(rows))
@@ -98,7 +98,7 @@ def hash_of(ids: torch.Tensor, experts: int, k: int, seed: int = 0) -> tuple[sd.
 
 
 @pytest.mark.parametrize(("experts", "k"), [(2, 1), (6, 3), (5, 5)])
-def test_hash_against_plain_integers(experts, k):
+def test_hash_matches_plain_integers(experts, k):
     ids = torch.tensor([[0, 1, 255, 7], [7, 2**31, 0, 50_000]])
     routing, gate = hash_of(ids, experts, k)
     np.testing.assert_array_equal(np.sort(routing.indices_NK.numpy()), hashed(ids, gate, k))
@@ -107,11 +107,11 @@ def test_hash_against_plain_integers(experts, k):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_hash_spreads_ids_over_experts_and_pairs_of_them(seed):
+def test_hash_distributes_ids_over_experts_and_pairs(seed):
     chosen = np.sort(hash_of(torch.arange(6000), 4, 2, seed)[0].indices_NK.numpy())
     for pair in itertools.combinations(range(4), 2):
         assert about((chosen == pair).all(1).sum(), 6000, 1 / 6)
-    same = (chosen[1:] == chosen[:-1]).all(1).sum()  # neighbouring ids have nothing in common
+    same = (chosen[1:] == chosen[:-1]).all(1).sum()  # consecutive ids are independent
     assert about(same, 5999, 1 / 6)
 
 
@@ -119,7 +119,7 @@ def hash_model() -> nn.Module:
     return sd.moefy(transformer_xl(n_layer=3), sd.SMoEConfig(4, 2, router="hash"))
 
 
-def test_hash_in_a_transformer_routes_by_token_id_alone():
+def test_hash_in_a_transformer_routes_by_token_id_only():
     model = hash_model()
     ids = torch.tensor([[3, 1, 3, 10, 0, 1], [1, 3, 9, 9, 2, 5]])
     _, memory = model.hidden(ids)
@@ -143,7 +143,7 @@ def test_hash_seed_is_saved_with_the_model():
     assert torch.equal(model.hidden(ids)[0], other.hidden(ids)[0])
 
 
-def test_a_copied_hash_model_uses_its_own_tokens():
+def test_copied_hash_model_uses_its_own_tokens():
     model = hash_model()
     ids, others = torch.tensor([[3, 1, 4, 1]]), torch.tensor([[2, 7], [1, 8], [2, 8]])
     model.hidden(others)
@@ -156,10 +156,10 @@ def test_a_copied_hash_model_uses_its_own_tokens():
         np.testing.assert_array_equal(np.sort(theirs.assigned.numpy()), hashed(others, ours.router, 2))
 
 
-def test_hash_refuses_positions_that_are_not_its_tokens():
+def test_hash_rejects_positions_without_token_ids():
     model = hash_model()
     model.hidden(torch.tensor([[1, 2, 3]]))
-    with pytest.raises(RuntimeError, match="saw 3 token ids and has to route 4 positions"):
+    with pytest.raises(RuntimeError, match="got 3 token ids for 4 positions"):
         model.layers[0].feed_forward(torch.zeros(1, 4, D))
 
 
@@ -173,7 +173,7 @@ def test_hash_needs_a_token_embedding():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gate_weight", ["softmax", "uniform"])
-def test_uniform_draws_anew_for_every_token_and_pass(training, gate_weight):
+def test_uniform_draws_for_every_token_and_pass(training, gate_weight):
     gate, x = router("uniform", gate_weight=gate_weight).train(training), tokens(4000)
     torch.manual_seed(7)
     first, second = gate(x, 2), gate(x, 2)
@@ -198,14 +198,14 @@ def test_logit_drop(p, k):
     kept = F.dropout(torch.ones(40, 6), p).numpy() > 0  # the same draw
     assert kept.all() == (p == 0)
     dropped = np.where(kept, linear(gate, x) / (1 - p), 0.0)
-    chosen = np.take_along_axis(dropped, routing.indices_NK.numpy(), 1)  # where several are 0 any of them may be chosen
+    chosen = np.take_along_axis(dropped, routing.indices_NK.numpy(), 1)  # ties between zeros may be broken either way
     np.testing.assert_allclose(np.sort(chosen)[:, ::-1], -np.sort(-dropped)[:, :k], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(numpy(routing.weights_NK), softmax(chosen), rtol=2e-5)
     assert routing.losses == {}
     check(gate.eval()(x, k), linear(gate, x), k)
 
 
-def test_logit_drop_is_a_half_and_may_be_balanced():
+def test_logit_drop_defaults_to_a_half_and_supports_a_balance_loss():
     gate, x = router("logit_drop", balance_loss=0.5), tokens()
     torch.manual_seed(7)
     routing = gate(x, 2)
@@ -237,7 +237,7 @@ def test_dense_to_sparse(step, temperature, k, threshold):
     assert gate.computed(k) == k and gate(x, k).losses == {}
 
 
-def test_dense_to_sparse_keeps_fewer_experts_as_training_goes_on():
+def test_dense_to_sparse_activates_fewer_experts_over_training():
     model = sd.moefy(feed_forwards(), sd.SMoEConfig(8, 1, router="dense_to_sparse", options={"threshold": 0.02}))
     active = []
     for step in (0, 500, 1000):
@@ -253,7 +253,7 @@ def test_dense_to_sparse_keeps_fewer_experts_as_training_goes_on():
 
 @pytest.mark.parametrize("step", [0, 100])
 def test_noise_of_dense_to_sparse_is_gumbel(step):
-    """Then the largest of logit + noise falls on each expert with the probability softmax(logits), at any temperature."""
+    """The largest of logit + noise then is expert e with probability softmax(logits)_e, at any temperature."""
     gate = router("dense_to_sparse", experts=4, options={"threshold": 0.999999})
     sd.set_progress(gate, step, 100)
     x = tokens(1) / 4
@@ -304,7 +304,7 @@ def test_noisy_top_k_trains_its_noise_unless_frozen():
     assert router("NoisyGate")(tokens(), 2).losses == {}
 
 
-def test_noisy_top_k_is_balanced_where_all_experts_are_alike():
+def test_noisy_top_k_losses_vanish_for_identical_experts():
     gate = router("noisy_top_k", experts=3)
     for parameter in gate.parameters():
         nn.init.zeros_(parameter)
@@ -313,7 +313,7 @@ def test_noisy_top_k_is_balanced_where_all_experts_are_alike():
     assert losses["importance"].item() < 1e-3 and losses["load"].item() < 1e-3
 
 
-# none, and what is refused
+# router none, and rejected settings
 
 
 def feed_forwards(layers: int = 1) -> nn.Sequential:
@@ -326,8 +326,8 @@ PAIRS = [("none", None), ("random", "thor"), *((router, method) for router in ("
 
 
 @pytest.mark.parametrize(("router", "method"), PAIRS)
-def test_routers_that_a_method_cannot_use_are_refused(router, method):
-    """Nothing to choose with, choices that are never asked for, and logits that there are none of or not all there is to it."""
+def test_routers_that_a_method_does_not_support_are_rejected(router, method):
+    """No choice of experts, choices that the method ignores, and routers without the logits that the method needs."""
     model = feed_forwards()
     with pytest.raises(sd.ConfigError, match=f"router '{router}'"):
         sd.moefy(model, sd.SMoEConfig(4, 2, router=router, method=method))
@@ -346,14 +346,14 @@ def test_routers_that_a_method_cannot_use_are_refused(router, method):
         (
             "dense_to_sparse",
             {"logit_dropout": 0.1},
-            "logit_dropout is not known here; .*max_temp=2.0, min_temp=0.3, threshold",
+            "unknown option logit_dropout; .*max_temp=2.0, min_temp=0.3, threshold",
         ),
         ("logit_drop", {"logit_dropout": 1.0}, "logit_dropout = 1.0"),
         ("logit_drop", {"logit_dropout": -0.1}, "logit_dropout = -0.1"),
-        ("hash", {"seed": 3}, "option seed is not known here; .*none"),
+        ("hash", {"seed": 3}, "unknown option seed; .*none"),
     ],
 )
-def test_options_that_are_refused(name, options, words):
+def test_invalid_options_are_rejected(name, options, words):
     model = feed_forwards()
     before = list(model.modules())
     with pytest.raises(sd.ConfigError, match=words):
@@ -364,8 +364,8 @@ def test_options_that_are_refused(name, options, words):
 @pytest.mark.parametrize(
     ("name", "settings"), [("hash", {"balance_loss": 0.1}), ("hash", {"gate_weight": "uniform"}), ("uniform", {"balance_loss": 1})]
 )
-def test_settings_that_a_router_ignores_are_refused(name, settings):
+def test_settings_without_effect_are_rejected(name, settings):
     model = feed_forwards()
-    with pytest.raises(sd.ConfigError, match=f"means nothing to router '{name}'"):
+    with pytest.raises(sd.ConfigError, match=f"has no effect with router '{name}'"):
         sd.moefy(model, sd.SMoEConfig(4, 2, router=name, **settings))
     assert not sd.moe_layers(model)

@@ -1,4 +1,4 @@
-"""Feed-forward networks named by pattern, and those of torch's own Transformer layers."""
+"""Feed-forward networks selected by pattern, and those of torch's Transformer layers."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ EXACT = {"num_experts": 4, "top_k": 4, "expert_init": "split", "gate_weight": "u
 
 
 class Plain(nn.Module):
-    """An activation that is only called, and a dropout on either side."""
+    """A functional activation, and dropout of hidden units and output."""
 
     def __init__(self, act=F.relu, inner=0.3, final=0.2, bias=True):
         super().__init__()
@@ -29,7 +29,7 @@ class Plain(nn.Module):
 
 
 class Gated(nn.Module):
-    """Its maps in an order that tells nothing."""
+    """Maps registered in an uninformative order."""
 
     def __init__(self, act=F.silu):
         super().__init__()
@@ -41,7 +41,7 @@ class Gated(nn.Module):
 
 
 class Wrong(Plain):
-    """`change(x, y)` is what its forward makes of input and output."""
+    """A network whose forward returns `change(self, x, y)` of input and output."""
 
     def __init__(self, change, **parts):
         super().__init__()
@@ -91,8 +91,8 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("make", "activation"), NETWORKS.values(), ids=NETWORKS)
-def test_named_networks_are_recognised_and_replaced_exactly(make, activation):
-    """Whatever their weights are, zeros too; modes, the global generator and the rest of the model stay as they were."""
+def test_matching_networks_are_recognised_and_replaced_exactly(make, activation):
+    """For any weights, even zeros; modes, the global generator and the rest of the model are unchanged."""
     model = stacked(make)
     dense = run(model)
     model["encoder"][1].ffn.train()
@@ -109,14 +109,14 @@ def test_named_networks_are_recognised_and_replaced_exactly(make, activation):
 
 
 @pytest.mark.parametrize(("inner", "final"), [(0.3, 0.2), (0.3, 0.0), (0.0, 0.2)])
-def test_dropouts_of_a_named_network(inner, final):
+def test_dropouts_of_a_matching_network(inner, final):
     model = sd.moefy(stacked(lambda: Plain(inner=inner, final=final)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
     assert [layer.experts.dropout for _, layer in sd.moe_layers(model)] == [inner] * 3
     assert [model["encoder"][1].ffn[1].p, len(model["encoder"][1].ffn)] == [final, 2]
 
 
 class Late(nn.Module):
-    """Its dropout, registered first or last, falls on the input or the hidden units."""
+    """Dropout of the input or the hidden units, independent of the order of registration."""
 
     def __init__(self, on_input: bool):
         super().__init__()
@@ -127,29 +127,29 @@ class Late(nn.Module):
         return self.second(self.late(F.relu(self.first(self.early(x) if self.on_input else x))))
 
 
-def test_dropouts_count_where_they_are_called():
+def test_dropouts_are_identified_by_call_order():
     model = sd.moefy(stacked(lambda: Late(False)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
     assert [layer.experts.dropout for _, layer in sd.moe_layers(model)] == [0.3] * 3
-    with pytest.raises(sd.ConfigError, match="1 ahead of its hidden units"):
+    with pytest.raises(sd.ConfigError, match="1 before its hidden units"):
         sd.moefy(stacked(lambda: Late(True)), sd.SMoEConfig(4, 2, sites="encoder.*.ffn"))
 
 
 @pytest.mark.parametrize("sites", ["encoder.*.ffn", None])
-def test_a_network_that_stands_in_two_places_is_refused(sites):
+def test_shared_network_is_rejected(sites):
     shared = nn.Sequential(nn.Linear(D, WIDE), nn.ReLU(), nn.Linear(WIDE, D))
-    with pytest.raises(sd.ConfigError, match=r"encoder\.0\.ffn and encoder\.1\.ffn are one and the same"):
+    with pytest.raises(sd.ConfigError, match=r"encoder\.0\.ffn and encoder\.1\.ffn are the same feed-forward network"):
         sd.moefy(stacked(lambda: shared), sd.SMoEConfig(4, 2, sites=sites))
 
 
-def test_all_hosts_are_asked():
-    """Networks of two kinds in one model, in the model's order."""
+def test_all_hosts_are_searched():
+    """Two kinds of networks in one model are found in the model's order."""
     layers = [nn.TransformerEncoderLayer(D, 2, WIDE, batch_first=True), Block(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D)))]
     model = nn.Sequential(*layers, nn.TransformerEncoderLayer(D, 2, 12, batch_first=True))
     assert [site.d_ff for site in find_sites(model)] == [WIDE, 8, 12]
 
 
 @pytest.mark.parametrize("sites", ["encoder.*.ffn", ("encoder.0.ffn", "*.2.ffn"), ["encoder.2.ffn", "encoder.0.ffn"]], ids=str)
-def test_patterns_and_layers_pick_in_the_models_order(sites):
+def test_patterns_and_layers_select_in_the_models_order(sites):
     config = sd.SMoEConfig(4, 2, sites=sites, layers=(1,))
     assert sd.SMoEConfig.from_json(config.to_json()) == config and json.loads(config.to_json())["sites"] == (
         sites if isinstance(sites, str) else list(sites)
@@ -158,7 +158,7 @@ def test_patterns_and_layers_pick_in_the_models_order(sites):
     assert names == ["encoder.1.ffn.0" if sites == "encoder.*.ffn" else "encoder.2.ffn.0"]
 
 
-def test_patterns_overrule_the_hosts():
+def test_patterns_override_the_hosts():
     model = nn.Sequential(Block(nn.Sequential(nn.Linear(D, WIDE), nn.ReLU(), nn.Linear(WIDE, D))), Block(Plain())).eval()
     assert [name for name, _ in sd.moe_layers(sd.moefy(copy.deepcopy(model), sd.SMoEConfig(4, 2)))] == ["0.ffn"]
     assert [name for name, _ in sd.moe_layers(sd.moefy(model, sd.SMoEConfig(4, 2, sites="1.ffn")))] == ["1.ffn.0"]
@@ -166,21 +166,25 @@ def test_patterns_overrule_the_hosts():
 
 
 @pytest.mark.parametrize("sites", ["", (), ("a", ""), 3, ("a", 1)], ids=repr)
-def test_what_is_no_pattern_is_refused(sites):
+def test_invalid_patterns_are_rejected(sites):
     with pytest.raises(sd.ConfigError, match="must be a pattern of module names"):
         sd.SMoEConfig(4, 2, sites=sites)
 
 
 SUGGESTED = r"'encoder\.\*\.ffn' \(3 modules, 8 -> 16 -> 8\)"
 REFUSED = {
-    "unknown_architecture": (Plain, None, rf"no feed-forward network a host knows.*{SUGGESTED}"),
+    "unknown_architecture": (
+        Plain,
+        None,
+        rf"hosts \(torch_layers, .*\) finds a feed-forward network in ModuleDict.*{SUGGESTED}",
+    ),
     "no_match": (Plain, "encoder.*.mlp", rf"sites = 'encoder\.\*\.mlp' matches no module of ModuleDict.*{SUGGESTED}"),
-    "nested": (Plain, ("encoder.1.ffn", "encoder.1"), r"matches 'encoder\.1\.ffn' and 'encoder\.1', which contains it"),
-    "no_maps": (Plain, "encoder.*.norm", r"'encoder\.0\.norm', a LayerNorm.*holds 0 linear maps"),
-    "a_map": (Plain, "head", r"'head', a Linear.*holds 0 linear maps"),
+    "nested": (Plain, ("encoder.1.ffn", "encoder.1"), r"matches both 'encoder\.1' and 'encoder\.1\.ffn' inside it"),
+    "no_maps": (Plain, "encoder.*.norm", r"'encoder\.0\.norm', a LayerNorm.*has 0 linear maps"),
+    "a_map": (Plain, "head", r"'head', a Linear.*has 0 linear maps"),
     "whole_block": (Plain, "encoder.?", r"has the parameter 'norm\.weight' besides"),
-    "shapes": (lambda: Wrong(lambda m, x, y: y, second=nn.Linear(WIDE, D + 1)), "encoder.*.ffn", "8 -> 16, 16 -> 9 do not lead"),
-    "residual": (lambda: Wrong(lambda m, x, y: x + y), "encoder.*.ffn", "a residual, a norm, a scale or another activation"),
+    "shapes": (lambda: Wrong(lambda m, x, y: y, second=nn.Linear(WIDE, D + 1)), "encoder.*.ffn", "8 -> 16, 16 -> 9 do not compose"),
+    "residual": (lambda: Wrong(lambda m, x, y: x + y), "encoder.*.ffn", "a residual, a norm, a scale or an unsupported activation"),
     "scale": (lambda: Wrong(lambda m, x, y: y / 2), "encoder.*.ffn", "a residual, a norm, a scale"),
     "norm": (lambda: Wrong(lambda m, x, y: F.layer_norm(y, (D,))), "encoder.*.ffn", "a residual, a norm"),
     "learned_scale": (
@@ -189,21 +193,21 @@ REFUSED = {
         "parameter 'one' besides",
     ),
     "mixes_tokens": (lambda: Wrong(lambda m, x, y: y + x.mean(1, keepdim=True)), "encoder.*.ffn", "a residual"),
-    "activation": (lambda: Plain(torch.tanh), "encoder.*.ffn", "another activation is in it"),
-    "quick_gelu": (lambda: Plain(lambda x: x * (1.702 * x).sigmoid()), "encoder.*.ffn", "another activation is in it"),
-    "raises": (lambda: Plain(lambda x: x.view(-1, 3)), "encoder.*.ffn", "another activation is in it"),
-    "tuple": (lambda: Wrong(lambda m, x, y: (y, x)), "encoder.*.ffn", "another activation is in it"),
+    "activation": (lambda: Plain(torch.tanh), "encoder.*.ffn", "an unsupported activation"),
+    "quick_gelu": (lambda: Plain(lambda x: x * (1.702 * x).sigmoid()), "encoder.*.ffn", "an unsupported activation"),
+    "raises": (lambda: Plain(lambda x: x.view(-1, 3)), "encoder.*.ffn", "an unsupported activation"),
+    "tuple": (lambda: Wrong(lambda m, x, y: (y, x)), "encoder.*.ffn", "an unsupported activation"),
     "dropouts": (
         lambda: Wrong(lambda m, x, y: m.more(y), more=nn.Dropout(0.1)),
         "encoder.*.ffn",
-        "0 ahead of its hidden units, 1 of them, 2 of its output",
+        "0 before its hidden units, 1 of them, 2 of its output",
     ),
     "width": (lambda: Plain(), "encoder.*.ffn", "width 16 of 'ffn' is not divisible by num_experts = 5"),
 }
 
 
 @pytest.mark.parametrize(("make", "sites", "words"), REFUSED.values(), ids=REFUSED)
-def test_refusal_says_why_and_leaves_the_model_alone(make, sites, words):
+def test_rejection_gives_the_reason_and_leaves_the_model_unchanged(make, sites, words):
     model = stacked(make)
     modules, modes = dict(model.named_modules()), [module.training for module in model.modules()]
     with pytest.raises(sd.ConfigError, match=words):
@@ -211,12 +215,12 @@ def test_refusal_says_why_and_leaves_the_model_alone(make, sites, words):
     assert dict(model.named_modules()) == modules and [module.training for module in model.modules()] == modes
 
 
-def test_a_model_without_any_network_is_told_so():
-    with pytest.raises(sd.ConfigError, match=r"no module of it computes down\(activation\(up x\)\)"):
+def test_model_without_feed_forward_networks_is_rejected():
+    with pytest.raises(sd.ConfigError, match=r"none of its modules computes exactly down\(activation\(up x\)\)"):
         sd.moefy(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D)), sd.SMoEConfig(4, 2))
 
 
-# torch's own layers
+# torch's Transformer layers
 
 
 def torch_stack(kind: str, norm_first: bool, activation="gelu") -> nn.Module:
@@ -233,7 +237,7 @@ def torch_stack(kind: str, norm_first: bool, activation="gelu") -> nn.Module:
 
 @torch.no_grad()
 def torch_outputs(model: nn.Module) -> torch.Tensor:
-    """Of the positions that are not padding."""
+    """Outputs of positions that are not padding."""
     x, padding = torch.randn(3, 6, D, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 6, dtype=torch.bool)
     padding[1, 4:] = True
     y = model(x, x, tgt_key_padding_mask=padding) if isinstance(model, nn.TransformerDecoder) else model(x, src_key_padding_mask=padding)
@@ -246,7 +250,7 @@ def torch_outputs(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.SiLU()], ids=["relu", "gelu", "silu"])
 def test_torch_layers(kind, norm_first, training, activation):
-    """Split at k = E they are the dense layers, and it is the experts that run, in evaluation too, where torch has a fused kernel."""
+    """Split layers at k = E equal the dense ones, and the experts run even in evaluation, where torch has a fused kernel."""
     model = torch_stack(kind, norm_first, activation).train(training)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -273,5 +277,5 @@ def test_torch_layers_keep_their_dropout_and_names():
     }
     assert "layers.0.linear2.weight" in model.state_dict()
     layer_type = type("Own", (nn.TransformerEncoderLayer,), {"_ff_block": lambda self, x: x})
-    with pytest.raises(sd.ConfigError, match="no feed-forward network a host knows"):
+    with pytest.raises(sd.ConfigError, match="finds a feed-forward network in TransformerEncoder"):
         sd.moefy(nn.TransformerEncoder(layer_type(D, 2, WIDE), 1, enable_nested_tensor=False), sd.SMoEConfig(4, 2))

@@ -1,4 +1,4 @@
-"""Hidden units in the order of another expert's, and clusters of experts: pure functions of tensors."""
+"""Alignment of hidden units, and clustering of experts."""
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ def random_experts(activation: str, count: int = 2) -> Experts:
 
 
 def outputs(experts: Experts, expert: Expert, x_ND: torch.Tensor) -> torch.Tensor:
-    """Of that expert alone, put in the first place."""
+    """Outputs of a single expert, copied to index 0."""
     for parameter, tensor in zip((experts.up, experts.bias_up, experts.down, experts.bias_down), expert, strict=True):
         parameter[0] = tensor
     return experts.each(x_ND)[:, 0].clone()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_any_order_of_hidden_units_computes_the_same(activation):
+def test_permuting_hidden_units_does_not_change_the_function(activation):
     experts, order_H, x_ND = random_experts(activation), torch.randperm(24), torch.randn(5, 6).double()
     before, other = experts.each(x_ND)[:, 0].clone(), permuted(expert_of(experts, 0), order_H)
     assert not torch.equal(other.up_HD, experts.up[0])
@@ -42,14 +42,14 @@ def test_alignment_undoes_a_permutation_exactly(activation):
 
 
 @pytest.mark.parametrize("part", ["up_HD", "bias_up_H", "down_HD"])
-def test_each_map_alone_can_tell_the_units(part):
-    """The other parts are the same for every unit, and say nothing."""
+def test_each_map_alone_identifies_the_units(part):
+    """The other parts are identical for all units."""
     expert = Expert(torch.ones(8, 3), torch.ones(8), torch.ones(8, 3), torch.ones(3))
     expert = expert._replace(**{part: torch.arange(getattr(expert, part).numel()).float().view_as(getattr(expert, part))})
     assert torch.equal(getattr(aligned(permuted(expert, torch.randperm(8)), to=expert), part), getattr(expert, part))
 
 
-def test_alignment_brings_another_expert_nearer():
+def test_alignment_reduces_the_distance_to_another_expert():
     one, other = (expert_of(random_experts("relu"), index) for index in (0, 1))
     distance = [(found.up_HD - one.up_HD).norm() for found in (other, aligned(other, to=one))]
     assert distance[1] < 0.95 * distance[0]
@@ -69,7 +69,7 @@ def test_clusters_are_the_blocks_of_the_affinity(noise):
 
 @pytest.mark.parametrize("affinity", [torch.eye(6), torch.ones(6, 6), torch.zeros(6, 6), BLOCKS], ids=["eye", "ones", "zeros", "blocks"])
 @pytest.mark.parametrize("count", range(1, 7))
-def test_clusters_are_as_many_as_asked_none_is_empty_and_a_seed_decides(affinity, count):
+def test_number_of_clusters_is_exact_and_the_seed_determines_them(affinity, count):
     found = spectral_clusters(affinity, count, seed=3)
     assert len(found) == count and all(found) and sorted(sum(found, ())) == list(range(6))
     assert found == spectral_clusters(affinity, count, seed=3)

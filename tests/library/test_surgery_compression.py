@@ -1,4 +1,4 @@
-"""W = U V + S: what it computes, what is pruned and when, and that it is saved and loaded for what it is."""
+"""Compressed experts W = U V + S: their outputs, pruning, and saving and loading."""
 
 import copy
 import subprocess
@@ -46,7 +46,7 @@ def inputs() -> torch.Tensor:
 
 @pytest.mark.parametrize("rank", [1, 5, 8])
 @pytest.mark.parametrize("settings", [{}, {"expert_init": "split"}, {"expert_init": "copy"}], ids=str)
-def test_whole_factors_compute_what_the_experts_did(rank, settings):
+def test_unpruned_factors_compute_the_same_function(rank, settings):
     model = model_with_experts(**settings)
     compressed = compress(model, rank)
     for ours, theirs in zip(experts_of(compressed), experts_of(model), strict=True):
@@ -56,13 +56,13 @@ def test_whole_factors_compute_what_the_experts_did(rank, settings):
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.1])
-def test_at_full_rank_the_low_rank_part_alone_is_the_map(kept):
+def test_at_full_rank_u_v_is_the_whole_map(kept):
     model = model_with_experts()
     compressed = compress(model, 8, kept)
     torch.testing.assert_close(compressed(inputs()), model(inputs()), rtol=1e-5, atol=1e-5)
 
 
-def test_below_full_rank_it_is_the_nearest_map_and_the_largest_rows_of_the_rest():
+def test_below_full_rank_u_v_is_the_best_approximation_and_s_the_largest_remaining_rows():
     (whole, _), (experts, _) = experts_of(model_with_experts()), experts_of(compress(model_with_experts(), 3, kept=0.25))
     left, values, right = torch.linalg.svd(whole.down)
     nearest = left[..., :3] * values[:, None, :3] @ right[:, :3]
@@ -87,7 +87,7 @@ def test_gated_experts_are_factored_map_by_map(activation):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("fused", "fastmoe")])
-def test_every_backend_computes_them_with_gradients_to_all_factors(backend):
+def test_every_backend_gives_gradients_of_all_factors(backend):
     found = []
     for name in ("reference", backend):
         model = compress(model_with_experts(), 3, kept=0.5)
@@ -100,7 +100,7 @@ def test_every_backend_computes_them_with_gradients_to_all_factors(backend):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_the_share_kept_falls_as_a_cube_and_stays():
+def test_kept_fraction_follows_a_cubic_schedule():
     assert [kept_share(step, 10, 0.1) for step in (0, 5, 10, 99)] == pytest.approx([1.0, 0.1 + 0.9 / 8, 0.1, 0.1])
     shares = [kept_share(step, 100, 0.1) for step in range(101)]
     assert shares == sorted(shares, reverse=True)
@@ -115,7 +115,7 @@ def trained(model: nn.Module, pruner: Pruner, steps: int) -> None:
         pruner.step()
 
 
-def test_pruning_takes_whole_units_on_schedule_and_what_is_left_is_what_is_stored():
+def test_pruning_removes_whole_units_on_schedule_and_stores_the_rest():
     model = compress(model_with_experts(), 2)
     pruner = Pruner(model, kept=0.25, steps=4)
     for step in range(1, 7):
@@ -144,7 +144,7 @@ def test_importance_is_a_running_mean_of_weight_times_gradient():
     torch.testing.assert_close(pruner.importances[0], (expected * BETA + expected * 3).expand(E, H), msg="what was before counts on")
 
 
-def test_pruning_resumed_ends_as_if_it_had_not_stopped():
+def test_resumed_pruning_equals_uninterrupted_pruning():
     straight, resumed = (compress(model_with_experts(), 2) for _ in range(2))
     whole, first = (Pruner(model, kept=0.25, steps=6) for model in (straight, resumed))
     for model, pruner in ((straight, whole), (resumed, first)):
@@ -158,7 +158,7 @@ def test_pruning_resumed_ends_as_if_it_had_not_stopped():
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.5])
-def test_it_is_loaded_strictly_in_another_process_bit_for_bit(kept, tmp_path):
+def test_another_process_loads_it_strictly_and_bit_for_bit(kept, tmp_path):
     model = compress(model_with_experts(expert_init="split"), 3, kept)
     sd.save_model(model, tmp_path / "model")
     torch.save(model(inputs()), tmp_path / "outputs")
@@ -173,14 +173,14 @@ assert torch.equal(model(inputs()), torch.load(folder / "outputs"))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(ConfigError, match="has expert_rank = 3, the model has None"):
+    with pytest.raises(ConfigError, match="has expert_rank = 3, but the model has None"):
         sd.load_weights(model_with_experts(), tmp_path / "model")
     with pytest.raises(ConfigError, match="sparse_share"):
         sd.load_weights(compress(model_with_experts(), 3, 0.25), tmp_path / "model")
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.25])
-def test_a_transformers_model_is_saved_and_loaded_bit_for_bit(kept, tmp_path):
+def test_transformers_model_round_trip(kept, tmp_path):
     from transformers import BertConfig, BertModel
 
     sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -192,8 +192,8 @@ def test_a_transformers_model_is_saved_and_loaded_bit_for_bit(kept, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-def test_merged_and_then_compressed_it_trains_and_is_loaded(tmp_path):
-    """The order of the paper; the layers have different numbers of experts."""
+def test_merged_and_compressed_model_trains_and_loads(tmp_path):
+    """In the paper's order; the layers have different numbers of experts."""
     model = model_with_experts()
     with torch.no_grad():
         sd.moe_layers(model)[0][1].router.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
@@ -210,16 +210,16 @@ def test_merged_and_then_compressed_it_trains_and_is_loaded(tmp_path):
         with sd.top_k(again, k), sd.top_k(compressed, k):
             assert torch.equal(again(inputs()), compressed(inputs()))
     with pytest.raises(ConfigError, match="compress last"):
-        sd.operate(compressed, "slim", 1, None, score="router_norm")
+        sd.operate(compressed, "keep_best", 1, None, score="router_norm")
 
 
-def test_it_has_fewer_parameters_and_a_token_meets_fewer():
+def test_total_and_active_parameters_decrease():
     model = model_with_experts()
     sizes = [(parameters(some), active_parameters(some, 2)[0]) for some in (model, compress(model, 2, 0.25), compress(model, 1, 0.1))]
     assert sizes == sorted(sizes, reverse=True) and all(one != two for one, two in zip(*zip(*sizes, strict=True), strict=True))
 
 
-def test_the_model_itself_stays_as_it_is_and_what_was_frozen_stays_frozen():
+def test_original_is_unchanged_and_frozen_parameters_stay_frozen():
     model = model_with_experts()
     before = copy.deepcopy(model.state_dict())
     compressed = compress(model, 2, 0.5)
@@ -229,7 +229,7 @@ def test_the_model_itself_stays_as_it_is_and_what_was_frozen_stays_frozen():
     ]
 
 
-def test_distillation_adds_the_divergence_at_its_temperature():
+def test_distillation_adds_the_divergence_at_the_temperature():
     logits, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
     expected = 1.5 + 0.2 * 4 * (p * (p / q).log()).sum(-1).mean()
@@ -238,24 +238,24 @@ def test_distillation_adds_the_divergence_at_its_temperature():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: compress(dense(), 2), "Sequential has no MoE layers"),
-        (lambda: compress(compress(model_with_experts(), 2), 2), "the experts are compressed already"),
+        (lambda: compress(compress(model_with_experts(), 2), 2), "the experts are already compressed"),
         (lambda: compress(model_with_experts(), 0), "rank = 0 must be from 1 to 8"),
         (lambda: compress(model_with_experts(), 9), "rank = 9 must be from 1 to 8"),
         (lambda: compress(model_with_experts(), 2, kept=0.0), "kept = 0.0 must be above 0"),
         (lambda: Pruner(model_with_experts(), 0.1, 5), "has no compressed experts"),
-        (lambda: Pruner(compress(model_with_experts(), 2), 1.5, 5), "kept = 1.5 must be above 0, and 1 at most"),
+        (lambda: Pruner(compress(model_with_experts(), 2), 1.5, 5), "kept = 1.5 must be above 0 and at most 1"),
         (lambda: Pruner(compress(model_with_experts(), 2, 0.5), 0.6, 5), "kept = 0.6 is more than the share 0.5"),
         (lambda: Pruner(compress(model_with_experts(), 2), 0.1, 0), "steps = 0 must be at least 1"),
         (lambda: sd.SMoEConfig(expert_rank=0), "expert_rank = 0 must be a whole number"),
         (lambda: sd.SMoEConfig(expert_rank=2, sparse_share=0), "sparse_share = 0 must be a number above 0"),
-        (lambda: sd.SMoEConfig(sparse_share=0.5), "means nothing without expert_rank"),
-        (lambda: sd.SMoEConfig(expert_rank=2, expert_init="split"), "expert_rank needs expert_init = 'fresh'"),
+        (lambda: sd.SMoEConfig(sparse_share=0.5), "has no effect without expert_rank"),
+        (lambda: sd.SMoEConfig(expert_rank=2, expert_init="split"), "expert_rank requires expert_init = 'fresh'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(make, said):
-    with pytest.raises(ConfigError, match=said) as refusal:
+def test_invalid_arguments_are_rejected(make, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
         make()
     assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Merging, UNCURL's pruning and plain averaging: which experts become one, and what that one computes."""
+"""Merging, UNCURL's pruning and plain averaging: which experts are combined, and the result."""
 
 import copy
 from dataclasses import replace
@@ -18,20 +18,20 @@ METHODS = {"merge": merging, "uncurl": uncurl, "average": averaging}
 
 
 def read(usage: list[float], logits_SE: torch.Tensor | None = None) -> LayerCalibration:
-    """What calibration found of a layer."""
+    """Calibration of a layer."""
     usage_E = torch.tensor(usage, dtype=torch.float64)
     logits_SE = torch.randn(SAMPLE, len(usage)) if logits_SE is None else logits_SE
     return LayerCalibration(usage_E=usage_E, weight_E=usage_E, logits_SE=logits_SE, inputs_SD=torch.zeros(SAMPLE, D))
 
 
 def groups_of(method: str, calibrations: list[LayerCalibration], keep: int, **options) -> list[list[Group]]:
-    """Options that the method has not are left out."""
+    """Groups by a method, passing only the options that it has."""
     module = METHODS[method]
     return module.groups([None] * len(calibrations), calibrations, keep, {n: options.get(n, d) for n, d in module.OPTIONS.items()})
 
 
-def like(*blocks: int) -> torch.Tensor:
-    """Router logits of experts that are much alike within each block, and not across."""
+def logits_in_blocks(*blocks: int) -> torch.Tensor:
+    """Router logits that are similar within each block of experts and dissimilar across blocks."""
     torch.manual_seed(0)
     return torch.cat([torch.randn(SAMPLE, 1) + 0.1 * torch.randn(SAMPLE, size) for size in blocks], 1)
 
@@ -51,47 +51,47 @@ def members(found: list[Group]) -> list[tuple[int, ...]]:
     ],
     ids=["one layer", "globally", "at least one in each", "all", "by layer"],
 )
-def test_the_most_used_of_all_layers_are_dominant(usages, keep, by_layer, expected):
+def test_most_used_experts_of_all_layers_are_dominant(usages, keep, by_layer, expected):
     calibrations = [read(usage) for usage in usages]
     found = groups_of("merge", calibrations, keep, by_layer=by_layer)
     assert [sorted(group.leader for group in layer) for layer in found] == expected
     assert all(sorted(sum(members(layer), ())) == [0, 1, 2, 3] for layer in found)
 
 
-def test_more_than_there_are_cannot_be_kept():
-    with pytest.raises(ValueError, match="keep = 3 on average over 2 layers is more than the 4 experts there are"):
+def test_keeping_more_experts_than_exist_is_rejected():
+    with pytest.raises(ValueError, match="keep = 3 on average over 2 layers exceeds the 4 experts of the model"):
         merging.most_used([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, by_layer=False)
 
 
-def test_the_others_join_the_dominant_one_that_is_routed_most_alike():
-    logits = like(3, 2)
+def test_other_experts_join_the_dominant_one_with_the_most_similar_routing():
+    logits = logits_in_blocks(3, 2)
     (found,) = groups_of("merge", [read([0.1, 0.4, 0.1, 0.1, 0.3], 5 * logits)], 2)
     assert found == [Group((0, 1, 2), 1), Group((3, 4), 4)]
-    opposite = torch.cat([logits, -logits[:, :1]], 1)  # its logits are the negative of the first block's: nothing like it
+    opposite = torch.cat([logits, -logits[:, :1]], 1)  # the negative of the first block's logits: dissimilar
     (found,) = groups_of("merge", [read([0.1, 0.3, 0.1, 0.1, 0.3, 0.1], opposite)], 2)
     assert members(found) == [(0, 1, 2), (3, 4, 5)]
 
 
-def test_average_has_the_groups_of_merge():
+def test_average_uses_the_groups_of_merge():
     calibrations = [read([0.1, 0.2, 0.3, 0.4]), read([0.4, 0.3, 0.2, 0.1])]
     assert groups_of("average", calibrations, 2) == groups_of("merge", calibrations, 2)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_uncurl_clusters_every_layer_by_logits_and_the_most_used_leads(seed):
-    one, other = read([0.1, 0.2, 0.1, 0.5, 0.1], like(3, 2)), read([0.5, 0.1, 0.2, 0.1, 0.1], like(1, 4))
+def test_uncurl_clusters_every_layer_by_logits_with_the_most_used_as_leader(seed):
+    one, other = read([0.1, 0.2, 0.1, 0.5, 0.1], logits_in_blocks(3, 2)), read([0.5, 0.1, 0.2, 0.1, 0.1], logits_in_blocks(1, 4))
     found = groups_of("uncurl", [one, other], 2, seed=seed)
     assert [sorted(layer) for layer in found] == [[Group((0, 1, 2), 1), Group((3, 4), 3)], [Group((0,), 0), Group((1, 2, 3, 4), 2)]]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_expert_that_would_stay_and_was_never_reached_is_refused(method):
+def test_keeping_an_expert_without_tokens_is_rejected(method):
     usage = [1.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"MoE layer 1, which would be .*: give more text, a larger k, or keep fewer") as refusal:
-        groups_of(method, [read([0.25] * 4), read(usage, like(2, 2))], 2, by_layer=True)
+    with pytest.raises(ValueError, match=r"MoE layer 1 would be .*: use more data, a larger k, or keep fewer") as refusal:
+        groups_of(method, [read([0.25] * 4), read(usage, logits_in_blocks(2, 2))], 2, by_layer=True)
     assert "\n" not in str(refusal.value)
     (found,) = groups_of(method, [read(usage)], 1)
-    assert found == [Group((0, 1, 2, 3), 0)]  # merged by usage they count nothing
+    assert found == [Group((0, 1, 2, 3), 0)]  # experts without tokens get weight 0
 
 
 def random_layer(activation: type[nn.Module] = nn.ReLU, experts: int = 4) -> sd.MoELayer:
@@ -109,7 +109,7 @@ def put(layer: sd.MoELayer, index: int, expert: Expert) -> None:
 
 
 @pytest.mark.parametrize("method", ["merge", "uncurl"])
-def test_permuted_copies_of_one_expert_merge_into_it(method):
+def test_permuted_copies_of_an_expert_merge_to_that_expert(method):
     layer = random_layer()
     whole = Expert(*(tensor.clone() for tensor in expert_of(layer.experts, 0)))
     for index in range(1, 4):
@@ -118,10 +118,10 @@ def test_permuted_copies_of_one_expert_merge_into_it(method):
     for ours, theirs in zip(found, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     plain = averaging.combine(layer, Group((0, 1, 2, 3), 0), read([0.1, 0.2, 0.3, 0.4]))
-    assert (plain.up_HD - whole.up_HD).abs().max() > 0.1  # which is what alignment is for
+    assert (plain.up_HD - whole.up_HD).abs().max() > 0.1  # without alignment they would not
 
 
-def test_merged_weights_are_the_mean_of_aligned_experts_by_usage_and_averaged_ones_the_plain_mean():
+def test_merge_weighs_aligned_experts_by_usage_and_average_is_the_plain_mean():
     layer, group, usage = random_layer(), Group((0, 2, 3), 2), [0.3, 0.4, 0.1, 0.2]
     experts = [expert_of(layer.experts, index) for index in group.members]
     leader = experts[1]
@@ -134,7 +134,7 @@ def test_merged_weights_are_the_mean_of_aligned_experts_by_usage_and_averaged_on
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_expert_alone_stays_bit_for_bit(method):
+def test_single_expert_is_unchanged_bit_for_bit(method):
     layer = random_layer()
     found = METHODS[method].combine(layer, Group((1,), 1), read([0.25] * 4))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expert_of(layer.experts, 1), strict=True))
@@ -144,7 +144,7 @@ TWINS = {"mean": {}, "uniform": {"gate_weight": "uniform"}, "dense": {"output_sc
 
 
 def model_of_twins(permuting: bool, **settings) -> nn.Module:
-    """Two layers of four experts, each of which stands twice in its layer, with the same router row."""
+    """Two layers with two pairs of twins each: equal experts with the same router row."""
     torch.manual_seed(0)
     blocks = (nn.Sequential(nn.Linear(D, 4 * H), nn.GELU(), nn.Linear(4 * H, D)) for _ in range(2))
     model = sd.moefy(nn.Sequential(*blocks).double(), sd.SMoEConfig(num_experts=4, top_k=4, **settings)).eval()
@@ -170,13 +170,13 @@ def with_usage(calibration: sd.Calibration, usage: list[float]) -> sd.Calibratio
     )
 
 
-WAYS = [("merge", {"by_layer": True}, True), ("uncurl", {}, True), ("average", {"by_layer": True}, False)]  # averages are not aligned
+WAYS = [("merge", {"by_layer": True}, True), ("uncurl", {}, True), ("average", {"by_layer": True}, False)]  # average does not align
 
 
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize(("method", "options", "permuting"), WAYS)
-def test_merging_twins_loses_nothing_at_any_k(method, options, permuting, settings):
-    """With k pairs of twins active the four give what the k that are left give, if the two that are used most are no twins."""
+def test_merging_twins_is_lossless_at_any_k(method, options, permuting, settings):
+    """With k pairs active, the four experts give what the k merged ones give, if the two most used experts are not twins."""
     model = model_of_twins(permuting, **settings)
     calibration = with_usage(calibrated(model), [0.4, 0.3, 0.2, 0.1])
     smaller, config = sd.operate(model, method, 2, calibration, **options)
@@ -190,8 +190,8 @@ def test_merging_twins_loses_nothing_at_any_k(method, options, permuting, settin
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
 @pytest.mark.parametrize(("method", "permuting"), [("merge", True), ("uncurl", True), ("average", False)])
-def test_merging_copies_of_one_expert_loses_nothing_whatever_is_kept(method, permuting, keep, settings):
-    """Whichever of them the router chooses; merge and average leave the layers different numbers of experts."""
+def test_merging_copies_of_one_expert_is_lossless_for_any_keep(method, permuting, keep, settings):
+    """For any routing; merge and average leave different numbers of experts in the layers."""
     model = model_of_twins(False, **settings)
     for _, layer in sd.moe_layers(model):
         one = Expert(*(tensor.clone() for tensor in expert_of(layer.experts.requires_grad_(False), 0)))
@@ -207,13 +207,13 @@ def test_merging_copies_of_one_expert_loses_nothing_whatever_is_kept(method, per
                 torch.testing.assert_close(smaller(x), model(x), rtol=0, atol=1e-5)
 
 
-def test_a_merged_model_has_the_router_rows_of_the_dominant_experts_and_says_how_many_each_layer_has():
+def test_merged_model_has_the_dominant_experts_router_rows_and_records_experts_by_layer():
     torch.manual_seed(0)
     blocks = (nn.Sequential(nn.Linear(D, 4 * H), nn.ReLU(), nn.Linear(4 * H, D)) for _ in range(2))
     model = sd.moefy(nn.Sequential(*blocks), sd.SMoEConfig(num_experts=4, top_k=2, init_std=0.5)).eval()
     (_, first), _ = sd.moe_layers(model)
     with torch.no_grad():
-        first.router.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))  # two experts get nearly all tokens of the first layer
+        first.router.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))  # two experts receive nearly all tokens of the first layer
     before, calibration = copy.deepcopy(model.state_dict()), calibrated(model)
     smaller, config = sd.operate(model, "merge", 2, calibration)
     assert config.experts_by_layer is None or sum(config.experts_by_layer) == 4

@@ -1,4 +1,4 @@
-"""Calibration counts what it should, and a model that was operated on is one with fewer experts: for whoever saves, loads or trains it."""
+"""Calibration counts correctly, and models after surgery save, load and train like any model with fewer experts."""
 
 import copy
 import math
@@ -52,7 +52,7 @@ def sizes(model: nn.Module) -> list[int]:
 
 @pytest.mark.parametrize("output_scale", ["mean", "dense"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_shares_of_assignments_and_gate_weight_are_those_of_the_routers(k, output_scale):
+def test_usage_and_gate_weight_match_the_routers(k, output_scale):
     model = model_with_experts(hand_written, output_scale=output_scale).double()
     seen, routers = [], [layer.router for _, layer in sd.moe_layers(model)]
     hooks = [router.register_forward_hook(lambda _module, _inputs, routing: seen.append(routing)) for router in routers]
@@ -66,7 +66,7 @@ def test_shares_of_assignments_and_gate_weight_are_those_of_the_routers(k, outpu
 
 
 def test_padding_is_never_counted():
-    """Neither in shares nor in the sample, however rows are put together."""
+    """Neither in the usage nor in the sample, for any batching of rows."""
     model, rows = model_with_experts(hand_written), torch.randn(3, 5, D)
     lengths = torch.tensor([5, 1, 3])
     real = torch.arange(5) < lengths[:, None]
@@ -78,7 +78,7 @@ def test_padding_is_never_counted():
             torch.testing.assert_close(ours, theirs)
 
 
-def test_the_sample_is_bounded_and_a_seed_decides_it():
+def test_sample_is_bounded_and_determined_by_the_seed():
     model = model_with_experts(hand_written)
     whole, some, again, other = (calibrated(model, sample=size, seed=seed).layers[0] for size, seed in ((99, 0), (7, 0), (7, 0), (7, 1)))
     assert whole.inputs_SD.shape == (18, D) and some.logits_SE.shape == (7, E)
@@ -88,7 +88,7 @@ def test_the_sample_is_bounded_and_a_seed_decides_it():
     torch.testing.assert_close(some.logits_SE, sd.moe_layers(model)[0][1].router.logits(some.inputs_SD))
 
 
-def test_the_model_is_afterwards_as_before():
+def test_calibration_leaves_the_model_unchanged():
     model = model_with_experts().train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ZeroDivisionError):
@@ -102,7 +102,7 @@ def test_the_model_is_afterwards_as_before():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_calibration_is_saved_and_read_strictly(tmp_path):
+def test_calibration_round_trip_is_strict(tmp_path):
     calibration = calibrated(model_with_experts())
     calibration.save(tmp_path / "file")
     loaded = sd.Calibration.load(tmp_path / "file")
@@ -117,34 +117,34 @@ def test_a_calibration_is_saved_and_read_strictly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("passes", "said"),
+    ("passes", "message"),
     [
-        (lambda model: [], "no position of the calibration counts"),
-        (lambda model: [(lambda: outputs(model), torch.zeros(3, 6, dtype=torch.bool))], "no position of the calibration counts"),
-        (lambda model: [(lambda: outputs(model), torch.ones(3, 5, dtype=torch.bool))], "says of 15 positions .* the model read 18"),
+        (lambda model: [], "the calibration data has no positions to count"),
+        (lambda model: [(lambda: outputs(model), torch.zeros(3, 6, dtype=torch.bool))], "the calibration data has no positions to count"),
+        (lambda model: [(lambda: outputs(model), torch.ones(3, 5, dtype=torch.bool))], "the mask has 15 positions, but the model read 18"),
     ],
 )
-def test_a_calibration_that_counts_nothing_is_refused(passes, said):
+def test_calibration_without_positions_is_rejected(passes, message):
     model = model_with_experts(hand_written)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         sd.calibrate(model, passes(model))
 
 
-def test_layers_that_no_pass_reaches_are_refused():
+def test_layers_that_no_pass_reaches_are_rejected():
     model = model_with_experts()
-    with pytest.raises(sd.ConfigError, match=r"no position of the calibration reached .*: the passes have to run every MoE layer"):
+    with pytest.raises(sd.ConfigError, match=r"no position of the calibration data reached .*: the passes must run every MoE layer"):
         sd.calibrate(model, [(lambda: sd.moe_layers(model)[0][1](torch.randn(6, D)), None)])
 
 
-# what is left
+# the smaller model
 
 
 KEPT = [([0.4, 0.1, 0.3, 0.2], [0, 2]), ([0.1, 0.1, 0.3, 0.5], [2, 3])]
 
 
-@pytest.mark.parametrize("method", ["slim", "drop"])
+@pytest.mark.parametrize("method", ["keep_best", "drop"])
 @pytest.mark.parametrize("settings", [{}, {"output_scale": "dense"}, {"gate_weight": "uniform"}], ids=str)
-def test_the_experts_that_are_kept_do_what_they_did_with_the_others_never_chosen(settings, method):
+def test_kept_experts_equal_the_model_with_the_others_never_chosen(settings, method):
     model = model_with_experts(**settings)
     calibration = with_usage(calibrated(model), *(usage for usage, _ in KEPT))
     smaller, _ = sd.operate(model, method, 2, calibration)
@@ -157,21 +157,21 @@ def test_the_experts_that_are_kept_do_what_they_did_with_the_others_never_chosen
             torch.testing.assert_close(outputs(smaller), outputs(model), rtol=1e-5, atol=1e-5)
 
 
-def test_slim_keeps_the_best_by_its_score_and_needs_no_text_for_the_routers():
+def test_keep_best_ranks_by_score_and_needs_no_calibration_for_router_norm():
     model = model_with_experts()
     with torch.no_grad():
         for place, (_, layer) in enumerate(sd.moe_layers(model)):
             layer.router.weight[[place, 3]] *= 10
-    smaller, _ = sd.operate(model, "slim", 2, None, score="router_norm")
+    smaller, _ = sd.operate(model, "keep_best", 2, None, score="router_norm")
     calibration = calibrated(model)
-    by_weight, _ = sd.operate(model, "slim", 1, calibration, score="gate_weight")
+    by_weight, _ = sd.operate(model, "keep_best", 1, calibration, score="gate_weight")
     for place, ((_, layer), (_, one), (_, old)) in enumerate(zip(*map(sd.moe_layers, (smaller, by_weight, model)), strict=True)):
         assert torch.equal(layer.experts.up, old.experts.up[[place, 3]])
         assert torch.equal(one.experts.up[0], old.experts.up[calibration.layers[place].weight_E.argmax()])
 
 
 @pytest.mark.parametrize("method", SURGERIES)
-def test_all_that_is_not_of_the_layers_stays_bit_for_bit(method):
+def test_tensors_outside_the_moe_layers_are_unchanged(method):
     model = model_with_experts(router="learned").train()
     model.layers[0].requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
@@ -190,13 +190,13 @@ def test_all_that_is_not_of_the_layers_stays_bit_for_bit(method):
 
 @pytest.mark.parametrize("method", SURGERIES)
 @pytest.mark.parametrize("settings", [{}, {"output_scale": "dense"}, {"expert_init": "split"}], ids=str)
-def test_with_all_experts_kept_nothing_changes(settings, method):
+def test_keeping_all_experts_changes_nothing(settings, method):
     model = model_with_experts(**settings)
     same, config = sd.operate(model, method, E, calibrated(model))
     assert torch.equal(outputs(same), outputs(model)) and config.num_experts == E and config.experts_by_layer is None
 
 
-def test_dropping_ranks_the_experts_of_all_layers_and_every_k_can_be_had():
+def test_drop_ranks_experts_of_all_layers_and_every_k_works():
     model = model_with_experts()
     calibration = with_usage(calibrated(model), [0.97, 0.01, 0.01, 0.01], [0.25] * 4)
     smaller, config = sd.operate(model, "drop", 2, calibration)
@@ -204,25 +204,25 @@ def test_dropping_ranks_the_experts_of_all_layers_and_every_k_can_be_had():
     for k in (1, 2, 3):
         with sd.top_k(smaller, k):
             assert torch.isfinite(outputs(smaller)).all()
-    again, config = sd.operate(smaller, "slim", 1, calibrated(smaller))
+    again, config = sd.operate(smaller, "keep_best", 1, calibrated(smaller))
     assert sizes(again) == [1, 1] and config.experts_by_layer is None
 
 
 @pytest.mark.parametrize("method", SURGERIES)
-def test_parameters_and_operations_fall(method):
+def test_parameters_and_flops_decrease(method):
     model = model_with_experts()
     smaller, _ = sd.operate(model, method, 1, calibrated(model))
     counts = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, smaller)]
     assert counts[0] - counts[1] == 2 * (E - 1) * (2 * H * D + H + D + D + 1)
     largest = [sd.get_top_k(one) for one in (model, smaller)]
     assert largest == [2, 1] and active_parameters(model, 2)[0] > active_parameters(smaller, 1)[0]
-    assert forward_flops(model, Shape(1, 4, 0), 1) > forward_flops(smaller, Shape(1, 4, 0), 1)  # the router is smaller, too
+    assert forward_flops(model, Shape(1, 4, 0), 1) > forward_flops(smaller, Shape(1, 4, 0), 1)  # the router is smaller too
 
 
 # folders
 
 
-def test_a_fresh_process_computes_the_same(tmp_path):
+def test_another_process_computes_the_same(tmp_path):
     folders = {}
     for method in SURGERIES:
         model = model_with_experts(output_scale="dense", expert_init="split")
@@ -249,7 +249,7 @@ def test_a_fresh_process_computes_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["bert", "llama"])
-def test_a_transformers_model_is_saved_and_loaded_as_it_is(host, tmp_path):
+def test_transformers_model_round_trip(host, tmp_path):
     pytest.importorskip("transformers")
     model = model_with_experts(lambda: made(host), expert_init="split", router="learned")
     calibration = sd.calibrate(model, [(lambda: model(TOKENS), None)], k=1)
@@ -261,16 +261,16 @@ def test_a_transformers_model_is_saved_and_loaded_as_it_is(host, tmp_path):
     assert torch.equal(logits(loaded), logits(smaller)) and sd.moe_layers(loaded)[0][1].config == config
 
 
-# refusals
+# rejected inputs
 
 
 CUT = ["random", "learned", "logit_drop", "dense_to_sparse", "noisy_top_k"]
 
 
 @pytest.mark.parametrize("router", CUT)
-def test_every_router_with_a_row_for_each_expert_is_cut(router):
+def test_every_router_with_a_row_per_expert_is_reduced(router):
     model = model_with_experts(router=router)
-    smaller, _ = sd.operate(model.train(), "slim", 3, calibrated(model))
+    smaller, _ = sd.operate(model.train(), "keep_best", 3, calibrated(model))
     for (_, layer), (_, old) in zip(sd.moe_layers(smaller), sd.moe_layers(model), strict=True):
         rows = dict(layer.router.named_parameters())
         assert all(len(parameter) == 3 for parameter in rows.values()) and rows.keys() == dict(old.router.named_parameters()).keys()
@@ -278,7 +278,7 @@ def test_every_router_with_a_row_for_each_expert_is_cut(router):
 
 
 @pytest.mark.parametrize("method", ["similarity", "attention", "momentumsmoe", "competesmoe"])
-def test_layers_that_route_or_combine_in_their_own_way(method, tmp_path):
+def test_methods_that_route_or_combine_differently(method, tmp_path):
     model = model_with_experts(router="learned", method=method)
     smaller, config = sd.operate(model, "merge", 2, calibrated(model, k=2), by_layer=True)
     assert config.method == method and torch.isfinite(outputs(smaller)).all()
@@ -290,45 +290,45 @@ NOTHING = [0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"keep": 5}, "keep = 5 must be a whole number from 1 to the 4 experts"),
         ({"keep": 0}, "keep = 0 must be a whole number"),
         ({"keep": 1.5}, "keep = 1.5 must be a whole number"),
         ({"method": "melt"}, "unknown method of surgery 'melt'; known: merge"),
         ({"method": "merg"}, "unknown method of surgery 'merg'; nearest: merge"),
-        ({"by_layers": True}, "option by_layers means nothing to 'merge'; options: by_layer"),
-        ({"method": "slim", "score": "usages"}, "unknown score 'usages'; nearest: usage"),
+        ({"by_layers": True}, "unknown option by_layers of 'merge'; options: by_layer"),
+        ({"method": "keep_best", "score": "usages"}, "unknown score 'usages'; nearest: usage"),
         ({"calibration": None}, "'merge' needs a calibration"),
-        ({"method": "slim", "calibration": None}, "score 'usage' needs a calibration"),
-        ({"usage": NOTHING, "keep": 3, "by_layer": True}, "no token of the calibration reached expert 2 of MoE layer 0"),
-        ({"usage": NOTHING, "keep": 3, "method": "slim"}, "no token of the calibration reached expert 2 of MoE layer 0"),
-        ({"usage": NOTHING, "keep": 3, "method": "drop"}, "no token of the calibration reached expert 2 of MoE layer 0"),
+        ({"method": "keep_best", "calibration": None}, "score 'usage' needs a calibration"),
+        ({"usage": NOTHING, "keep": 3, "by_layer": True}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
+        ({"usage": NOTHING, "keep": 3, "method": "keep_best"}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
+        ({"usage": NOTHING, "keep": 3, "method": "drop"}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_in_a_sentence(arguments, said):
+def test_invalid_arguments_are_rejected(arguments, message):
     model = model_with_experts()
     calibration, keep = calibrated(model), arguments.pop("keep", 2)
     if usage := arguments.pop("usage", None):
         calibration = with_usage(calibration, usage, usage)
-    with pytest.raises(ValueError, match=said) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         sd.operate(model, arguments.pop("method", "merge"), keep, **{"calibration": calibration, **arguments})
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         (lambda: transformer_xl(), "has no MoE layers"),
-        (lambda: model_with_experts(router="hash"), "router 'hash' has no row for each expert"),
-        (lambda: model_with_experts(router="uniform"), "router 'uniform' has no row for each expert"),
-        (lambda: model_with_experts(router="none", method="thor"), "router 'none' has no row for each expert"),
-        (lambda: model_with_experts(num_experts=2), "the calibration is of another model"),
-        (lambda: model_with_experts(layers=(1,)), "the calibration is of another model"),
-        (lambda: model_with_experts(hand_written), "the calibration is of another model"),
+        (lambda: model_with_experts(router="hash"), "router 'hash' has no row per expert"),
+        (lambda: model_with_experts(router="uniform"), "router 'uniform' has no row per expert"),
+        (lambda: model_with_experts(router="none", method="thor"), "router 'none' has no row per expert"),
+        (lambda: model_with_experts(num_experts=2), "the calibration belongs to another model"),
+        (lambda: model_with_experts(layers=(1,)), "the calibration belongs to another model"),
+        (lambda: model_with_experts(hand_written), "the calibration belongs to another model"),
     ],
 )
-def test_a_model_that_cannot_be_operated_on_is_refused(other, said):
-    with pytest.raises(sd.ConfigError, match=said):
+def test_unsupported_models_are_rejected(other, message):
+    with pytest.raises(sd.ConfigError, match=message):
         sd.operate(other(), "merge", 1, calibrated(model_with_experts()))

@@ -1,4 +1,4 @@
-"""transformers' Trainer on two processes: k follows its schedule on both, also after a restart, and weights end as on one process.
+"""transformers' Trainer on two processes: k follows its schedule on both, also after a restart, and final weights equal those of one.
 
 All runs that can be together are made by one pair of processes, since importing transformers takes longer than all of them; what resumes
 is made by another pair. One process is given the batches of both.
@@ -23,24 +23,24 @@ from tests.library.test_transformers_trainer import ks, losses, rows, trainer, u
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-BATCH, ACCUMULATED = 4, 2  # of all processes together, and how many make a step
-COLLECTIVE, ALL = 60, 240  # seconds until a process that waits for the other fails, and until both are killed
-FROZEN, UNIFORM = {"router": "random", "balance_loss": None}, {"gate_weight": "uniform"}  # then only the balance moves a router
-# Labels count alike in BERT, whose loss is a mean of its own, or the mean of two processes' means would not be that of all
+BATCH, ACCUMULATED = 4, 2  # samples over all processes, and micro-batches per step
+COLLECTIVE, ALL = 60, 240  # seconds until a process waiting for the other fails, and until both are killed
+FROZEN, UNIFORM = {"router": "random", "balance_loss": None}, {"gate_weight": "uniform"}  # only the balance loss then moves a router
+# Equal label counts for BERT, whose loss is a mean: otherwise the mean of two processes' means would not be the overall mean
 AS_ONE = {
     "bert, frozen": {"schedule": ("linear_increase", 1, 4), "experts": FROZEN},
     "bert, balanced": {"schedule": ("elastic", 1, 3), "experts": UNIFORM},
     "llama, frozen": {"host": "llama", "schedule": ("cosine_decrease", 1, 4), "experts": FROZEN, "even": False},
     "llama, balanced": {"host": "llama", "schedule": ("linear_increase", 1, 3)},
 }
-# Two tokens for a process in each pass, so that at k = 1 at least two of four experts are without any
+# Two tokens per process and pass, so that at k = 1 at least two of four experts have none
 FEW = {"schedule": ("constant", 1, 1), "positions": 2, "batch": 2, "arguments": {"ddp_find_unused_parameters": False}}
 WITHOUT_TOKENS = {
     **{f"{name}, without tokens": {**FEW, "experts": {**FROZEN, "backend": name}} for name in BACKENDS if name not in ("fastmoe", "fused")},
     "balanced, without tokens": {**FEW, "experts": UNIFORM},
     "as the Trainer sets DDP, without tokens": {**FEW, "experts": FROZEN, "arguments": {}},
 }
-# With BERT's own dropout, and 10 samples, so that an epoch ends with half a step; 6 steps, and a checkpoint in an epoch's middle
+# With BERT's own dropout, and 10 samples, so that an epoch ends with half a step; 6 steps, and a checkpoint in mid-epoch
 SAVED = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random", "optim": "adamw_torch"}
 SAVED |= {"lr_scheduler_type": "linear", "learning_rate": 0.01}
 RESUMED = {
@@ -53,8 +53,9 @@ CASES = TOGETHER | COMPETING
 
 
 def build(name: str, rank: int = 0) -> torch.nn.Module:
-    """Normalised to 1 before the experts, so that tokens differ there and experts have gradients to compare. Each process has a seed and
-    weights of its own, as without a call of `manual_seed`: those of the first count.
+    """Build a model whose LayerNorms have unit gains, so that tokens differ at the experts and gradients can be compared.
+
+    Each process has its own seed and weights, as without `manual_seed`; data parallelism uses those of the first.
     """
     case = CASES[name]
     host = made("bert") if case.get("dropout") else undropped(case.get("host", "bert"))
@@ -71,13 +72,13 @@ def build(name: str, rank: int = 0) -> torch.nn.Module:
 
 
 def train(name: str, folder: Path, rank: int = 0, processes: int = 1, checkpoint: Path | None = None) -> dict:
-    """What a process saw of a run: k, the step and the experts' loads in every pass, the routers' own gradients, losses, weights."""
+    """Run training and record k, step and expert loads of every pass, the router's local gradients, losses and weights."""
     case, model, record = CASES[name], build(name, rank), {"k": [], "loads": [], "gradients": []}
     data = [{key: row[key][: case.get("positions")] for key in row} for row in rows(case.get("samples", 8), case.get("even", True))]
     layer = sd.moe_layers(model)[0][1]
     model.register_forward_pre_hook(lambda *_: record["k"].append((sd.get_top_k(model), layer.step)))
     model.register_forward_hook(lambda *_: record["loads"].append(torch.stack(list(sd.expert_load(model).values()))))
-    if layer.router.weight.requires_grad:  # before the processes' gradients are averaged
+    if layer.router.weight.requires_grad:  # before gradients are averaged over processes
         layer.router.weight.register_hook(lambda gradient: record["gradients"].append(gradient.clone()))
     arguments = {"max_steps": 4, **case.get("arguments", {})}
     batches = {"per_device_train_batch_size": case.get("batch", BATCH) // processes, "gradient_accumulation_steps": ACCUMULATED}
@@ -89,10 +90,10 @@ def train(name: str, folder: Path, rank: int = 0, processes: int = 1, checkpoint
 
 
 def work(rank: int, port: int, folder: Path, names: list[str], before: Path | None) -> None:
-    """What one of two processes does, in place of train.py; its last line tells what it was at."""
+    """Body of one of two processes; its last line of output names the current run."""
     as_rank(rank, 2, port)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE))  # on CPUs the Trainer's ddp_timeout does nothing
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=COLLECTIVE))  # the Trainer's ddp_timeout has no effect on CPUs
     for name in names:
         print(name, flush=True)
         record = train(name, folder / name, rank, 2, before and before / name / "checkpoint-3")
@@ -102,7 +103,7 @@ def work(rank: int, port: int, folder: Path, names: list[str], before: Path | No
 
 
 class Pair:
-    """Two processes that trained, and what they saw."""
+    """Two training processes and their records."""
 
     def __init__(self, folder: Path, names: list[str], before: Path | None = None):
         self.folder, port = folder, free_port()
@@ -123,7 +124,7 @@ class Pair:
                 self.ended += f"\nexit code {finished.code}, at {finished.out[-200:]!r}\n{finished.err[-3000:]}"
 
     def __call__(self, name: str) -> list[dict]:
-        """A run's records, of the first process and of the second."""
+        """Records of a run, of both processes."""
         paths = [self.folder / name / f"{rank}.pt" for rank in range(2)]
         assert all(path.exists() for path in paths), self.ended
         return [torch.load(path) for path in paths]
@@ -136,12 +137,12 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def restarted(pair, tmp_path_factory):
-    """Goes on from the checkpoints of the first pair."""
+    """A pair resumed from the checkpoints of the first."""
     return Pair(tmp_path_factory.mktemp("restarted"), list(RESUMED), pair.folder)
 
 
 def assert_follows(record: dict, name: str, passes: list[int]) -> None:
-    """k in each pass, given the steps that the passes belong to, and in each entry of the log."""
+    """Assert k of each pass, given the passes' steps, and of each log entry."""
     steps = max(passes) + 1
     schedule = sd.TopKSchedule(*CASES[name]["schedule"], steps, seed=5)
     assert record["k"] == [(schedule(step), step) for step in passes]
@@ -153,7 +154,7 @@ def assert_same_weights(ours: dict, theirs: dict) -> None:
 
 
 def moved(weights: dict, name: str) -> dict[str, float]:
-    """How far training moved each weight; all of the experts must be moved, and routers unless they are frozen."""
+    """Distance that each weight moved; asserts that all experts moved, and routers unless frozen."""
     far = {key: (weights[key] - value).abs().max().item() for key, value in build(name).state_dict().items()}
     frozen = CASES[name].get("experts", {}).get("router") == "random"
     for key, distance in far.items():
@@ -165,7 +166,7 @@ def moved(weights: dict, name: str) -> dict[str, float]:
 
 
 def assert_as_one(both: list[dict], alone: dict, name: str) -> None:
-    """Equal but for the order in which float32 is summed."""
+    """Assert equality up to the order of float32 sums."""
     assert_same_weights(both[0]["weights"], both[1]["weights"])
     for key, distance in moved(alone["weights"], name).items():
         torch.testing.assert_close(both[0]["weights"][key], alone["weights"][key], rtol=0.0, atol=0.01 * distance + 1e-6, msg=key)
@@ -174,16 +175,16 @@ def assert_as_one(both: list[dict], alone: dict, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", AS_ONE)
-def test_two_processes_train_as_one_with_the_batches_of_both(name, pair, tmp_path):
-    """With the balance too: how often an expert is chosen is counted over both processes."""
+def test_two_processes_equal_one_with_both_batches(name, pair, tmp_path):
+    """Including the balance loss, whose assignments are counted over both processes."""
     both, alone = pair(name), train(name, tmp_path)
     for record in (*both, alone):
         assert_follows(record, name, [step for step in range(4) for _ in range(ACCUMULATED)])
     assert_as_one(both, alone, name)
 
 
-def test_the_balance_reaches_the_routers_gradient_on_both_processes(pair, tmp_path):
-    """Each process has its own part of it, in each pass, and their mean is the gradient of both batches."""
+def test_balance_loss_reaches_the_router_on_both_processes(pair, tmp_path):
+    """Each process contributes its part in each pass, and the mean is the gradient of both batches."""
     (first, second), alone = (record["gradients"] for record in pair("bert, balanced")), train("bert, balanced", tmp_path)["gradients"]
     assert len(first) == len(second) == len(alone) == 4 * ACCUMULATED
     for ours, theirs, whole in zip(first, second, alone, strict=True):
@@ -192,26 +193,26 @@ def test_the_balance_reaches_the_routers_gradient_on_both_processes(pair, tmp_pa
 
 
 @pytest.mark.parametrize("name", WITHOUT_TOKENS)
-def test_experts_without_a_token_on_one_process_stop_nothing(name, pair, tmp_path):
+def test_experts_without_tokens_on_one_process_do_not_stall(name, pair, tmp_path):
     both = pair(name)
     used, others = (torch.stack(record["loads"]) > 0 for record in both)  # [passes, layers, experts]
-    averaged = slice(ACCUMULATED - 1, None, ACCUMULATED)  # passes after which DDP waits for every gradient
+    averaged = slice(ACCUMULATED - 1, None, ACCUMULATED)  # passes after which DDP synchronises gradients
     assert len(used) == 4 * ACCUMULATED and (used & ~others)[averaged].any() and (others & ~used)[averaged].any()
     assert_as_one(both, train(name, tmp_path), name)
 
 
-def test_processes_compete_in_the_same_steps_whatever_their_seeds(tmp_path):
-    """Or one waits for the counts of a balance loss that the other does not have."""
+def test_processes_compete_in_the_same_steps_with_different_seeds(tmp_path):
+    """Otherwise one would wait for the counts of a balance loss that the other does not compute."""
     both, alone = Pair(tmp_path / "two", list(COMPETING))("competesmoe"), train("competesmoe", tmp_path / "one")
     assert_as_one(both, alone, "competesmoe")
     assert any(0 < value < 4 * ACCUMULATED for key, value in alone["weights"].items() if key.endswith("competitions"))
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_run_resumed_by_new_processes_is_the_unbroken_one(name, pair, restarted):
-    """The same k, losses and weights on both."""
+def test_run_resumed_by_new_processes_equals_the_uninterrupted_one(name, pair, restarted):
+    """k, losses and weights are equal on both."""
     whole, again = pair(name), restarted(name)
-    passes = [0, 0, 1, 2, 2, 3, 4, 4, 5]  # the last batch of an epoch is a step of its own
+    passes = [0, 0, 1, 2, 2, 3, 4, 4, 5]  # the last batch of an epoch is a separate step
     for record in whole:
         assert_follows(record, name, passes)
     for ours, theirs in zip(whole, again, strict=True):

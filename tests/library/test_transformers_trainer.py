@@ -1,4 +1,4 @@
-"""transformers' own Trainer: k follows its schedule, the loss has the auxiliary losses in it, and a resumed run is the unbroken one."""
+"""transformers' Trainer: k follows its schedule, the loss includes the auxiliary losses, and resumed runs equal uninterrupted ones."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ BALANCE, STEPS = 0.7, 12
 
 
 def undropped(host: str) -> nn.Module:
-    """Without dropout, so that losses can be computed by hand."""
+    """A model without dropout, so that losses can be computed by hand."""
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if host == "llama":
@@ -42,7 +42,7 @@ def sparse(host: str, **settings) -> nn.Module:
 
 
 def rows(count: int, even: bool = True) -> list[dict[str, torch.Tensor]]:
-    """Of 9 tokens, all counted, or fewer and fewer."""
+    """Rows of 9 tokens with all labels, or with ever fewer if not `even`."""
     tokens = torch.randint(3, 31, (count, 9), generator=torch.Generator().manual_seed(2))
     labels = tokens.clone()
     if not even:
@@ -75,8 +75,9 @@ def ks(trained) -> list[int]:
 
 
 def by_hand(model: nn.Module, batch: list[dict], causal: bool, shifted: bool = True) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Summed cross-entropy, the balance losses, and how many labels count; without any hook. The Trainer does not know of GPT-2 that its
-    labels are shifted, and counts the first of them too.
+    """Summed cross-entropy, balance losses, and number of labels, computed without hooks.
+
+    The Trainer does not know that GPT-2 shifts its labels, so it also counts the first one.
     """
     tokens, labels = (torch.stack([row[name] for row in batch]) for name in ("input_ids", "labels"))
     logits = model(tokens).logits
@@ -91,7 +92,7 @@ def by_hand(model: nn.Module, batch: list[dict], causal: bool, shifted: bool = T
 
 
 @pytest.mark.parametrize("host", ["bert", "gpt2"])
-def test_the_models_loss_has_the_balance_in_it_in_training_only(host):
+def test_models_loss_includes_the_balance_loss_in_training_only(host):
     model = sparse(host).train()
     cross_entropy, balance, items = by_hand(model, rows(2), host in CAUSAL)
     tokens = torch.stack([row["input_ids"] for row in rows(2)])
@@ -113,7 +114,7 @@ def test_labels_by_position():
     assert model(tokens, *before, tokens, num_items_in_batch=32).loss.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_the_hook_of_a_copy_sees_the_copy():
+def test_hook_of_a_copy_uses_the_copy():
     model = sparse("bert").train()
     twin = copy.deepcopy(model)
     model(TOKENS, labels=TOKENS)
@@ -124,8 +125,8 @@ def test_the_hook_of_a_copy_sees_the_copy():
 
 @pytest.mark.parametrize("accumulated", [1, 4])
 @pytest.mark.parametrize("host", ["bert", "gpt2", "llama"])
-def test_the_logged_loss_is_cross_entropy_and_balance(host, accumulated, tmp_path):
-    """A causal model's micro-batches count by their labels, and BERT's, whose loss is a mean of its own, alike."""
+def test_logged_loss_is_cross_entropy_plus_balance_loss(host, accumulated, tmp_path):
+    """Micro-batches of a causal model are weighted by their labels; those of BERT, whose loss is a mean, equally."""
     model, data = sparse(host), rows(8, even=False)
     size = 8 // accumulated
     hand = copy.deepcopy(model).train()
@@ -139,8 +140,8 @@ def test_the_logged_loss_is_cross_entropy_and_balance(host, accumulated, tmp_pat
 
 
 @pytest.mark.parametrize("host", ["bert", "llama"])
-def test_accumulated_gradients_are_those_of_the_whole_batch(host, tmp_path):
-    """Of the cross-entropy alone, since the balance of parts is not that of the whole."""
+def test_accumulated_gradients_equal_those_of_the_whole_batch(host, tmp_path):
+    """For the cross-entropy only, since the balance loss of parts is not that of the whole batch."""
     steps = []
     for accumulated in (1, 2):
         model = sparse(host, balance_loss=0.0)
@@ -152,8 +153,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(host, tmp_path):
         torch.testing.assert_close(steps[1][name], step, rtol=1e-3, atol=1e-6)
 
 
-def test_the_balance_is_trained_through_the_trainer(tmp_path):
-    """One step moves the router as cross-entropy and balance together do."""
+def test_trainer_trains_the_balance_loss(tmp_path):
+    """One step moves the router by the gradient of cross-entropy plus balance loss."""
     model = sparse("llama")
     hand = copy.deepcopy(model).train()
     cross_entropy, balance, items = by_hand(hand, rows(8), causal=True)
@@ -164,7 +165,7 @@ def test_the_balance_is_trained_through_the_trainer(tmp_path):
         torch.testing.assert_close(layer.router.weight, start - 0.1 * expected.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_balance_is_the_switch_loss():
+def test_balance_loss_is_the_switch_loss():
     model = sparse("bert").train()
     inputs = {}
     for name, layer in sd.moe_layers(model):
@@ -177,7 +178,7 @@ def test_the_balance_is_the_switch_loss():
     assert sd.auxiliary_loss(model).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_other_models_are_left_alone():
+def test_other_models_are_unchanged():
     model = sd.moefy(nn.Sequential(made("bert")), sd.SMoEConfig(4, 2, router="learned"))
     assert not model._forward_hooks and not model[0]._forward_hooks and type(model[0].config) is transformers.BertConfig
 
@@ -187,7 +188,7 @@ def test_other_models_are_left_alone():
 
 @pytest.mark.parametrize(("mode", "total"), [("linear_increase", None), ("cosine_decrease", 4), ("elastic", None), ("constant", 2)])
 def test_k_follows_the_schedule(mode, total, tmp_path):
-    """The same in every micro-batch of a step, before the step; afterwards the last k stays."""
+    """k is set before each step, equal in all its micro-batches, and keeps its last value after training."""
     model, seen = sparse("bert", router="random", balance_loss=None), []
     model.register_forward_pre_hook(lambda *_: seen.append((sd.get_top_k(model), layer.step)))
     layer = sd.moe_layers(model)[0][1]
@@ -212,7 +213,7 @@ def test_k_follows_the_schedule(mode, total, tmp_path):
         ),
     ],
 )
-def test_training_does_not_start_with(build, arguments, extra, words, tmp_path):
+def test_training_rejects_invalid_setups(build, arguments, extra, words, tmp_path):
     with pytest.raises(sd.ConfigError, match=words):
         trainer(build(), tmp_path, callbacks=[sd.TopKScheduleCallback(*arguments)], **extra).train()
 
@@ -221,13 +222,13 @@ def test_training_does_not_start_with(build, arguments, extra, words, tmp_path):
     ("arguments", "words"),
     [(("linear_increas", 1, 2), "nearest: linear_increase"), (("constant", 3, 2), "k_min = 3"), (("constant", 1, 2, -1), "-1")],
 )
-def test_a_schedule_that_cannot_be_is_refused_at_once(arguments, words):
+def test_invalid_schedules_are_rejected_immediately(arguments, words):
     with pytest.raises(ValueError, match=words):
         sd.TopKScheduleCallback(*arguments)
 
 
 @pytest.mark.parametrize("smoothed", ["random", "learned"])
-def test_label_smoothing_is_fine_without_balance(smoothed, tmp_path):
+def test_label_smoothing_works_without_balance_loss(smoothed, tmp_path):
     model = sparse("gpt2", router=smoothed, balance_loss=None if smoothed == "random" else 0.0)
     run = trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback("constant", 1, 2)], label_smoothing_factor=0.1)
     run.train()
@@ -252,8 +253,8 @@ def test_evaluation_at_another_k(tmp_path):
 
 
 @pytest.mark.parametrize(("router", "mode"), [("learned", "linear_increase"), ("noisy_top_k", "elastic")])
-def test_a_resumed_run_is_the_unbroken_one(router, mode, tmp_path):
-    """The same k and losses; and the checkpoint is a model by itself, with its k."""
+def test_resumed_run_equals_the_uninterrupted_one(router, mode, tmp_path):
+    """k and losses are equal, and the checkpoint loads as a model with its k."""
     settings = {"max_steps": STEPS, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6, "optim": "adamw_torch"}
     settings |= {"train_sampling_strategy": "random", "lr_scheduler_type": "linear", "learning_rate": 0.01}
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing and torch.compile: gradients are those without them, or are refused; nothing runs eagerly in silence."""
+"""Gradient checkpointing and torch.compile give the same gradients or raise, and compiled models never fall back silently."""
 
 import copy
 import subprocess
@@ -28,7 +28,7 @@ def sparse(host: str, method: str | None = None, router: str = "random", **setti
 
 
 def gradients(model: nn.Module, reentrant: bool | None, passes=None) -> dict[str, torch.Tensor]:
-    """Of a copy, and its counters; dropout included."""
+    """Gradients and counters of a copy, with dropout."""
     model = copy.deepcopy(model)
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -49,13 +49,13 @@ def assert_same(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(("method", "router"), KINDS)
 @pytest.mark.parametrize("host", ["bert", "llama"])
-def test_checkpointed_gradients_are_the_same_or_refused(host, method, router, reentrant):
+def test_checkpointed_gradients_are_equal_or_rejected(host, method, router, reentrant):
     model = sparse(host, method, router, **({"options": {"flip_rate": 0.5}} if method == "competesmoe" else {}))
     words = None
     if reentrant and router in BALANCED:
         words = "auxiliary losses cannot be trained with reentrant"
     if method and not load(METHODS, "method", method).layer.repeatable:
-        words = "cannot repeat a pass for its gradient"
+        words = "cannot recompute it alone"
     if words is None:
         assert_same(gradients(model, reentrant), gradients(model, None))
     else:
@@ -65,8 +65,8 @@ def test_checkpointed_gradients_are_the_same_or_refused(host, method, router, re
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("host", HOSTS)
-def test_what_a_pass_left_behind_stays(host, reentrant):
-    """The repeated pass does not overwrite it, and several passes with their gradients in turn are fine."""
+def test_recomputation_keeps_the_state_of_the_pass(host, reentrant):
+    """The repeated pass does not overwrite it, and several passes, each followed by its backward pass, work."""
     model = sparse(host)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for k in (2, 4, 1):
@@ -98,27 +98,27 @@ def evaluated_between(model):
 @pytest.mark.parametrize(
     ("passes", "router", "words"),
     [
-        (under_another_k, "random", r"ran at k = 4, and is repeated for its gradient at k = 2: call backward\(\) right after"),
+        (under_another_k, "random", r"ran at k = 4 but is recomputed at k = 2: call backward\(\) right after"),
         (two_passes, "hash", "another pass of the model ran between"),
         (evaluated_between, "hash", "another pass of the model ran between"),
     ],
 )
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_what_changed_since_the_pass_is_refused(passes, router, words, reentrant):
-    """Without checkpointing the same is fine."""
+def test_changes_since_the_pass_are_rejected(passes, router, words, reentrant):
+    """The same works without checkpointing."""
     model = sparse("gpt2", router=router)
     assert gradients(model, None, passes)
     with pytest.raises(RuntimeError, match=words):
         gradients(model, reentrant, passes)
 
 
-def test_an_evaluation_between_a_pass_and_its_gradient_is_fine_for_other_routers():
+def test_evaluation_before_backward_works_for_other_routers():
     model = sparse("gpt2")
     assert_same(gradients(model, False, evaluated_between), gradients(model, None, evaluated_between))
 
 
 def test_checkpointing_of_other_models():
-    """By torch's own function; the auxiliary losses are lost in the reentrant form, and that is told."""
+    """With torch's own function; the reentrant form would lose the auxiliary losses, and raises."""
     x = torch.randn(5, 8, requires_grad=True)
     for reentrant in (False, True):
         ffn = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
@@ -137,7 +137,7 @@ def test_checkpointing_of_other_models():
 
 @pytest.fixture
 def dynamo():
-    """The compiler without what it compiled before, and with its own limit."""
+    """The compiler with an empty cache and its default limit."""
     dynamo = pytest.importorskip("torch._dynamo")
     limit = dynamo.config.recompile_limit
     dynamo.reset()
@@ -147,14 +147,14 @@ def dynamo():
 
 
 def small_bert(**settings) -> nn.Module:
-    """One layer, without dropout."""
+    """BERT with one layer and no dropout."""
     torch.manual_seed(0)
     off = {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 20}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**{**SMALL, **off}))
     return sd.moefy(model, sd.SMoEConfig(**{"num_experts": 16, "top_k": 8, "init_std": 0.3, **settings}))
 
 
-def test_one_graph_for_each_k_and_none_beyond(dynamo):
+def test_exactly_one_graph_per_k(dynamo):
     ffn = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     model, graphs, x = sd.moefy(nn.Sequential(ffn, nn.LayerNorm(8)), sd.SMoEConfig(16, 8, init_std=0.5)).eval(), [], torch.randn(7, 8)
 
@@ -173,7 +173,7 @@ def test_one_graph_for_each_k_and_none_beyond(dynamo):
 
 
 def assert_compiled_as_eager(model: nn.Module, ks, loss_of) -> None:
-    """Losses and gradients, in one graph."""
+    """Assert equal losses and gradients, in a single graph."""
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for k in ks:
         sd.set_top_k(model, k)
@@ -188,7 +188,7 @@ def assert_compiled_as_eager(model: nn.Module, ks, loss_of) -> None:
 
 
 def test_compiled_training_of_bert(dynamo):
-    """The load balance among its losses."""
+    """With a balance loss."""
     model = small_bert(router="learned", balance_loss=2.0).train()
     assert_compiled_as_eager(model, (3,), lambda run: run(TOKENS, labels=TOKENS).loss)
     assert sd.auxiliary_loss(model).item() > 2
@@ -203,7 +203,7 @@ def test_compiled_training_by_backend(backend, dynamo):
 
 
 def test_compiled_dropout_of_experts(dynamo):
-    """Is drawn anew in every pass, follows the seed, and is the same in the backward pass."""
+    """Dropout differs between passes, follows the seed, and is the same in the backward pass."""
     torch.manual_seed(0)
     ffn = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 8))
     model = sd.moefy(nn.Sequential(ffn), sd.SMoEConfig(4, 4, init_std=0.5)).train()
@@ -213,17 +213,17 @@ def test_compiled_dropout_of_experts(dynamo):
         torch.manual_seed(seed)
         model.zero_grad()
         y = compiled(x)
-        torch.rand(3)  # what others draw in between changes nothing
+        torch.rand(3)  # other draws in between have no effect
         y.sum().backward()
         results.append((y.detach(), model[0].experts.down.grad.clone()))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][0], results[2][0])
     down = model[0].experts.down.detach()
-    # y is linear in the second map, so the gradient times the map is the sum of the outputs, its biases being zero
+    # y is linear in the second map and biases are zero, so the gradient times the map is the sum of the outputs
     assert (results[2][1] * down).sum().item() == pytest.approx(results[2][0].sum().item(), rel=1e-4)
 
 
-def test_the_compiler_is_not_imported_for_others():
+def test_compiler_is_not_imported_without_torch_compile():
     code = "import sys, torch, smoe_dropout as sd; from torch.nn import *\n"
     code += "m = sd.moefy(Sequential(Sequential(Linear(4, 8), ReLU(), Linear(8, 4))), sd.SMoEConfig(2, 1))\n"
     code += "sd.set_top_k(m, 2); m(torch.ones(1, 4)); "
