@@ -157,7 +157,7 @@ class Running:
 
     @property
     def out(self) -> str:
-        return self._out.read_text() if self._out.exists() else ""
+        return self._out.read_text(errors="replace") if self._out.exists() else ""
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
         """Returns as soon as the condition holds or the run has ended."""
