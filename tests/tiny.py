@@ -139,11 +139,12 @@ def flags(data: Path, work_dir: Path, **changes: object) -> list[str]:
 
 @dataclass
 class Finished:
-    """How a run ended: exit code (negative: the signal that killed it), and what it wrote."""
+    """How a run ended: exit code (negative: the signal that killed it), and its output."""
 
     code: int
     out: str
     err: str
+    out_bytes: bytes = b""
 
 
 class Running:
@@ -176,13 +177,34 @@ class Running:
         if hung:
             self.process.kill()
             self.process.join()
-        finished = Finished(self.process.exitcode, self.out, self._err.read_text() if self._err.exists() else "")
+        out_bytes = self._out.read_bytes() if self._out.exists() else b""
+        finished = Finished(self.process.exitcode, self.out, self._err.read_text() if self._err.exists() else "", out_bytes)
         assert not hung, f"no end within {timeout} s: {finished}"
         return finished
 
 
 def run(arguments: list[str], before: Callable[[], None] | None = None, timeout: float = 60.0, program: str = "train.py") -> Finished:
     return Running(arguments, before, program).finish(timeout)
+
+
+def call(function: Callable[..., None], *arguments: object, timeout: float = 120.0) -> None:
+    """Run a function of a module in a process of its own, which shares no state with this one. Fails if the function raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = _server().Process(target=_call, args=(function, arguments, f"{folder}/errors"))
+        process.start()
+        process.join(timeout)
+        if hung := process.is_alive():
+            process.kill()
+            process.join()
+        assert not hung and process.exitcode == 0, Path(folder, "errors").read_text() or f"no end within {timeout} s"
+
+
+def _call(function: Callable[..., None], arguments: tuple, errors: str) -> None:
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def completed(arguments: list[str], before: Callable[[], None] | None = None, program: str = "train.py") -> Finished:

@@ -331,13 +331,13 @@ MISTAKES = {
     "--swad --swad_start 30 --max_step 24": "--swad_start 30 lies behind --max_step 24",
     **{f"--{flag} --method dense": f"--{flag} needs --moe" for flag in ("attn_moe", "freeze_main_network", "freeze_main_network_all")},
     "--dynamic_router_start 3": "--dynamic_router_start needs --moe",
-    "--method thor --moe_num_expert 1": "--method thor: num_experts = 1: two passes can only differ with 2 experts or more",
+    "--method thor --moe_num_expert 1": "--method thor: num_experts = 1: two passes can only differ with at least 2 experts",
 }
 PAIRS = "expected name=value pairs separated by commas, such as alpha=5,inference=token"
 KNOWN = "; options and their defaults:"
 WRONG_OPTIONS = {
-    ("thor", "beta=1"): f"option beta {KNOWN} alpha=1.0, inference=sentence",
-    ("dense", "rate=0.5"): f"option rate {KNOWN} none",
+    ("thor", "beta=1"): f"unknown option beta{KNOWN} alpha=1.0, inference=sentence",
+    ("dense", "rate=0.5"): f"unknown option rate{KNOWN} none",
     ("thor", "alpha=-1"): "option alpha = -1.0 must be a number and not negative",
     ("thor", "alpha=nan"): "option alpha = nan must be a number and not negative",
     ("thor", "alpha=x"): "option alpha = 'x' must be of type float",

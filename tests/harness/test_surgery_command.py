@@ -305,7 +305,7 @@ def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp
 
 def test_what_the_library_refuses_is_a_sentence_too_and_leaves_nothing(words, trained, tmp_path):
     tiny.completed(tiny.flags(words, tmp_path / "hash", moe=True, gate_name="hash", max_step=2, eval_interval=2))
-    assert "router 'hash' has no row for each expert" in refusal(command(tmp_path / "hash", out=tmp_path / "out"))
+    assert "router 'hash' has no row per expert" in refusal(command(tmp_path / "hash", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

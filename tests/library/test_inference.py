@@ -1,7 +1,10 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
+import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,19 +82,24 @@ def runs(tmp_path_factory):
     return root
 
 
-def generate(*arguments: object, text: bytes | None = None) -> subprocess.CompletedProcess:
-    command = [sys.executable, "generate.py", *map(str, arguments), "--threads", "1"]
-    return subprocess.run(command, input=text, capture_output=True, cwd=tiny.ROOT)
+def read_from(path: Path) -> None:
+    os.dup2(os.open(path, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)
+
+
+def generate(*arguments: object, prompt: Path | None = None) -> tiny.Finished:
+    """Run generate.py, with a file as standard input if a prompt is given."""
+    return tiny.run([*map(str, arguments), "--threads", "1"], prompt and partial(read_from, prompt), program="generate.py")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_generate(runs, precision):
+def test_generate(runs, precision, tmp_path):
     arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 12, "--k", 2, "--precision", precision)
     done = generate(*arguments, "--prompt", "Words and ")
-    assert done.returncode == 0 and done.stdout.startswith(b"Words and ") and len(done.stdout) == 22, done
-    assert b"12 bytes in" in done.stderr and b"k = 2 of 4" in done.stderr
-    piped = generate(*arguments, text=b"Words and ")
-    assert piped.stdout == done.stdout
+    assert done.code == 0 and done.out_bytes.startswith(b"Words and ") and len(done.out_bytes) == 22, done
+    assert "12 bytes in" in done.err and "k = 2 of 4" in done.err
+    (tmp_path / "prompt").write_bytes(b"Words and ")
+    assert generate(*arguments, prompt=tmp_path / "prompt").out_bytes == done.out_bytes
 
 
 @pytest.mark.parametrize(
@@ -105,8 +113,8 @@ def test_generate(runs, precision):
     ],
 )
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):
-    done = generate("--checkpoint", runs / run, *arguments, text=b"")
-    assert done.returncode == 2 and sentence in done.stderr.decode() and done.stdout == b"" and done.stderr.count(b"\n") == 1, done
+    done = generate("--checkpoint", runs / run, *arguments)
+    assert done.code == 2 and sentence in done.err and done.out == "" and done.err.count("\n") == 1, done
 
 
 def test_tuning_keeps_precision():

@@ -2,8 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.io import CONFIG, WEIGHTS, stored_tensors
-from tests.conftest import ROOT
+from tests import tiny
 
 SIZES = {"n_token": 11, "n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 4, "d_inner": 16}
 SMOE = {"num_experts": 4, "top_k": 2}
@@ -70,20 +69,15 @@ def test_round_trip(tmp_path, kind):
         assert other.head.weight is not other.embedding.weight
 
 
-def test_round_trip_in_a_fresh_process(tmp_path):
+def save_again(folder: Path, again: Path) -> None:
+    sd.save_model(sd.load_weights(build(seed=1), folder), again)
+
+
+def test_round_trip_in_another_process(tmp_path):
     model = build()
     model.embedding.weight.data[0, :4] = torch.tensor([float("nan"), -0.0, 1e-45, float("inf")])
     sd.save_model(model, tmp_path)
-    code = (
-        "import sys, torch, smoe_dropout as sd\n"
-        "from tests.library.test_io import build\n"
-        "model = sd.load_weights(build(seed=1), sys.argv[1])\n"
-        "sd.save_model(model, sys.argv[2])\n"
-        "print(sd.SMoEConfig.from_json(open(sys.argv[1] + '/smoe_config.json').read()).num_experts)\n"
-    )
-    arguments = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "again")]
-    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "4\n"), result.stderr
+    tiny.call(save_again, tmp_path, tmp_path / "again")
     again = load_file(tmp_path / "again" / WEIGHTS)
     assert again.keys() == stored_tensors(model).keys()
     for name, tensor in stored_tensors(model).items():

@@ -2,8 +2,8 @@
 
 import json
 import re
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout.hf.pretrained import CONFIG, GENERATION, MANIFEST, THEIR_INDEX, THEIR_WEIGHTS, WEIGHTS
-from tests.conftest import ROOT
+from tests import tiny
 from tests.library.test_hosts import CAUSAL, HOSTS, TOKENS, logits, made
 
 transformers = pytest.importorskip("transformers")
@@ -59,21 +59,15 @@ def test_round_trip(host, save, tmp_path):
     assert model.get_input_embeddings().weight.any()
 
 
+def save_logits(folder: Path, names: list[str]) -> None:
+    save_file({name: logits(sd.from_pretrained(folder / name)) for name in names}, folder / "logits")
+
+
 def test_another_process_computes_the_same(tmp_path):
     models = {host: sparse(host, expert_init="split") for host in HOSTS}
     for host, model in models.items():
         sd.save_pretrained(model, tmp_path / host)
-    code = (
-        "import sys, torch, smoe_dropout as sd\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "torch.set_num_threads(1)\n"
-        "tokens, folder = load_file(sys.argv[1] + '/tokens')['tokens'], sys.argv[1]\n"
-        "with torch.no_grad():\n"
-        "    save_file({name: sd.from_pretrained(f'{folder}/{name}')(tokens).logits for name in sys.argv[2:]}, folder + '/logits')\n"
-    )
-    save_file({"tokens": TOKENS}, tmp_path / "tokens")
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path), *models], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    tiny.call(save_logits, tmp_path, list(models))
     computed = load_file(tmp_path / "logits")
     assert all(torch.equal(computed[host], logits(model)) for host, model in models.items())
 

@@ -1,8 +1,7 @@
 """Compressed experts W = U V + S: their outputs, pruning, and saving and loading."""
 
 import copy
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from smoe_dropout.experts.compressed import factored
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS
 from smoe_dropout.surgery.compression import BETA, Pruner, compress, distilled, kept_share
+from tests import tiny
 from utils.models.flops import active_parameters
 
 E, H, D = 3, 16, 8
@@ -157,22 +157,18 @@ def test_resumed_pruning_equals_uninterrupted_pruning():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
+def check_outputs(folder: Path) -> None:
+    config = sd.SMoEConfig.from_json((folder / "model" / "smoe_config.json").read_text())
+    model = sd.load_weights(sd.moefy(dense(), config), folder / "model").eval()
+    assert torch.equal(model(inputs()), torch.load(folder / "outputs"))
+
+
 @pytest.mark.parametrize("kept", [1.0, 0.5])
 def test_another_process_loads_it_strictly_and_bit_for_bit(kept, tmp_path):
     model = compress(model_with_experts(expert_init="split"), 3, kept)
     sd.save_model(model, tmp_path / "model")
     torch.save(model(inputs()), tmp_path / "outputs")
-    code = """
-import sys, torch, smoe_dropout as sd
-from pathlib import Path
-from tests.library.test_surgery_compression import dense, inputs
-folder = Path(sys.argv[1])
-config = sd.SMoEConfig.from_json((folder / "model" / "smoe_config.json").read_text())
-model = sd.load_weights(sd.moefy(dense(), config), folder / "model").eval()
-assert torch.equal(model(inputs()), torch.load(folder / "outputs"))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    tiny.call(check_outputs, tmp_path)
     with pytest.raises(ConfigError, match="has expert_rank = 3, but the model has None"):
         sd.load_weights(model_with_experts(), tmp_path / "model")
     with pytest.raises(ConfigError, match="sparse_share"):

@@ -2,9 +2,8 @@
 
 import copy
 import math
-import subprocess
-import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout.registry import SURGERIES
-from tests.conftest import ROOT
+from tests import tiny
 from tests.library.test_hosts import TOKENS, logits, made
 from tests.library.test_moefy import D, hand_written, outputs, transformer_xl
 from utils.models.flops import active_parameters
@@ -222,6 +221,14 @@ def test_parameters_and_flops_decrease(method):
 # folders
 
 
+def save_outputs(root: Path, names: list[str]) -> None:
+    found = {}
+    for name in names:
+        model = sd.moefy(transformer_xl(), sd.SMoEConfig.from_json((root / name / "smoe_config.json").read_text()))
+        found[name] = outputs(sd.load_weights(model, root / name)).detach()
+    save_file(found, root / "outputs")
+
+
 def test_another_process_computes_the_same(tmp_path):
     folders = {}
     for method in SURGERIES:
@@ -229,21 +236,7 @@ def test_another_process_computes_the_same(tmp_path):
         calibration = with_usage(calibrated(model), [0.7, 0.1, 0.1, 0.1], [0.25] * 4)
         folders[method], _ = sd.operate(model, method, 2, calibration)
         sd.save_model(folders[method], tmp_path / method)
-    code = (
-        "import sys, torch, smoe_dropout as sd\n"
-        "from pathlib import Path\n"
-        "from safetensors.torch import save_file\n"
-        "from tests.library.test_moefy import outputs, transformer_xl\n"
-        "torch.set_num_threads(1)\n"
-        "found = {}\n"
-        "for name in sys.argv[2:]:\n"
-        "    folder = Path(sys.argv[1]) / name\n"
-        "    model = sd.moefy(transformer_xl(), sd.SMoEConfig.from_json((folder / 'smoe_config.json').read_text()))\n"
-        "    found[name] = outputs(sd.load_weights(model, folder)).detach()\n"
-        "save_file(found, sys.argv[1] + '/outputs')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path), *folders], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    tiny.call(save_outputs, tmp_path, list(folders))
     computed = load_file(tmp_path / "outputs")
     assert all(torch.equal(computed[method], outputs(model)) for method, model in folders.items())
 
