@@ -10,6 +10,7 @@ from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout.hosts import find_sites, sites_in_blocks
+from smoe_dropout.registry import HOSTS
 
 D, WIDE = 8, 16
 EXACT = {"num_experts": 4, "top_k": 4, "expert_init": "split", "gate_weight": "uniform", "output_scale": "dense"}
@@ -146,6 +147,29 @@ def test_all_hosts_are_searched():
     layers = [nn.TransformerEncoderLayer(D, 2, WIDE, batch_first=True), Block(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D)))]
     model = nn.Sequential(*layers, nn.TransformerEncoderLayer(D, 2, 12, batch_first=True))
     assert [site.d_ff for site in find_sites(model)] == [WIDE, 8, 12]
+
+
+HOST = """
+from torch import nn
+from smoe_dropout.hosts.site import Site
+
+
+def find(model: nn.Module) -> list[Site]:
+    named = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if name == "ffn"]
+    return [Site(parent, name, m.first.weight, m.first.bias, m.second.weight, m.second.bias, "relu", 0.0) for parent, name, m in named]
+"""
+
+
+def test_new_host_is_one_file_and_one_registry_line(tmp_path, monkeypatch):
+    (tmp_path / "plain_host.py").write_text(HOST)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(sd.ConfigError, match=r"none of the hosts \(torch_layers, "):
+        sd.moefy(stacked(), sd.SMoEConfig(**EXACT))
+    monkeypatch.setitem(HOSTS, "plain", "plain_host")
+    model = stacked()
+    dense = run(model)
+    torch.testing.assert_close(run(sd.moefy(model, sd.SMoEConfig(**EXACT))), dense, rtol=1e-5, atol=1e-5)
+    assert len(sd.moe_layers(model)) == 3
 
 
 @pytest.mark.parametrize("sites", ["encoder.*.ffn", ("encoder.0.ffn", "*.2.ffn"), ["encoder.2.ffn", "encoder.0.ffn"]], ids=str)

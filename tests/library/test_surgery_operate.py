@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 import smoe_dropout as sd
 from smoe_dropout.registry import SURGERIES
 from tests import tiny
+from tests.conftest import ROOT
 from tests.library.test_hosts import TOKENS, logits, made
 from tests.library.test_moefy import D, hand_written, outputs, transformer_xl
 from utils.models.flops import active_parameters
@@ -325,3 +327,12 @@ def test_invalid_arguments_are_rejected(arguments, message):
 def test_unsupported_models_are_rejected(other, message):
     with pytest.raises(sd.ConfigError, match=message):
         sd.operate(other(), "merge", 1, calibrated(model_with_experts()))
+
+
+def test_documented_example():
+    """The library block of docs/surgery.md runs."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "surgery.md").read_text(), re.DOTALL).group(1)
+    network = nn.Sequential(nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 32)))
+    names = {"sd": sd, "model": sd.moefy(network, sd.SMoEConfig(16, 8)), "batches": torch.randn(3, 64, 32)}
+    exec(code, names)
+    assert names["config"].num_experts == 8 and sd.moe_layers(names["compressed"])[0][1].config.expert_rank == 32
