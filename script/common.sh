@@ -184,7 +184,7 @@ run_row() {
   if [ "$status" -ne 0 ]; then line="FAILED: $line"; fi
   if [ "$left" -gt 0 ] && [ "$left" -lt "$LEFT" ]; then
     minutes=$((($(date +%s) - BEGIN) * left / (LEFT - left) / 60 + 1))
-    left="$left, about $((minutes / 60)) h $((minutes % 60)) min"
+    if [ "$minutes" -lt 60 ]; then left="$left, about $minutes min"; else left="$left, about $((minutes / 60)) h $((minutes % 60)) min"; fi
   fi
   echo "$name: $line (rows left: $left)"
   [ "$status" -eq 0 ]
