@@ -1,6 +1,7 @@
 """Bash scripts: syntax, one row each, flags passed on, comments that agree with the resolved flags, and the runner of a table's rows."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,14 @@ def copy_of_the_repository(folder: Path) -> Path:
     (folder / "results").mkdir()
     shutil.copy(ROOT / "results" / "published.json", folder / "results")
     return folder
+
+
+def test_versions_agree():
+    """pre-commit runs the ruff of the tests; the changelog and the citation name the version of the package."""
+    ruff = re.search(r"ruff==(\S+)", (ROOT / "tests" / "requirements.txt").read_text())[1]
+    assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text() and f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
