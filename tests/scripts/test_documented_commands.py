@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 from tests.scripts.test_scripts import PAPER_ROWS, command_of
 from utils.flags.presets import PRESETS
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
+PAGES = sorted({*ROOT.glob("*.md"), *(path for folder in ("docs", "data", "results") for path in (ROOT / folder).rglob("*.md"))})
+PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
 COMMAND = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|[^\s$]*) )*(?:bash script/|python |torchrun |accelerate launch )\S.*")
 PROGRAM_OF = {"table1": "train.py", "figure5": "train.py", "ablation": "train.py", "table2": "finetune.py", "quickstart.sh": "train.py"}
 SKIPPED = {"torchrun", "accelerate", "launch", "--nproc_per_node"}
@@ -85,8 +86,9 @@ def test_command_is_one_that_exists(page, command):
     known = set().union({"help"}, *(known_flags(program) for program in programs))
     assert set(flags) <= known, f"{page}: {command.line}"
     if is_script:
-        text = (ROOT / command.program).read_text() + (ROOT / "script" / "common.sh").read_text()
-        assert all(f"${{{variable}" in text for variable in command.variables), command.line
+        readers = [command.program, "script/common.sh", *(["tests/conftest.py"] if command.program == "script/test.sh" else [])]
+        text = "".join((ROOT / reader).read_text() for reader in readers)
+        assert all(f"${{{variable}" in text or f'"{variable}"' in text for variable in command.variables), command.line
 
 
 def trains(page: Path, command: Command) -> bool:
