@@ -23,7 +23,7 @@ report table1 "$runs"
 if [ "$failed" -ne 0 ]; then exit 1; fi
 cat <<END
 
-figures: $(echo "$runs"/Figs/*.png)
+figures: $(find "$runs/Figs" -name '*.png' | sort | tr '\n' ' ')
 
 At this size no model overfits and the dense one is expected to lead; results/README.md has the findings of longer runs. To go on:
   $PYTHON train.py --eval_only --k 1,2,4 --work_dir $folder    # any k afterwards

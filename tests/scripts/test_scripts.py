@@ -174,7 +174,7 @@ def test_run_all_of_table1_resumes(tmp_path):
     second = run()
     assert second.returncode == 0, second.stdout + second.stderr
     assert "4 rows: 2 finished, 2 to run" in second.stdout and "(rows left: 0)" in second.stdout
-    assert len(list((copy / "runs").rglob("result.json"))) == 4 and list((copy / "runs").rglob("Figs/*.png"))
+    assert len(list((copy / "runs").rglob("result.json"))) == 4 and list((copy / "runs").rglob("Figs/**/*.png"))
     assert all(path.stat().st_mtime_ns == time for path, time in results.items())
     assert second.stdout.count("(n = 2)") == 2 and second.stdout.count("this run is complete") == 2
 
