@@ -93,16 +93,18 @@ def test_command_is_one_that_exists(page, command):
 
 def trains(page: Path, command: Command) -> bool:
     """Whether it trains from random weights, without a folder or a router of the reader's own."""
-    theirs = page.name == "plug_in.md" or any(re.fullmatch(r"[A-Z_]{2,}|--eval_only|--start_from", word) for word in command.arguments)
+    theirs = page.name == "plug_in.md" or any(
+        re.fullmatch(r"[A-Z_]{2,}|--eval_only|--start_from|--settings_from", word) for word in command.arguments
+    )
     return not theirs and bool(re.match(r"script/(table1|figure5)/(?!run_all)|train.py|utils.cli.train", command.program))
 
 
 @pytest.mark.parametrize("command", [each for page, each in ALL if trains(page, each)], ids=lambda command: command.line.strip()[:60])
 def test_training_command_parses(command):
-    from utils.cli.train import parse_from_random
+    from utils.cli.train import parse
 
     script = command.program if command.program.startswith("script/") else None
-    flags = parse_from_random([*(command_of(ROOT / script) if script else []), *command.arguments])
+    flags = parse([*(command_of(ROOT / script) if script else []), *command.arguments])[0]
     assert flags.work_dir.startswith("runs/")
 
 

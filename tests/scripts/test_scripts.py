@@ -56,9 +56,9 @@ def command_of(path: Path) -> list[str]:
 
 
 def flags_of(path: Path, *more: str) -> Flags:
-    from utils.cli.train import parse_from_random as parse
+    from utils.cli.train import parse
 
-    return parse([*command_of(path), *more])
+    return parse([*command_of(path), *more])[0]
 
 
 def copy_of_the_repository(folder: Path) -> Path:
