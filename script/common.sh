@@ -130,12 +130,14 @@ finetune() {
 
 rows="" results="" failed=0
 
+# cores: prints the number of CPU cores
+cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
 # with_threads ARGS...: sets `flags` to the arguments, with the cores shared out among JOBS (2) parallel runs unless --threads is given
 with_threads() {
-  local jobs=${JOBS:-2} cores
-  cores=$(getconf _NPROCESSORS_ONLN)
+  local jobs=${JOBS:-2}
   flags=("$@")
-  has threads "$@" || flags+=(--threads "$((cores > jobs ? cores / jobs : 1))")
+  has threads "$@" || flags+=(--threads "$(($(cores) > jobs ? $(cores) / jobs : 1))")
 }
 
 # prepare_rows ARGS...: checks flags of train.py that hold for all rows and prepares the text; sets `flags`, `settings`, and `runs`, the

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv, prepares a text, trains dense, smoe and smoe_dropout at preset quick in parallel and tests them at every k; prints the
+# Installs into .venv, prepares a text, trains dense, smoe and smoe_dropout at preset quick in parallel and tests them at every k; prints a
 # table and draws the figures. Rerun to resume. Flags of train.py may follow and go to every run, such as --seed 2.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 if wants_help "$@"; then print_header; exit; fi
@@ -9,8 +9,7 @@ PYTHON=.venv/bin/python
 
 data=$("$PYTHON" data/prepare.py enwik8 --fallback pystdlib)
 set -- --preset quick --seed 1 --data "$data" "$@"
-cores=$(getconf _NPROCESSORS_ONLN)
-export JOBS=${JOBS:-$((cores < 3 ? cores : 3))} LIVE=1
+export JOBS=${JOBS:-$(($(cores) < 3 ? $(cores) : 3))} LIVE=1
 with_threads "$@"
 for method in dense smoe smoe_dropout; do
   folder=$("$PYTHON" -m utils.cli.train "$@" --method "$method" | field work_dir)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One row of the surgery table: an operation on a run, STEPS (500) further steps on its text, and fine-tuning on TASK (sst2; TASK= for none).
+# One row of the surgery table: an operation on a run, STEPS (500) steps of further training, fine-tuning on TASK (sst2; TASK= for none).
 # bash script/surgery/row.sh RUN METHOD KEEP SEED [flags of train.py and finetune.py]
 # METHOD is one of surgery.py's. compress: merge to KEEP experts, then split every map into U V of rank RANK (16) + S, and prune S to KEPT
 # (0.1) of its hidden units in training, with RUN as the teacher. whole: no operation (KEEP is 0). scratch: a model with KEEP experts from

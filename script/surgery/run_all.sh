@@ -2,8 +2,8 @@
 # Surgery on the pre-trained runs of a folder, then the table and its figures. Rerun to resume.
 # bash script/surgery/run_all.sh FOLDER [flags of train.py and finetune.py]; FOLDER holds runs of train.py, such as runs/laptop/enwik8.
 # Rows: METHODS ("merge uncurl slim drop average compress") at KEEP ("8 4") experts on the runs METHOD-seedSEED of RUNS
-# ("smoe smoe_dropout") and SEEDS ("1"), JOBS (2) at a time. Each is trained for STEPS (500) steps on its text, and fine-tuned on TASK (sst2;
-# TASK= for none); see row.sh. Beside them: the whole model, trained and fine-tuned as long, and with SCRATCH=1 models of those sizes from
+# ("smoe smoe_dropout") and SEEDS ("1"), JOBS (2) at a time. Each is trained for STEPS (500) further steps and fine-tuned on TASK (sst2;
+# TASK= for none), see row.sh. Baselines: the whole model, trained and fine-tuned as long, and with SCRATCH=1 models of those sizes from
 # random weights.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi

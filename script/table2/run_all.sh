@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tunes the pre-trained runs of a folder on the tasks of Table 2, then prints the table and draws its figures. Rerun to resume.
-# bash script/table2/run_all.sh RUNS [flags of finetune.py]; RUNS holds runs of train.py named <method>-seed<seed>, such as runs/laptop/enwik8.
-# Rows: METHODS ("dense smoe thor smoe_dropout") that have a finished run in RUNS, TASKS ("sst2 csqa asdiv_a mawps svamp"), SEEDS ("1 2")
-# and FOLDS ("0 1 2 3 4"), JOBS (2) at a time; a run is fine-tuned with its own seed. SCRATCH=1 adds each row from random weights.
+# bash script/table2/run_all.sh RUNS [flags of finetune.py]; RUNS, such as runs/laptop/enwik8, holds runs named <method>-seed<seed>.
+# Rows: METHODS ("dense smoe thor smoe_dropout") that have a finished run in RUNS, TASKS (all that have a script here), SEEDS ("1 2") and
+# FOLDS (all of the task), JOBS (2) at a time; a run is fine-tuned with its own seed. SCRATCH=1 adds each row from random weights.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ ! -d "$1" ]; then
@@ -13,7 +13,7 @@ shift
 refuse_flags "seed work_dir run_name task checkpoint fold data from_scratch" "METHODS, TASKS, SEEDS, FOLDS and SCRATCH select rows" "$@"
 with_threads "$@"
 
-tasks=${TASKS:-sst2 csqa asdiv_a mawps svamp} settings=""
+tasks=${TASKS:-$(cd script/table2 && printf '%s\n' *.sh | sed 's/\.sh$//' | grep -vx run_all)} settings=""
 for task in $tasks; do
   folds=$(folds_of "$task")
   for seed in ${SEEDS:-1 2}; do

@@ -93,9 +93,8 @@ def test_command_is_one_that_exists(page, command):
 
 def trains(page: Path, command: Command) -> bool:
     """Whether it trains from random weights, without a folder or a router of the reader's own."""
-    theirs = page.name == "plug_in.md" or any(
-        re.fullmatch(r"[A-Z_]{2,}|--eval_only|--start_from|--settings_from", word) for word in command.arguments
-    )
+    folders = ("--eval_only", "--start_from", "--settings_from")
+    theirs = page.name == "plug_in.md" or any(word in folders or re.fullmatch(r"[A-Z_]{2,}", word) for word in command.arguments)
     return not theirs and bool(re.match(r"script/(table1|figure5)/(?!run_all)|train.py|utils.cli.train", command.program))
 
 

@@ -51,7 +51,7 @@ def test_a_missing_checkpoint_is_refused(task, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith(f"error: the checkpoint {tmp_path / 'missing'} is not there")
 
 
-@pytest.mark.parametrize(("model", "task"), [*(("transformer_xl", task) for task in TASKS), ("bert", "sst2")])
+@pytest.mark.parametrize(("model", "task"), [("transformer_xl", "sst2"), ("transformer_xl", "mawps"), ("bert", "sst2")])
 def test_settings_of_the_task_and_the_checkpoint_are_printed(model, task, trained, tmp_path):
     """As published for SST-2 from Transformer-XL; AdamW and linear decay for the encoders. The rows are missing, so nothing is trained."""
     done = bash(TABLE / f"{task}.sh", trained("smoe", model), "--preset", "paper", "--data", tmp_path / "missing")
