@@ -1,14 +1,17 @@
-# Shared by every script: the repository root, the Python of script/setup.sh if it made one, and how a run is started.
-# Sourced, not run. NPROC=N starts N processes on this machine (GPUs, or CPU processes).
+# Shared by all scripts, sourced by them: finds the repository and its Python, prepares data, starts runs, runs the rows of a table.
+# NPROC=N starts N processes on this machine (GPUs or CPU processes).
 set -euo pipefail
+SCRIPT=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle threads do not spin: two runs side by side keep their speed
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle threads do not spin, so that parallel runs do not slow each other down
 
-BOOKCORPUS=bookcorpus/bookcorpus@refs/convert/parquet  # the hub's own Parquet of it
+BOOKCORPUS=bookcorpus/bookcorpus@refs/convert/parquet  # the hub's Parquet conversion
 
 if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON="$(command -v python3 || command -v python)"; fi
 
-# has FLAG ARGS...: whether --FLAG, --FLAG=value (with _ or -) is among the arguments
+# --- arguments
+
+# has FLAG ARGS...: succeeds if --FLAG or --FLAG=value (spelled with _ or -) is among the arguments
 has() {
   local flag=$1 word
   shift
@@ -19,25 +22,43 @@ has() {
   return 1
 }
 
-# field NAME: what the JSON on stdin has under it
-field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+# wants_help ARGS...: succeeds if -h or --help is among the arguments
+wants_help() { has help "$@" || [[ " $* " == *" -h "* ]]; }
 
-# prepare_text ARGS...: enwik8 or BookCorpus, where no other text is asked for and every flag is right
-prepare_text() {
-  local settings dataset
-  if has data "$@" || has dataset "$@" || has help "$@" || { ! has model "$@" && [ -e data/enwik8/meta.json ]; }; then return; fi
-  settings=$("$PYTHON" -m utils.cli.train "$@")
-  dataset=$(field dataset <<<"$settings")
-  case $dataset in
-    enwik8) "$PYTHON" data/prepare.py enwik8 >/dev/null ;;
-    bookcorpus-*)
-      if [ ! -e "data/$dataset/meta.json" ]; then
-        "$PYTHON" data/prepare_pieces.py "$dataset" --tokenizer "${dataset#bookcorpus-}" --hub "$BOOKCORPUS" >/dev/null
-      fi ;;
-  esac
+# print_header: prints the comment at the top of the running script
+print_header() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$SCRIPT"; }
+
+# fail MESSAGE: refuses the command line
+fail() {
+  echo "error: $1" >&2
+  exit 2
 }
 
-# start PROGRAM ARGS...: in NPROC processes
+# refuse_flags "FLAG..." REMEDY ARGS...: refuses flags that a script sets for each row
+refuse_flags() {
+  local flags=$1 remedy=$2 flag
+  shift 2
+  for flag in $flags; do
+    if has "$flag" "$@"; then fail "--$flag differs from row to row: leave it out ($remedy)"; fi
+  done
+}
+
+# field NAME: prints a field of the JSON object on stdin
+field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+
+# print_settings: prints what the resolved flags on stdin (JSON) train with
+print_settings() {
+  "$PYTHON" -c '
+import json, sys
+flags = json.load(sys.stdin)
+batch = "{batch_size}" if "task" in flags else "{batch_size} x {tgt_len}"
+line = "settings: {model}, preset {preset}: {max_step:,} steps, batch " + batch + ", {optim}, lr {lr:g}, {scheduler}"
+print(line.format(**flags), flush=True)'
+}
+
+# --- one run
+
+# start PROGRAM ARGS...: runs a program in NPROC processes
 start() {
   if [ "${NPROC:-1}" -gt 1 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"
@@ -46,75 +67,144 @@ start() {
   fi
 }
 
-# pretrain ARGS...: train.py, its text prepared first
+# prepare_text SETTINGS ARGS...: downloads enwik8 or BookCorpus if the resolved flags read it, no other text is named and it is not there
+prepare_text() {
+  local settings=$1 dataset
+  shift
+  if has data "$@" || has dataset "$@" || [ -e "$(field data <<<"$settings")/meta.json" ]; then return; fi
+  dataset=$(field dataset <<<"$settings")
+  case $dataset in
+    enwik8) "$PYTHON" data/prepare.py enwik8 >/dev/null ;;
+    bookcorpus-*) "$PYTHON" data/prepare_pieces.py "$dataset" --tokenizer "${dataset#bookcorpus-}" --hub "$BOOKCORPUS" >/dev/null ;;
+  esac
+}
+
+# prepare_task TASK ARGS...: downloads the rows of a task if no other folder is named and they are not there
+prepare_task() {
+  local task=$1
+  shift
+  if has data "$@" || [ -e "data/$task" ]; then return; fi
+  "$PYTHON" data/prepare_task.py "$task" >/dev/null
+}
+
+# pretrain ARGS...: checks the flags of train.py, prepares the text, prints the settings, trains
 pretrain() {
-  prepare_text "$@"
+  local settings
+  if ! wants_help "$@" && ! has eval_only "$@"; then
+    settings=$("$PYTHON" -m utils.cli.train "$@")
+    prepare_text "$settings" "$@"
+    print_settings <<<"$settings"
+  fi
   start train.py "$@"
 }
 
-# finetune MODEL TASK EXPECTED CHECKPOINT ARGS...: finetune.py, its rows prepared first; every fold of a task that has folds, unless
-# --fold chooses one
+# folds_of TASK: prints the folds that a task is measured on, one after the other; nothing for a task with a fixed split
+folds_of() { case $1 in asdiv_a | mawps) echo 0 1 2 3 4 ;; esac; }
+
+# finetune TASK CHECKPOINT ARGS...: checks the flags of finetune.py, prepares the task's rows, prints the settings, fine-tunes; on every
+# fold of a task that has folds, unless --fold selects one
 finetune() {
-  local model=$1 task=$2 expected=$3 fold
-  shift 3
-  if [ $# -eq 0 ] || [ "${1#--}" != "$1" ]; then
-    if has help "$@"; then start finetune.py --help; return; fi
-    echo "error: usage: bash $0 CHECKPOINT [flags of finetune.py]; CHECKPOINT is the folder of a finished run of train.py" >&2
-    exit 2
+  local task=$1 settings folds fold
+  shift
+  if wants_help "$@"; then
+    start finetune.py --help
+    return
   fi
-  set -- --model "$model" --task "$task" --expect "$expected" --checkpoint "$@"
-  "$PYTHON" -m utils.cli.finetune "$@" >/dev/null
-  if ! has data "$@" && [ ! -e "data/$task" ]; then "$PYTHON" data/prepare_task.py "$task" >/dev/null; fi
-  case $task in
-    asdiv_a | mawps)
-      if ! has fold "$@"; then
-        if has work_dir "$@"; then
-          echo "error: five folds cannot share one --work_dir: leave it out, or choose one with --fold" >&2
-          exit 2
-        fi
-        for fold in 0 1 2 3 4; do start finetune.py "$@" --fold "$fold"; done
-        return
-      fi ;;
-  esac
-  start finetune.py "$@"
+  if [ $# -eq 0 ] || [ "${1#--}" != "$1" ]; then
+    fail "usage: bash $0 CHECKPOINT [flags of finetune.py]; CHECKPOINT is the folder of a finished run of train.py"
+  fi
+  set -- --task "$task" --checkpoint "$@"
+  settings=$("$PYTHON" -m utils.cli.finetune "$@")
+  folds=$(folds_of "$task")
+  if has fold "$@"; then folds=""; fi
+  if [ -n "$folds" ] && has work_dir "$@"; then
+    fail "--work_dir cannot hold all folds of $task: leave it out, or select one with --fold"
+  fi
+  prepare_task "$task" "$@"
+  print_settings <<<"$settings"
+  if [ -z "$folds" ]; then start finetune.py "$@"; fi
+  for fold in $folds; do start finetune.py "$@" --fold "$fold"; done
 }
 
-# run_rows FOLDER ARGS...: every row's script in the folder for SEEDS ("1 2"), JOBS (2) at a time, those that have a result left out; sets
-# `runs`, where they lie, and `failed`
-run_rows() {
-  local folder=$1 flag settings data rows total jobs=${JOBS:-2}
-  shift
-  for flag in seed work_dir run_name method; do
-    if has "$flag" "$@"; then
-      echo "error: --$flag differs from row to row: leave it out (SEEDS=\"1 2\" chooses seeds)" >&2
-      exit 2
-    fi
-  done
+# --- the rows of a table
+
+rows="" results="" failed=0
+
+# cores: prints the number of CPU cores
+cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
+# with_threads ARGS...: sets `flags` to the arguments, with the cores shared out among JOBS (2) parallel runs unless --threads is given
+with_threads() {
+  local jobs=${JOBS:-2}
+  flags=("$@")
+  has threads "$@" || flags+=(--threads "$(($(cores) > jobs ? $(cores) / jobs : 1))")
+}
+
+# prepare_rows ARGS...: checks flags of train.py that hold for all rows and prepares the text; sets `flags`, `settings`, and `runs`, the
+# folder the rows' runs are in
+prepare_rows() {
+  local data
+  refuse_flags "seed work_dir run_name method" 'SEEDS="1 2" selects seeds' "$@"
   settings=$("$PYTHON" -m utils.cli.train --preset paper "$@")
-  prepare_text --preset paper "$@"
+  prepare_text "$settings" --preset paper "$@"
   data=$(field data <<<"$settings") runs=$(dirname "$(field work_dir <<<"$settings")")
   if [ ! -e "$data/meta.json" ]; then
-    echo "error: $data is no prepared text: make one with data/prepare.py, for bert and roberta with data/prepare_pieces.py" >&2
-    exit 2
+    fail "$data is not a prepared text: make it with data/prepare.py, or for bert and roberta with data/prepare_pieces.py"
   fi
-  has threads "$@" || set -- "$@" --threads "$(($(nproc) > jobs ? $(nproc) / jobs : 1))"
-  mkdir -p "$runs"
-  rows=$(for seed in ${SEEDS:-1 2}; do
-    for script in "$folder"/*.sh; do
-      case $script in */run_all.sh | */directly_dense_training.sh) ;; *) echo "$script $seed" ;; esac  # the second is dense_dropout.sh
-    done
-  done)
-  total=$(wc -l <<<"$rows")
-  echo "$total runs, $jobs at a time, into $runs; each one's output goes to $runs/<row>-seed<seed>.log"
-  # shellcheck disable=SC2016
-  xargs -P "$jobs" -L 1 bash -c '
-    runs=$1 script=$(($# - 1)) seed=$#
-    script=${!script} seed=${!seed}
-    name=$(basename "$script" .sh)-seed$seed
-    if bash "$script" "${@:2:$# - 3}" --seed "$seed" >"$runs/$name.log" 2>&1; then
-      echo "$name: $(tail -n 1 "$runs/$name.log")"
-    else
-      echo "$name FAILED: $(tail -n 1 "$runs/$name.log")"
-      exit 1
-    fi' row "$runs" "$@" <<<"$rows" || { echo "some runs failed; start the same command again when that is mended" >&2; failed=1; }
+  with_threads "$@"
 }
+
+# row NAME FOLDER COMMAND...: adds a row for run_rows; FOLDER holds result.json once it is finished
+row() {
+  local line
+  printf -v line '%q ' "$@"
+  rows+=${line% }$'\n'  # a trailing blank would join two lines in xargs -L
+  results+=$2/result.json$'\n'
+}
+
+# rows_left: prints how many rows have no result yet
+rows_left() {
+  local result count=0
+  while IFS= read -r result; do
+    if [ -n "$result" ] && [ ! -e "$result" ]; then count=$((count + 1)); fi
+  done <<<"$RESULTS"
+  echo "$count"
+}
+
+# run_row NAME FOLDER COMMAND...: runs one row, its output in LOGS/NAME.log (with LIVE=1 also on stdout), and prints how it ended and how
+# long the rows that are left will take at the pace so far
+run_row() {
+  local name=$1 line left minutes status=0
+  shift 2
+  if [ -n "${LIVE:-}" ]; then
+    "$@" 2>&1 | tee "$LOGS/$name.log" | while IFS= read -r line; do echo "$name | $line"; done
+    status=${PIPESTATUS[0]}
+  else
+    "$@" >"$LOGS/$name.log" 2>&1 || status=1
+  fi
+  left=$(rows_left) line=$(tail -n 1 "$LOGS/$name.log")
+  if [ "$status" -ne 0 ]; then line="FAILED: $line"; fi
+  if [ "$left" -gt 0 ] && [ "$left" -lt "$LEFT" ]; then
+    minutes=$((($(date +%s) - BEGIN) * left / (LEFT - left) / 60 + 1))
+    if [ "$minutes" -lt 60 ]; then left="$left, about $minutes min"; else left="$left, about $((minutes / 60)) h $((minutes % 60)) min"; fi
+  fi
+  echo "$name: $line (rows left: $left)"
+  [ "$status" -eq 0 ]
+}
+
+# run_rows LOGS: runs the rows added by `row`, JOBS (2) at a time; a finished run is only checked, an interrupted one resumes. Sets `failed`
+run_rows() {
+  local jobs=${JOBS:-2} count
+  export LOGS=$1 RESULTS=$results LIVE BEGIN LEFT
+  mkdir -p "$LOGS"
+  rows=${rows%$'\n'} count=$(wc -l <<<"$rows") BEGIN=$(date +%s) LEFT=$(rows_left) LIVE=${LIVE:-}
+  echo "$((count)) rows: $((count - LEFT)) finished, $LEFT to run, $jobs at a time; logs: $LOGS/<row>.log"
+  export -f run_row rows_left
+  xargs -P "$jobs" -L 1 bash -c 'run_row "$@"' row <<<"$rows" || {
+    echo "some rows failed: fix the cause and rerun the same command, finished rows are kept" >&2
+    failed=1
+  }
+}
+
+# report TABLE RUNS: prints a table of the finished runs in a folder and draws its figures into RUNS/Figs
+report() { "$PYTHON" -m utils.reporting "$1" --runs "$2" --figs "$2/Figs"; }

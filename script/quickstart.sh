@@ -1,18 +1,32 @@
 #!/usr/bin/env bash
-# From nothing to a table and figures on a laptop: installs, prepares text, trains dense, smoe and smoe_dropout at the quick preset,
-# tests them at every k. Interrupted, it goes on where it was. Flags are passed to every training run, such as --seed 2.
+# Installs into .venv, prepares a text, trains dense, smoe and smoe_dropout at preset quick in parallel and tests them at every k; prints a
+# table and draws the figures. Rerun to resume. Flags of train.py may follow and go to every run, such as --seed 2.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if wants_help "$@"; then print_header; exit; fi
+refuse_flags "method work_dir run_name" "bash script/table1/<method>.sh trains one" "$@"
 bash script/setup.sh
 PYTHON=.venv/bin/python
 
 data=$("$PYTHON" data/prepare.py enwik8 --fallback pystdlib)
-dataset=$(basename "$data")
+set -- --preset quick --seed 1 --data "$data" "$@"
+export JOBS=${JOBS:-$(($(cores) < 3 ? $(cores) : 3))} LIVE=1
+with_threads "$@"
 for method in dense smoe smoe_dropout; do
-  folder=runs/quick/$dataset/$method-seed1
-  echo "== $method -> $folder"
-  "$PYTHON" -u train.py --preset quick --method "$method" --data "$data" --dataset "$dataset" --seed 1 --work_dir "$folder" "$@"
+  folder=$("$PYTHON" -m utils.cli.train "$@" --method "$method" | field work_dir)
+  row "$method" "$folder" "$PYTHON" -u train.py "${flags[@]}" --method "$method" --log_interval 200
 done
+runs=$(dirname "$folder")
+run_rows "$runs/logs"
 echo
-"$PYTHON" -m utils.reporting.tables --runs runs/quick/"$dataset" --figs Figs
-echo
-echo "At this size nothing overfits, and the dense model is expected ahead; results/NOTES.md says what longer runs showed, --output_scale dense among it."
+report table1 "$runs"
+if [ "$failed" -ne 0 ]; then exit 1; fi
+cat <<END
+
+figures: $(find "$runs/Figs" -name '*.png' | sort | tr '\n' ' ')
+
+At this size no model overfits and the dense one is expected to lead; results/README.md has the findings of longer runs. To go on:
+  $PYTHON train.py --eval_only --k 1,2,4 --work_dir $folder    # any k afterwards
+  $PYTHON generate.py --checkpoint $folder --k 8 --prompt "The "    # samples text
+  $PYTHON train.py --preset quick --method smoe --gate_name noisy_top_k --data $data    # another router
+  bash script/table1/smoe_dropout.sh --preset laptop    # a longer run; docs/experiments.md has them all
+END

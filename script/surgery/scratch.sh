@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What surgery is held against: a model like a run's, with KEEP experts of the same width in every layer from the first step on.
+# The baseline of surgery: a model like a run's with KEEP experts of the same width in every layer, trained from random weights.
 # bash script/surgery/scratch.sh RUN KEEP [flags of train.py], such as --work_dir DIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+if wants_help "$@"; then print_header; exit; fi
 if [ $# -lt 2 ] || [ ! -e "$1/config.json" ]; then
-  echo "error: usage: bash $0 RUN KEEP [flags of train.py]; RUN is the folder of a finished run of train.py" >&2
-  exit 2
+  fail "usage: bash $0 RUN KEEP [flags of train.py]; RUN is the folder of a finished run of train.py"
 fi
 run=$1 keep=$2
 shift 2
 has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
 words=$("$PYTHON" -m utils.cli.surgery "$run" "$keep")
-given=()
-while IFS= read -r word; do given+=("$word"); done <<<"$words"
-start train.py "${given[@]}" "$@"
+flags=()
+while IFS= read -r word; do flags+=("$word"); done <<<"$words"
+start train.py "${flags[@]}" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1, Transformer-XL on enwik8: k drawn anew at every step, with the layer's output times E. Any flag of train.py may follow, such as --preset laptop or --seed 2.
-# Paper scale: 400,000 steps on a GPU. Not a row of the paper.
+# Table 1: elastic k with the layer's output times E, the scale of the dense layer.
+# Flags of train.py may follow, such as --model bert, --preset laptop or --seed 2.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 pretrain --preset paper --method elastic --output_scale dense --run_name elastic_dense_scale "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1, Transformer-XL on enwik8: MomentumSMoE, heavy ball across depth (Teo and Nguyen 2024); --method_options adam=true for AdamSMoE. Any flag of train.py may follow, such as --preset laptop or --seed 2.
-# Paper scale: 400,000 steps on a GPU. Not a row of the paper.
+# Table 1: MomentumSMoE, heavy-ball momentum across depth (Teo and Nguyen 2024); --method_options adam=true: AdamSMoE.
+# Flags of train.py may follow, such as --model bert, --preset laptop or --seed 2.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 pretrain --preset paper --method momentumsmoe "$@"

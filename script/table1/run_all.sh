@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# Every row of Table 1 that has no result yet, JOBS (2) at a time, for SEEDS ("1 2"); then the table and the figures. Interrupted, the same
-# command goes on where it was. Any flag of train.py that holds for all rows may follow, such as --preset laptop --data D --dataset NAME;
-# --model bert or roberta runs the rows in that folder.
+# Trains every row of Table 1 that has no result yet, JOBS (2) at a time, for SEEDS ("1 2"), then prints the table and draws its figures.
+# Rerun to resume. Flags of train.py that hold for all rows may follow, such as --model bert, --preset laptop or --data DIR.
+# ROWS selects rows by the names of the scripts in this folder, such as ROWS="dense smoe smoe_dropout"; default all of them, for bert and
+# roberta those of the paper and elastic.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/table1/run_all.sh; fi
-model=$("$PYTHON" -m utils.cli.train --preset paper "$@" | field model)
-folder=script/table1
-[ "$model" = transformer_xl ] || folder=script/table1/$model
-run_rows "$folder" "$@"
-"$PYTHON" -m utils.reporting.tables --runs "$runs" --figs "$runs/Figs"
-exit "${failed:-0}"
+if wants_help "$@"; then print_header; exit; fi
+prepare_rows "$@"
+names="dense dense_dropout concrete_dropout dropblock smoe thor smoe_dropout elastic"
+if [ "$(field model <<<"$settings")" = transformer_xl ]; then
+  names+=" elastic_dense_scale smoe_dropout_dense_scale sandwich block_dropout competesmoe momentumsmoe similarity attention"
+fi
+for seed in ${SEEDS:-1 2}; do
+  for name in ${ROWS:-$names}; do
+    [ -e "script/table1/$name.sh" ] || fail "ROWS: there is no script/table1/$name.sh"
+    row "$name-seed$seed" "$runs/$name-seed$seed" bash "script/table1/$name.sh" "${flags[@]}" --seed "$seed"
+  done
+done
+run_rows "$runs/logs"
+report table1 "$runs"
+exit "$failed"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1, Transformer-XL on enwik8: SMoE-Dropout's router with the sandwich rule over k, three passes a step. Any flag of train.py may follow, such as --preset laptop or --seed 2.
-# Paper scale: 400,000 steps on a GPU. Not a row of the paper.
+# Table 1: the router of SMoE-Dropout, the sandwich rule over k: several k per step, small ones distilled from E.
+# Flags of train.py may follow, such as --model bert, --preset laptop or --seed 2.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 pretrain --preset paper --method sandwich "$@"

@@ -20,7 +20,6 @@ from smoe_dropout.surgery import keep_best
 from tests import tiny
 from tests.conftest import ROOT
 from tests.harness.test_resume import die
-from tests.scripts.test_scripts import ENV
 from utils.checkpoints.origin import open_source
 from utils.cli.finetune import parse as parse_finetuning
 from utils.cli.surgery import SCORES, flags_after, like, parse
@@ -32,7 +31,6 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.reporting.tables import DASH
 from utils.tasks.choose import task_class
 from utils.tasks.encoding import text_of
 from utils.training.evaluation import evaluate_all
@@ -420,40 +418,3 @@ def test_from_scratch_a_model_is_like_the_run_but_for_its_experts(trained, tmp_p
     ):
         with pytest.raises(UserError, match=sentence):
             like(str(trained(name)), keep)
-
-
-def bash(*words, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**ENV, **environment})
-
-
-def test_run_all_operates_goes_on_and_draws_the_table(tmp_path):
-    """In a copy of the tree, from one run: an operation and what it is held against, on the text and fine-tuned."""
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "data", ".venv", "__pycache__", "results", "Figs"))
-    tiny.completed(
-        tiny.flags(tiny.write_corpus(copy / "words"), copy / "trained" / "smoe-seed1", method="smoe", max_step=4, eval_interval=2)
-    )
-    tiny.write_rows(copy / "data" / "sst2", "sst2")
-    short = ("--batch_size", "4", "--eval_batch_size", "2", "--device", "cpu", "--threads", "1")
-    how = {"METHODS": "drop", "KEEP": "2", "STEPS": "2", "SCRATCH": "1", "JOBS": "1"}
-    refused = bash("script/surgery/run_all.sh", "trained", "--max_step", "3", cwd=copy)
-    assert refused.returncode == 2 and "--max_step differs from row to row" in refused.stderr
-    assert bash("script/surgery/run_all.sh", cwd=copy).returncode == 2
-    done = bash("script/surgery/run_all.sh", "trained", *short, cwd=copy, **how)
-    logs = {path.name: path.read_text() for path in (copy / "runs" / "quick" / "surgery" / "logs").glob("*.log")}
-    assert done.returncode == 0, (done.stderr, logs)
-    assert sorted(logs) == ["smoe-seed1-drop-2.log", "smoe-seed1-scratch-2.log", "smoe-seed1-whole-0.log"]
-    assert "Trained on for 2 steps without surgery" in done.stdout
-    on_task, on_text = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| drop 4 to 2 (n = 1) |")]
-    assert all(DASH not in (row[2], row[5]) for row in (on_task, on_text)), "before, and from scratch at that size"
-    assert on_task[3] == DASH != on_text[3], "a task has no quality directly after"
-
-
-@pytest.mark.parametrize("name", [*SURGERIES, "compress"])
-def test_every_operation_has_its_script(name, trained):
-    """A run is asked for; flags that follow win."""
-    script = ROOT / "script" / "surgery" / f"{name}.sh"
-    assert bash(script).returncode == 2
-    wins, foreign = ("--kept", "--fold") if name == "compress" else ("--keep", "--rank")
-    done = bash(script, trained("smoe"), wins, "0", foreign, "1")
-    assert done.returncode == 2 and f"{wins} 0" in done.stderr and f"{foreign} means nothing to --method {name}" in done.stderr

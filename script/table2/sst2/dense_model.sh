@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 2, SST-2 from a dense Transformer-XL: bash script/table2/sst2/dense_model.sh CHECKPOINT, a finished run's folder. Any flag of finetune.py may follow.
-# Paper scale: 5,000 steps of 16 sentences, Adam 1e-4, as in the paper.
+# Table 2: fine-tunes a pre-trained run without experts on SST-2; any other checkpoint is refused.
+# bash script/table2/sst2/dense_model.sh CHECKPOINT [flags of finetune.py]; CHECKPOINT is the folder of a finished run of train.py.
 source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
-finetune transformer_xl sst2 dense "$@"
+finetune sst2 "$@" --expect dense

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Table 2: fine-tunes a pre-trained run on ASDiv-A, on each of its folds unless --fold selects one. Model and method are the checkpoint's.
+# bash script/table2/asdiv_a.sh CHECKPOINT [flags of finetune.py]; CHECKPOINT is the folder of a finished run of train.py.
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+finetune asdiv_a "$@"

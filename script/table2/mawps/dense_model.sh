@@ -1,5 +1,0 @@
-#!/usr/bin/env bash
-# Table 2, MAWPS from a dense Transformer-XL: bash script/table2/mawps/dense_model.sh CHECKPOINT, a finished run's folder. Any flag of finetune.py may follow.
-# Paper scale: all five folds, or --fold N; settings not published, SST-2's taken.
-source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
-finetune transformer_xl mawps dense "$@"
