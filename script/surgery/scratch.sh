@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What surgery is held against: a model like a run's, with KEEP experts of the same width in every layer from the first step on.
+# The baseline of surgery: a model trained like RUN, but with KEEP experts of the same width in every layer from the first step on.
 # bash script/surgery/scratch.sh RUN KEEP [flags of train.py], such as --work_dir DIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if [ $# -lt 2 ] || [ ! -e "$1/config.json" ]; then
@@ -9,7 +9,4 @@ fi
 run=$1 keep=$2
 shift 2
 has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
-words=$("$PYTHON" -m utils.cli.surgery "$run" "$keep")
-given=()
-while IFS= read -r word; do given+=("$word"); done <<<"$words"
-start train.py "${given[@]}" "$@"
+start train.py --settings_from "$run" --moe_num_expert "$keep" "$@"

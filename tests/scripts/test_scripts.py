@@ -49,7 +49,7 @@ def started(path: Path) -> Path:
 
 
 def flags_of(path: Path):
-    from utils.cli.train import parse_from_random as parse
+    from tests.tiny import parse
 
     return parse(started(path).read_text().split("\npretrain ")[1].replace('"$@"', "").split())
 
