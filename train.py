@@ -16,7 +16,7 @@ from utils.data.corpus import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags.derive import evaluation_ks, last_top_k, method_of, parse_ks, top_k_schedule
 from utils.flags.fields import Flags
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once

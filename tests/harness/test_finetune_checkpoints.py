@@ -1,4 +1,4 @@
-"""What fine-tuning may start from, what the checkpoint decides, and what is refused before any work."""
+"""Checkpoints that fine-tuning may start from, flags that they set, and refusals before any work."""
 
 import json
 import shutil

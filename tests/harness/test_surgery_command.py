@@ -187,7 +187,7 @@ def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_
 
 
 def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
-    """Of a task with folds: its own fold's rows are not read, and another fold cannot be held out afterwards."""
+    """The rows of the fold to hold out are not read, and another fold cannot be held out afterwards."""
     rows = tiny.write_rows(tmp_path / "rows", "mawps")
     how = {"method": "uncurl", "task": "mawps", "fold": 1, "calibrate": rows, "out": tmp_path / "out"}
     arguments = command(trained("smoe"), **how)

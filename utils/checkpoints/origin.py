@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.flags.declare import flags_from
 from utils.flags.derive import read_config
 from utils.flags.fields import Flags, names
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 SURGERY = "surgery.json"

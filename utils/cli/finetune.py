@@ -18,9 +18,9 @@ from utils.data.rows import kind_of as task_kind
 from utils.errors import UserError, exit_on_user_error
 from utils.flags.derive import finetuning_k, read_config
 from utils.flags.fields import FinetuneFlags, names
+from utils.flags.models import MODELS
 from utils.flags.official import REFUSED
 from utils.flags.presets import PRESET_NAMES, finetuning
-from utils.models.registry import MODELS
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:

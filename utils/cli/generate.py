@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from utils.checkpoints.origin import Source, open_run
 from utils.cli.pipeline import Program, decide
 from utils.flags.fields import GenerateFlags
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[GenerateFlags, Source]:

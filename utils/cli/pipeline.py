@@ -25,15 +25,15 @@ from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
 from utils.flags.derive import parse_ks, read_config, resolve, training_flags
 from utils.flags.fields import Flags, names
+from utils.flags.models import MODELS
 from utils.flags.official import REFUSED
 from utils.flags.presets import PRESET_NAMES
-from utils.models.registry import MODELS
 
 CHECKPOINT_FLAGS = names(role="model") + names(role="experts")  # what the weights mean
 
 
 class Program(NamedTuple):
-    """What the pipeline needs to know of a program.
+    """A program as the pipeline sees it.
 
     source_flag: the flag that names a checkpoint. missing: what to give if it is required. open: opens the checkpoint. defaults: values for
     the flags that are not given. mistakes: checks of this program only; their source is None without a checkpoint, and with --eval_only.

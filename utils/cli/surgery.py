@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.flags.check import is_given, no_effect
 from utils.flags.derive import read_config, resized
 from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def earlier(self) -> dict[str, Any]:
-        """What surgery.json says of the operations before this one. A chain of them is told as one, done on the first one's model."""
+        """The surgery.json of the operations before this one. A chain is recorded as one operation on the first model."""
         return self.source.surgery or {}
 
     @property

@@ -9,8 +9,8 @@ from utils.errors import UserError
 from utils.flags.declare import Spec, option_name, specs
 from utils.flags.derive import built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
 from utils.flags.fields import Flags, names
+from utils.flags.models import MODELS, presets_of
 from utils.flags.presets import PRESET_NAMES
-from utils.models.registry import MODELS, presets_of
 
 
 def refuse(mistakes: list[str]) -> None:

@@ -16,7 +16,7 @@ ABSENT = object()  # of a flag as old as any run folder
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a flag besides its type and default.
+    """The metadata of a flag besides its type and default.
 
     roles: see utils/flags/fields.py. low, high: inclusive limits; above, below: exclusive ones; special: a value allowed besides.
     choices: the allowed values, if they are fixed. needs: the flag without which this one has no effect. follows: the flag from which this

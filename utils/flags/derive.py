@@ -1,4 +1,4 @@
-"""What follows from the flags: method, options, schedule of k, configuration of the library. Imports no torch."""
+"""Values derived from the flags: method, options, schedule of k, configuration of the library. Imports no torch."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
 from utils.flags.declare import FlagsT, flags_from
 from utils.flags.fields import Flags, defaults_before, names
-from utils.models.registry import presets_of
+from utils.flags.models import presets_of
 
 # method and options
 

@@ -18,6 +18,7 @@ option       surgery.py: an option of the operation
 calibration  surgery.py: concerns the calibration data
 """
 
+from collections import ChainMap
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import PurePath
@@ -28,8 +29,8 @@ from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, SU
 from smoe_dropout.schedule import SCHEDULES
 from utils.data.rows import TASKS, kind_of
 from utils.flags.declare import ABSENT, flag, groups, same_flag, specs
+from utils.flags.models import MODELS
 from utils.flags.presets import PRESET_NAMES
-from utils.models.registry import MODELS
 
 COMPRESS = "compress"  # the operation of surgery.py that is not in the library's registry
 ROUTER_NORM = "router_norm"  # the score that needs no calibration data
@@ -134,7 +135,7 @@ class ExpertFlags:
         since="expert",
     )
     moe_top_k: int | None = expert_flag(None, "active experts per token, k, if constant. Default: E/2", follows="moe_num_expert")
-    gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=(*ROUTERS, *ROUTER_ALIASES))
+    gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS))
     moe_index: str | None = expert_flag(None, "layers with experts, such as 0,1,2,3. Default: all", "experts")
     freeze_gate: bool = expert_flag(False, "do not train the router", "training")
     load_balance: float | None = expert_flag(
@@ -297,5 +298,5 @@ def names(*, role: str | None = None, group: str | None = None, follows: str | N
 
 
 def defaults_before() -> dict:
-    """What runs were made with before these flags existed."""
+    """The values that runs made before these flags existed stand for."""
     return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}

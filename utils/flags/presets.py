@@ -1,6 +1,6 @@
-"""Presets: named defaults of sizes and lengths. Those of pre-training are found by a model's entry in utils/models/registry.py."""
+"""Presets: named defaults of sizes and lengths. Those of pre-training are found by a model's entry in models.py."""
 
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 TRANSFORMER_XL: dict[str, dict] = {
     # arXiv 2303.01610 and its official scripts: Transformer-XL on enwik8, 400,000 steps; meant for a GPU

@@ -9,7 +9,7 @@ from utils.checkpoints.origin import Source
 from utils.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags
-from utils.models.registry import MODELS
+from utils.flags.models import MODELS
 
 
 class Text(ABC):
