@@ -11,22 +11,16 @@ The checkpoint says what the model is and how it was trained; the training itsel
 import sys
 from pathlib import Path
 
-from utils.checkpoints.origin import open_source
-from utils.cli.finetune import check_stored, parse
-from utils.cli.train import stored_run
+from utils.cli.finetune import parse, refuse_other_rows
 from utils.data.rows import read_examples
 from utils.errors import exit_on_user_error
-from utils.flags.fields import FinetuneFlags
 
 if __name__ == "__main__":
-    with exit_on_user_error():  # before torch is imported: a wrong flag or file is answered at once
-        if FLAGS := stored_run(kind=FinetuneFlags, program="finetune.py"):
-            SOURCE = open_source(Path(FLAGS.checkpoint))
-        else:
-            FLAGS, SOURCE = parse()
+    with exit_on_user_error():  # before torch is imported, so that a wrong flag or file is refused at once
+        FLAGS, SOURCE = parse()
         EXAMPLES = read_examples(FLAGS.task, Path(FLAGS.data), FLAGS.fold)
         if FLAGS.eval_only:
-            check_stored(FLAGS, EXAMPLES.fingerprint)
+            refuse_other_rows(FLAGS, EXAMPLES.fingerprint)
 
 from train import evaluate_run, main
 from utils.engine import Engine

@@ -1,45 +1,63 @@
-"""Writes on from a prompt, byte by byte, with a trained Transformer-XL at any number of active experts.
+"""Continues a prompt, byte by byte, with a trained Transformer-XL at any number of active experts.
 
     python generate.py --checkpoint runs/laptop/enwik8/smoe_dropout-seed1 --k 8 --prompt "The "
-    python generate.py --checkpoint RUN < text > more
+    python generate.py --checkpoint RUN < text > continued
 
-What it writes goes to stdout, prompt included; how fast it was to stderr. `python generate.py --help` lists the flags.
+The text goes to stdout, prompt included; the speed to stderr. `python generate.py --help` lists the flags.
 """
 
 import sys
 import time
 
-from utils.cli.generate import load, parse
+from utils.cli.generate import parse
 from utils.errors import exit_on_user_error
-from utils.models.sampling import write
 
 if __name__ == "__main__":
-    with exit_on_user_error():  # before torch is imported
-        FLAGS, SOURCE, MADE = parse(sys.argv[1:])
+    with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
+        FLAGS, SOURCE = parse()
 
 import torch
 
+from mem_transformer import MemTransformerLM
+from smoe_dropout import slim
+from utils.checkpoints import weights
+from utils.checkpoints.origin import Source
+from utils.flags.fields import GenerateFlags
+from utils.models.build import build_model
 from utils.models.flops import active_parameters
+from utils.models.sampling import write
 
 
-def main() -> None:
-    if FLAGS.threads:
-        torch.set_num_threads(FLAGS.threads)
-    model = load(FLAGS, SOURCE, MADE)
-    torch.manual_seed(FLAGS.seed)
-    prompt = FLAGS.prompt.encode() if FLAGS.prompt is not None else b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:
+    """The trained model for inference, at k."""
+    made = source.made
+    model = build_model(made)
+    weights.load(model, source)
+    dtype = torch.bfloat16 if flags.precision == "bf16" else None
+    model = slim(model, flags.k or made.moe_num_expert, dtype) if made.moe else model.eval().requires_grad_(False).to(dtype)
+    if not made.same_length:  # as far back as the last position of a training segment attends
+        model.mem_len = made.mem_len + made.tgt_len - 1
+    return model
+
+
+def main(flags: GenerateFlags, source: Source) -> None:
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    model, made = load(flags, source), source.made
+    torch.manual_seed(flags.seed)
+    prompt = flags.prompt.encode() if flags.prompt is not None else b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
     prompt = prompt or b"\n"
     out, begin, count = sys.stdout.buffer, time.perf_counter(), 0
     out.write(prompt)
     try:
-        for byte in write(model, prompt, FLAGS.length, FLAGS.temperature, FLAGS.top_p, MADE.tgt_len):
+        for byte in write(model, prompt, flags.length, flags.temperature, flags.top_p, made.tgt_len):
             out.write(bytes([byte]))
             out.flush()
             count += 1
     except KeyboardInterrupt:
         pass
-    seconds, k = time.perf_counter() - begin, (FLAGS.k or MADE.moe_num_expert) if MADE.moe else None
-    at = "dense" if k is None else f"k = {k} of {MADE.moe_num_expert}"
+    seconds, k = time.perf_counter() - begin, (flags.k or made.moe_num_expert) if made.moe else None
+    at = "dense model" if k is None else f"k = {k} of {made.moe_num_expert}"
     print(
         f"\n{count} bytes in {seconds:.1f} s, {count / seconds:,.0f} bytes/s; {at}, {active_parameters(model, k)[0]:,} active parameters",
         file=sys.stderr,
@@ -48,4 +66,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main()
+        main(FLAGS, SOURCE)

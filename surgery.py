@@ -1,10 +1,10 @@
-"""Makes a smaller model of a trained one: experts dropped, merged or pruned, the router cut to those that are left. Measures both.
+"""Makes a trained mixture-of-experts model smaller: drops, merges or compresses experts, and measures the model before and after.
 
     python surgery.py --from runs/laptop/enwik8/smoe-seed1 --method merge --keep 8
-    python surgery.py --from RUN --method uncurl --keep 8 --task sst2        decided by the task's rows; then finetune.py --checkpoint OUT
+    python surgery.py --from RUN --method uncurl --keep 8 --task sst2        calibrated on the task; then finetune.py --checkpoint OUT
     python surgery.py --from RUN --method compress --rank 32 --kept 0.1      then train.py --start_from OUT --teacher RUN
 
-The folder it makes is read like a finished run's, by train.py --start_from, finetune.py, generate.py and train.py --eval_only.
+The folder it writes can be given wherever a finished run can: train.py --start_from and --eval_only, finetune.py, generate.py.
 `python surgery.py --help` lists the flags.
 """
 
@@ -14,8 +14,8 @@ from utils.cli.surgery import parse
 from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
-    with exit_on_user_error():  # before torch is imported: a wrong flag or text is answered at once
-        PLAN = parse(sys.argv[1:])
+    with exit_on_user_error():  # before torch is imported, so that a wrong flag or text is refused at once
+        PLAN = parse()
 
 from torch import nn
 
@@ -27,9 +27,10 @@ from smoe_dropout.surgery.compression import compress
 from utils.checkpoints.origin import SURGERY
 from utils.checkpoints.storage import name_of
 from utils.checkpoints.weights import store
-from utils.cli.surgery import COMPRESS, Plan, flags_after, is_complete
+from utils.cli.surgery import Plan, flags_after, is_complete
 from utils.engine import Engine
 from utils.errors import UserError
+from utils.flags.fields import COMPRESS
 from utils.tasks.base import Task
 from utils.tasks.choose import task_class
 from utils.tasks.encoding import text_of

@@ -11,16 +11,17 @@ Starting the same command again resumes the run in its --work_dir. `python train
 
 import sys
 
-from utils.cli.train import parse, stored_run
+from utils.cli.train import parse
 from utils.data.corpus import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags.derive import evaluation_ks, last_top_k, method_of, parse_ks, top_k_schedule
-from utils.flags.fields import OF_PIECES, Flags
+from utils.flags.fields import Flags
+from utils.flags.models import MODELS
 
 if __name__ == "__main__":
-    with exit_on_user_error():  # before torch is imported: a wrong flag is answered at once
-        FLAGS, SOURCE = parse() if not (run := stored_run()) else (run, None)
-        CORPUS = Corpus.open(FLAGS.data, "pieces" if FLAGS.model in OF_PIECES else "bytes")
+    with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
+        FLAGS, SOURCE = parse()
+        CORPUS = Corpus.open(FLAGS.data, MODELS[FLAGS.model].reads)
         CORPUS.verify()
 
 import math

@@ -137,6 +137,13 @@ def flags(data: Path, work_dir: Path, **changes: object) -> list[str]:
     return words
 
 
+def parse(argv: list[str]):
+    """The decided flags of a command line of train.py."""
+    from utils.cli import train
+
+    return train.parse(argv)[0]
+
+
 @dataclass
 class Finished:
     """How a run ended: exit code (negative: the signal that killed it), and its output."""

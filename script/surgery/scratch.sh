@@ -9,7 +9,4 @@ fi
 run=$1 keep=$2
 shift 2
 has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
-words=$("$PYTHON" -m utils.cli.surgery "$run" "$keep")
-flags=()
-while IFS= read -r word; do flags+=("$word"); done <<<"$words"
-start train.py "${flags[@]}" "$@"
+start train.py --settings_from "$run" --moe_num_expert "$keep" "$@"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.scripts.test_scripts import flags_of
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.errors import UserError
 from utils.flags.derive import usual_flags
 from utils.reporting import ablations

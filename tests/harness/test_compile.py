@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from smoe_dropout import set_top_k
 from tests import tiny
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.models.build import build_model

@@ -111,4 +111,4 @@ def test_the_method_is_unknown_then(tree):
     folder, method = tree
     gone = python(folder, "-m", "utils.cli.train", "--preset", "quick", "--method", method)
     assert gone.returncode == 2 and gone.stdout == ""
-    assert gone.stderr.startswith(f"error: --method: unknown method {method!r}; ") and len(gone.stderr.splitlines()) == 1
+    assert gone.stderr.startswith(f"error: --method: unknown value {method!r}; ") and len(gone.stderr.splitlines()) == 1

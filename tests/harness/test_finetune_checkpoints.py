@@ -1,4 +1,4 @@
-"""What fine-tuning may start from, what the checkpoint decides, and what is refused before any work."""
+"""Checkpoints that fine-tuning may start from, flags that they set, and refusals before any work."""
 
 import json
 import shutil
@@ -12,9 +12,10 @@ from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.harness.test_finetune import command, made, pretrained, pytestmark, refusal, rows  # noqa: F401 (fixtures)
 from utils.checkpoints.origin import open_source
-from utils.cli.finetune import departures, parse
+from utils.cli.finetune import parse
 from utils.errors import UserError
 from utils.models.build import build_model
+from utils.training.identity import finetuning_departures as departures
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_a_fine_tuned_run_is_no_start(rows, pretrained, refused, tmp_path):  # n
         ("dense", "smoe_dropout", "of --method dense, without experts, and this needs one of smoe_dropout"),
         ("smoe_dropout", "dense", "of --method smoe_dropout, with experts, and this needs one without experts"),
         ("smoe", "smoe_dropout", "of --method smoe, with experts, and this needs one of smoe_dropout"),
-        ("smoe", "smoe_dropuot", "unknown method 'smoe_dropuot'; "),
+        ("smoe", "smoe_dropuot", "unknown value 'smoe_dropuot'; "),
     ],
 )
 def test_a_checkpoint_of_another_method(method, expect, said, pretrained, refused):  # noqa: F811
@@ -167,14 +168,14 @@ def test_another_model_than_the_checkpoint(pretrained, refused):  # noqa: F811
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"task": "sst3"}, "unknown task 'sst3'; "),
+        ({"task": "sst3"}, "unknown value 'sst3'; "),
         ({"fold": 5}, "--fold 5 must be from 0 to 4"),
         ({"fold": 1}, "has no folds"),
-        ({"max_eval_steps": 3}, "a score is of all rows"),
-        ({"scheduler": "dev_perf"}, "for scoring only"),
+        ({"max_eval_steps": 3}, "a score covers all rows"),
+        ({"scheduler": "dev_perf"}, "tune on the rows that the score is reported on"),
         ({"max_length": 20}, "and --max_length is 20: raise it"),
         ({"batch_size": 31}, "has 30 rows, and --batch_size is 31"),
-        ({"lr": -1}, "--lr -1.0 must be positive"),
+        ({"lr": -1}, "--lr -1.0 must be above 0"),
         ({"moe_top_k": 5}, "--moe_top_k 5 must be from 1 to --moe_num_expert 4"),
         ({"preset": "huge"}, "--preset: unknown"),
     ],

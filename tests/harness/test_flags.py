@@ -1,19 +1,28 @@
-"""The command line: the official scripts as they stand, precedence, and every mistake answered at once by a sentence, before torch."""
+"""The command line: official scripts, precedence, and a refusal for every mistake, before torch is imported."""
 
+import ast
+import itertools
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from utils.cli.train import parse_from_random as parse
-from utils.cli.train import stored_run
+from tests.tiny import parse
+from utils.cli.arguments import Arguments
 from utils.errors import UserError
+from utils.flags import fields
+from utils.flags.check import check_limits
+from utils.flags.declare import flag, groups, specs
 from utils.flags.derive import evaluation_ks, parse_ks, top_k_schedule
-from utils.flags.fields import REFUSED, Flags
-from utils.flags.presets import PRESETS
+from utils.flags.fields import FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
+from utils.flags.models import MODELS, presets_of
+from utils.flags.official import REFUSED
+from utils.flags.presets import PRESET_NAMES
 
 # VITA-Group/Random-MoE-as-Dropout at 0272cea, script/table1/transformer_xl, whole
 OFFICIAL_SHARED = """--data ../data/enwik8/ --dataset enwik8 --n_layer 4 --d_model 256 --n_head 8 --d_head 64 --d_inner {d_inner}
@@ -30,7 +39,7 @@ def flags(text: str) -> Flags:
 
 
 def sentence(text: str) -> str:
-    """What is said about a wrong command line."""
+    """The refusal of a wrong command line."""
     with pytest.raises(UserError) as caught:
         flags(text)
     return str(caught.value)
@@ -57,7 +66,7 @@ def test_official_dense_script_parses_as_it_stands():
 
 
 def test_official_scripts_equal_our_methods_with_the_paper_preset():
-    """But for folders, and k and layers, which the official flags name one by one."""
+    """Except for folders, and for k and layers, which the official flags list."""
     for official, method in ((OFFICIAL_SMOE_DROPOUT, "smoe_dropout"), (OFFICIAL_DENSE, "dense_dropout")):
         ours = flags(f"--method {method} --work_dir x --data data/enwik8")
         theirs = flags(f"{official} --work_dir x --data data/enwik8")
@@ -70,7 +79,7 @@ def test_no_flags_at_all_are_the_dense_model_of_the_official_script():
 
 
 @pytest.mark.parametrize("text", [OFFICIAL_SMOE_DROPOUT, OFFICIAL_DENSE])
-def test_dash_and_underscore_are_alike(text):
+def test_dash_and_underscore_are_the_same(text):
     words = shlex.split(text)
     dashes, underscores = ([f"--{word[2:].replace(*pair)}" if word.startswith("--") else word for word in words] for pair in ("_-", "-_"))
     assert parse(dashes) == parse(underscores) == parse(words)
@@ -78,18 +87,18 @@ def test_dash_and_underscore_are_alike(text):
 
 
 def test_command_line_beats_method_beats_preset_beats_default():
-    assert Flags.lr == 2.5e-4 and PRESETS["transformer_xl"]["laptop"]["lr"] == 1e-3
+    assert Flags.lr == 2.5e-4 and presets_of("transformer_xl")["laptop"]["lr"] == 1e-3
     assert flags("--seed 1").lr == 2.5e-4 and flags("--preset laptop").lr == 1e-3 and flags("--preset laptop --lr 0.5").lr == 0.5
     assert flags("--lr 0.5 --preset=laptop").lr == 0.5
     assert flags("--moe").freeze_gate is False and flags("--method smoe_dropout").freeze_gate is True
     assert flags("--method smoe_dropout --dynamic_moe_mode cosine_increase").dynamic_moe_mode == "cosine_increase"
     assert flags("--method smoe_dropout --no-freeze_gate").freeze_gate is False
-    for model, name, values in [(model, name, values) for model, presets in PRESETS.items() for name, values in presets.items()]:
-        run = flags(f"--model {model} --preset {name} --method smoe")
+    for model, name in itertools.product(MODELS, PRESET_NAMES):
+        values, run = presets_of(model)[name], flags(f"--model {model} --preset {name} --method smoe")
         assert {key: getattr(run, key) for key in values} == values and run.d_inner * 16 == run.d_ff
 
 
-def test_a_repeated_flag_means_its_last_value():
+def test_the_last_value_of_a_repeated_flag_counts():
     run = flags("--lr 1 --preset quick --method dense --lr 2 --preset laptop --method smoe --n-layer 3 --n_layer 5")
     assert (run.lr, run.preset, run.method, run.moe, run.batch_size, run.n_layer) == (2.0, "laptop", "smoe", True, 16, 5)
 
@@ -112,7 +121,7 @@ def test_the_method_is_recognised_from_official_flags(text, method, router, bala
         assert (run.gate_name, run.load_balance) == (router, balance)
 
 
-def test_defaults_that_follow_from_other_flags():
+def test_derived_defaults():
     run = flags("--method smoe_dropout --moe_num_expert 6 --d_ff 600 --max_step 77 --preset quick --seed 5 --dataset words")
     assert (run.dynamic_overall_steps, run.moe_top_k_min, run.moe_top_k_max, run.moe_top_k, run.d_inner) == (77, 3, 6, 3, 100)
     assert (run.work_dir, run.data) == ("runs/quick/words/smoe_dropout-seed5", "data/words")
@@ -137,44 +146,44 @@ MISTAKES = {
     MOE + "--d_inner 8 --moe_experts_by_layer 4,0,1,2": ["--moe_experts_by_layer 4,0,1,2: expected numbers of experts"],
     MOE + "--d_inner 8 --moe_experts_by_layer 4,3": ["--moe_experts_by_layer 4,3: 2 numbers for 4 layers with experts"],
     MOE + "--moe_index 0,1 --d_inner 8 --moe_experts_by_layer 4,3,2,1": ["4 numbers for 2 layers with experts"],
-    MOE + "--d_inner 8 --moe_experts_by_layer 3,3,2,1": ["--moe_num_expert has to be the largest of them, 3"],
+    MOE + "--d_inner 8 --moe_experts_by_layer 3,3,2,1": ["--moe_num_expert must be the largest of them, 3"],
     MOE + "--moe_experts_by_layer 4,3,2,1": ["--moe_experts_by_layer 4,3,2,1: needs --d_inner, the width of one expert"],
     "--moe_experts_by_layer 4,3": ["--moe_experts_by_layer needs --moe"],
-    MOE + "--gate_name lerned": ["unknown --gate_name 'lerned'; nearest: learned"],
-    MOE + "--expert_backend mask": ["unknown backend 'mask'; nearest: masked"],
-    MOE + "--output_scale sum": ["unknown output_scale 'sum'"],
+    MOE + "--gate_name lerned": ["--gate_name: unknown value 'lerned'; nearest: learned"],
+    MOE + "--expert_backend mask": ["--expert_backend: unknown value 'mask'; nearest: masked"],
+    MOE + "--output_scale sum": ["--output_scale: unknown value 'sum'; known: mean, dense"],
     MOE + "--dynamic_moe --dynamic_moe_mode linear": ["--dynamic_moe_mode: unknown value 'linear'; nearest: linear_increase"],
     MOE + "--dynamic_overall_steps 0": ["--dynamic_overall_steps 0 must be at least 1, or -1"],
     "--moe --moe_num_expert 3 --d_ff 64": ["--d_ff 64 is not divisible by --moe_num_expert 3", "--d_inner"],
     "--freeze_gate": ["--freeze_gate needs --moe"],
     "--dynamic_moe": ["--dynamic_moe needs --moe"],
     "--moe_index 0": ["--moe_index needs --moe"],
-    "--lr=-1": ["--lr -1.0 must be positive"],
-    "--lr nan": ["--lr nan must be positive"],
-    "--clip 0": ["--clip 0.0 must be positive"],
-    "--dropout 1": ["--dropout 1.0 must be from 0 to below 1"],
+    "--lr=-1": ["--lr -1.0 must be above 0"],
+    "--lr nan": ["--lr nan must be above 0"],
+    "--clip 0": ["--clip 0.0 must be above 0"],
+    "--dropout 1": ["--dropout 1.0 must be at least 0 and below 1"],
     "--batch_size 0": ["--batch_size 0 must be at least 1"],
     "--d_inner 0": ["--d_inner 0 must be at least 1"],
-    MOE + "--d_inner=-2": ["d_expert = -2 must be a whole number of at least 1"],
-    "--mem_len=-1": ["--mem_len -1 must not be negative"],
-    "--seed=-1": ["--seed -1 must not be negative"],
+    MOE + "--d_inner=-2": ["--d_inner -2 must be at least 1"],
+    "--mem_len=-1": ["--mem_len -1 must be at least 0"],
+    "--seed=-1": ["--seed -1 must be at least 0"],
     "--d_model 33": ["--d_model 33 must be even"],
     "--eval_tgt_len 2000": ["--eval_tgt_len 2000 must not exceed mem_len + tgt_len = 1024"],
     "--optim lamb": ["--optim: unknown value 'lamb'; nearest: adam"],
     "--scheduler cosin": ["--scheduler: unknown value 'cosin'; nearest: cosine"],
     "--precision fp16": ["--precision: unknown value 'fp16'", "bf16"],
-    "--k 2": ["--k chooses what --eval_only evaluates"],
+    "--k 2": ["--k selects what --eval_only evaluates"],
     "--cuda --device cpu": ["--cuda contradicts --device cpu"],
     "--preset paperr --method smoedropout": ["--preset: unknown value 'paperr'; nearest: paper", "'smoedropout'; nearest: smoe_dropout"],
-    "--fp16 --restart --gpu0-bsz 4": ["--fp16: use --precision bf16", "--restart: start the same", "--gpu0-bsz: use torchrun"],
+    "--fp16 --restart --gpu0-bsz 4": ["--fp16: use --precision bf16", "--restart: rerun the same", "--gpu0-bsz: use torchrun"],
     "--eval_only": ["--eval_only needs --work_dir"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_every_mistake_has_its_sentence(text):
+def test_each_mistake_is_refused_with_value_and_remedy(text):
     with pytest.raises(UserError) as caught:
-        (stored_run if "--eval_only" in text else parse)(shlex.split(text))
+        parse(shlex.split(text))
     for part in MISTAKES[text]:
         assert part in str(caught.value)
 
@@ -186,18 +195,18 @@ def test_every_mistake_has_its_sentence(text):
         (MOE + "--moe_index ²", "--moe_index ²: expected layer numbers"),
     ],
 )
-def test_sizes_that_no_model_can_have_are_refused_too(text, said):
+def test_impossible_sizes_are_refused(text, said):
     assert said in sentence(text)
 
 
 @pytest.mark.parametrize(("given", "kept"), [("4,3,2,1", "4,3,2,1"), ("4,4,4,4", None)])
-def test_layers_with_as_many_experts_need_no_list(given, kept):
+def test_equal_numbers_of_experts_are_stored_as_no_list(given, kept):
     run = flags(MOE + f"--d_inner 8 --moe_experts_by_layer {given}")
     assert (run.moe_experts_by_layer, run.d_ff, run.moe_top_k_min, run.moe_top_k_max) == (kept, 32, 2, 4)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_official_flags_without_meaning_here_are_refused_with_a_remedy(name):
+def test_official_flags_without_a_counterpart_are_refused_with_a_remedy(name):
     assert name not in vars(Flags())
     dashed = name.replace("_", "-")
     assert f"--{name}: {REFUSED[name]}" in sentence(f"--{name} 1") and f"--{dashed}: {REFUSED[name]}" in sentence(f"--{dashed}=1")
@@ -206,7 +215,7 @@ def test_official_flags_without_meaning_here_are_refused_with_a_remedy(name):
 def test_all_mistakes_are_reported_at_once():
     experts = "--moe --moe_num_expert 3 --moe_top_k 9 --moe_top_k_min 3 --moe_top_k_max 2 --moe_index 7,7 --gate_name x"
     said = sentence(f"{experts} --lr=-2 --optim y --n_layer 0")
-    for part in ("--d_ff 8192", "--moe_top_k 9", "min 3 exceeds", "layer 7", "more than once", "--gate_name 'x'"):
+    for part in ("--d_ff 8192", "--moe_top_k 9", "min 3 exceeds", "layer 7", "more than once", "--gate_name: unknown value 'x'"):
         assert part in said
     for part in ("--lr -2.0", "'y'", "--n_layer 0"):
         assert part in said
@@ -235,8 +244,8 @@ def start(arguments: str, cwd) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--moe --moe_top_k 99 --lr=-1 --work_dir new", "error: --lr -1.0 must be positive; --moe_top_k 99 must be"),
-        ("--batchsize 3 --work_dir new", "batch"),  # tyro's answer to a typo
+        ("--moe --moe_top_k 99 --lr=-1 --work_dir new", "error: --lr -1.0 must be above 0; --moe_top_k 99 must be"),
+        ("--batchsize 3 --work_dir new", "batch"),  # refused by tyro
         ("--batch_size x --work_dir new", "batch"),
         ("--preset quick --data nowhere --work_dir new", "error: nowhere is not a prepared text"),
         ("--eval_only --work_dir new --k 2", "error: new holds no run"),
@@ -250,30 +259,92 @@ def test_a_wrong_command_ends_with_code_2_before_torch_is_imported_and_creates_n
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_only_takes_the_flags_of_the_run(tmp_path):
+def test_eval_only_uses_the_flags_of_the_run(tmp_path):
     run = flags("--method smoe_dropout --moe_num_expert 4 --preset quick")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in vars(run).items() if k not in ("work_dir", "k", "eval_only")}))
     words = ["--eval_only", "--work-dir", str(tmp_path)]
-    stored = stored_run([*words, "--k", "1,4"])
+    stored = parse([*words, "--k", "1,4"])
     assert (stored.method, stored.moe_num_expert, stored.k, stored.work_dir) == ("smoe_dropout", 4, "1,4", str(tmp_path))
-    assert stored_run(["--method", "dense"]) is None
     for k in ("5", "0", "1,,2", "x"):
         with pytest.raises(UserError, match="from 1 to 4"):
-            stored_run([*words, "--k", k])
+            parse([*words, "--k", k])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        stored_run(words)
+        parse(words)
 
 
 IGNORED = {
-    "--method thor --load_balance 0.1": "--load_balance 0.1 means nothing to router 'none'",
-    "--method smoe --gate_name hash --load_balance 0.1": "--load_balance 0.1 means nothing to router 'hash'",
-    "--method smoe --gate_name uniform --load_balance 0.1": "--load_balance 0.1 means nothing to router 'uniform'",
-    "--method smoe --gate_name dense_to_sparse --gate_weight uniform": "--gate_weight uniform means nothing to router 'dense_to_sparse'",
-    "--method concrete_dropout --moe": "--method concrete_dropout is dense, and --moe says otherwise",
+    "--method thor --load_balance 0.1": "--load_balance 0.1 has no effect with router 'none'",
+    "--method smoe --gate_name hash --load_balance 0.1": "--load_balance 0.1 has no effect with router 'hash'",
+    "--method smoe --gate_name uniform --load_balance 0.1": "--load_balance 0.1 has no effect with router 'uniform'",
+    "--method smoe --gate_name dense_to_sparse --gate_weight uniform": "--gate_weight uniform has no effect with router 'dense_to_sparse'",
+    "--method concrete_dropout --moe": "--method concrete_dropout is dense, which contradicts --moe",
 }
 
 
 @pytest.mark.parametrize("text", IGNORED)
-def test_what_would_have_no_effect_is_refused(text):
+def test_flags_without_effect_are_refused(text):
     assert IGNORED[text] in sentence(text)
+
+
+# declarations
+
+
+@pytest.mark.parametrize("kind", [FinetuneFlags, SurgeryFlags, GenerateFlags])
+def test_a_flag_is_declared_once(kind):
+    """One line gives it a group, help, and everything that the parser and the checks need."""
+    grouped = [name for group in groups(kind).values() for name in group.__annotations__]
+    declared = specs(kind)
+    assert sorted(grouped) == sorted(declared) and len(set(grouped)) == len(grouped)
+    known = {*re.findall(r"^(\w+) {2,}\w", fields.__doc__, re.MULTILINE)}
+    for name, spec in declared.items():
+        assert spec.help and set(spec.roles) <= known, name
+        assert {spec.needs, spec.follows} - {None} <= declared.keys(), name
+
+
+def test_a_new_flag_needs_one_declaration():
+    """It is parsed under its box of --help, checked, and read from a run folder made before it."""
+
+    @fields.group
+    class MoreFlags:
+        title = "more"
+        speed: int = flag(3, "how fast", "run", low=1, high=9, since=3)
+
+    @fields.group
+    class MoreOfAll(Flags, MoreFlags):
+        pass
+
+    command = Arguments("train.py", ["--speed", "4", "--lr", "0.5"], {})
+    more = command.over(MoreOfAll, {"lr": 1.0, "d_model": 64})
+    assert (more.speed, more.lr, more.d_model) == (4, 0.5, 64) and check_limits(more) == []
+    assert check_limits(MoreOfAll(speed=10)) == ["--speed 10 must be at least 1 and at most 9"]
+
+
+def test_no_other_module_lists_flags():
+    """Except for the models' own files, which say what they read."""
+    declared = specs(FinetuneFlags).keys()
+    for path in (ROOT / "utils").rglob("*.py"):
+        if path.parent.name == "models" or path == Path(fields.__file__):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Tuple | ast.List | ast.Set) and len(node.elts) >= 4:
+                values = [element.value for element in node.elts if isinstance(element, ast.Constant)]
+                assert len(values) < 4 or not set(values) <= declared, f"{path}, line {node.lineno}: {values}"
+
+
+TRAINING = ["run", "data", "model", "experts", "optimiser", "machine and logging"]
+
+
+@pytest.mark.parametrize(
+    ("program", "boxes", "shown"),
+    [
+        ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--preset {paper,laptop,quick}", "--work_dir DIR"]),
+        ("finetune.py", ["task", *TRAINING], ["--task {sst2,", "--max_length INT"]),
+        ("surgery.py", ["operation", "calibration and test"], ["--score {usage,gate_weight,router_norm}", "--by_layer"]),
+        ("generate.py", ["generation"], ["--precision {fp32,bf16}", "--top_p FLOAT"]),
+    ],
+)
+def test_help_shows_groups_and_choices(program, boxes, shown):
+    done = subprocess.run([sys.executable, str(ROOT / program), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and re.findall(r"^\S+ (\w[\w ]*) options \S+$", done.stdout, re.MULTILINE) == boxes
+    assert all(words in done.stdout for words in shown)

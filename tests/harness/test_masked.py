@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import smoe_dropout as sd
 from smoe_dropout import moe_layers
 from tests import tiny
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.data.corpus import Corpus
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError, exit_on_user_error
@@ -293,11 +293,11 @@ MEANINGLESS = {
     **{"attn_moe": True},
 }
 MISTAKES = {
-    **{(name, value): f"--{name} means nothing to --model MODEL: leave it out" for name, value in MEANINGLESS.items()},
+    **{(name, value): f"--{name} has no effect with --model MODEL: leave it out" for name, value in MEANINGLESS.items()},
     ("d_model", 18): "--d_model 18 is not divisible by --n_head 4",
     ("tgt_len", 2): "--tgt_len 2 must be at least 3, for [CLS], a piece and [SEP]",
-    ("mask_rate", 0): "--mask_rate 0.0 must be between 0 and 1",
-    ("mask_rate", 1): "--mask_rate 1.0 must be between 0 and 1",
+    ("mask_rate", 0): "--mask_rate 0.0 must be above 0 and below 1",
+    ("mask_rate", 1): "--mask_rate 1.0 must be above 0 and below 1",
 }
 
 
@@ -320,9 +320,9 @@ def test_flags_that_cannot_be_meant_are_refused(mistake, said, model, capsys):
     parse(command(model, n_head=4, **extra))
 
 
-def test_a_mask_rate_means_nothing_to_transformer_xl_and_another_model_to_nobody(capsys):
+def test_mask_rate_has_no_effect_with_transformer_xl_and_unknown_models_are_refused(capsys):
     folder = Path("unused")
-    assert "--mask_rate means nothing to --model transformer_xl" in said_of(tiny.flags(folder, folder, mask_rate=0.3), capsys)
+    assert "--mask_rate has no effect with --model transformer_xl" in said_of(tiny.flags(folder, folder, mask_rate=0.3), capsys)
     assert "--model: unknown value 'bart'; nearest: bert" in said_of(command("bart"), capsys)
 
 

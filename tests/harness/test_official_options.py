@@ -16,11 +16,12 @@ from smoe_dropout import load_weights, moe_layers, set_top_k
 from smoe_dropout.attention import ExpertQueryKeyValue
 from smoe_dropout.methods.block_dropout import BlockDropout
 from tests import tiny
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.data.corpus import Corpus
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.flags.fields import REFUSED, Flags
+from utils.flags.fields import Flags
+from utils.flags.official import REFUSED
 from utils.models.build import build_model
 from utils.models.registry import architecture
 from utils.training.averaging import WeightAverage
@@ -320,15 +321,15 @@ def test_dense_drop_is_block_dropout_and_trains(corpus, tmp_path):
     assert losses[-1] < losses[0] - 1 and (result["method"], result["sparse"]) == ("block_dropout", False)
 
 
-# what is refused, and what to do instead
+# refusals
 
 MISTAKES = {
     "--dense_drop --method smoe": "--dense_drop cannot be combined with --method smoe and --moe: leave one out",
     "--dense_drop --method dense": "--dense_drop cannot be combined with --method dense: leave one out",
     "--dense_drop --moe": "--dense_drop cannot be combined with --moe: leave one out",
-    "--swad --swad_start 5 --swad_end 4": "--swad_end 4 lies before --swad_start 5",
-    "--swad --swad_start=-1": "--swad_start -1 must not be negative",
-    "--swad --swad_start 30 --max_step 24": "--swad_start 30 lies behind --max_step 24",
+    "--swad --swad_start 5 --swad_end 4": "--swad_end 4 is before --swad_start 5",
+    "--swad --swad_start=-1": "--swad_start -1 must be at least 0",
+    "--swad --swad_start 30 --max_step 24": "--swad_start 30 is after --max_step 24",
     **{f"--{flag} --method dense": f"--{flag} needs --moe" for flag in ("attn_moe", "freeze_main_network", "freeze_main_network_all")},
     "--dynamic_router_start 3": "--dynamic_router_start needs --moe",
     "--method thor --moe_num_expert 1": "--method thor: num_experts = 1: two passes can only differ with at least 2 experts",

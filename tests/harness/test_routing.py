@@ -10,7 +10,7 @@ import torch
 from smoe_dropout import moe_layers, set_top_k
 from smoe_dropout.io import load_weights
 from tests import tiny
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.data.corpus import Corpus
 from utils.engine import Engine
 from utils.errors import UserError

@@ -113,8 +113,8 @@ def test_it_goes_on_without_the_weights_in_evaluation_and_with_the_same_ones_in_
         ({"moe_num_expert": 8}, "--moe_num_expert 8, but the checkpoint"),
         ({"method": "dense"}, "has method = smoe_dropout: leave it out"),
         ({"d_model": 16}, "has d_model = 32: leave it out"),
-        ({"lr": -1}, "--lr -1.0 must be positive"),
-        ({"preset": "nothing"}, "--preset: unknown preset 'nothing'"),
+        ({"lr": -1}, "--lr -1.0 must be above 0"),
+        ({"preset": "nothing"}, "--preset: unknown value 'nothing'"),
         ({"data": "nowhere"}, "nowhere is not a prepared text"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_text_of_other_pieces_is_refused(tmp_path):
 def test_finetuning_has_another_flag_for_it(run, tmp_path):
     rows = tiny.write_rows(tmp_path / "rows", "sst2")
     arguments = ["--task", "sst2", "--data", str(rows), "--checkpoint", str(run), "--start_from", str(run)]
-    assert "give what fine-tuning starts from with --checkpoint" in refusal(arguments, program="finetune.py")
+    assert "fine-tuning starts from --checkpoint" in refusal(arguments, program="finetune.py")
 
 
 def test_a_run_made_before_these_flags_is_read_as_one_without_them(run, tmp_path):
@@ -187,8 +187,8 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
     [
         ({"teacher": "nowhere"}, "the checkpoint nowhere is not there"),
         ({"teacher_weight": 0.3}, "--teacher_weight needs --teacher"),
-        ({"teacher_temperature": 0.0}, "--teacher_temperature 0.0 must be positive"),
-        ({"start_from": None, "teacher": "nowhere"}, "--teacher nowhere needs --start_from"),
+        ({"teacher_temperature": 0.0}, "--teacher_temperature 0.0 must be above 0"),
+        ({"start_from": None, "teacher": "nowhere"}, "--teacher needs --start_from"),
     ],
 )
 def test_what_a_teacher_cannot_be_is_refused(changes, said, run, tmp_path):
@@ -197,4 +197,4 @@ def test_what_a_teacher_cannot_be_is_refused(changes, said, run, tmp_path):
 
 def test_a_teacher_of_other_sizes_is_refused(run, words, tmp_path):
     tiny.completed(tiny.flags(words, tmp_path / "small", method="dense", max_step=2, eval_interval=2, n_layer=1))
-    assert "has n_layer = 1, not 2: it has to be of such a model" in refusal(command(run, teacher=tmp_path / "small"))
+    assert "has n_layer = 1, not 2: choose one of the same shape" in refusal(command(run, teacher=tmp_path / "small"))

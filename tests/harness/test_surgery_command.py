@@ -22,13 +22,13 @@ from tests.conftest import ROOT
 from tests.harness.test_resume import die
 from utils.checkpoints.origin import open_source
 from utils.cli.finetune import parse as parse_finetuning
-from utils.cli.surgery import SCORES, flags_after, like, parse
-from utils.cli.train import parse_from_random as parse_training
-from utils.cli.train import stored_run
+from utils.cli.surgery import flags_after, parse
+from utils.cli.train import parse as parse_training
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.engine import Engine
-from utils.errors import UserError
+from utils.flags.derive import stored_flags
+from utils.flags.fields import SCORES, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
 from utils.tasks.choose import task_class
@@ -111,7 +111,7 @@ def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, mode
     assert before["experts"] == [4, 4] and sum(after["experts"]) == 4 and after["parameters"] < before["parameters"]
     assert [row["k"] for row in before["quality"]] == [1, 2, 4]
     assert [row["k"] for row in after["quality"]][-1] == max(after["experts"])
-    flags = stored_run(["--eval_only", "--work_dir", str(out)])
+    flags = stored_flags(out)
     with Engine(flags) as engine:
         task = pretraining(flags, Corpus.open(flags.data), engine, None)
         network = load_weights(task.build(), source.weights.parent)
@@ -185,7 +185,7 @@ def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_
 
 
 def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
-    """Of a task with folds: its own fold's rows are not read, and another fold cannot be held out afterwards."""
+    """The rows of the fold to hold out are not read, and another fold cannot be held out afterwards."""
     rows = tiny.write_rows(tmp_path / "rows", "mawps")
     how = {"method": "uncurl", "task": "mawps", "fold": 1, "calibrate": rows, "out": tmp_path / "out"}
     arguments = command(trained("smoe"), **how)
@@ -236,25 +236,26 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "melt"}, "--method: unknown method 'melt'; known: merge"),
+        ({"method": "melt"}, "--method: unknown value 'melt'; known: merge"),
         ({"keep": 5}, "--keep 5 must be from 1 to the 4 experts of"),
         ({"keep": 0}, "--keep 0 must be from 1 to the 4 experts of"),
-        ({"keep": None}, "--keep is missing: say how many of the 4 experts"),
+        ({"keep": None}, "--keep is missing: give the number of the 4 experts"),
         ({"k": 9}, "--k 9 must be from 1 to the 4 experts of"),
         ({"tokens": 0}, "--tokens 0 must be at least 1"),
-        ({"seed": -1}, "--seed -1 must not be negative"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
         ({"device": "tpu"}, "--device: unknown value 'tpu'"),
-        ({"task": "sst"}, "--task: unknown task 'sst'; nearest: sst2"),
+        ({"task": "sst"}, "--task: unknown value 'sst'; nearest: sst2"),
         ({"fold": 1}, "--fold 1: a text has no folds, leave it out"),
         ({"task": "sst2", "fold": 0}, "--fold 0: sst2 has no folds, leave it out"),
         ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
-        ({"method": "uncurl", "by_layer": True}, "--by_layer means nothing to --method uncurl: leave it out"),
-        ({"rank": 4}, "--rank means nothing to --method drop: leave it out"),
-        ({"method": "keep_best", "score": "usual"}, "--score: unknown score 'usual'; nearest: usage"),
-        ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task means nothing to --score router_norm: leave it out"),
-        ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep means nothing to --method compress: leave it out"),
-        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank None must be from 1 to 16, the largest rank"),
-        ({"method": "compress", "keep": None, "rank": 17, "kept": 0.0}, "--kept 0.0 must be above 0, and 1 at most"),
+        ({"method": "uncurl", "by_layer": True}, "--by_layer has no effect with --method uncurl: leave it out"),
+        ({"rank": 4}, "--rank has no effect with --method drop: leave it out"),
+        ({"method": "keep_best", "score": "usual"}, "--score: unknown value 'usual'; nearest: usage"),
+        ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task has no effect with --score router_norm: leave it out"),
+        ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep has no effect with --method compress: leave it out"),
+        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank is missing: give one from 1 to 16"),
+        ({"method": "compress", "keep": None, "rank": 17, "kept": 0.5}, "--rank 17 must be from 1 to 16"),
+        ({"method": "compress", "keep": None, "rank": 16, "kept": 0.0}, "--kept 0.0 must be above 0 and at most 1"),
         ({"from": "nowhere"}, "the checkpoint nowhere is not there"),
         ({"calibrate": "nowhere"}, "nowhere is not a prepared text"),
         ({"data": "nowhere"}, "nowhere is not a prepared text"),
@@ -286,7 +287,7 @@ def test_refusals_do_not_wait_for_torch(trained):
 
 def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp_path):
     out = {"out": tmp_path / "out"}
-    assert "without experts: there are none to make fewer" in refusal(command(trained("dense"), **out))
+    assert "without experts: there are none to remove" in refusal(command(trained("dense"), **out))
     pieces = tiny.write_pieces(tmp_path / "pieces")
     assert "does not hold bytes that" in refusal(command(trained("smoe"), calibrate=pieces, **out))
     (tmp_path / "folder").mkdir()
@@ -346,7 +347,7 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     tiny.completed(["--eval_only", "--k", "4", "--work_dir", str(left)])
     assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
     again = words_of({"from": left, "method": "compress", "rank": 4, "kept": 0.25, "out": tmp_path / "again"})
-    assert "has compressed experts: operate on the model as it was before" in refusal(again)
+    assert "has compressed experts: operate on the model before compression" in refusal(again)
     assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps, taught")
     pruned = record["pretrained"]["surgery"]
     assert pruned == surgery | {"pruned_to": 0.25, "time": pruned["time"]} and pruned["time"] != surgery["time"]
@@ -359,8 +360,7 @@ def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_
     run, out = tmp_path / "run", tmp_path / "out"
     tiny.completed(tiny.flags(words, run, method="smoe", moe_index="0", dense_width="all", max_step=2, eval_interval=2))
     assert "their width would be lost" in refusal(command(run, out=out))
-    with pytest.raises(UserError, match="their width would be lost"):
-        like(str(run), "2")
+    assert "their width would be lost" in refusal(words_of({"settings_from": run, "moe_num_expert": 2}), "train.py")
     arguments = {"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"}
     tiny.completed(words_of(arguments), program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
@@ -401,20 +401,32 @@ def test_what_taught_a_run_is_not_needed_to_operate_on_it(trained, tmp_path):
     assert (made["start_from"], made["teacher"]) == (None, None)
 
 
-def test_from_scratch_a_model_is_like_the_run_but_for_its_experts(trained, tmp_path):
-    """Sizes, text and training are the run's own; k has the method's defaults at that size, and follows other steps."""
+def test_settings_from_a_run_differ_in_the_experts_only(trained, tmp_path):
+    """Sizes, text and training are those of the run; k has the defaults of the new number of experts, its schedule the new length."""
     run = trained("smoe")
-    made, flags = open_source(run).made, parse_training([*like(str(run), "2"), "--work_dir", str(tmp_path), "--max_step", "7"])
+    how = {"settings_from": run, "moe_num_expert": 2, "work_dir": tmp_path, "max_step": 7}
+    made, (flags, source) = open_source(run).made, parse_training(words_of(how))
     changed = {name for name, value in dataclasses.asdict(flags).items() if getattr(made, name) != value}
-    assert changed == {"moe_num_expert", "d_ff", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "max_step", "work_dir"} | {
-        "dynamic_overall_steps",
-        "swad_end",
-    }
+    derived = {*names(follows="moe_num_expert"), *names(follows="max_step")}
+    assert source is None and changed == {"moe_num_expert", "max_step", "work_dir", "settings_from", *derived}
     assert (flags.moe_num_expert, flags.d_inner, flags.moe_top_k, flags.dynamic_overall_steps) == (2, made.d_inner, 1, 7)
-    for name, keep, sentence in (
-        ("smoe", "5", "5 experts must be from 1 to the 4"),
-        ("smoe", "two", "two is no number of experts"),
-        ("dense", "2", "none to make fewer"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            like(str(trained(name)), keep)
+    again = parse_training(words_of({"settings_from": run, "seed": 2, "work_dir": tmp_path}))[0]
+    assert dataclasses.replace(again, seed=made.seed, work_dir=None, settings_from=None) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"moe_num_expert": "two"}, "two"),
+        ({"moe_num_expert": 0}, "--moe_num_expert 0 must be at least 1"),
+        ({"preset": "laptop"}, "--preset laptop, but the checkpoint"),
+        ({"method": "dense"}, "--method dense, but the checkpoint"),
+        ({"start_from": "RUN"}, "leave one out"),
+        ({"settings_from": "nowhere"}, "the checkpoint nowhere is not there"),
+    ],
+)
+def test_contradictions_of_settings_from_are_refused(changes, refused, trained, tmp_path):
+    run = trained("smoe")
+    values = {"settings_from": run, "work_dir": tmp_path / "run", **{n: run if v == "RUN" else v for n, v in changes.items()}}
+    done = tiny.run(words_of(values))
+    assert done.code == 2 and refused in done.err and not (tmp_path / "run").exists()

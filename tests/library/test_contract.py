@@ -15,7 +15,7 @@ from smoe_dropout import auxiliary_loss, get_top_k, load_weights, moe_layers, sa
 from smoe_dropout.methods.base import Forward, Method, Objective
 from smoe_dropout.registry import BACKENDS, METHODS, load
 from tests import tiny
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.flags.derive import method_of, top_k_schedule
 from utils.flags.fields import Flags
 from utils.models.build import build_model, training_settings

@@ -14,7 +14,7 @@ from smoe_dropout.methods.base import Forward, Settings
 from smoe_dropout.registry import METHODS, load
 from tests.library.test_moefy import hand_written, transformer_xl
 from tests.library.test_routers import about, numpy
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.models.build import build_model
 
 H = 16  # hidden width of the models of test_moefy

@@ -14,7 +14,7 @@ import smoe_dropout as sd
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.shared import Shared
 from tests.library.test_moefy import transformer_xl
-from utils.cli.train import parse_from_random as parse
+from tests.tiny import parse
 from utils.errors import UserError
 
 D = 8

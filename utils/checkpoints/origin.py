@@ -4,7 +4,6 @@ A run folder of train.py (its best weights), one of its checkpoints/step-*, a fo
 weights alone: a folder of smoe_dropout.save_model, whose sizes the command line has to say.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.registry import METHODS, load
 from utils.data.corpus import digest_of, read_chunks
 from utils.errors import UserError
+from utils.flags.declare import flags_from
 from utils.flags.derive import read_config
-from utils.flags.fields import OF_PIECES, OF_THE_RUN, Flags
+from utils.flags.fields import Flags, names
+from utils.flags.models import MODELS
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 SURGERY = "surgery.json"
@@ -41,8 +42,8 @@ class Source:
 
     @property
     def made(self) -> Flags:
-        """The flags of the run that made it; it is known to say what it is."""
-        return Flags(**{field.name: self.flags[field.name] for field in dataclasses.fields(Flags) if field.name in self.flags})
+        """The flags of the run that made it."""
+        return flags_from(self.flags, Flags)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,6 +74,14 @@ def open_source(path: Path) -> Source:
         if (path / name).exists():
             return open_it(path)
     raise UserError(f"{path} holds no checkpoint: neither config.json of a run, nor {WEIGHTS}, nor {TRANSFORMERS_WEIGHTS} is in it")
+
+
+def open_run(path: Path) -> Source:
+    """`open_source`, refusing weights without the flags of the run that made them."""
+    source = open_source(path)
+    if "preset" not in source.flags:
+        raise UserError(f"{source.path} holds weights only: give the folder of the run that made them")
+    return source
 
 
 def _run(path: Path) -> Source:
@@ -115,8 +124,8 @@ def _step(path: Path) -> Source:
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
-    names = {field.name for field in dataclasses.fields(Flags)} - {*OF_THE_RUN} | {"method", "model", "preset", "dataset"}
-    if absent := sorted(names - config.keys()):
+    needed = set(names(kind=Flags)) - {*names(role="run")} | {*names(role="model"), *names(role="experts"), "preset", "dataset"}
+    if absent := sorted(needed - config.keys()):
         raise UserError(f"{run / 'config.json'} is of a run of another version, without {', '.join(absent[:4])}: train it again")
     if "task" in config:
         raise UserError(f"{run} is itself a fine-tuned run, of {config['task']}: give the pre-trained one it started from")
@@ -186,10 +195,12 @@ def _transformers(path: Path) -> Source:
         host, kind, experts = told["host"], told["host_model_type"], SMoEConfig.from_dict(told[LIBRARY])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
-    names = [str(name) for name in told.get("architectures") or [kind]]
-    if kind not in OF_PIECES or not names[0].endswith("ForMaskedLM"):
-        known = f"only {' and '.join(OF_PIECES)} for masked language modelling can be fine-tuned"
-        raise UserError(f"{path} holds a {', '.join(names)}, and {known}")
+    classes = [str(name) for name in told.get("architectures") or [kind]]
+    known = [name for name, model in MODELS.items() if model.reads == "pieces"]
+    if kind not in known or not classes[0].endswith("ForMaskedLM"):
+        raise UserError(
+            f"{path} holds a {', '.join(classes)}, and only {' and '.join(known)} for masked language modelling can be fine-tuned"
+        )
     sizes = {
         "model": kind,
         "n_layer": host.get("num_hidden_layers", 12),

@@ -1,104 +1,103 @@
-"""The command line of finetune.py: the checkpoint says what the model is, a preset how it is fine-tuned. Imports no torch.
+"""The command line of finetune.py: the checkpoint sets the model's flags, a preset how it is fine-tuned. Imports no torch.
 
-Order of precedence: the command line, the preset, the checkpoint. What the checkpoint decides cannot be given otherwise.
+`python -m utils.cli.finetune ARGS` checks a command line and prints the decided flags as JSON.
 """
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from smoe_dropout.registry import METHODS, load, unknown
+from smoe_dropout.registry import METHODS, load
 from utils.checkpoints.origin import Source, kind_of, open_source
-from utils.cli.argv import from_command_line, value_of, without_refused
-from utils.cli.inherit import contradictions, decided, of_the_checkpoint, preset_of
-from utils.data.rows import KINDS, TASKS
+from utils.cli.arguments import Arguments, Values
+from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, decide, inherited
+from utils.data.rows import TASKS
+from utils.data.rows import kind_of as task_kind
 from utils.errors import UserError, exit_on_user_error
-from utils.flags.check import check
 from utils.flags.derive import finetuning_k, read_config
-from utils.flags.fields import OF_PIECES, FinetuneFlags
-from utils.flags.presets import finetuning
+from utils.flags.fields import FinetuneFlags, names
+from utils.flags.models import MODELS
+from utils.flags.official import REFUSED
+from utils.flags.presets import PRESET_NAMES, finetuning
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
-    """The flags of a command line, every default decided, and the checkpoint. Raises UserError listing all mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv, mistakes = without_refused(argv)
-    if {"-h", "--help"} & set(argv):
-        from_command_line(argv, FinetuneFlags(), "finetune.py")
-    given = value_of(argv, "checkpoint")
-    if given is None:
-        raise UserError("--checkpoint is missing: give the folder of a finished run of train.py")
-    source = open_source(Path(given))
-    task = value_of(argv, "task") or FinetuneFlags.task
-    if task not in TASKS:
-        raise UserError("--task: " + unknown("task", task, list(TASKS)))
-    preset = preset_of(source, argv)
-    values = of_the_checkpoint(source, preset, argv)
-    how = finetuning(task, preset, values["model"])
-    defaults = FinetuneFlags(**{**values, **how, **finetuning_k(values), "task": task, "dataset": task, "preset": preset})
-    flags = from_command_line(argv, defaults, "finetune.py")
-    mistakes += contradictions(flags, source) + _expectation(flags, source) + _rows_seen(flags, source)
-    mistakes += check(flags) + _check_finetuning(flags)
-    return decided(flags, source, mistakes), source
+    """The flags of a command line, and the checkpoint. Raises UserError listing all mistakes."""
+    return _with_source(argv)
 
 
-def check_stored(flags: FinetuneFlags, fingerprint: str) -> None:
-    """UserError where --eval_only would score other rows than the run's, or not all of them."""
-    if mistakes := _check_finetuning(flags):
-        raise UserError("; ".join(mistakes))
+def finetune_flags(**values: Any) -> FinetuneFlags:
+    """The flags of a fine-tuning run given by values, as `parse` decides them."""
+    return _with_source(Values({name: value for name, value in values.items() if value is not None}))[0]
+
+
+def _with_source(given: Sequence[str] | Values | None) -> tuple[FinetuneFlags, Source]:
+    flags, source = decide(PROGRAM, given)
+    return flags, source or open_source(Path(flags.checkpoint))
+
+
+def refuse_other_rows(flags: FinetuneFlags, fingerprint: str) -> None:
+    """Raises UserError if --eval_only would score other rows than the run's."""
     if read_config(Path(flags.work_dir)).get("data_fingerprint") != fingerprint:
-        raise UserError(
-            f"{flags.data} holds other rows than the run in {flags.work_dir} is of: --data, --task and --fold have to be the run's"
-        )
+        raise UserError(f"{flags.data} does not hold the rows of the run in {flags.work_dir}: --data, --task and --fold must be the run's")
 
 
-def _check_finetuning(flags: FinetuneFlags) -> list[str]:
-    """One sentence for every mistake that only fine-tuning knows."""
+def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:
+    kept = (*CHECKPOINT_FLAGS, *names(role="training"), "preset")
+    values = {name: value for name, value in inherited(command, source).items() if name in kept}
+    task, preset = command.get("task") or FinetuneFlags.task, values["preset"]
+    known = preset in PRESET_NAMES and values["model"] in MODELS
+    how = finetuning(task, preset, values["model"]) if known else {}
+    return {**values, **how, **finetuning_k(values), "task": task, "dataset": task}
+
+
+def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     found = [
-        f"--{name} {value}: a score is of all rows, leave it out"
+        f"--{name} {value}: a score covers all rows, leave it out"
         for name in ("max_eval_steps", "max_test_steps")
         if (value := getattr(flags, name)) != -1
     ]
-    if flags.start_from is not None:
-        found.append(f"--start_from {flags.start_from}: give what fine-tuning starts from with --checkpoint")
     if flags.moe_prune_to is not None:
-        found.append(f"--moe_prune_to {flags.moe_prune_to} means nothing to finetune.py: prune with train.py --start_from first")
-    if flags.teacher is not None:
-        found.append(f"--teacher {flags.teacher} means nothing to finetune.py: leave it out")
-    most = max(kind.folds for kind in KINDS.values())
-    if not 0 <= flags.fold < most:
-        found.append(f"--fold {flags.fold} must be from 0 to {most - 1}")
+        found.append(f"--moe_prune_to {flags.moe_prune_to} has no effect with finetune.py: prune with train.py --start_from first")
+    folds = max(task_kind(task).folds for task in TASKS)
+    if flags.fold >= folds:
+        found.append(f"--fold {flags.fold} must be from 0 to {folds - 1}")
     if flags.scheduler == "dev_perf":
-        found.append("--scheduler dev_perf would choose by rows that are for scoring only: use another")
-    longest = max(512, flags.tgt_len) if flags.model in OF_PIECES else flags.max_length
-    if not 3 <= flags.max_length <= longest:
-        found.append(f"--max_length {flags.max_length} must be from 3 to the {longest} positions of the model")
-    return found
+        found.append("--scheduler dev_perf would tune on the rows that the score is reported on: use another")
+    longest = max(512, flags.tgt_len)
+    if flags.model in MODELS and MODELS[flags.model].reads == "pieces" and flags.max_length > longest:
+        found.append(f"--max_length {flags.max_length} must be at most the {longest} positions of the model")
+    if source is None:
+        return found
+    return found + contradictions(flags, source, CHECKPOINT_FLAGS) + _check_method(flags, source) + _check_fold(flags, source)
 
 
-def _rows_seen(flags: FinetuneFlags, source: Source) -> list[str]:
-    """A sentence where rows that are held out decided which experts the model has."""
+def _check_fold(flags: FinetuneFlags, source: Source) -> list[str]:
+    """Rows that are held out must not have decided which experts the model has."""
     read = (source.surgery or {}).get("read") or {}
     if read.get("task") != flags.task or read.get("fold", flags.fold) == flags.fold:
         return []
-    remedy = f"make one by surgery.py --task {flags.task} --fold {flags.fold}"
+    remedy = f"make one with surgery.py --task {flags.task} --fold {flags.fold}"
     return [f"--fold {flags.fold}: its rows were read when {source.path} was made; {remedy}"]
 
 
-def _expectation(flags: FinetuneFlags, source: Source) -> list[str]:
-    """A sentence where the checkpoint is not of the --expect'ed method."""
-    if flags.expect is None:
+def _check_method(flags: FinetuneFlags, source: Source) -> list[str]:
+    """The checkpoint must be of the method of --expect."""
+    if flags.expect is None or flags.expect not in METHODS:
         return []
-    if flags.expect not in METHODS:
-        return ["--expect: " + unknown("method", flags.expect, METHODS)]
-    without = not load(METHODS, "method", flags.expect).sparse
-    fits = not flags.moe if without else flags.method == flags.expect
-    wanted = "one without experts" if without else f"one of {flags.expect}"
-    return [] if fits else [f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
+    dense = not load(METHODS, "method", flags.expect).sparse
+    if not flags.moe if dense else flags.method == flags.expect:
+        return []
+    wanted = "one without experts" if dense else f"one of {flags.expect}"
+    return [f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
 
 
-if __name__ == "__main__":  # python -m utils.cli.finetune ARGS...: checks a command line of finetune.py and prints what it decides
+NOT_HERE = REFUSED | dict.fromkeys(names(group="initialisation"), "fine-tuning starts from --checkpoint, and has no teacher")
+MISSING = "give the folder of a finished run of train.py"
+PROGRAM = Program("finetune.py", FinetuneFlags, "checkpoint", MISSING, defaults=_defaults, mistakes=_mistakes, refused=NOT_HERE)
+
+if __name__ == "__main__":
     with exit_on_user_error():
         print(json.dumps(dataclasses.asdict(parse()[0]), indent=1))

@@ -1,108 +1,75 @@
-"""The command line of train.py: flags, presets and methods, checked before anything is read. Imports no torch.
+"""The command line of train.py. Imports no torch.
 
-Order of precedence: the command line, the method's flags, the preset, the defaults in flags.py. `_` and `-` are alike in names.
+`python -m utils.cli.train ARGS` checks a command line and prints the decided flags as JSON.
 """
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from smoe_dropout.registry import METHODS, load, unknown
-from utils.checkpoints.origin import Source, open_source
-from utils.cli.argv import FlagsOf, from_command_line, named_data, value_of, without_refused
-from utils.cli.inherit import contradictions, decided, of_the_checkpoint, preset_of
-from utils.errors import UserError, exit_on_user_error
-from utils.flags.check import check
-from utils.flags.derive import parse_ks, read_config, resolve, training_flags
-from utils.flags.fields import (
-    Flags,
-)
-from utils.flags.presets import PRESETS
+from utils.checkpoints.origin import Source, open_run
+from utils.cli.arguments import Arguments
+from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, dataset_of, decide, inherited, lost_width
+from utils.errors import exit_on_user_error
+from utils.flags.derive import method_flags
+from utils.flags.fields import Flags, names
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Flags, Source | None]:
     """The flags of a command line, and with --start_from the checkpoint. Raises UserError listing all mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    given = value_of(argv, "start_from")
-    if given is None:
-        return parse_from_random(argv), None
-    argv, mistakes = without_refused(argv)
-    source = open_source(Path(given))
-    preset = preset_of(source, argv)
-    flags = from_command_line(argv, _defaults_of_source(source, preset, argv))
-    return decided(flags, source, mistakes + contradictions(flags, source) + check(flags) + _check_teacher(flags)), source
+    return decide(PROGRAM, argv)
 
 
-def parse_from_random(argv: list[str]) -> Flags:
-    """The flags of a command line, with preset and method filled in and every default decided.
-
-    Raises UserError listing all mistakes; a flag that cannot be parsed ends the process with tyro's message and exit code 2.
-    """
-    argv, mistakes = without_refused(argv)
-    defaults, more = _defaults(argv)
-    flags = from_command_line(argv, defaults)
-    mistakes += more + check(flags)
-    if mistakes:
-        raise UserError("; ".join(mistakes) + " (nothing was started; --help lists all flags)")
-    return resolve(flags)
+def _defaults(command: Arguments, source: Source | None) -> dict[str, Any]:
+    if (run := command.get("settings_from")) and source is None:
+        return _settings(open_run(Path(run)), command) | dataset_of(command)
+    continued = {name: source.flags[name] for name in names(role="continued") if name in source.flags} if source else {}
+    return inherited(command, source) | continued | dataset_of(command)
 
 
-def stored_run(argv: Sequence[str] | None = None, kind: type[FlagsOf] = Flags, program: str = "train.py") -> FlagsOf | None:
-    """With --eval_only, the flags of the run in --work_dir with the command line laid over them; else None. Raises UserError as `parse`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not {"--eval_only", "--eval-only"} & set(argv):
-        return None
-    folder = value_of(argv, "work_dir")
-    if folder is None:
-        raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
-    stored = read_config(Path(folder))
-    names = {field.name for field in dataclasses.fields(kind)}
-    if ("task" in stored) != ("task" in names):
-        other = "finetune.py" if "task" in stored else "train.py"
-        raise UserError(f"{folder} is a run of {other}: evaluate it with python {other} --eval_only")
-    flags = from_command_line(argv, kind(**{name: value for name, value in stored.items() if name in names}), program)
-    if mistakes := check(flags):
-        raise UserError("; ".join(mistakes))
-    if flags.k is not None:
-        if not flags.moe:
-            raise UserError(f"--k {flags.k}: the run in {folder} is dense; leave it out")
-        parse_ks(flags.k, flags.moe_num_expert)
-    return flags
+def _settings(run: Source, command: Arguments) -> dict[str, Any]:
+    """All flags of a finished run; those that follow from a flag on the command line are derived anew."""
+    stored = dataclasses.asdict(run.made)
+    dropped = {*names(role="start"), *names(role="unstored")}
+    dropped |= {name for name in names(follows="max_step") if stored[name] == stored["max_step"]}  # to the end of training
+    if command.get("moe_num_expert"):
+        dropped |= {*names(follows="moe_num_expert"), "moe_experts_by_layer"}
+    if command.get("d_ff"):
+        dropped |= {*names(follows="d_ff")}
+    return {**method_flags(run.made.method), **{name: value for name, value in stored.items() if name not in dropped}}
 
 
-def _defaults(argv: list[str]) -> tuple[Flags, list[str]]:
-    model, preset = (value_of(argv, name) or getattr(Flags, name) for name in ("model", "preset"))
-    method, mistakes = value_of(argv, "method"), []
-    if method is not None and method not in METHODS:
-        mistakes.append("--method: " + unknown("method", method, METHODS))
-        method = None
-    meant = load(METHODS, "method", method).flags if method else {}
-    presets = PRESETS.get(model, PRESETS[Flags.model])
-    values = {**presets.get(preset, presets[Flags.preset]), **named_data(argv), **meant}
-    return Flags(**{**values, "model": model, "preset": preset}), mistakes
+def _mistakes(flags: Flags, source: Source | None) -> list[str]:
+    if flags.settings_from is not None:
+        return _check_settings(flags)
+    if source is None:
+        return []
+    return contradictions(flags, source, CHECKPOINT_FLAGS) + _check_teacher(flags)
+
+
+def _check_settings(flags: Flags) -> list[str]:
+    if flags.start_from is not None:
+        return ["--settings_from starts from random weights, --start_from from trained ones: leave one out"]
+    run = open_run(Path(flags.settings_from))
+    found = contradictions(flags, run, ("model", "method", "preset"))
+    return found + (lost_width(run) if flags.moe_num_expert != run.made.moe_num_expert else [])
 
 
 def _check_teacher(flags: Flags) -> list[str]:
-    """Of one that has to read what the model reads, with a memory like its own. UserError for one that is not there."""
+    """A teacher must read the student's input and carry a memory of the same shape."""
     if flags.teacher is None:
         return []
-    teacher, same = open_source(Path(flags.teacher)), ("model", "n_layer", "d_model", "tgt_len", "mem_len")
-    if "preset" not in teacher.flags:
-        return [f"--teacher {flags.teacher} holds weights alone: give the folder of the run that made them"]
-    found = [f"{name} = {teacher.flags[name]}, not {getattr(flags, name)}" for name in same if teacher.flags[name] != getattr(flags, name)]
-    found = [f"--teacher {flags.teacher} has {', '.join(found)}: it has to be of such a model"] if found else []
-    return found + ([f"--teacher {flags.teacher} cannot be compiled: leave --compile out"] if flags.compile else [])
+    teacher = open_run(Path(flags.teacher))
+    differing = [name for name in names(role="teacher") if teacher.flags[name] != getattr(flags, name)]
+    found = [f"{name} = {teacher.flags[name]}, not {getattr(flags, name)}" for name in differing]
+    found = [f"--teacher {flags.teacher} has {', '.join(found)}: choose one of the same shape"] if found else []
+    return found + ([f"--teacher {flags.teacher} cannot be combined with --compile: leave one out"] if flags.compile else [])
 
 
-def _defaults_of_source(source: Source, preset: str, argv: list[str]) -> Flags:
-    values = of_the_checkpoint(source, preset, argv)
-    kept = ("dataset", "data", "dynamic_moe", "moe_prune_to")
-    values |= {name: source.flags[name] for name in kept if name in source.flags} | named_data(argv)
-    return Flags(**{**training_flags(values["model"], values["method"], preset), **values, "preset": preset})
+PROGRAM = Program("train.py", Flags, "start_from", defaults=_defaults, mistakes=_mistakes)
 
-
-if __name__ == "__main__":  # python -m utils.cli.train ARGS...: checks a command line of train.py and prints what it decides
+if __name__ == "__main__":
     with exit_on_user_error():
         print(json.dumps(dataclasses.asdict(parse()[0]), indent=1))

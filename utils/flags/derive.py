@@ -1,4 +1,4 @@
-"""What follows from the flags: method, options, schedule of k, the library's configuration. Imports no torch."""
+"""Values derived from the flags: method, options, schedule of k, configuration of the library. Imports no torch."""
 
 import dataclasses
 import json
@@ -11,18 +11,34 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, option_n
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
-from utils.flags.fields import SINCE, Flags
-from utils.flags.presets import PRESETS
+from utils.flags.declare import FlagsT, flags_from
+from utils.flags.fields import Flags, defaults_before, names
+from utils.flags.models import presets_of
+
+# method and options
 
 
 def method_of(flags: Flags) -> Method | None:
-    """The method given by name, or else by the official flags."""
+    """The method given by name, or else the one that the official flags spell out."""
     name = flags.method or matching_method(resolve(dataclasses.replace(flags, method="custom")))
     return load(METHODS, "method", name) if name else None
 
 
+def method_flags(name: str | None) -> dict[str, Any]:
+    """The flags a method sets; none for an unknown one, which `check` reports."""
+    return dict(load(METHODS, "method", name).flags) if name in METHODS else {}
+
+
+def matching_method(flags: Flags) -> str | None:
+    """The first method in the registry whose flags all have these values."""
+    for name in METHODS:
+        if all(getattr(flags, key) == value for key, value in method_flags(name).items()):
+            return name
+    return None
+
+
 def parse_options(text: str | None) -> dict[str, str]:
-    """ "alpha=5,inference=token" -> {"alpha": "5", "inference": "token"}. ConfigError for anything else."""
+    """ "alpha=5,inference=token" -> {"alpha": "5", "inference": "token"}. Raises ConfigError for anything else."""
     pairs = [word.partition("=") for word in (text or "").split(",") if word]
     if not all(name.strip() and sign and value for name, sign, value in pairs):
         raise ConfigError("expected name=value pairs separated by commas, such as alpha=5,inference=token")
@@ -30,12 +46,12 @@ def parse_options(text: str | None) -> dict[str, str]:
 
 
 def method_options(flags: Flags) -> Any:
-    """The method's options."""
+    """The options of the method."""
     return built_options(flags)[0]
 
 
 def built_options(flags: Flags) -> list[Any]:
-    """The options of the method, and if any are given those of the router. ConfigError for one that neither has, or a wrong value."""
+    """The options of the method and, if any are given, of the router. Raises ConfigError for an unknown option or a wrong value."""
     values, method = parse_options(flags.method_options), method_of(flags)
     kinds = [method.options if method else NoOptions]
     if values and flags.moe:
@@ -43,12 +59,15 @@ def built_options(flags: Flags) -> list[Any]:
     return [build_options(kind, values, option_names(kinds)) for kind in kinds]
 
 
+# layers, experts and k
+
+
 def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None, list[str]]:
-    """ "0,1,3" -> (0, 1, 3); None for all layers; and sentences for what is wrong with it."""
+    """ "0,1,3" -> (0, 1, 3), or None for all layers; and a sentence for each mistake."""
     if text is None:
         return None, []
     words = text.split(",")
-    if not all(_is_count(word) for word in words):
+    if not all(is_count(word) for word in words):
         return None, ["expected layer numbers separated by commas, such as 0,1,2,3"]
     layers = tuple(int(word) for word in words)
     outside = [layer for layer in layers if layer >= n_layer]
@@ -59,27 +78,71 @@ def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None
 
 
 def parse_counts(text: str | None) -> tuple[int, ...] | None:
-    """The --moe_experts_by_layer of checked flags: "8,6" -> (8, 6)."""
+    """--moe_experts_by_layer of checked flags: "8,6" -> (8, 6)."""
     return None if text is None else tuple(int(word) for word in text.split(","))
 
 
-def _is_count(word: str) -> bool:
+def is_count(word: str) -> bool:
+    """Whether a word is a whole number in ASCII digits."""
     return word.strip().isascii() and word.strip().isdigit()
 
 
 def k_range(flags: Flags) -> tuple[int, int]:
-    """k_min and k_max of the schedule: paper, E/2 and E."""
+    """k_min and k_max of the schedule; E/2 and E as in the paper, unless given."""
     E = flags.moe_num_expert
     low = max(1, E // 2) if flags.moe_top_k_min is None else flags.moe_top_k_min
     return low, E if flags.moe_top_k_max is None else flags.moe_top_k_max
 
 
-def resolve(flags: Flags) -> Flags:
-    """Every default that depends on another flag decided, so that config.json says what was run."""
+def top_k_schedule(flags: Flags) -> TopKSchedule | None:
+    """k by step; None for a dense model."""
+    if not flags.moe:
+        return None
+    if flags.dynamic_moe:
+        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps, flags.seed)
+    return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
+
+
+def last_top_k(flags: Flags) -> int | None:
+    """k at the end of training, at which validation selects the weights; None for a dense model."""
+    schedule = top_k_schedule(flags)
+    return schedule(flags.max_step) if schedule else None
+
+
+def evaluation_ks(flags: Flags) -> list[int | None]:
+    """k of the final test: powers of two up to E, E/2 and E; [None], one test, for a dense model."""
+    if not flags.moe:
+        return [None]
+    E = flags.moe_num_expert
+    return sorted({1 << power for power in range(E.bit_length()) if 1 << power <= E} | {max(1, E // 2), E})
+
+
+def parse_ks(text: str, E: int) -> list[int | None]:
+    """--k of --eval_only. Raises UserError."""
+    words = text.split(",")
+    if not all(is_count(word) and 1 <= int(word) <= E for word in words):
+        raise UserError(f"--k {text}: expected numbers of active experts from 1 to {E}, separated by commas, such as 1,2,4")
+    return [int(word) for word in words]
+
+
+def finetuning_k(values: dict[str, Any]) -> dict[str, Any]:
+    """k of fine-tuning: all experts, as in the paper, unless the method fixes another."""
+    if not values.get("moe"):
+        return {}
+    k = method_flags(values["method"]).get("moe_top_k", values.get("moe_num_expert", Flags.moe_num_expert))
+    return {"moe_top_k": k, "dynamic_moe": False}
+
+
+# all flags
+
+
+def resolve(flags: FlagsT) -> FlagsT:
+    """Decides every default that depends on another flag, so that config.json says what was run."""
     E = flags.moe_num_expert
     d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
     changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
     changes["data"] = flags.data or f"data/{flags.dataset}"
+    changes["swad_end"] = flags.max_step if flags.swad_end == -1 else flags.swad_end
     if flags.cuda:
         changes["device"] = "cuda"
     if flags.moe:
@@ -88,39 +151,38 @@ def resolve(flags: Flags) -> Flags:
         if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
             changes["moe_index"] = None  # all layers, which is the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
-            changes["moe_experts_by_layer"] = None  # they do not differ
+            changes["moe_experts_by_layer"] = None  # all the same, which is the default
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
         changes["dynamic_overall_steps"] = flags.max_step if flags.dynamic_overall_steps == -1 else flags.dynamic_overall_steps
     flags = dataclasses.replace(flags, **changes)
-    if flags.method is None:
-        flags = dataclasses.replace(flags, method=matching_method(flags))
-    if flags.swad_end == -1:
-        flags = dataclasses.replace(flags, swad_end=flags.max_step)
+    flags = dataclasses.replace(flags, method=flags.method or matching_method(flags))
     if flags.work_dir is None:
         name = f"{flags.run_name or flags.method or 'custom'}-seed{flags.seed}"
         flags = dataclasses.replace(flags, work_dir=f"{flags.default_folder()}/{name}")
     return flags
 
 
-def matching_method(flags: Flags) -> str | None:
-    """The name of the first method in the registry that the official flags spell out, if one does."""
-    for name in METHODS:
-        wanted: Method = load(METHODS, "method", name)
-        if all(getattr(flags, key) == value for key, value in wanted.flags.items()):
-            return name
-    return None
+def resized(flags: Flags, **changes: Any) -> Flags:
+    """The flags with another number of experts of the same width, k and its schedule at the defaults for that number."""
+    follow = dict.fromkeys(names(follows="moe_num_expert"))
+    return resolve(dataclasses.replace(flags, **{**follow, **changes}))
+
+
+def training_flags(model: str, method: str | None, preset: str) -> dict[str, Any]:
+    """The flags that a preset and a method set."""
+    return {**presets_of(model)[preset], **method_flags(method)}
 
 
 def usual_flags(flags: Flags) -> Flags:
-    """What the preset and the method say."""
-    meant = load(METHODS, "method", flags.method).flags if flags.method else {}
-    return Flags(**{**PRESETS[flags.model][flags.preset], **meant, "model": flags.model, "preset": flags.preset, "method": flags.method})
+    """The flags of a run with nothing given but model, preset and method."""
+    usual = training_flags(flags.model, flags.method, flags.preset)
+    return Flags(**{**usual, "model": flags.model, "preset": flags.preset, "method": flags.method})
 
 
 def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
-    """The library's configuration of the experts, with the method's layer. ConfigError as there."""
+    """The library's configuration of the experts, with the method's layer. Raises ConfigError."""
     return SMoEConfig(
         num_experts=flags.moe_num_expert,
         top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
@@ -141,39 +203,11 @@ def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
     )
 
 
-def top_k_schedule(flags: Flags) -> TopKSchedule | None:
-    """k by step; None for a dense model."""
-    if not flags.moe:
-        return None
-    if flags.dynamic_moe:
-        return TopKSchedule(flags.dynamic_moe_mode, flags.moe_top_k_min, flags.moe_top_k_max, flags.dynamic_overall_steps, flags.seed)
-    return TopKSchedule("constant", flags.moe_top_k, flags.moe_top_k, flags.max_step)
-
-
-def last_top_k(flags: Flags) -> int | None:
-    """k at the end of training, at which the weights are chosen by validation; None for a dense model."""
-    schedule = top_k_schedule(flags)
-    return schedule(flags.max_step) if schedule else None
-
-
-def evaluation_ks(flags: Flags) -> list[int | None]:
-    """k at which the final test is made: powers of two up to E, E/2 and E; [None], once, for a dense model."""
-    if not flags.moe:
-        return [None]
-    E = flags.moe_num_expert
-    return sorted({1 << power for power in range(E.bit_length()) if 1 << power <= E} | {max(1, E // 2), E})
-
-
-def parse_ks(text: str, E: int) -> list[int | None]:
-    """The --k of --eval_only. Raises UserError."""
-    words = text.split(",")
-    if not all(_is_count(word) and 1 <= int(word) <= E for word in words):
-        raise UserError(f"--k {text}: expected numbers of active experts from 1 to {E}, separated by commas, such as 1,2,4")
-    return [int(word) for word in words]
+# run folders
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored flags of a run. UserError if the folder holds none."""
+    """The contents of a run's config.json. Raises UserError if the folder holds none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -182,18 +216,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object; choose another --work_dir")
-    return SINCE | config
+        raise UserError(f"{path} is damaged: it is not a JSON object; choose another --work_dir")
+    return defaults_before() | config
 
 
-def finetuning_k(values: dict[str, Any]) -> dict[str, Any]:
-    """k while fine-tuning: all experts, as in the paper, but where the method itself is made for another."""
-    if not values.get("moe"):
-        return {}
-    meant = load(METHODS, "method", values["method"]).flags if values["method"] else {}
-    return {"moe_top_k": meant.get("moe_top_k", values.get("moe_num_expert", Flags.moe_num_expert)), "dynamic_moe": False}
-
-
-def training_flags(model: str, method: str | None, preset: str) -> dict[str, Any]:
-    """What preset and method say of training."""
-    return {**PRESETS[model][preset], **(load(METHODS, "method", method).flags if method else {})}
+def stored_flags(folder: Path, kind: type[FlagsT] = Flags) -> FlagsT:
+    """The flags a run was made with, and its folder as --work_dir. Raises UserError as `read_config`."""
+    return flags_from(read_config(folder) | {"work_dir": str(folder)}, kind)

@@ -1,369 +1,302 @@
-"""The flags of train.py and finetune.py, official ones and ours, each declared once, and what holds of single flags. Imports no torch."""
+"""Every flag of train.py, finetune.py, surgery.py and generate.py, declared once. Imports no torch.
 
-from dataclasses import dataclass
+A new flag is one line here, and the code that uses it. Its roles say what else happens to it; `names(role=...)` answers with the flags:
+
+run          where, on what and how long: says nothing about which method is trained
+model        what the weights of the dense model mean: taken from a checkpoint, always
+experts      what the weights of the experts mean: likewise
+training     how a checkpoint was trained: the default for training it further, and for fine-tuning
+continued    likewise, for --start_from only
+start        how training starts from a checkpoint; means nothing to the trained model
+surgery      what surgery.py changes
+teacher      what a teacher and its student must have in common
+derived      follows from another flag (`follows`) unless given
+unstored     not part of config.json: changes no number
+replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
+variant      recorded beside the method, not beside the preset
+option       surgery.py: an option of the operation
+calibration  surgery.py: concerns the calibration data
+"""
+
+from collections import ChainMap
+from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import PurePath
+from typing import get_args
 
+from smoe_dropout.config import GateWeight, OutputScale
+from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, SURGERIES
 from smoe_dropout.schedule import SCHEDULES
-from utils.data.rows import KINDS
-from utils.flags.presets import PRESETS
+from utils.data.rows import TASKS, kind_of
+from utils.flags.declare import ABSENT, flag, groups, same_flag, specs
+from utils.flags.models import MODELS
+from utils.flags.presets import PRESET_NAMES
+
+COMPRESS = "compress"  # the operation of surgery.py that is not in the library's registry
+ROUTER_NORM = "router_norm"  # the score that needs no calibration data
+SCORES = ("usage", "gate_weight", ROUTER_NORM)
+
+group = dataclass(frozen=True, kw_only=True)
+folder = partial(flag, metavar="DIR")
+expert_flag = partial(flag, needs="moe")
 
 
-@dataclass(frozen=True)
-class Flags:
-    """Pre-trains a language model and evaluates it at every number of active experts."""
+@group
+class RunFlags:
+    title = "run"
 
-    # --- what to run
-    method: str | None = None
-    """a training method by name; stands for the flags in its file. Without it the official flags decide"""
-    model: str = "transformer_xl"
-    """transformer_xl over bytes, or bert or roberta over word pieces"""
-    preset: str = "paper"
-    """sizes and lengths: paper, laptop or quick"""
-    work_dir: str | None = None
-    """the run's folder, exactly; default runs/<preset>/[<model>/]<dataset>/<run_name>-seed<seed>. The same command again resumes"""
-    method_options: str | None = None
-    """options of the method and the router, such as alpha=5,inference=token; a wrong one lists those there are"""
-    run_name: str | None = None
-    """name in the default work_dir; default the method's"""
-    seed: int = 1111
-    """random seed of initialisation, router, dropout, and for word pieces order and masks"""
-    yes: bool = False
-    """go on although a CPU would take hours"""
-    start_from: str | None = None
-    """weights to start from instead of random ones: a finished run, or a folder made by surgery.py. They say what the model is"""
-    teacher: str | None = None
-    """with --start_from: a finished run of such a model, whose predictions at k = E are learned, too"""
-    teacher_weight: float = 0.2
-    """what the divergence from the teacher counts beside the loss"""
-    teacher_temperature: float = 2.0
-    """by which both models' logits are divided before they are compared"""
-    eval_only: bool = False
-    """re-evaluate the best weights of --work_dir at --k, with the run's own flags"""
-    k: str | None = None
-    """with --eval_only: numbers of active experts, such as 1,2,4"""
+    method: str | None = flag(None, "training method, which sets flags. Default: what the flags spell out", "run experts", choices=METHODS)
+    model: str = flag(
+        "transformer_xl", "architecture: Transformer-XL reads bytes, the others word pieces", "run model teacher", choices=MODELS
+    )
+    preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
+    work_dir: str | None = folder(
+        None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored"
+    )
+    run_name: str | None = flag(None, "name in the default --work_dir. Default: the method's", "run unstored")
+    method_options: str | None = flag(
+        None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training"
+    )
+    seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
+    yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored")
+    eval_only: bool = flag(False, "evaluate the best weights of --work_dir again, with the run's own flags", "run unstored")
+    k: str | None = flag(None, "with --eval_only: numbers of active experts, such as 1,2,4", "run unstored")
 
-    # --- data
-    data: str | None = None
-    """folder made by data/prepare.py, for word pieces by data/prepare_pieces.py; default data/<dataset>"""
-    dataset: str = "enwik8"
-    """name of the data set; default the preset's, with --data the name of its folder"""
-    batch_size: int = 22
-    """lanes read side by side, or sequences, over all processes"""
-    batch_chunk: int = 1
-    """parts a batch is computed in, to save memory; the same result, but that a method's own losses and draws are each part's"""
-    tgt_len: int = 512
-    """positions per training segment, or of a sequence"""
-    mem_len: int = 512
-    """positions of memory in training"""
-    eval_tgt_len: int = 128
-    """positions per evaluation segment; memory is then mem_len + tgt_len - eval_tgt_len"""
-    eval_batch_size: int = 10
-    """lanes or sequences in evaluation"""
-    mask_rate: float = 0.15
-    """share of pieces that bert and roberta have to name"""
-    max_eval_steps: int = -1
-    """batches of a validation during training (-1: all)"""
-    max_test_steps: int = -1
-    """batches of the final test (-1: all); the record says how much was read"""
 
-    # --- model
-    n_layer: int = 4
-    """layers"""
-    n_head: int = 8
-    """attention heads"""
-    d_head: int = 64
-    """width of a head"""
-    d_model: int = 256
-    """width of the model"""
-    d_ff: int | None = None
-    """width of the dense feed-forward layer; experts share it equally"""
-    d_inner: int | None = None
-    """official: width of the dense feed-forward layer, or of one expert with --moe; default from --d_ff"""
-    dropout: float = 0.1
-    """dropout rate"""
-    dropatt: float = 0.0
-    """dropout rate of attention probabilities"""
-    pre_lnorm: bool = False
-    """LayerNorm before each sublayer instead of after"""
-    same_length: bool = False
-    """every position attends equally far back"""
-    clamp_len: int = -1
-    """distances beyond it share one position embedding (-1: none)"""
-    not_tied: bool = False
-    """separate input and output embeddings"""
-    init_std: float = 0.02
-    """standard deviation of initial weights"""
+@group
+class StartFlags:
+    title = "initialisation"
 
-    # --- experts
-    moe: bool = False
-    """experts instead of dense feed-forward layers"""
-    moe_num_expert: int = 16
-    """experts per layer, E"""
-    moe_experts_by_layer: str | None = None
-    """experts of each layer that has them where these differ, such as 8,6,10,8; --moe_num_expert is the largest"""
-    moe_expert_rank: int | None = None
-    """experts compressed by surgery.py: their maps are U V of this rank, and S"""
-    moe_sparse_share: float = 1.0
-    """share of the hidden units that S has"""
-    moe_prune_to: float | None = None
-    """with --start_from, share of the hidden units that S is left with at the end; the others are taken away while training"""
-    dense_width: str = "expert"
-    """width of feed-forward layers without experts, with --moe_index: that of one expert (official), or of all together"""
-    moe_top_k: int | None = None
-    """experts active per token where k is constant; default E/2"""
-    gate_name: str = "random"
-    """router: a name in smoe_dropout/registry.py, such as random, learned or hash, or an official one"""
-    moe_index: str | None = None
-    """layers that get experts, such as 0,1,2,3; default all"""
-    freeze_gate: bool = False
-    """do not train the router"""
-    load_balance: float | None = None
-    """coefficient of the Switch load-balance loss; default the router's own"""
-    dynamic_moe: bool = False
-    """let k change during training"""
-    dynamic_moe_mode: str = "linear_increase"
-    """how k changes"""
-    dynamic_overall_steps: int = -1
-    """steps over which k changes; -1: max_step"""
-    moe_top_k_min: int | None = None
-    """smallest k of the schedule; default E/2"""
-    moe_top_k_max: int | None = None
-    """largest k of the schedule; default E"""
-    output_scale: str = "mean"
-    """mean: official, weighted mean of the experts; dense: times E"""
-    gate_weight: str = "softmax"
-    """softmax of the kept logits, or uniform"""
-    expert_backend: str = "auto"
-    """how experts are computed; all give the same result"""
-    attn_moe: bool = False
-    """official: queries, keys and values from 16 top-1 experts, in the layers that have experts"""
-    freeze_main_network: bool = False
-    """official: do not train the experts"""
-    freeze_main_network_all: bool = False
-    """official: train nothing in the layers but routers"""
-    dynamic_router_start: int = -1
-    """official: the router is trained up to this step and frozen from then on; -1: as --freeze_gate says"""
-    dense_drop: bool = False
-    """official: dense feed-forward layers, of which whole blocks are dropped"""
+    start_from: str | None = folder(
+        None, "start from the weights of a run or of surgery.py; they set the model's flags", "run start replaceable", since=None
+    )
+    settings_from: str | None = folder(None, "take flags that are not given from a finished run; weights are random", "run unstored")
+    teacher: str | None = folder(None, "finished run to distil from, at k = E", "run start replaceable", needs="start_from", since=None)
+    teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start", above=0, needs="teacher", since=0.2)
+    teacher_temperature: float = flag(2.0, "distillation temperature", "run start", above=0, needs="teacher", since=2.0)
 
-    # --- optimiser
-    optim: str = "adam"
-    """adam, adamw, sgd or adagrad"""
-    lr: float = 2.5e-4
-    """learning rate"""
-    mom: float = 0.0
-    """momentum of sgd"""
-    weight_decay: float = 0.01
-    """of adamw"""
-    scheduler: str = "cosine"
-    """cosine, linear, inv_sqrt, constant or dev_perf"""
-    warmup_step: int = 0
-    """steps of linear warm-up"""
-    eta_min: float = 0.0
-    """last learning rate of cosine"""
-    decay_rate: float = 0.5
-    """dev_perf: factor when validation stops falling"""
-    patience: int = 0
-    """dev_perf: validations without improvement before the decay"""
-    lr_min: float = 0.0
-    """dev_perf: smallest learning rate"""
-    clip: float = 0.25
-    """largest gradient norm"""
-    max_step: int = 400_000
-    """training steps"""
-    swad: bool = False
-    """keep the mean of the weights over steps swad_start to swad_end, and evaluate it beside the model"""
-    swad_start: int = 0
-    """first step of the mean"""
-    swad_end: int = -1
-    """last step of the mean; -1: max_step"""
 
-    # --- machine and records
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu or cuda"""
-    cuda: bool = False
-    """official: --device cuda"""
-    multi_gpu: bool = False
-    """official; several GPUs are used by starting with torchrun --nproc_per_node N"""
-    precision: str = "fp32"
-    """fp32, or bf16 autocast"""
-    threads: int = 0
-    """CPU threads per process; 0: torch's choice"""
-    compile: bool = False
-    """train by torch.compile: one graph for every k, and refused where a method cannot be one"""
-    tune_cpu: bool = False
-    """on a CPU, keep freed memory, and multiply in float32 by oneDNN where that loses no precision"""
-    log_interval: int = 200
-    """steps between log lines"""
-    eval_interval: int = 4000
-    """steps between validations, each followed by a checkpoint"""
-    save_interval: int = 0
-    """steps between further checkpoints; 0: only with validations"""
+@group
+class DataFlags:
+    title = "data"
+
+    data: str | None = folder(None, "folder made by data/prepare.py or data/prepare_pieces.py. Default: data/<dataset>", "run continued")
+    dataset: str = flag("enwik8", "name of the data set. Default: the preset's, or the name of the --data folder", "run continued")
+    batch_size: int = flag(22, "sequences per step, over all processes", low=1)
+    batch_chunk: int = flag(1, "compute a batch in this many parts, to save memory", "run", low=1)
+    tgt_len: int = flag(512, "positions per training segment or sequence", "model teacher", low=1)
+    mem_len: int = flag(512, "positions of memory in training", "model teacher", low=0)
+    eval_tgt_len: int = flag(128, "positions per evaluation segment; its memory is mem_len + tgt_len - eval_tgt_len", "model", low=1)
+    eval_batch_size: int = flag(10, "sequences per evaluation batch", "run", low=1)
+    mask_rate: float = flag(0.15, "share of pieces masked for prediction", "model", above=0, below=1)
+    max_eval_steps: int = flag(-1, "batches per validation during training (-1: all)", "run", low=1, special=-1)
+    max_test_steps: int = flag(-1, "batches of the final test (-1: all); the record says how much was read", "run", low=1, special=-1)
+
+
+@group
+class ModelFlags:
+    title = "model"
+
+    n_layer: int = flag(4, "layers", "model teacher", low=1)
+    n_head: int = flag(8, "attention heads", "model", low=1)
+    d_head: int = flag(64, "width of one head", "model", low=1)
+    d_model: int = flag(256, "model width", "model teacher", low=1)
+    d_ff: int | None = flag(None, "hidden width of the feed-forward layer; experts share it", "model", low=1, follows="moe_num_expert")
+    d_inner: int | None = flag(None, "official: the same, but with --moe that of one expert", "model", low=1, follows="d_ff")
+    dropout: float = flag(0.1, "dropout rate", "training", low=0, below=1)
+    dropatt: float = flag(0.0, "dropout rate of attention probabilities", "training", low=0, below=1)
+    pre_lnorm: bool = flag(False, "LayerNorm before each sublayer instead of after it", "model")
+    same_length: bool = flag(False, "let every position attend equally far back", "model")
+    clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model")
+    not_tied: bool = flag(False, "separate input and output embeddings", "model")
+    init_std: float = flag(0.02, "standard deviation of the initial weights", "model", above=0)
+    dense_drop: bool = flag(False, "official: drop whole blocks of hidden units in dense feed-forward layers", "experts")
+
+
+@group
+class ExpertFlags:
+    title = "experts"
+
+    moe: bool = flag(False, "replace feed-forward layers by mixtures of experts", "experts")
+    moe_num_expert: int = flag(16, "experts per layer, E", "experts surgery", low=1)
+    moe_experts_by_layer: str | None = expert_flag(None, "experts of each MoE layer, such as 8,6,10,8", "experts surgery", since=None)
+    moe_expert_rank: int | None = expert_flag(
+        None, "rank of experts compressed by surgery.py to U V + S", "experts surgery", low=1, since=None
+    )
+    moe_sparse_share: float = expert_flag(1.0, "share of the hidden units in S", "experts surgery", above=0, high=1, since=1.0)
+    moe_prune_to: float | None = expert_flag(
+        None, "with --start_from: share of the hidden units to prune S to", "start continued", above=0, high=1, since=None
+    )
+    dense_width: str = expert_flag(
+        "expert",
+        "width of layers without experts: that of one expert (official), or of all",
+        "experts",
+        choices=("expert", "all"),
+        since="expert",
+    )
+    moe_top_k: int | None = expert_flag(None, "active experts per token, k, if constant. Default: E/2", follows="moe_num_expert")
+    gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS))
+    moe_index: str | None = expert_flag(None, "layers with experts, such as 0,1,2,3. Default: all", "experts")
+    freeze_gate: bool = expert_flag(False, "do not train the router", "training")
+    load_balance: float | None = expert_flag(
+        None, "coefficient of the load-balance loss. Default: the router's", "training", low=0, follows="gate_name"
+    )
+    dynamic_moe: bool = expert_flag(False, "change k during training", "continued")
+    dynamic_moe_mode: str = expert_flag("linear_increase", "schedule of k", "training", choices=SCHEDULES)
+    dynamic_overall_steps: int = expert_flag(-1, "steps over which k changes (-1: --max_step)", low=1, special=-1, follows="max_step")
+    moe_top_k_min: int | None = expert_flag(None, "smallest k of the schedule. Default: E/2", follows="moe_num_expert")
+    moe_top_k_max: int | None = expert_flag(None, "largest k of the schedule. Default: E", follows="moe_num_expert")
+    output_scale: str = expert_flag(
+        "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
+    )
+    gate_weight: str = expert_flag(
+        "softmax", "expert weights: softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight)
+    )
+    expert_backend: str = expert_flag("auto", "implementation of the experts; all give the same result", "run", choices=("auto", *BACKENDS))
+    attn_moe: bool = expert_flag(False, "official: queries, keys and values from 16 top-1 experts, in MoE layers", "experts")
+    freeze_main_network: bool = expert_flag(False, "official: do not train the experts")
+    freeze_main_network_all: bool = expert_flag(False, "official: within the layers, train the routers only")
+    dynamic_router_start: int = expert_flag(-1, "official: step at which the router is frozen (-1: see --freeze_gate)", low=0, special=-1)
+
+
+@group
+class OptimiserFlags:
+    title = "optimiser"
+
+    optim: str = flag("adam", "optimiser", choices=("adam", "adamw", "sgd", "adagrad"))
+    lr: float = flag(2.5e-4, "learning rate", above=0)
+    mom: float = flag(0.0, "momentum of sgd", low=0)
+    weight_decay: float = flag(0.01, "weight decay of adamw", low=0)
+    scheduler: str = flag("cosine", "learning-rate schedule", choices=("cosine", "linear", "inv_sqrt", "constant", "dev_perf"))
+    warmup_step: int = flag(0, "steps of linear warm-up", low=0)
+    eta_min: float = flag(0.0, "final learning rate of cosine", low=0)
+    decay_rate: float = flag(0.5, "dev_perf: factor applied when validation stops improving", above=0)
+    patience: int = flag(0, "dev_perf: validations without improvement before the decay", low=0)
+    lr_min: float = flag(0.0, "dev_perf: smallest learning rate", low=0)
+    clip: float = flag(0.25, "largest gradient norm", above=0)
+    max_step: int = flag(400_000, "training steps", low=1)
+    swad: bool = flag(False, "average the weights over steps swad_start to swad_end, and evaluate the average as well", "run")
+    swad_start: int = flag(0, "first step of the average", "run", low=0, needs="swad")
+    swad_end: int = flag(-1, "last step of the average (-1: --max_step)", "run", low=1, special=-1, follows="max_step")
+
+
+@group
+class MachineFlags:
+    title = "machine and logging"
+
+    device: str = flag("auto", "auto: a GPU if there is one", "run", choices=("auto", "cpu", "cuda"))
+    cuda: bool = flag(False, "official: --device cuda", "run unstored")
+    multi_gpu: bool = flag(False, "official, no effect: start several GPUs with torchrun --nproc_per_node N", "run unstored")
+    precision: str = flag("fp32", "fp32, or bf16 autocast", "run", choices=("fp32", "bf16"))
+    threads: int = flag(0, "CPU threads per process (0: torch's choice)", "run", low=0)
+    compile: bool = flag(False, "train with torch.compile; refused for methods it cannot capture", "run", since=False)
+    tune_cpu: bool = flag(False, "on a CPU: keep freed memory, and use oneDNN for fp32 products where no precision is lost", "run")
+    log_interval: int = flag(200, "steps between log lines", "run", low=1)
+    eval_interval: int = flag(4000, "steps between validations, each followed by a checkpoint", "run", low=1)
+    save_interval: int = flag(0, "steps between additional checkpoints (0: none)", "run", low=0)
+
+
+@group
+class Flags(MachineFlags, OptimiserFlags, ExpertFlags, ModelFlags, DataFlags, StartFlags, RunFlags):
+    """Pre-trains a language model, dense or with experts, and tests it at every number of active experts."""
 
     def default_folder(self) -> str:
-        """Where runs of one table lie side by side."""
-        start = f"/from/{PurePath(self.start_from).name}" if self.start_from else ""
-        model = f"/{self.model}" if self.model in OF_PIECES else ""
+        """The folder that holds the runs of one table."""
+        origin = {"from": self.start_from, "settings_from": self.settings_from}
+        start = "".join(f"/{word}/{PurePath(path).name}" for word, path in origin.items() if path)
+        model = f"/{self.model}" if self.model != RunFlags.model else ""
         return f"runs/{self.preset}{model}/{self.dataset}{start}"
 
 
-@dataclass(frozen=True)
-class FinetuneFlags(Flags):
-    """Fine-tunes a pre-trained model on a task and tests it at every number of active experts"""
+@group
+class TaskFlags:
+    title = "task"
 
-    # --- what to start from, and what for; sizes and method are the checkpoint's
-    task: str = "sst2"
-    """sst2, csqa, asdiv_a, mawps or svamp"""
-    checkpoint: str = ""
-    """a finished run of train.py, one of its checkpoints/step-*, a folder of smoe_dropout.save_pretrained, or of weights"""
-    expect: str | None = None
-    """refuse a checkpoint of another method; one without experts stands for all that have none"""
-    from_scratch: bool = False
-    """start from random weights, in a model like the checkpoint's"""
-    fold: int = 0
-    """asdiv_a and mawps: which of the five folds is held out"""
-    max_length: int = 512
-    """positions a row may have; a longer one is refused"""
-    tokenizer: str | None = None
-    """of bert and roberta: the folder; default the one in the text that the checkpoint was trained on"""
+    task: str = flag("sst2", "what to fine-tune on", "run", choices=TASKS)
+    checkpoint: str = folder(
+        "", "finished run, one of its checkpoints/step-*, folder of surgery.py or save_pretrained, or weights", "run replaceable"
+    )
+    expect: str | None = flag(
+        None, "refuse a checkpoint of another method (dense ones pass for each other)", "run replaceable", choices=METHODS
+    )
+    from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
+    fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
+    max_length: int = flag(512, "most positions of a row; a longer one is refused", "run", low=3)
+    tokenizer: str | None = folder(None, "word pieces: folder of the tokenizer. Default: that of the checkpoint's text", "run")
+
+
+@group
+class FinetuneFlags(Flags, TaskFlags):
+    """Fine-tunes a pre-trained model on a task and tests it at every number of active experts. The checkpoint sets the model's flags."""
+
+    hidden = (StartFlags.title,)  # refused, so not listed by --help
 
     def default_folder(self) -> str:
-        fold = f"/fold{self.fold}" if KINDS[self.task].folds > 1 else ""
+        fold = f"/fold{self.fold}" if kind_of(self.task).folds > 1 else ""
         start = "/from_scratch" if self.from_scratch else ""
         return f"runs/{self.preset}/table2/{self.model}/{self.task}{fold}{start}"
 
 
-# official flags that make no sense here: refused with what to use, never ignored
-REFUSED: dict[str, str] = {
-    "fp16": "use --precision bf16",
-    "static_loss_scale": "use --precision bf16, which needs no loss scale",
-    "dynamic_loss_scale": "use --precision bf16, which needs no loss scale",
-    "restart": "start the same command again: it resumes from its --work_dir",
-    "restart_dir": "start the same command again: it resumes from its --work_dir",
-    "debug": "use --max_step and another --work_dir",
-    "gpu0_bsz": "use torchrun --nproc_per_node N train.py, which splits the batch evenly",
-    "ext_len": "use --mem_len",
-    "d_embed": "the embedding has the width --d_model",
-    "attn_type": "attention is the official default, relative with memory (0)",
-    "adaptive": "data are bytes: the softmax needs no clusters",
-    "div_val": "data are bytes: the softmax needs no clusters",
-    "sample_softmax": "data are bytes: the softmax is never sampled",
-    "varlen": "segments have the fixed length --tgt_len",
-    "init": "weights start from N(0, --init_std^2)",
-    "init_range": "weights start from N(0, --init_std^2)",
-    "emb_init": "weights start from N(0, --init_std^2)",
-    "emb_init_range": "weights start from N(0, --init_std^2)",
-    "proj_init_std": "weights start from N(0, --init_std^2)",
-    "clip_nonemb": "use --clip, which takes all parameters",
-    "finetune_v2": "use finetune.py",
-    "finetune_v3": "use finetune.py",
-    "expert_drop": "use --dense_drop --method_options rate=0.5",
-    "num_expert": "use --moe_num_expert, or for --dense_drop --method_options blocks=16",
-    "min_temp": "use --method_options min_temp=0.3",
-    "max_temp": "use --method_options max_temp=2",
-    "threshold": "use --method_options threshold=0.001",
-}
-# flags that mean nothing to a model, and have to be left out
-_OF_TRANSFORMER_XL = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe", "dense_width")
-OF_PIECES = ("bert", "roberta")
-MEANINGLESS = {"transformer_xl": ("mask_rate",), "bert": _OF_TRANSFORMER_XL, "roberta": _OF_TRANSFORMER_XL}
-CHOICES = {
-    "model": tuple(PRESETS),
-    "preset": tuple(PRESETS["transformer_xl"]),
-    "optim": ("adam", "adamw", "sgd", "adagrad"),
-    "scheduler": ("cosine", "linear", "inv_sqrt", "constant", "dev_perf"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32", "bf16"),
-    "dynamic_moe_mode": tuple(SCHEDULES),
-    "dense_width": ("expert", "all"),
-}
-POSITIVE = (
-    *("batch_size", "batch_chunk", "tgt_len", "eval_tgt_len", "eval_batch_size", "n_layer", "n_head", "d_head", "d_model"),
-    *("moe_num_expert", "max_step", "log_interval", "eval_interval"),
-)
-OF_EXPERTS = (
-    *("moe_top_k", "gate_name", "moe_index", "freeze_gate", "load_balance", "dynamic_moe", "dynamic_moe_mode", "dynamic_overall_steps"),
-    *("moe_experts_by_layer", "moe_expert_rank", "moe_sparse_share", "moe_prune_to"),
-    *("moe_top_k_min", "moe_top_k_max", "output_scale", "gate_weight", "dense_width", "expert_backend"),
-    *("attn_moe", "freeze_main_network", "freeze_main_network_all", "dynamic_router_start"),
-)
-# what decides a run but not what method it is; and what follows from other flags unless it is given
-OF_THE_RUN = (
-    *(
-        "method",
-        "model",
-        "preset",
-        "work_dir",
-        "run_name",
-        "seed",
-        "yes",
-        "start_from",
-        "teacher",
-        "teacher_weight",
-        "teacher_temperature",
-        "eval_only",
-        "k",
-        "data",
-        "dataset",
-        "batch_chunk",
-        "eval_batch_size",
-        "task",
-        "checkpoint",
-        "expect",
-        "fold",
-        "max_length",
-        "tokenizer",
-    ),
-    *(
-        "max_eval_steps",
-        "max_test_steps",
-        "expert_backend",
-        "swad",
-        "swad_start",
-        "swad_end",
-        "device",
-        "cuda",
-        "multi_gpu",
-        "precision",
-        "threads",
-        "compile",
-        "tune_cpu",
-    ),
-    *("log_interval", "eval_interval", "save_interval"),
-)
-# flags that older runs do not say, and what they were made with
-SINCE = {
-    **{"start_from": None, "teacher": None, "teacher_weight": 0.2, "teacher_temperature": 2.0},
-    **{"moe_experts_by_layer": None, "moe_expert_rank": None, "moe_sparse_share": 1.0, "moe_prune_to": None, "compile": False},
-    "dense_width": "expert",
-}
-OF_THE_START = ("from_scratch",)  # of fine-tuning, and said beside the method
-DERIVED = ("d_ff", "d_inner", "moe_top_k", "moe_top_k_min", "moe_top_k_max", "dynamic_overall_steps", "load_balance")
-NOT_NEGATIVE = (
-    "mem_len",
-    "warmup_step",
-    "mom",
-    "eta_min",
-    "lr_min",
-    "patience",
-    "threads",
-    "save_interval",
-    "seed",
-    "swad_start",
-    "weight_decay",
-)
-# what the weights mean: the checkpoint's, always
-OF_THE_MODEL = (
-    *("model", "n_layer", "n_head", "d_head", "d_model", "d_ff", "d_inner", "tgt_len", "mem_len", "eval_tgt_len", "mask_rate"),
-    *("pre_lnorm", "same_length", "clamp_len", "not_tied", "init_std"),
-)
+@group
+class OperationFlags:
+    title = "operation"
+
+    source: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py", name="from")
+    method: str = flag(MISSING, "how the model is made smaller", choices=(*SURGERIES, COMPRESS))
+    keep: int | None = flag(None, "experts to keep per layer; merge, average and drop: on average", only=tuple(SURGERIES))
+    by_layer: bool = flag(False, "keep the same number in every layer", "option", only=("merge", "average", "drop"))
+    score: str | None = flag(None, "how experts are ranked. Default: usage", "option", choices=SCORES, only=("keep_best",))
+    rank: int | None = flag(None, "rank of U V in W = U V + S", "option", only=(COMPRESS,))
+    kept: float | None = flag(None, "share of the hidden units left in S after training", "option", above=0, high=1, only=(COMPRESS,))
+    seed: int = same_flag(Flags, "seed", help="random seed of samples and clusters")
+    out: str | None = folder(None, "folder to write. Default: runs/<preset>/surgery/<run>-<method>-<keep>, with options and task")
 
 
-OF_THE_EXPERTS = (
-    *("method", "moe", "moe_num_expert", "moe_experts_by_layer", "gate_name", "moe_index", "output_scale", "gate_weight", "attn_moe"),
-    *("moe_expert_rank", "moe_sparse_share", "dense_drop", "dense_width"),
-)
+@group
+class CalibrationFlags:
+    title = "calibration and test"
+
+    calibrate: str | None = folder(None, "prepared text, or with --task its rows. Default: the run's text, or data/<task>", "calibration")
+    task: str | None = flag(None, "calibrate on the rows of a task instead of a text; padding is not counted", "calibration", choices=TASKS)
+    fold: int | None = flag(None, "tasks with folds: the one not read, to hold out in fine-tuning. Default: 0", "calibration", low=0)
+    k: int | None = flag(None, "active experts during calibration. Default: E/2; at E, usage is uniform", "calibration")
+    tokens: int = flag(65_536, "positions to read", low=1)
+    data: str | None = folder(None, "prepared text to test both models on. Default: the run's")
+    max_test_steps: int | None = same_flag(Flags, "max_test_steps", default=None, help="batches per test (-1: all). Default: the run's")
+    device: str = same_flag(Flags, "device")
+    threads: int = same_flag(Flags, "threads")
 
 
-# what it is trained with: the checkpoint's, unless something else is asked for
-KEPT = ("dynamic_moe_mode", "method_options", "dropout", "dropatt", "freeze_gate", "load_balance")
+@group
+class SurgeryFlags(CalibrationFlags, OperationFlags):
+    """Makes a trained mixture-of-experts model smaller, and measures both models."""
+
+
+@group
+class GenerateFlags:
+    """Continues a prompt, byte by byte, with a trained Transformer-XL at any number of active experts."""
+
+    title = "generation"
+
+    checkpoint: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py")
+    k: int | None = flag(None, "active experts. Default: all")
+    prompt: str | None = flag(None, "text to continue. Default: standard input if it is a pipe, else a newline")
+    length: int = flag(500, "bytes to write", low=1)
+    temperature: float = flag(0.8, "sampling temperature (0: always the likeliest byte)", low=0)
+    top_p: float = flag(0.95, "sample among the likeliest bytes that together have this probability", above=0, high=1)
+    seed: int = same_flag(Flags, "seed", help="random seed")
+    precision: str = same_flag(Flags, "precision", help="precision of the weights")
+    threads: int = same_flag(Flags, "threads")
+
+
+def names(*, role: str | None = None, group: str | None = None, follows: str | None = None, kind: type = FinetuneFlags) -> tuple[str, ...]:
+    """The flags of a program with a role, in a group, or derived from another flag, in order of declaration."""
+    inside = specs(groups(kind)[group]) if group else specs(kind)
+    return tuple(
+        name for name, spec in inside.items() if (role is None or role in spec.roles) and (follows is None or spec.follows == follows)
+    )
+
+
+def defaults_before() -> dict:
+    """The values that runs made before these flags existed stand for."""
+    return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}

@@ -1,196 +1,81 @@
-"""Sizes and lengths by model and name. A preset gives defaults for flags; what stands on the command line wins."""
+"""Presets: named defaults of sizes and lengths. Those of pre-training are found by a model's entry in models.py."""
 
-_TRANSFORMER_XL: dict[str, dict] = {
+from utils.flags.models import MODELS
+
+TRANSFORMER_XL: dict[str, dict] = {
     # arXiv 2303.01610 and its official scripts: Transformer-XL on enwik8, 400,000 steps; meant for a GPU
     "paper": {
-        "dataset": "enwik8",
-        "n_layer": 4,
-        "d_model": 256,
-        "n_head": 8,
-        "d_head": 64,
-        "d_ff": 8192,
-        "dropout": 0.1,
-        "lr": 2.5e-4,
-        "max_step": 400_000,
-        "batch_size": 22,
-        "tgt_len": 512,
-        "mem_len": 512,
-        "eval_tgt_len": 128,
-        "log_interval": 200,
-        "eval_interval": 4000,
-        "precision": "fp32",
+        **{"dataset": "enwik8", "n_layer": 4, "d_model": 256, "n_head": 8, "d_head": 64, "d_ff": 8192, "dropout": 0.1},
+        **{"lr": 2.5e-4, "max_step": 400_000},
+        **{"batch_size": 22, "tgt_len": 512, "mem_len": 512, "eval_tgt_len": 128},
+        **{"log_interval": 200, "eval_interval": 4000, "precision": "fp32"},
     },
-    # 1.4 M parameters, 6 M tokens: about ten minutes a method on one core whose bf16 products are native. Too little text to overfit,
-    # hence no dropout
+    # 1.4 M parameters, 6 M tokens: about ten minutes per method on one core with native bf16 products. Training is too short to
+    # overfit, hence no dropout
     "laptop": {
-        "dataset": "enwik8",
-        "n_layer": 4,
-        "d_model": 128,
-        "n_head": 4,
-        "d_head": 32,
-        "d_ff": 1024,
-        "dropout": 0.0,
-        "lr": 1e-3,
-        "max_step": 3000,
-        "batch_size": 16,
-        "tgt_len": 128,
-        "mem_len": 128,
-        "eval_tgt_len": 128,
-        "log_interval": 50,
-        "eval_interval": 500,
-        "max_eval_steps": 40,
-        "max_test_steps": 400,
-        "precision": "bf16",
-        "tune_cpu": True,
+        **{"dataset": "enwik8", "n_layer": 4, "d_model": 128, "n_head": 4, "d_head": 32, "d_ff": 1024, "dropout": 0.0},
+        **{"lr": 1e-3, "max_step": 3000},
+        **{"batch_size": 16, "tgt_len": 128, "mem_len": 128, "eval_tgt_len": 128},
+        **{"log_interval": 50, "eval_interval": 500, "max_eval_steps": 40, "max_test_steps": 400, "precision": "bf16", "tune_cpu": True},
     },
-    # the quickstart's: a minute or two a method on two cores, any processor
+    # for the quickstart: one or two minutes per method on two cores of any processor
     "quick": {
-        "dataset": "enwik8",
-        "n_layer": 2,
-        "d_model": 128,
-        "n_head": 4,
-        "d_head": 32,
-        "d_ff": 512,
-        "dropout": 0.0,
-        "lr": 2e-3,
-        "max_step": 1200,
-        "batch_size": 16,
-        "tgt_len": 64,
-        "mem_len": 64,
-        "eval_tgt_len": 64,
-        "log_interval": 50,
-        "eval_interval": 300,
-        "max_eval_steps": 40,
-        "max_test_steps": 80,
-        "precision": "fp32",
-        "tune_cpu": True,
+        **{"dataset": "enwik8", "n_layer": 2, "d_model": 128, "n_head": 4, "d_head": 32, "d_ff": 512, "dropout": 0.0},
+        **{"lr": 2e-3, "max_step": 1200},
+        **{"batch_size": 16, "tgt_len": 64, "mem_len": 64, "eval_tgt_len": 64},
+        **{"log_interval": 50, "eval_interval": 300, "max_eval_steps": 40, "max_test_steps": 80, "precision": "fp32", "tune_cpu": True},
     },
 }
 
-# BERT and RoBERTa; {pieces}: the tokenizer
+# BERT and RoBERTa; {tokenizer} is the model's
 _ENCODER: dict[str, dict] = {
-    # arXiv 2303.01610: AdamW 5e-5, linear decay, batch 64, 100,000 steps; base size with the feed-forward width doubled, and 512 pieces,
-    # are the usual reading
+    # arXiv 2303.01610: AdamW 5e-5, linear decay, batch 64, 100,000 steps. Not stated there: the base size with doubled feed-forward width,
+    # and 512 pieces
     "paper": {
-        "dataset": "bookcorpus-{pieces}",
-        "n_layer": 12,
-        "d_model": 768,
-        "n_head": 12,
-        "d_ff": 6144,
-        "dropout": 0.1,
-        "dropatt": 0.1,
-        "optim": "adamw",
-        "scheduler": "linear",
-        "lr": 5e-5,
-        "clip": 1.0,
-        "max_step": 100_000,
-        "batch_size": 64,
-        "eval_batch_size": 64,
-        "tgt_len": 512,
-        "log_interval": 200,
-        "eval_interval": 5000,
-        "max_eval_steps": 50,
-        "precision": "bf16",
+        **{"dataset": "bookcorpus-{tokenizer}", "n_layer": 12, "d_model": 768, "n_head": 12, "d_ff": 6144, "dropout": 0.1, "dropatt": 0.1},
+        **{"optim": "adamw", "scheduler": "linear", "lr": 5e-5, "clip": 1.0, "max_step": 100_000},
+        **{"batch_size": 64, "eval_batch_size": 64, "tgt_len": 512},
+        **{"log_interval": 200, "eval_interval": 5000, "max_eval_steps": 50, "precision": "bf16"},
     },
     "laptop": {
-        "dataset": "books-{pieces}",
-        "n_layer": 4,
-        "d_model": 128,
-        "n_head": 4,
-        "d_ff": 1024,
-        "dropout": 0.0,
-        "optim": "adamw",
-        "scheduler": "linear",
-        "lr": 1e-3,
-        "clip": 1.0,
-        "warmup_step": 100,
-        "max_step": 2000,
-        "batch_size": 32,
-        "eval_batch_size": 32,
-        "tgt_len": 64,
-        "log_interval": 50,
-        "eval_interval": 500,
-        "max_eval_steps": 40,
-        "precision": "bf16",
-        "tune_cpu": True,
+        **{"dataset": "books-{tokenizer}", "n_layer": 4, "d_model": 128, "n_head": 4, "d_ff": 1024, "dropout": 0.0},
+        **{"optim": "adamw", "scheduler": "linear", "lr": 1e-3, "clip": 1.0, "warmup_step": 100, "max_step": 2000},
+        **{"batch_size": 32, "eval_batch_size": 32, "tgt_len": 64},
+        **{"log_interval": 50, "eval_interval": 500, "max_eval_steps": 40, "precision": "bf16", "tune_cpu": True},
     },
     "quick": {
-        "dataset": "books-{pieces}",
-        "n_layer": 2,
-        "d_model": 64,
-        "n_head": 2,
-        "d_ff": 256,
-        "dropout": 0.0,
-        "optim": "adamw",
-        "scheduler": "linear",
-        "lr": 2e-3,
-        "clip": 1.0,
-        "warmup_step": 50,
-        "max_step": 600,
-        "batch_size": 16,
-        "eval_batch_size": 16,
-        "tgt_len": 64,
-        "log_interval": 50,
-        "eval_interval": 200,
-        "max_eval_steps": 20,
-        "max_test_steps": 80,
-        "precision": "fp32",
-        "tune_cpu": True,
+        **{"dataset": "books-{tokenizer}", "n_layer": 2, "d_model": 64, "n_head": 2, "d_ff": 256, "dropout": 0.0},
+        **{"optim": "adamw", "scheduler": "linear", "lr": 2e-3, "clip": 1.0, "warmup_step": 50, "max_step": 600},
+        **{"batch_size": 16, "eval_batch_size": 16, "tgt_len": 64},
+        **{"log_interval": 50, "eval_interval": 200, "max_eval_steps": 20, "max_test_steps": 80, "precision": "fp32", "tune_cpu": True},
     },
 }
 
 
-def _encoder(pieces: str) -> dict[str, dict]:
-    return {name: {**values, "dataset": values["dataset"].format(pieces=pieces)} for name, values in _ENCODER.items()}
+def _encoder(tokenizer: str) -> dict[str, dict]:
+    return {name: {**values, "dataset": values["dataset"].format(tokenizer=tokenizer)} for name, values in _ENCODER.items()}
 
 
-PRESETS: dict[str, dict[str, dict]] = {
-    "transformer_xl": _TRANSFORMER_XL,
-    "bert": _encoder("bert-base-uncased"),
-    "roberta": _encoder("roberta-base"),
-}
+BERT, ROBERTA = _encoder("bert-base-uncased"), _encoder("roberta-base")
+PRESET_NAMES = tuple(TRANSFORMER_XL)
 
 _FINETUNING: dict[str, dict] = {
-    # arXiv 2303.01610, SST-2 from Transformer-XL. Of the other tasks, and of BERT and RoBERTa, no settings are published
+    # arXiv 2303.01610, SST-2 from Transformer-XL. No settings are published for the other tasks, nor for BERT and RoBERTa
     "paper": {
-        "optim": "adam",
-        "scheduler": "cosine",
-        "lr": 1e-4,
-        "clip": 0.25,
-        "max_step": 5000,
-        "batch_size": 16,
-        "eval_batch_size": 32,
-        "log_interval": 100,
-        "eval_interval": 500,
-        "precision": "fp32",
+        **{"optim": "adam", "scheduler": "cosine", "lr": 1e-4, "clip": 0.25, "max_step": 5000},
+        **{"batch_size": 16, "eval_batch_size": 32},
+        **{"log_interval": 100, "eval_interval": 500, "precision": "fp32"},
     },
     "laptop": {
-        "optim": "adam",
-        "scheduler": "cosine",
-        "lr": 2e-4,  # 5e-4 learns more slowly, and 1e-3 nothing
-        "clip": 0.25,
-        "warmup_step": 100,
-        "max_step": 2400,
-        "batch_size": 32,
-        "eval_batch_size": 32,
-        "log_interval": 50,
-        "eval_interval": 600,
-        "precision": "bf16",
-        "tune_cpu": True,
+        # lr: 5e-4 converges more slowly, and 1e-3 not at all
+        **{"optim": "adam", "scheduler": "cosine", "lr": 2e-4, "clip": 0.25, "warmup_step": 100, "max_step": 2400},
+        **{"batch_size": 32, "eval_batch_size": 32},
+        **{"log_interval": 50, "eval_interval": 600, "precision": "bf16", "tune_cpu": True},
     },
     "quick": {
-        "optim": "adam",
-        "scheduler": "cosine",
-        "lr": 1e-3,
-        "clip": 0.25,
-        "warmup_step": 50,
-        "max_step": 400,
-        "batch_size": 16,
-        "eval_batch_size": 32,
-        "log_interval": 50,
-        "eval_interval": 200,
-        "precision": "fp32",
-        "tune_cpu": True,
+        **{"optim": "adam", "scheduler": "cosine", "lr": 1e-3, "clip": 0.25, "warmup_step": 50, "max_step": 400},
+        **{"batch_size": 16, "eval_batch_size": 32},
+        **{"log_interval": 50, "eval_interval": 200, "precision": "fp32", "tune_cpu": True},
     },
 }
 _FINETUNING_ENCODER: dict[str, dict] = {
@@ -198,7 +83,7 @@ _FINETUNING_ENCODER: dict[str, dict] = {
     "laptop": {"optim": "adamw", "scheduler": "linear", "clip": 1.0},
     "quick": {"optim": "adamw", "scheduler": "linear", "clip": 1.0},
 }
-# a step of these reads three to eight times the bytes of one of SST-2
+# their rows are three to eight times as long as those of SST-2
 _WORD_PROBLEMS_ON_A_LAPTOP = {"lr": 5e-4, "max_step": 800, "eval_interval": 400}
 _FINETUNING_TASK: dict[str, dict[str, dict]] = {
     "laptop": {
@@ -209,6 +94,6 @@ _FINETUNING_TASK: dict[str, dict[str, dict]] = {
 
 
 def finetuning(task: str, preset: str, model: str) -> dict:
-    """How a model is fine-tuned on a task."""
-    of_encoders = _FINETUNING_ENCODER[preset] if model in ("bert", "roberta") else {}
-    return {**_FINETUNING[preset], **of_encoders, **_FINETUNING_TASK.get(preset, {}).get(task, {})}
+    """Flags of a preset for fine-tuning a model on a task."""
+    encoder = _FINETUNING_ENCODER[preset] if MODELS[model].reads == "pieces" else {}
+    return {**_FINETUNING[preset], **encoder, **_FINETUNING_TASK.get(preset, {}).get(task, {})}

@@ -1,19 +1,27 @@
-"""The models that can be pre-trained, one file each, by the name of --model. A file says:
+"""The loading of a model registered in utils.flags.models.
 
-TITLE: as in tables. SIZES: the flags of its sizes, as they are recorded. Task: what it is pre-trained on. build(flags, vocabulary): the
-dense model, called as model(*inputs, state) -> (token losses, state, logits). blocks(model): its layers. forward_flops(model, shape, k).
+Its file (`module`) defines
 
-For fine-tuning: hidden_states(model, tokens [N, T], lengths [N]) -> [N, T, D]. summary(hidden, lengths) -> [N, D]: the position that has
-seen the whole row. without_head(model): the same, no longer predicting tokens. CAUSAL: whether it can continue a text.
+    TITLE, SIZES                                 its name in tables, and the flags of its sizes, as they are recorded
+    Task                                         what it is pre-trained on
+    build(flags, vocabulary)                     the dense model, called as model(*inputs, state) -> (token losses, state, logits)
+    blocks(model)                                its layers
+    forward_flops(model, shape, k)               operations of one forward pass, k experts active (None: as many as are active now)
+    hidden_states(model, tokens_NT, lengths_N)   [N, T, D], for fine-tuning
+    summary(hidden_NTD, lengths_N)               [N, D]: the position that has attended to the whole row
+    without_head(model)                          the same model without its output layer
+    CAUSAL                                       whether it can continue a text
 """
 
 import importlib
 from types import ModuleType
 from typing import NamedTuple
 
+from utils.flags.models import MODELS
+
 
 class Shape(NamedTuple):
-    """Of one pass: rows, positions of each, positions remembered from the pass before, positions with a loss (None: all)."""
+    """Size of one pass: rows, positions of each, positions remembered from the pass before, positions with a loss (None: all)."""
 
     rows: int
     positions: int
@@ -22,5 +30,5 @@ class Shape(NamedTuple):
 
 
 def architecture(name: str) -> ModuleType:
-    """The file of a model."""
-    return importlib.import_module(f"utils.models.{name}")
+    """The module of a registered model."""
+    return importlib.import_module(MODELS[name].module)

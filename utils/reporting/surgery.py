@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoe_dropout.registry import SURGERIES
-from utils.cli.surgery import COMPRESS
 from utils.errors import UserError, run_main
+from utils.flags.fields import COMPRESS
 from utils.formatting import short_number
 from utils.reporting.records import Record, find_records, get, named_architecture, read_record, replicate, slug, split_of
 from utils.reporting.tables import DASH, Cell, Table, to_markdown, update_readme

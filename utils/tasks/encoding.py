@@ -8,7 +8,8 @@ import numpy as np
 from utils.checkpoints.origin import Source
 from utils.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from utils.errors import UserError
-from utils.flags.fields import OF_PIECES, FinetuneFlags
+from utils.flags.fields import FinetuneFlags
+from utils.flags.models import MODELS
 
 
 class Text(ABC):
@@ -46,7 +47,7 @@ class Pieces(Text):
 
 def text_of(flags: FinetuneFlags, source: Source) -> Text:
     """UserError where the checkpoint's tokenizer is not to be found, or is another."""
-    if flags.model not in OF_PIECES:
+    if MODELS[flags.model].reads == "bytes":
         return Bytes()
     folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
     if flags.tokenizer is None and not Path(folder).is_dir():

@@ -3,35 +3,36 @@
 import dataclasses
 from typing import Any
 
-from smoe_dropout.registry import METHODS, load
 from utils.checkpoints.origin import Source
-from utils.flags.derive import built_options, finetuning_k, resolve, training_flags, usual_flags
-from utils.flags.fields import DERIVED, OF_EXPERTS, OF_THE_MODEL, OF_THE_RUN, OF_THE_START, FinetuneFlags, Flags
+from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
+from utils.flags.fields import FinetuneFlags, Flags, names
 from utils.flags.presets import finetuning
 
 
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where decided flags depart from what the preset says, and where from what the method says: another row, or another table."""
-    own = [field.name for field in dataclasses.fields(flags) if field.name not in (*OF_THE_RUN, *DERIVED)]
+    derived = names(role="derived")
+    own = [field.name for field in dataclasses.fields(flags) if field.name not in (*names(role="run"), *derived)]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
-    found |= {name: getattr(flags, name) for name in DERIVED if getattr(flags, name) != getattr(follows, name)}
+    found |= {name: getattr(flags, name) for name in derived if getattr(flags, name) != getattr(follows, name)}
     if flags.d_ff != usual.d_ff:
         found["d_ff"] = flags.d_ff
-    experts = {name: value for name, value in found.items() if name in (*OF_EXPERTS, "moe", "moe_num_expert", "d_inner")}
+    experts = {name: value for name, value in found.items() if name in (*names(group="experts"), "d_inner")}
     found.pop("method_options", None)
     given = [
         (field.name, getattr(built, field.name), field.default) for built in built_options(flags) for field in dataclasses.fields(built)
     ]
+    variants = names(role="variant")
     options = {name: value for name, value, default in given if value != default}
-    of_method = (experts if flags.moe else {}) | {name: found[name] for name in found if name in OF_THE_START} | options
-    return {name: value for name, value in found.items() if name not in (*experts, *OF_THE_START)}, of_method
+    of_method = (experts if flags.moe else {}) | {name: found[name] for name in found if name in variants} | options
+    return {name: value for name, value in found.items() if name not in (*experts, *variants)}, of_method
 
 
 def start_departures(flags: Flags, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where a run departs from what its preset says, and where from what its method says, or did before."""
-    operated = ("moe_num_expert", "moe_experts_by_layer", "moe_expert_rank", "moe_sparse_share") if source.surgery else ()
-    made = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "method", "moe", *operated)}
+    operated = names(role="surgery") if source.surgery else ()
+    made = {name: getattr(flags, name) for name in (*names(role="model"), "method", "moe", *operated)}
     usual = Flags(**{**training_flags(flags.model, flags.method, flags.preset), **made, "preset": flags.preset})
     of_preset, of_method = departures(flags, usual)
     taught = {"teacher_weight": flags.teacher_weight, "teacher_temperature": flags.teacher_temperature} if flags.teacher else {}
@@ -50,11 +51,9 @@ def finetuning_departures(flags: FinetuneFlags, source: Source) -> tuple[dict[st
 
 def _usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
     """What the preset says of fine-tuning, the method of its experts, and the checkpoint of the model."""
-    meant = load(METHODS, "method", flags.method).flags if flags.method else {}
     made = ("dropout", "dropatt", "dynamic_moe_mode")
-    sizes = {name: getattr(flags, name) for name in (*OF_THE_MODEL, "method", "moe")}
+    sizes = {name: getattr(flags, name) for name in (*names(role="model"), "method", "moe")}
     sizes |= {name: source.flags.get(name, getattr(flags, name)) for name in made}
-    of_surgery = ("moe_num_expert", "moe_experts_by_layer", "moe_expert_rank", "moe_sparse_share")
-    values = {**meant, **sizes, **{name: getattr(flags, name) for name in of_surgery}}
+    values = {**method_flags(flags.method), **sizes, **{name: getattr(flags, name) for name in names(role="surgery")}}
     how = finetuning(flags.task, flags.preset, flags.model)
     return FinetuneFlags(**{**values, **how, **finetuning_k(values), "task": flags.task, "dataset": flags.task, "preset": flags.preset})

@@ -20,6 +20,7 @@ from utils.checkpoints import storage
 from utils.data.corpus import Corpus
 from utils.engine import Engine
 from utils.errors import UserError, run_main
+from utils.flags.derive import stored_flags
 from utils.flags.fields import Flags
 from utils.tasks.base import Task
 from utils.training.evaluation import forked_random
@@ -89,7 +90,6 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
 
 def main(arguments: list[str]) -> None:
     """Adds `routing` to the result.json of finished runs."""
-    from utils.cli.train import stored_run
     from utils.models.registry import architecture
 
     if not arguments:
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
         path = folder / "result.json"
         if not path.exists():
             raise UserError(f"{path} is missing: only a finished run can be described")
-        flags = stored_run(["--eval_only", "--work_dir", str(folder)])
+        flags = stored_flags(folder)
         with Engine(flags) as engine:
             task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
             model = engine.prepare(task.build())

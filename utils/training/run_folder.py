@@ -21,11 +21,7 @@ import torch
 from utils.checkpoints.storage import sync
 from utils.errors import UserError
 from utils.flags.derive import read_config
-from utils.flags.fields import Flags
-
-# flags that may differ between a run and its continuation: they change no number
-SAID_OTHERWISE = ("checkpoint", "start_from", "teacher", "expect")  # the weights' sha256 says what they are
-NOT_PART_OF_A_RUN = ("yes", "eval_only", "k", "work_dir", "run_name", "multi_gpu", "cuda")
+from utils.flags.fields import Flags, names
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,7 +41,7 @@ class RunFolder:
 
     def __init__(self, flags: Flags, fingerprints: dict[str, str]):
         self.path = Path(flags.work_dir)
-        config = {name: value for name, value in dataclasses.asdict(flags).items() if name not in NOT_PART_OF_A_RUN}
+        config = {name: value for name, value in dataclasses.asdict(flags).items() if name not in names(role="unstored")}
         config |= fingerprints
         self._refuse_foreign()
         try:
@@ -90,7 +86,7 @@ class RunFolder:
         differences = [
             f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
             for name in sorted(stored.keys() | config.keys())
-            if name not in SAID_OTHERWISE and stored.get(name) != config.get(name)
+            if name not in names(role="replaceable") and stored.get(name) != config.get(name)
         ]
         if differences:
             raise UserError(f"--work_dir {self.path} holds another run: {', '.join(differences)}; choose another folder, or the same flags")

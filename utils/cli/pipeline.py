@@ -1,0 +1,133 @@
+"""From a command line to decided flags, for train.py, finetune.py, surgery.py and generate.py. Imports no torch.
+
+    command line -> defaults -> inherit -> parse -> check -> decide
+
+Precedence, highest first:
+1. the command line
+2. the checkpoint: --start_from, --settings_from or --checkpoint; with --eval_only the run in --work_dir
+3. the method (smoe_dropout/methods)
+4. the preset (utils/flags/presets.py), for pre-training or for fine-tuning
+5. the declared default (utils/flags/fields.py)
+
+Flags that say what the checkpoint's weights mean cannot be given otherwise (`contradictions`). `-` and `_` are the same in names.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.checkpoints.origin import Source, open_source
+from utils.cli.arguments import Arguments, Values
+from utils.errors import UserError
+from utils.flags.check import check, check_limits, refuse
+from utils.flags.declare import flags_from
+from utils.flags.derive import parse_ks, read_config, resolve, training_flags
+from utils.flags.fields import Flags, names
+from utils.flags.models import MODELS
+from utils.flags.official import REFUSED
+from utils.flags.presets import PRESET_NAMES
+
+CHECKPOINT_FLAGS = names(role="model") + names(role="experts")  # what the weights mean
+
+
+class Program(NamedTuple):
+    """A program as the pipeline sees it.
+
+    source_flag: the flag that names a checkpoint. missing: what to give if it is required. open: opens the checkpoint. defaults: values for
+    the flags that are not given. mistakes: checks of this program only; their source is None without a checkpoint, and with --eval_only.
+    refused: flags with the reason why they are refused.
+    """
+
+    name: str
+    flags: type
+    source_flag: str
+    missing: str | None = None
+    open: Callable[[Path], Source] = open_source
+    defaults: Callable[[Any, Source | None], dict[str, Any]] = lambda command, source: {}
+    mistakes: Callable[[Any, Source | None], list[str]] = lambda flags, source: []
+    refused: Mapping[str, str] = REFUSED
+
+
+def decide(program: Program, given: Sequence[str] | Values | None = None) -> tuple[Any, Source | None]:
+    """The decided flags, and the checkpoint if there is one. Raises UserError listing all mistakes.
+
+    given: an argument vector, by default the process's, or flags as values.
+    """
+    argv = sys.argv[1:] if given is None else given
+    command = given if isinstance(given, Values) else Arguments(program.name, argv, program.refused)
+    if command.asks_for_help and program.missing:
+        command.over(program.flags, {})
+    trains = issubclass(program.flags, Flags)
+    if trains and command.has("eval_only"):
+        return _stored_run(program, command), None
+    path = command.get(program.source_flag)
+    if path is None and program.missing:
+        raise UserError(f"--{program.source_flag} is missing: {program.missing}")
+    source = None if path is None else program.open(Path(path))
+    flags = command.over(program.flags, program.defaults(command, source))
+    refuse([*command.mistakes, *(check if trains else check_limits)(flags), *program.mistakes(flags, source)])
+    if not trains:
+        return flags, source
+    flags = resolve(flags)
+    if source and source.flags.get("method", "") is None:  # a custom run stays one, whatever method its flags spell out
+        flags = dataclasses.replace(flags, method=None)
+    return flags, source
+
+
+def _stored_run(program: Program, command: Arguments) -> Flags:
+    """With --eval_only: the flags of the run in --work_dir, under the command line."""
+    folder = command.get("work_dir")
+    if folder is None:
+        raise UserError("--eval_only needs --work_dir, the folder of the run to evaluate")
+    stored = read_config(Path(folder))
+    if ("task" in stored) != ("task" in program.flags.__dataclass_fields__):
+        other = "finetune.py" if "task" in stored else "train.py"
+        raise UserError(f"{folder} is a run of {other}: evaluate it with python {other} --eval_only")
+    flags = command.over(program.flags, vars(flags_from(stored, program.flags)))
+    refuse([*command.mistakes, *check(flags), *program.mistakes(flags, None)])
+    if flags.k is not None:
+        if not flags.moe:
+            raise UserError(f"--k {flags.k}: the run in {folder} is dense; leave it out")
+        parse_ks(flags.k, flags.moe_num_expert)
+    return flags
+
+
+def inherited(command: Arguments | Values, source: Source | None) -> dict[str, Any]:
+    """Preset and method of pre-training, under what the checkpoint says of its model, its experts and its training.
+
+    Unknown names stay as they are, for `check` to report.
+    """
+    known = source.flags if source else {}
+    model = known.get("model") or command.get("model") or Flags.model
+    method = known.get("method") or command.get("method")
+    preset = command.get("preset") or known.get("preset") or Flags.preset
+    values = training_flags(model if model in MODELS else Flags.model, method, preset if preset in PRESET_NAMES else Flags.preset)
+    values |= {name: known[name] for name in CHECKPOINT_FLAGS + names(role="training") if name in known}
+    return values | {"model": model, "method": method, "preset": preset}
+
+
+def lost_width(run: Source) -> list[str]:
+    """A mistake if another number of experts would change the width of layers without experts."""
+    made = run.made
+    wide = "dense_width" in MODELS[made.model].unknown_flags or made.dense_width == "all"
+    if not wide or made.moe_index is None:
+        return []
+    return [f"{run.path} has layers without experts, as wide as all experts of a layer together: their width would be lost"]
+
+
+def dataset_of(command: Arguments | Values) -> dict[str, str]:
+    """The data set is named after the --data folder, unless --dataset names it."""
+    data = command.get("data")
+    return {"dataset": Path(data).name} if data else {}
+
+
+def contradictions(flags: Flags, source: Source, fixed: tuple[str, ...]) -> list[str]:
+    """Flags that differ from those of the checkpoint."""
+    known = source.flags
+    return [
+        f"--{name} {getattr(flags, name)}, but the checkpoint {source.path} has {name} = {known[name]}: leave it out"
+        for name in fixed
+        if name in known and getattr(flags, name) != known[name]
+    ]

@@ -1,0 +1,41 @@
+"""The model architectures by the name of --model: what flags, data and tables need to know of each. Imports no torch.
+
+Adding one: a file as described by utils.models.registry.Architecture, and a line in MODELS.
+"""
+
+import importlib
+from typing import Any, Literal, NamedTuple
+
+
+class Model(NamedTuple):
+    """An architecture as flags and tables know it, without its code.
+
+    title: as in tables. reads: units of its text, which decide what it is pre-trained on. module: its file. presets: place of its
+    pre-training presets, flags by preset name. unknown_flags: flags it has no use for, refused when given. causal: whether it can continue
+    a text. first_position: index of the first position embedding in the transformers library's configuration.
+    """
+
+    title: str
+    reads: Literal["bytes", "pieces"]
+    module: str
+    presets: str
+    unknown_flags: tuple[str, ...] = ()
+    causal: bool = True
+    first_position: int = 0
+
+
+_XL_FLAGS = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe", "dense_width")
+
+MODELS: dict[str, Model] = {
+    "transformer_xl": Model(
+        "Transformer-XL", "bytes", "utils.models.transformer_xl", "utils.flags.presets:TRANSFORMER_XL", unknown_flags=("mask_rate",)
+    ),
+    "bert": Model("BERT", "pieces", "utils.models.bert", "utils.flags.presets:BERT", _XL_FLAGS, causal=False),
+    "roberta": Model("RoBERTa", "pieces", "utils.models.roberta", "utils.flags.presets:ROBERTA", _XL_FLAGS, causal=False, first_position=2),
+}
+
+
+def presets_of(name: str) -> dict[str, dict[str, Any]]:
+    """The pre-training presets of a registered model."""
+    module, _, attribute = MODELS[name].presets.partition(":")
+    return getattr(importlib.import_module(module), attribute)
