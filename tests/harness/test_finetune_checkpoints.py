@@ -63,7 +63,7 @@ def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F8
 
 
 def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa: F811
-    """Of smoe_dropout.save_pretrained, and of transformers' own; the router is the one that was saved."""
+    """Saved by smoe_dropout.save_pretrained or by transformers; the router is the saved one."""
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     words = tiny.write_tokenizer(tmp_path / "tokenizer")

@@ -24,8 +24,10 @@ from utils.flags.models import MODELS
 
 @dataclass(frozen=True)
 class Plan:
-    """flags: the command line, decided. source: the trained model. made: the flags that describe it here. text: on which it is tested.
-    material: what is read to decide, a text or the rows of a task; rows: how these are read; both None where nothing is.
+    """An operation, its inputs opened.
+
+    flags: decided flags of the command line. source: the trained model. made: the flags that describe it. text: what it is tested on.
+    material: calibration data, a text or the rows of a task; rows: the flags to read rows with; both None if there are none.
     """
 
     flags: SurgeryFlags
@@ -37,7 +39,7 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the method, where they are given."""
+        """The options given to the method."""
         return {name: getattr(self.flags, name) for name in names(role="option", kind=SurgeryFlags) if is_given(self.flags, name)}
 
     @property
@@ -68,7 +70,7 @@ class Plan:
 
     @property
     def said(self) -> dict[str, Any]:
-        """What decides the outcome."""
+        """The part of surgery.json that decides the outcome."""
         flags, material = self.flags, self.material
         read = None
         if material is not None:
