@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.scripts.test_scripts import PAPER_ROWS, command_of
-from utils.flags.presets import PRESETS
+from utils.cli.train import parse
 
 PAGES = sorted({*ROOT.glob("*.md"), *(path for folder in ("docs", "data", "results") for path in (ROOT / folder).rglob("*.md"))})
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
@@ -100,8 +100,6 @@ def trains(page: Path, command: Command) -> bool:
 
 @pytest.mark.parametrize("command", [each for page, each in ALL if trains(page, each)], ids=lambda command: command.line.strip()[:60])
 def test_training_command_parses(command):
-    from utils.cli.train import parse
-
     script = command.program if command.program.startswith("script/") else None
     flags = parse([*(command_of(ROOT / script) if script else []), *command.arguments])[0]
     assert flags.work_dir.startswith("runs/")
@@ -118,7 +116,7 @@ def test_experiments_state_the_presets(preset):
     text = (ROOT / "docs" / "experiments.md").read_text()
     (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| `{preset}`")]
     for cell, model in zip(row[1:3], ("transformer_xl", "bert"), strict=True):
-        values = PRESETS[model][preset]
-        for stated in (f"{values['max_step']:,} steps", f"batch {values['batch_size']} x {values['tgt_len']}"):
+        flags = parse(["--model", model, "--preset", preset])[0]
+        for stated in (f"{flags.max_step:,} steps", f"batch {flags.batch_size} x {flags.tgt_len}"):
             assert stated in cell
-        assert ("bf16" in cell) == (values["precision"] == "bf16" and preset == "laptop")
+        assert ("bf16" in cell) == (flags.precision == "bf16" and preset == "laptop")

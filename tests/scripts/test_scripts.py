@@ -12,6 +12,7 @@ import pytest
 from smoe_dropout.registry import METHODS
 from tests import tiny
 from tests.conftest import ROOT
+from utils.cli.train import parse
 from utils.flags.fields import Flags
 
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # scripts find the Python of the tests
@@ -56,8 +57,6 @@ def command_of(path: Path) -> list[str]:
 
 
 def flags_of(path: Path, *more: str) -> Flags:
-    from utils.cli.train import parse
-
     return parse([*command_of(path), *more])[0]
 
 
@@ -95,7 +94,7 @@ def test_row_passes_flags_on(script, tmp_path):
 
 def test_row_refuses_a_wrong_flag_before_it_looks_for_data(tmp_path):
     done = bash(ROOT / "script/table1/smoe_dropout.sh", "--lr", "-1", "--preset", "laptop", cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: --lr -1.0 must be positive")
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: --lr -1.0 must be above 0")
 
 
 @pytest.mark.parametrize("path", TABLE1 + FIGURE5, ids=name)
@@ -166,7 +165,7 @@ def test_run_all_of_table1_resumes(tmp_path):
     whole = broken.read_text()
     broken.write_text(whole.replace('"$@"', '"$@" --lr -1'))
     first = run()
-    assert first.returncode == 1 and first.stdout.count("FAILED: error: --lr -1.0 must be positive") == 2
+    assert first.returncode == 1 and first.stdout.count("FAILED: error: --lr -1.0 must be above 0") == 2
     assert "4 rows: 0 finished, 4 to run, 2 at a time" in first.stdout and "rows left: 2, about 1 min)" in first.stdout
     assert "rerun the same command" in first.stderr
     broken.write_text(whole)

@@ -1,6 +1,10 @@
 """Scripts of surgery: the runner of all rows and what it starts."""
 
+import re
+
+from smoe_dropout.registry import SURGERIES
 from tests import tiny
+from tests.conftest import ROOT
 from tests.scripts.test_scripts import bash, copy_of_the_repository
 
 
@@ -23,6 +27,11 @@ def test_run_all_operates_and_renders_the_table(tmp_path):
     on_task, on_text = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| drop 4 to 2 (n = 1) |")]
     assert "–" not in (on_task[2], on_task[5], on_text[2], on_text[5]), "before, and from scratch at that size"
     assert on_task[3] == "–" != on_text[3], "a task has no quality directly after"
+
+
+def test_run_all_covers_every_operation():
+    text = (ROOT / "script" / "surgery" / "run_all.sh").read_text()
+    assert {*re.search(r"METHODS:-([\w ]+)}", text)[1].split()} == {*SURGERIES, "compress"}
 
 
 def test_rows_need_a_run():
