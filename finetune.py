@@ -4,7 +4,7 @@
     python finetune.py --task svamp --checkpoint RUN --dynamic_moe --dynamic_moe_mode linear_increase
     python finetune.py --eval_only --k 1,2,4 --work_dir DIR
 
-The checkpoint says what the model is and how it was trained; the training itself is train.py's, and is resumed in the same way.
+The checkpoint decides what the model is; the training loop is that of train.py, and is resumed in the same way.
 `python finetune.py --help` lists the flags.
 """
 
@@ -24,10 +24,9 @@ if __name__ == "__main__":
 
 from train import evaluate_run, main
 from utils.engine import Engine
-from utils.tasks.choose import task_class
-from utils.tasks.encoding import text_of
+from utils.training.setup import finetuning_run
 
 if __name__ == "__main__":
     with exit_on_user_error(), Engine(FLAGS) as ENGINE:
-        TASK = task_class(FLAGS)(FLAGS, EXAMPLES, ENGINE, SOURCE, text_of(FLAGS, SOURCE))
-        sys.exit((evaluate_run if FLAGS.eval_only else main)(TASK))
+        RUN = finetuning_run(FLAGS, EXAMPLES, ENGINE, SOURCE)
+        sys.exit((evaluate_run if FLAGS.eval_only else main)(RUN))

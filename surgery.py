@@ -32,10 +32,9 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import COMPRESS
 from utils.tasks.base import Task
-from utils.tasks.choose import task_class
-from utils.tasks.encoding import text_of
+from utils.tasks.choose import finetuning_task, pretraining_task
 from utils.training.run_folder import RunFolder, describe_environment, write_json
-from utils.training.start_from import pretraining
+from utils.training.setup import pretraining_run
 from utils.training.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
 
 
@@ -44,8 +43,8 @@ def main(plan: Plan, engine: Engine) -> int:
     if is_complete(plan):
         print(f"this operation is complete: {flags.out}")
         return 0
-    task = pretraining(plan.made, plan.text, engine, source)
-    model = task.build().to(engine.device).eval()
+    run = pretraining_run(plan.made, plan.text, engine, source)
+    model = run.build().to(engine.device).eval()
     print(f"{plan.label}: {source.path} ({source.title})")
     try:
         if flags.method == COMPRESS:
@@ -58,16 +57,16 @@ def main(plan: Plan, engine: Engine) -> int:
         raise UserError(str(error)) from None
 
     after = flags_after(plan, tuple(layer.num_experts for _, layer in moe_layers(smaller)))
-    folder = RunFolder(after, task.fingerprints | {"surgery": plan.said})
+    folder = RunFolder(after, run.fingerprints() | {"surgery": plan.said})
     checkpoints = folder.checkpoints_of(after)
     store(smaller, checkpoints)
     if calibration is not None:
         calibration.save(folder.path / "calibration.safetensors")
 
-    task_after = pretraining(after, plan.text, engine, None)
-    smaller = load_weights(task_after.build(), checkpoints / name_of(0))  # what is measured is what was saved
-    pairs = [(task, engine.prepare(model)), (task_after, engine.prepare(smaller))]
-    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.words}", "metric": metric_of(task)}
+    run_after = pretraining_run(after, plan.text, engine)
+    smaller = load_weights(run_after.build(), checkpoints / name_of(0))  # measure what was saved
+    pairs = [(run.task, engine.prepare(model)), (run_after.task, engine.prepare(smaller))]
+    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.words}", "metric": metric_of(run.task)}
     surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
     surgery |= {"time": since_the_first(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
     write_json(folder.path / SURGERY, surgery)
@@ -77,12 +76,11 @@ def main(plan: Plan, engine: Engine) -> int:
 
 
 def read(plan: Plan, model: nn.Module, engine: Engine):
-    """Usage, gate weights and router logits of the experts on a text, or on the rows of a task."""
+    """Collects usage, gate weights and router logits of the experts on a text, or on the rows of a task."""
     if plan.rows is None:
-        passes = text_passes(pretraining(plan.made, plan.material, engine, None), model, plan.flags.tokens)
+        passes = text_passes(pretraining_task(plan.made, plan.material, engine), model, plan.flags.tokens)
     else:
-        kind = task_class(plan.rows)
-        passes = row_passes(kind(plan.rows, plan.material, engine, plan.source, text_of(plan.rows, plan.source)), model, plan.flags.tokens)
+        passes = row_passes(finetuning_task(plan.rows, plan.material, engine, plan.source), model, plan.flags.tokens)
     return calibrate(model, passes, k=plan.flags.k, seed=plan.flags.seed)
 
 

@@ -1,4 +1,4 @@
-"""Device, precision and data parallelism, all by accelerate: the same script under python, torchrun and accelerate launch."""
+"""Device, precision and data parallelism, through accelerate: the same script runs under python, torchrun and accelerate launch."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from utils.flags.fields import Flags
 class Engine:
     """One process of the run. `rank` of `world_size`; only the main process writes.
 
-    Raises UserError when CUDA is asked for and not there, or is there but cannot be used by one process alone.
+    UserError if CUDA is requested but not available, or --multi_gpu is given to a single process with several GPUs.
     """
 
     def __init__(self, flags: Flags):
@@ -34,29 +34,29 @@ class Engine:
         self.parallel: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, its forward pass in the run's precision. Train it by calling `forward`, which averages gradients over
-        processes; use the model itself for everything else.
+        """Moves the model to its device and sets the precision of its forward pass. Train it through `forward`, which averages gradients
+        over processes; use the returned model for everything else.
         """
         self.parallel = self.accelerator.prepare_model(model)
         model = self.accelerator.unwrap_model(self.parallel)
-        if self.compile:  # whole graphs alone: what could not be traced would run as before, without a word
+        if self.compile:  # whole graphs only: otherwise what cannot be traced would silently run uncompiled
             self.parallel = torch.compile(self.parallel, fullgraph=True)
         return model
 
     def forward(self, *arguments: Any) -> Any:
-        """The model's forward pass in training. UserError where it is to be compiled and cannot be."""
+        """The model's forward pass in training. UserError if --compile is given and the model cannot be compiled."""
         try:
             return self.parallel(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"--compile: this model cannot be one graph ({reason}): leave it out") from None
+            raise UserError(f"--compile: this model cannot be compiled into one graph ({reason}): leave the flag out") from None
 
     def autocast(self):
-        """Within it, what is computed is in the run's precision; `prepare` did that for calls of the model."""
+        """Context manager for the run's precision; calls of a prepared model use it already."""
         return self.accelerator.autocast()
 
     def no_sync(self):
-        """Within it, gradients are accumulated without being averaged."""
+        """Context manager that accumulates gradients without averaging them over processes."""
         return self.accelerator.no_sync(self.parallel)
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -66,7 +66,7 @@ class Engine:
         return self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum").tolist()
 
     def any(self, value: int) -> int:
-        """The largest value of any process."""
+        """The maximum over processes."""
         if self.world_size == 1:
             return value
         gathered: Tensor = self.accelerator.gather(torch.tensor([value], device=self.device))
@@ -79,7 +79,7 @@ class Engine:
         return self
 
     def __exit__(self, *exception) -> None:
-        """Ends the process group. The wrapper goes first: freed after the group, it could wait for ever for one of the group's threads."""
+        """Ends the process group. The wrapper is freed first: freed after the group, it could wait forever for one of its threads."""
         self.parallel = None
         self.accelerator.free_memory()
         self.accelerator.end_training()
@@ -95,7 +95,7 @@ class Engine:
             return "CPU"
 
     def peak_memory_mib(self) -> float:
-        """Most memory this process has held: allocated on the GPU, resident on the CPU."""
+        """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource

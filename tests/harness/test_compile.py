@@ -61,5 +61,5 @@ def test_there_is_one_graph_for_every_k_and_nothing_runs_outside_it(precision, t
 
 def test_what_cannot_be_one_graph_is_refused():
     """A competition is thrown for by a coin whose side decides what is computed."""
-    with pytest.raises(UserError, match=r"--compile: this model cannot be one graph \(.*\): leave it out"):
+    with pytest.raises(UserError, match=r"--compile: this model cannot be compiled into one graph \(.*\): leave the flag out"):
         trained([2], method="competesmoe", compile=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.data import rows as examples
-from utils.data.rows import KINDS, TASKS, Choice, Examples, Problem, read_examples
+from utils.data.rows import TASKS, Choice, Examples, Problem, kind_of, read_examples
 from utils.errors import UserError
 
 DATA = next((path for path in (ROOT / "shared", ROOT.parent / "shared") if path.is_dir()), ROOT) / "data"
 PLACES = {"sst2": "glue/SST-2", "csqa": "csqa", "asdiv_a": "math/asdiv-a", "mawps": "math/mawps", "svamp": "math/svamp"}
 TITLES = {"sst2": "SST-2", "csqa": "CommonsenseQA", "asdiv_a": "ASDiv-A", "mawps": "MAWPS", "svamp": "SVAMP"}
-FOLDS = [(task, fold) for task, kind in KINDS.items() for fold in range(kind.folds)]
+FOLDS = [(task, fold) for task in TASKS for fold in range(kind_of(task).folds)]
 COLUMNS = ("Question", "Numbers", "Equation", "Answer")
 
 
@@ -51,7 +50,7 @@ def contents(task: str) -> dict[str, str]:
         files = ["".join(map(question, some)) for some in (range(6), range(6, 10))]
     else:
         files = [table(*map(problem, some)) for some in (range(6), range(6, 10))]
-    kind = KINDS[task]
+    kind = kind_of(task)
     return {name: text for fold in range(kind.folds) for name, text in zip(kind.files(fold), files, strict=True)}
 
 
@@ -70,7 +69,7 @@ def refused(task: str, folder: Path, fold: int = 0) -> str:
 
 
 def remedy(task: str) -> str:
-    return f"; mend it, or prepare the files again with `python data/prepare_task.py {task} --force`"
+    return f"; fix it, or prepare the files again with `python data/prepare_task.py {task} --force`"
 
 
 # what is read
@@ -154,15 +153,16 @@ def test_a_last_line_without_newline_counts(task, tmp_path):
 @pytest.mark.parametrize(("task", "fold"), FOLDS)
 def test_only_the_published_numbers_of_rows_are_called_by_the_name(task, fold, tmp_path, monkeypatch):
     name = TITLES[task]
-    train, held = KINDS[task].counts[fold]
+    kind = kind_of(task)
+    train, held = kind.counts[fold]
     write(tmp_path, contents(task))
     split = "test" if task == "svamp" else "dev"
     wanted = f"{name} (6 train rows, 4 {split} rows; published {train:,} and {held:,})"
     assert read_examples(task, tmp_path, fold).title == wanted
     for counts, title in {(6, 4): name, (6, 5): None, (7, 4): None, (4, 6): None}.items():
-        folds = list(KINDS[task].counts)
+        folds = list(kind.counts)
         folds[fold] = counts
-        monkeypatch.setitem(examples.KINDS, task, KINDS[task]._replace(counts=tuple(folds)))
+        monkeypatch.setattr(TASKS[task].replace(":", "."), kind._replace(counts=tuple(folds)))
         found = read_examples(task, tmp_path, fold).title
         assert found == title if title else found == f"{name} (6 train rows, 4 {split} rows; published {counts[0]} and {counts[1]})"
 
@@ -172,7 +172,7 @@ def test_notes_say_what_train_gives_away_and_what_no_equation_solves(tmp_path):
     unsolved = [(row[0], "1", "+ number0 number1", "3"), (row[0], "1 2", "", "3"), (row[0], "3 10", "/ number1 number0", "3.333")]
     solved = [problem(1), ("a new one", "1 2", "- number0 number1", "-1.00009")]
     for task, split in (("mawps", "dev"), ("svamp", "test")):
-        name = KINDS[task].files(0)[1]
+        name = kind_of(task).files(0)[1]
         found = read_examples(task, write(tmp_path / task, contents(task) | {name: table(*unsolved, *solved)}))
         said = (
             f"1 of 5 {split} rows have a question that is in train too",
@@ -186,7 +186,7 @@ def test_notes_say_what_train_gives_away_and_what_no_equation_solves(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_fingerprint_is_of_the_bytes_of_both_files(task, tmp_path):
-    names, found = KINDS[task].files(0), set()
+    names, found = kind_of(task).files(0), set()
     for index, name in enumerate([*names, None]):
         files = {name: text.encode() for name, text in contents(task).items()}
         if name:
@@ -217,8 +217,8 @@ SST2 = [
     ("the film \t01\n", "column label: '01' is neither 0 nor 1"),
     ("the film \t\n", "column label: the label is missing"),
     ("the film \t-1\n", "column label: '-1' is neither 0 nor 1, it marks a test file without labels"),
-    ("\t1\n", "column sentence: '' is no text"),
-    ("  \t1\n", "column sentence: '  ' is no text"),
+    ("\t1\n", "column sentence: '' is not text"),
+    ("  \t1\n", "column sentence: '  ' is not text"),
     ("the film\n", "the row has 1 columns, the header 2"),
     ("the\tfilm\t1\n", "the row has 3 columns, the header 2"),
     ("\n", "the row has 0 columns, the header 2"),
@@ -242,22 +242,22 @@ def test_a_row_that_is_no_sentence_with_its_class(name, row, said, tmp_path):
 
 FOUR = [{"label": label, "text": label} for label in "ABCD"]
 CSQA = [
-    (question(9, answerKey="F"), "answerKey: 'F' is none of A, B, C, D, E"),
-    (question(9, answerKey="AB"), "answerKey: 'AB' is none of A, B, C, D, E"),
-    (question(9, answerKey=1), "answerKey: 1 is none of A, B, C, D, E"),
-    (question(9, answerKey=[1]), "answerKey: [1] is none of A, B, C, D, E"),
-    (question(9, answerKey=""), "answerKey: the answer is missing, as in the test file, which has no answers"),
-    (question(9).replace("answerKey", "key"), "answerKey: the answer is missing, as in the test file, which has no answers"),
-    (question(9, choices=FOUR), "question.choices: 4 choices, where 5 choices are wanted"),
-    (question(9, choices=[*FOUR, *FOUR[:2]]), "question.choices: 6 choices, where 5 choices are wanted"),
-    (question(9, choices=None), "question.choices: None, where 5 choices are wanted"),
+    (question(9, answerKey="F"), "answerKey: 'F' is not one of A, B, C, D, E"),
+    (question(9, answerKey="AB"), "answerKey: 'AB' is not one of A, B, C, D, E"),
+    (question(9, answerKey=1), "answerKey: 1 is not one of A, B, C, D, E"),
+    (question(9, answerKey=[1]), "answerKey: [1] is not one of A, B, C, D, E"),
+    (question(9, answerKey=""), "answerKey: the answer is missing; the published test file has no answers"),
+    (question(9).replace("answerKey", "key"), "answerKey: the answer is missing; the published test file has no answers"),
+    (question(9, choices=FOUR), "question.choices: 4 choices, expected 5 choices"),
+    (question(9, choices=[*FOUR, *FOUR[:2]]), "question.choices: 6 choices, expected 5 choices"),
+    (question(9, choices=None), "question.choices: None, expected 5 choices"),
     (question(9, choices=[*FOUR, FOUR[0]]), "question.choices: the labels are ('A', 'B', 'C', 'D', 'A'), not A, B, C, D, E"),
     (question(9, choices=[*FOUR, {"text": "e"}]), "question.choices: the labels are ('A', 'B', 'C', 'D', None), not A, B, C, D, E"),
     (question(9, choices=list("12345")), "question.choices: the labels are ('1', '2', '3', '4', '5'), not A, B, C, D, E"),
-    (question(9, choices=[*FOUR, {"label": "E", "text": " "}]), "text of choice E: ' ' is no text"),
-    (question(9, choices=[*FOUR, {"label": "E"}]), "text of choice E: None is no text"),
-    (question(9, stem=""), "question.stem: '' is no text"),
-    (question(9, stem=["What?"]), "question.stem: ['What?'] is no text"),
+    (question(9, choices=[*FOUR, {"label": "E", "text": " "}]), "text of choice E: ' ' is not text"),
+    (question(9, choices=[*FOUR, {"label": "E"}]), "text of choice E: None is not text"),
+    (question(9, stem=""), "question.stem: '' is not text"),
+    (question(9, stem=["What?"]), "question.stem: ['What?'] is not text"),
     ('{"answerKey": "A"}\n', "question: {'answerKey': 'A'} has no question with its stem and choices"),
     ('{"question": "What?"}\n', "question: {'question': 'What?'} has no question with its stem and choices"),
     ("[1]\n", "question: [1] has no question with its stem and choices"),
@@ -283,7 +283,7 @@ def test_json_that_python_gives_up_on(line, tmp_path):
 
 
 MATHS = [
-    (("", "1 2", "+ number0 number1", "3"), "column Question: '' is no text"),
+    (("", "1 2", "+ number0 number1", "3"), "column Question: '' is not text"),
     (("how many ?", "1 two", "+ number0 number1", "3"), "column Numbers: 'two' is not a number"),
     (("how many ?", "1 nan", "number0", "3"), "column Numbers: 'nan' is not a number"),
     (("how many ?", "1 inf", "number0", "3"), "column Numbers: 'inf' is not a number"),
@@ -355,16 +355,16 @@ def test_other_faults_are_named_where_their_row_ends_in_the_file(tmp_path):
     ],
 )
 def test_other_columns_are_named_beside_those_wanted(task, header, there, wanted, tmp_path):
-    name = KINDS[task].files(0)[1]
+    name = kind_of(task).files(0)[1]
     text = contents(task)[name]
     write(tmp_path, contents(task) | {name: header + text[text.index("\n") :]})
-    assert refused(task, tmp_path) == f"{tmp_path / name}, line 1: the columns are {there}, wanted are {wanted}{remedy(task)}"
+    assert refused(task, tmp_path) == f"{tmp_path / name}, line 1: the columns are {there}, expected {wanted}{remedy(task)}"
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("index", [0, 1])
 def test_files_without_rows(task, index, tmp_path):
-    name = KINDS[task].files(0)[index]
+    name = kind_of(task).files(0)[index]
     for content in (b"", b"\n", b"\xef\xbb\xbf", b" \r\n\n"):
         assert refused(task, write(tmp_path, contents(task) | {name: content})) == f"{tmp_path / name} is empty{remedy(task)}"
     if task != "csqa":
@@ -375,7 +375,7 @@ def test_files_without_rows(task, index, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_bytes_that_are_no_utf8(task, tmp_path):
-    name = KINDS[task].files(0)[0]
+    name = kind_of(task).files(0)[0]
     lines = contents(task)[name].encode().splitlines(keepends=True)
     lines[2] = lines[2].replace(b" ", b"\xe9", 1)
     said = refused(task, write(tmp_path, contents(task) | {name: b"".join(lines)}))
@@ -385,10 +385,10 @@ def test_bytes_that_are_no_utf8(task, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_missing(task, tmp_path):
     get = f": prepare it with `python data/prepare_task.py {task}`, or name another folder with --data DIR"
-    assert refused(task, tmp_path / "absent") == f"{tmp_path / 'absent'} is not there{get}"
+    assert refused(task, tmp_path / "absent") == f"{tmp_path / 'absent'} does not exist{get}"
     (tmp_path / "file").write_text("x")
     assert refused(task, tmp_path / "file") == f"{tmp_path / 'file'} is a file, not a folder{get}"
-    for index, name in enumerate(KINDS[task].files(0)):
+    for index, name in enumerate(kind_of(task).files(0)):
         folder = write(tmp_path / str(index), contents(task))
         (folder / name).unlink()
         assert refused(task, folder) == f"{folder / name} is missing{get}"
@@ -397,7 +397,7 @@ def test_what_is_missing(task, tmp_path):
 
 
 def test_tasks_and_folds_that_are_not_there(tmp_path):
-    assert TASKS == ("sst2", "csqa", "asdiv_a", "mawps", "svamp")
+    assert tuple(TASKS) == ("sst2", "csqa", "asdiv_a", "mawps", "svamp")
     assert refused("sst-2", tmp_path) == "the task 'sst-2' is not one of sst2, csqa, asdiv_a, mawps, svamp"
     for fold in (-1, 5):
         assert refused("mawps", write(tmp_path, contents("mawps")), fold) == f"--fold {fold}: MAWPS has the folds 0 to 4"
@@ -407,7 +407,7 @@ def test_tasks_and_folds_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_files_that_were_mixed_up(task, tmp_path):
     files = contents(task)
-    train, held_out = KINDS[task].files(0)
+    train, held_out = kind_of(task).files(0)
     same = write(tmp_path / "same", files | {held_out: files[train].replace("\n", "\r\n")})
     assert refused(task, same) == f"{same / train} and {Path(held_out).name} hold the same rows{remedy(task)}"
     swapped = write(tmp_path / "swapped", files | {held_out: files[train], train: files[held_out]})
@@ -421,16 +421,19 @@ def test_files_that_were_mixed_up(task, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_first_of_several_faults_is_named(task, tmp_path):
     files = contents(task)
-    for name in KINDS[task].files(0):
+    for name in kind_of(task).files(0):
         files[name] = files[name] + "1\n2\n"
-    for name in KINDS[task].files(0):
+    for name in kind_of(task).files(0):
         line = len(files[name].splitlines()) - 1
         assert refused(task, write(tmp_path, files)).startswith(f"{tmp_path / name}, line {line}")
         files[name] = contents(task)[name]
 
 
 def test_reading_needs_neither_torch_nor_numpy():
-    code = "import sys, utils.data.rows; sys.exit(bool({'torch', 'numpy', 'datasets'} & sys.modules.keys()))"
+    code = (
+        "import sys; from utils.data.rows import TASKS, kind_of; [kind_of(task) for task in TASKS];"
+        "sys.exit(bool({'torch', 'numpy', 'datasets'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -484,10 +487,10 @@ def test_published_rows():
 
 def test_the_published_test_files_are_refused_in_place_of_dev(tmp_path):
     for task, test, said in (
-        ("sst2", "test.tsv", "line 1: the columns are 'index, sentence' (a test file without labels?), wanted are sentence, label"),
-        ("csqa", "test_rand_split_no_answers.jsonl", "line 1, answerKey: the answer is missing, as in the test file, which has no answers"),
+        ("sst2", "test.tsv", "line 1: the columns are 'index, sentence' (a test file without labels?), expected sentence, label"),
+        ("csqa", "test_rand_split_no_answers.jsonl", "line 1, answerKey: the answer is missing; the published test file has no answers"),
     ):
-        train, dev = KINDS[task].files(0)
+        train, dev = kind_of(task).files(0)
         (tmp_path / train).symlink_to(real(task) / train)
         (tmp_path / dev).symlink_to(real(task) / test)
         assert refused(task, tmp_path) == f"{tmp_path / dev}, {said}{remedy(task)}"

@@ -23,8 +23,8 @@ from utils.data.tokenizer import load_tokenizer, vocabulary_of
 from utils.engine import Engine
 from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.tasks.choose import task_class
-from utils.tasks.encoding import text_of
+from utils.training.run import Run
+from utils.training.setup import finetuning_run
 
 SPLIT = {"svamp": "test"}
 HOW = {
@@ -80,12 +80,18 @@ def command(task: str, rows: dict[str, Path], checkpoint: Path, **changes: objec
     return words
 
 
+def run_of(arguments: list[str]) -> tuple[Run, torch.nn.Module]:
+    """The run of a command line, and its model as it is before training."""
+    flags, source = parse(arguments)
+    run = finetuning_run(flags, read_examples(flags.task, Path(flags.data), flags.fold), Engine(flags), source)
+    torch.manual_seed(flags.seed)
+    return run, run.build().eval()
+
+
 def made(arguments: list[str]):
     """The task of a command line, and its model as it is before training."""
-    flags, source = parse(arguments)
-    task = task_class(flags)(flags, read_examples(flags.task, Path(flags.data), flags.fold), Engine(flags), source, text_of(flags, source))
-    torch.manual_seed(flags.seed)
-    return task, task.build().eval()
+    run, model = run_of(arguments)
+    return run.task, model
 
 
 def refusal(arguments: list[str]) -> str:
@@ -190,9 +196,9 @@ def test_the_equation_that_is_written_is_the_likeliest_continuation(method, rows
 def test_the_weights_are_those_of_the_checkpoint(rows, pretrained):
     """All that the task uses, router included, and none of them with --from_scratch."""
     run = pretrained("smoe_dropout")
-    task, network = made(command("sst2", rows, run))
+    tuning, network = run_of(command("sst2", rows, run))
     best = tiny.read_json(run / "result.json")["best_step"]
-    backbone = load_weights(build_model(task.flags), run / "checkpoints" / f"step-{best:08d}")
+    backbone = load_weights(build_model(tuning.flags), run / "checkpoints" / f"step-{best:08d}")
     theirs, ours = dict(backbone.named_parameters()), dict(network.backbone.named_parameters())
     assert theirs.keys() - ours.keys() == {"head.bias"} and any("router" in name for name in ours)
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
@@ -200,7 +206,7 @@ def test_the_weights_are_those_of_the_checkpoint(rows, pretrained):
     _, scratch = made(command("sst2", rows, run, from_scratch=True, seed=5))
     random = [name for name, tensor in scratch.backbone.named_parameters() if tensor.dim() > 1]
     assert all(not torch.equal(dict(scratch.backbone.named_parameters())[name], theirs[name]) for name in random)
-    record = task.provenance()["pretrained"]
+    record = tuning.provenance()["pretrained"]
     assert record["unused"] == ["head.bias"] and record["kept"] == sum(tensor.numel() for tensor in ours.values())
 
 

@@ -10,7 +10,7 @@ import torch
 from smoe_dropout import SMoEConfig, moefy, save_model, save_pretrained
 from smoe_dropout.io import load_weights
 from tests import tiny
-from tests.harness.test_finetune import command, made, pretrained, pytestmark, refusal, rows  # noqa: F401 (fixtures)
+from tests.harness.test_finetune import command, made, pretrained, pytestmark, refusal, rows, run_of  # noqa: F401 (fixtures)
 from utils.checkpoints.origin import open_source
 from utils.cli.finetune import parse
 from utils.errors import UserError
@@ -45,18 +45,18 @@ def same_weights(network, run: Path) -> bool:
 def test_a_run_and_its_checkpoint_folder_are_the_same_start(run, rows):  # noqa: F811
     best = tiny.read_json(run / "result.json")["best_step"]
     for start in (run, run / "checkpoints" / f"step-{best:08d}"):
-        task, network = made(command("sst2", rows, start))
-        assert same_weights(network, run) and task.source.title.endswith((", 4 steps", f", step {best}"))
+        tuning, network = run_of(command("sst2", rows, start))
+        assert same_weights(network, run) and tuning.source.title.endswith((", 4 steps", f", step {best}"))
 
 
 def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F811
-    """What is not said is the preset's; then both shapes are named."""
+    """Sizes that are not given are those of the preset; a mismatch names both shapes."""
     task, network = made(command("sst2", rows, run))
     best = tiny.read_json(run / "result.json")["best_step"]
     save_model(load_weights(build_model(task.flags), run / "checkpoints" / f"step-{best:08d}"), tmp_path / "weights")
     sizes = {name: tiny.TINY[name] for name in ("n_layer", "n_head", "d_head", "d_model", "d_ff", "preset")} | {"method": "smoe_dropout"}
-    task, network = made(command("sst2", rows, tmp_path / "weights", **sizes))
-    assert same_weights(network, run) and task.source.title == "weights"
+    tuning, network = run_of(command("sst2", rows, tmp_path / "weights", **sizes))
+    assert same_weights(network, run) and tuning.source.title == "weights"
     text = refused(tmp_path / "weights", **{**sizes, "d_model": 48})
     assert "cannot be loaded" in text and "has shape (256, 32)" in text and "wants shape (256, 48)" in text
     assert "d_head" not in text

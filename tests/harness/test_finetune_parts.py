@@ -10,13 +10,11 @@ import torch
 
 from smoe_dropout import set_top_k
 from tests import tiny
-from tests.harness.test_finetune import HOW, command, made, pretrained, pytestmark, rows  # noqa: F401 (fixtures)
+from tests.harness.test_finetune import HOW, command, pretrained, pytestmark, rows, run_of  # noqa: F401 (fixtures)
 from tests.harness.test_parallel import run_two
 from tests.harness.test_report import row
 from tests.harness.test_resume import die
 from train import accumulate_gradients
-from utils.flags.derive import method_of
-from utils.models.build import training_settings
 from utils.models.heads import IGNORED
 from utils.reporting import tables as report
 
@@ -39,14 +37,14 @@ def uneven(rows, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
 
 
 def first_gradients(arguments: list[str], k: int | None) -> dict[str, torch.Tensor]:
-    """Of the first step at k, by parameter."""
-    task, network = made(arguments)
-    network = task.engine.prepare(network).train()
+    """Gradients of the first step at k, by parameter."""
+    run, network = run_of(arguments)
+    task, network = run.task, run.engine.prepare(network).train()
     if k is not None:
         set_top_k(network, k)
-    batch, objective = task.training_batch(0), partial(method_of(task.flags).objective, settings=training_settings(task.flags, 1))
+    batch = task.training_batch(0)
     assert task.flags.task == "sst2" or len({int(n) for n in (batch.inputs[-1] != IGNORED).sum(1)}) > 1
-    accumulate_gradients(task, network, objective, batch, None)
+    accumulate_gradients(run, network, run.objective(), batch, None)
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 

@@ -22,6 +22,7 @@ from utils.models.build import build_model
 from utils.models.flops import active_parameters, parameter_counts
 from utils.models.registry import Shape, architecture
 from utils.tasks.base import Batch
+from utils.tasks.choose import pretraining_task
 from utils.tasks.masked import MaskedSequences
 
 pytest.importorskip("transformers")
@@ -58,7 +59,7 @@ def command(model: str, data: Path = Path("unused"), **changes) -> list[str]:
 
 
 def task_of(model: str, corpus: Corpus, place: Place = ALONE, **changes):
-    return architecture(model).Task(parse(command(model, **changes)), corpus, place)
+    return pretraining_task(parse(command(model, **changes)), corpus, place)
 
 
 def whole(batches: list[Batch]) -> torch.Tensor:
@@ -222,7 +223,7 @@ def test_the_state_of_another_text_is_refused(model, corpora, tmp_path):
     other = Corpus.open(tiny.write_pieces(tmp_path / "other", model, train=400))
     with pytest.raises(UserError) as caught:
         task_of(model, other).load_state_dict(state)
-    assert f"the saved state is of another text than {other.path}" in one_sentence(caught)
+    assert f"the saved state belongs to other data than {other.path}" in one_sentence(caught)
 
 
 # refusals
@@ -232,18 +233,18 @@ def test_bytes_and_pieces_are_not_mixed_up(model, corpora, tmp_path):
     text = Corpus.open(tiny.write_corpus(tmp_path / "words"))
     with pytest.raises(UserError) as caught:
         task_of(model, text)
-    assert f"words holds bytes, and --model {model} reads word pieces: make some with data/prepare_pieces.py" in one_sentence(caught)
+    assert f"words holds bytes, and --model {model} reads word pieces: prepare them with data/prepare_pieces.py" in one_sentence(caught)
     with pytest.raises(UserError) as caught:
-        architecture("transformer_xl").Task(parse(tiny.flags(Path("unused"), Path("unused"))), corpora[model], ALONE)
+        pretraining_task(parse(tiny.flags(Path("unused"), Path("unused"))), corpora[model], ALONE)
     assert "holds word pieces, and --model transformer_xl reads bytes: prepare a text with data/prepare.py" in one_sentence(caught)
 
 
 @pytest.mark.parametrize(
     ("sizes", "changes", "said"),
     [
-        ({"train": 31}, {}, "train of .* has 31 pieces, 3 sequences of --tgt_len 10: 4 are needed"),
-        ({"held_out": 7}, {}, "valid of .* has 7 pieces, 0 sequences of --tgt_len 10: 1 are needed"),
-        ({}, {"tgt_len": 500}, "train of .* has 485 pieces, 0 sequences of --tgt_len 500: 4 are needed"),
+        ({"train": 31}, {}, "train of .* has 31 pieces, 3 sequences of --tgt_len 10, and 4 are needed"),
+        ({"held_out": 7}, {}, "valid of .* has 7 pieces, 0 sequences of --tgt_len 10, and 1 are needed"),
+        ({}, {"tgt_len": 500}, "train of .* has 485 pieces, 0 sequences of --tgt_len 500, and 4 are needed"),
     ],
     ids=str,
 )
@@ -408,7 +409,7 @@ SPARSE = {"dense": None, "all_layers": {}, "one_layer": {"layers": (1,)}, "wide_
 @pytest.mark.parametrize("sparse", SPARSE.values(), ids=SPARSE)
 def test_forward_flops_at_each_k(sparse, shape, model):
     made, formula = built(model, sparse), architecture(model).forward_flops
-    rows, positions, _, targets = shape
+    rows, positions, _, targets, _ = shape
     tokens = torch.full((rows, positions), 7)
     places = torch.arange(targets).expand(rows, -1)
     found = {k: formula(made, shape, k) for k in ((None,) if sparse is None else (1, 2, 4))}

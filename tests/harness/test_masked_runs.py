@@ -173,9 +173,9 @@ def test_the_loss_falls_where_there_is_something_to_learn(model, arguments, tmp_
 @pytest.mark.parametrize(
     ("text", "changes", "said"),
     [
-        ("transformer_xl", {"model": "bert"}, "holds bytes, and --model bert reads word pieces: make some with data/prepare_pieces.py"),
+        ("transformer_xl", {"model": "bert"}, "holds bytes, and --model bert reads word pieces: prepare them with data/prepare_pieces.py"),
         ("transformer_xl", {"model": "roberta"}, "holds bytes, and --model roberta reads word pieces"),
-        ("roberta", {"batch_size": 61}, "has 485 pieces, 60 sequences of --tgt_len 10: 61 are needed"),
+        ("roberta", {"batch_size": 61}, "has 485 pieces, 60 sequences of --tgt_len 10, and 61 are needed"),
         ("bert", {"mem_len": 600}, "--mem_len has no effect with --model bert: leave it out"),
         ("bert", {"model": "bart"}, "--model: unknown value 'bart'; nearest: bert"),
     ],

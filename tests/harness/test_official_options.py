@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.flags.fields import Flags
 from utils.flags.official import REFUSED
 from utils.models.build import build_model
-from utils.models.registry import architecture
+from utils.tasks.choose import pretraining_task
 from utils.training.averaging import WeightAverage
 from utils.training.evaluation import evaluate_all
 
@@ -158,7 +158,7 @@ def test_the_mean_is_evaluated_beside_the_model(averaged, corpus):
     mean.pop("count")
     assert not model.load_state_dict(mean, strict=False).unexpected_keys
     with Engine(run_flags) as engine:
-        task = architecture(run_flags.model).Task(run_flags, Corpus.open(str(corpus)), engine)
+        task = pretraining_task(run_flags, Corpus.open(str(corpus)), engine)
         ours = evaluate_all(task, model, ("valid", "test"), [r["k"] for r in rows], print)
     assert tiny.quality({"quality": ours}) == rows
 

@@ -156,8 +156,8 @@ def test_a_signal_saves_at_the_step_and_says_how_to_go_on(number, code, corpus, 
     newest = tiny.read_json(tiny.checkpoints(tmp_path)[-1] / "state.json")["step"]
     assert newest >= 21 and tiny.checkpoints(tmp_path)[-1].name == f"step-{newest:08d}"
     said = finished.out.splitlines()[-1]
-    assert said.startswith(f"stopped at step {newest}, saved in {tmp_path / 'checkpoints'}; to go on: ")
-    command = shlex.split(said.partition("to go on: ")[2])
+    assert said.startswith(f"stopped at step {newest}, saved in {tmp_path / 'checkpoints'}; to resume: ")
+    command = shlex.split(said.partition("to resume: ")[2])
     assert command[0] == "python" and Path(command[1]).name == "train.py" and command[2:] == arguments
     assert not (tmp_path / "result.json").exists()
     tiny.completed(command[2:])
@@ -193,7 +193,7 @@ def test_as_a_plain_process_sigterm_ends_with_143_and_tensorboard_keeps_every_st
                 process.send_signal(signal.SIGTERM)
                 break
         out = process.stdout.read()
-    assert process.returncode == 143 and "to go on: python train.py --n_layer 2" in out.splitlines()[-1]
+    assert process.returncode == 143 and "to resume: python train.py --n_layer 2" in out.splitlines()[-1]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     steps = [line["step"] for line in tiny.metrics(tmp_path / "run", "train")]

@@ -11,11 +11,12 @@ from smoe_dropout import moe_layers, set_top_k
 from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.tiny import parse
+from utils.cli import measure_routing
 from utils.data.corpus import Corpus
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.models.build import build_model
-from utils.models.registry import architecture
+from utils.tasks.choose import pretraining_task
 from utils.training import routing
 
 E = 4
@@ -70,7 +71,7 @@ def test_measured_anew_it_is_the_same(run, capsys):
     before = tiny.read_json(folder / "result.json")
     assert before["routing"] is not None
     (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
-    routing.main([str(folder)])
+    measure_routing.main([str(folder)])
     assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
 
 
@@ -94,9 +95,9 @@ def test_a_frozen_hash_route_never_changes_and_a_dense_model_has_none(tmp_path):
 
 def test_unfinished_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match="only a finished run"):
-        routing.main([str(tmp_path)])
+        measure_routing.main([str(tmp_path)])
     with pytest.raises(UserError, match="usage"):
-        routing.main([])
+        measure_routing.main([])
 
 
 def test_one_checkpoint_has_no_fluctuation(run):
@@ -105,6 +106,6 @@ def test_one_checkpoint_has_no_fluctuation(run):
     for path in tiny.checkpoints(folder)[:-1]:
         (path / "manifest.json").unlink()
     with Engine(flags) as engine:
-        task = architecture(flags.model).Task(flags, Corpus.open(flags.data), engine)
+        task = pretraining_task(flags, Corpus.open(flags.data), engine)
         found = routing.describe_routing(task, build_model(flags), folder / "checkpoints")
     assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1

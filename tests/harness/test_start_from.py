@@ -10,7 +10,7 @@ import torch
 
 from smoe_dropout import set_top_k
 from smoe_dropout.io import load_weights, stored_tensors
-from smoe_dropout.methods.base import Forward, cross_entropy
+from smoe_dropout.methods.base import Forward
 from tests import tiny
 from tests.harness.test_resume import die
 from utils.checkpoints.origin import open_source
@@ -19,9 +19,9 @@ from utils.data.corpus import Corpus
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.derive import top_k_schedule
-from utils.models.build import build_model, training_settings
+from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.training.start_from import pretraining
+from utils.training.setup import pretraining_run
 
 HOW = {
     **{"preset": "quick", "max_step": 12, "eval_interval": 4, "log_interval": 2, "batch_size": 4, "eval_batch_size": 2},
@@ -63,7 +63,7 @@ def test_the_weights_say_what_the_model_is_and_the_command_how_it_is_trained(run
     assert (flags.max_step, flags.batch_size, flags.scheduler) == (12, 4, "cosine")
     assert [top_k_schedule(flags)(step) for step in (0, 11)] == [2, 4] and flags.dynamic_overall_steps == 12
     with Engine(flags) as engine:
-        model = pretraining(flags, Corpus.open(flags.data), engine, source).build()
+        model = pretraining_run(flags, Corpus.open(flags.data), engine, source).build()
     best = run / "checkpoints" / f"step-{tiny.read_json(run / 'result.json')['best_step']:08d}"
     theirs = stored_tensors(load_weights(build_model(flags), best))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in stored_tensors(model).items())
@@ -158,18 +158,21 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
     """A model is as far from itself as k makes it; the run is resumed exactly, the memories of both kept."""
     with Engine(parse(command(run))[0]) as engine:
         flags, source = parse(command(run, teacher=run, dropout=0.0))
-        task = pretraining(flags, Corpus.open(flags.data), engine, source)
-        model, batch = task.build().train(), task.next()
-        _, state, _ = model(*batch.inputs, None)
-        assert len(state) == 2 * (flags.n_layer + 1) == len(task.full_state(1))
-        assert not torch.equal(state[2], state[5])  # behind layers at k = 2 and at k = E
+        learning = pretraining_run(flags, Corpus.open(flags.data), engine, source)
+        model, batch, objective = learning.build().train(), learning.task.next(), learning.objective()
+
+        def forward() -> Forward:
+            return learning.forward(lambda inputs, state: Forward(*model(*inputs, state)), batch.inputs, None)
+
+        state = forward().state
+        assert len(state) == 2 * (flags.n_layer + 1)
+        assert not torch.equal(state[2], state[5])  # after layers at k = 2 and at k = E
         set_top_k(model, 4)
-        objective = task.objective(partial(cross_entropy, settings=training_settings(flags, 1)))
-        part = objective(model, lambda: Forward(*model(*batch.inputs, None)))
-        torch.testing.assert_close(part.total, part.nll)  # at k = E it predicts what it is to predict
+        part = objective(model, forward)
+        torch.testing.assert_close(part.total, part.nll)  # at k = E the model and the teacher predict the same
         with torch.no_grad():
             model.embedding.weight.mul_(-4.0)
-        part = objective(model, lambda: Forward(*model(*batch.inputs, None)))
+        part = objective(model, forward)
         assert part.total > part.nll + 1e-3
     arguments = {"teacher": run, "teacher_weight": 0.5}
     tiny.completed(command(run, work_dir=tmp_path / "whole", **arguments))

@@ -31,10 +31,9 @@ from utils.flags.derive import stored_flags
 from utils.flags.fields import SCORES, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.tasks.choose import task_class
-from utils.tasks.encoding import text_of
+from utils.tasks.choose import finetuning_task
 from utils.training.evaluation import evaluate_all
-from utils.training.start_from import pretraining
+from utils.training.setup import pretraining_run
 from utils.training.surgery_measure import row_passes
 
 HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
@@ -113,10 +112,10 @@ def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, mode
     assert [row["k"] for row in after["quality"]][-1] == max(after["experts"])
     flags = stored_flags(out)
     with Engine(flags) as engine:
-        task = pretraining(flags, Corpus.open(flags.data), engine, None)
-        network = load_weights(task.build(), source.weights.parent)
+        reopened = pretraining_run(flags, Corpus.open(flags.data), engine)
+        network = load_weights(reopened.build(), source.weights.parent)
         assert [layer.num_experts for _, layer in moe_layers(network)] == after["experts"]
-        again = evaluate_all(task, engine.prepare(network), ("test",), [max(after["experts"])], lambda sentence: None)
+        again = evaluate_all(reopened.task, engine.prepare(network), ("test",), [max(after["experts"])], lambda sentence: None)
     assert again[0]["test"] == pytest.approx(after["quality"][-1]["test"], rel=1e-6)
     theirs = load_file(open_source(trained(run, model)).weights)
     tensors = stored_tensors(network)
@@ -217,7 +216,7 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         )
         source = dataclasses.replace(source, flags={name: value for name, value in source.flags.items() if name != "vocabulary_sha256"})
         with Engine(flags) as engine:
-            rows_of_task = task_class(flags)(flags, read_examples(task, data), engine, source, text_of(flags, source))
+            rows_of_task = finetuning_task(flags, read_examples(task, data), engine, source)
             model_ = build_model(flags, rows_of_task.vocabulary).eval()
             torch.manual_seed(0)
             for parameter in model_.parameters():

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint into the model that is trained, and of a model that surgery made into a checkpoint."""
+"""Loads the weights of a checkpoint into the model to be trained, and stores the model that surgery made."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def load(model: nn.Module, source: Source) -> None:
-    """All of the weights, into the model they were made in. UserError, naming the tensor and both shapes, where they do not fit."""
+    """Loads all weights into a model of the same sizes. UserError, naming the tensor and both shapes, if they do not fit."""
     folder = source.weights.parent
     try:
         if source.weights.name == WEIGHTS and (folder / storage.MANIFEST).exists():
@@ -23,7 +23,7 @@ def load(model: nn.Module, source: Source) -> None:
             host = from_pretrained(folder).train()
             if (found := host.get_input_embeddings().weight.shape) != (wanted := model.host.get_input_embeddings().weight.shape):
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and {tuple(wanted)} goes with the tokenizer")
-            model.host = host  # all of it: its settings may be others than ours
+            model.host = host  # the whole host: its configuration may differ from ours
         else:
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
@@ -31,7 +31,7 @@ def load(model: nn.Module, source: Source) -> None:
 
 
 def store(model: nn.Module, checkpoints: Path) -> None:
-    """As a run's checkpoint at step 0, whole or not there."""
+    """Writes the model as a run's checkpoint at step 0, atomically."""
     writer = storage.Writer(checkpoints, 0, is_main=True)
     save_model(model, writer.partial)
     writer.add_json("state.json", {"best_step": 0})
@@ -39,7 +39,7 @@ def store(model: nn.Module, checkpoints: Path) -> None:
 
 
 class HandedOver(NamedTuple):
-    """Of the pre-trained model: how many parameters the fine-tuned one kept, which are new in that, and which were left behind."""
+    """kept: number of pre-trained parameters in the model for the task. new: its other parameters. unused: pre-trained ones it lacks."""
 
     kept: int
     new: list[str]
@@ -47,7 +47,7 @@ class HandedOver(NamedTuple):
 
 
 def handed_over(stored: dict[str, nn.Parameter], model: nn.Module) -> HandedOver:
-    """`stored`: the parameters of the pre-trained model, before it became a part of `model`."""
+    """Compares a model with the parameters `stored` of the pre-trained model it was made from."""
     ours, theirs = dict(model.named_parameters()), {id(parameter) for parameter in stored.values()}
     there = {id(parameter) for parameter in ours.values()}
     return HandedOver(

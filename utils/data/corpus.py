@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -121,6 +121,7 @@ class Corpus:
     train: np.memmap  # uint8 [bytes] or uint16 [pieces], as the other splits
     valid: np.memmap
     test: np.memmap
+    notes: ClassVar[str] = ""
 
     @classmethod
     def open(cls, path: str | Path, unit: str = "bytes") -> Corpus:
@@ -155,6 +156,11 @@ class Corpus:
     def vocabulary(self) -> Vocabulary | None:
         """The vocabulary of the word pieces, None for bytes."""
         return Vocabulary.from_meta(self.meta["vocabulary"]) if "vocabulary" in self.meta else None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of bytes or pieces of each split."""
+        return {split: len(getattr(self, split)) for split in SPLITS}
 
     @property
     def fingerprint(self) -> str:

@@ -2,8 +2,8 @@
 
     - * number0 number1 2.0      is number0 · number1 - 2
 
-Words are separated by blanks: an operator + - * / with its two operands behind it, a slot (`number0` is the first number of the problem),
-or a constant, without sign and of at most nine digits on either side of the point. Imports no torch.
+Words are separated by spaces: an operator + - * / followed by its two operands, a slot (`number0` is the first number of the problem), or
+a constant, unsigned and with at most nine digits on either side of the point. Imports no torch.
 """
 
 import math
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 TOLERANCE = 1e-4  # absolute
-LONGEST = 1000  # characters; an equation of the data has 62 at most
+LONGEST = 1000  # characters; the longest equation in the data has 62
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 SLOT = re.compile(r"number(0|[1-9][0-9]{0,2})")
@@ -20,15 +20,14 @@ CONSTANT = re.compile(r"(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?")
 
 
 def tokens(equation: str) -> list[str]:
-    """The words of an equation, operators, slots and constants alike. A malformed equation or an unknown slot is no error."""
+    """Splits an equation into operators, slots and constants; accepts malformed equations and unknown slots."""
     return [word for word in equation.split(" ") if word]
 
 
 def value(equation: str, numbers: Sequence[float]) -> float | None:
-    """What the equation comes to with the numbers of the problem, or None where it has no finite value.
+    """Evaluates the equation with the numbers of the problem; None if it has no finite value.
 
-    Division by zero, a malformed equation or an unknown slot is wrong, never an error: each of them gives None, and so does an equation of
-    more than LONGEST characters.
+    Division by zero, a malformed equation, an unknown slot, and an equation of more than LONGEST characters give None, never an error.
     """
     if len(equation) > LONGEST:
         return None
@@ -42,10 +41,7 @@ def value(equation: str, numbers: Sequence[float]) -> float | None:
 
 
 def solves(equation: str, numbers: Sequence[float], answer: float) -> bool:
-    """Whether the value of the equation is within TOLERANCE of the answer.
-
-    Division by zero, a malformed equation or an unknown slot is wrong, never an error.
-    """
+    """Whether the equation has a value, and it is within TOLERANCE of the answer."""
     found = value(equation, numbers)
     return found is not None and abs(found - answer) <= TOLERANCE
 

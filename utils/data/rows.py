@@ -1,27 +1,35 @@
-"""Labelled rows for fine-tuning: SST-2, CommonsenseQA and three sets of mathematical word problems. Imports no torch."""
+"""Labelled rows for fine-tuning, and the registry of fine-tuning tasks. Imports no torch.
+
+Adding a task: a file with its `Kind`, and a line in TASKS. Presets of its own, if it wants any, go to utils/flags/presets.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
-import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-from utils.data.equations import solves, value
+from smoe_dropout.registry import load
+from utils.data.equations import solves
 from utils.errors import UserError
 
-LETTERS = ("A", "B", "C", "D", "E")
-SHOWN = 80  # characters of a value in a refusal
+TASKS: dict[str, str] = {
+    "sst2": "utils.data.sst2:SST2",
+    "csqa": "utils.data.commonsense_qa:COMMONSENSE_QA",
+    "asdiv_a": "utils.data.problem_sets:ASDIV_A",
+    "mawps": "utils.data.problem_sets:MAWPS",
+    "svamp": "utils.data.problem_sets:SVAMP",
+}
+SHOWN = 80  # longest value quoted in an error message, in characters
 
 
 class Choice(NamedTuple):
-    """A row of a task of classes or choices. sequences: one of one text, or (question, choice) for each choice. label: class or choice."""
+    """A row with classes or choices. sequences: one of one text, or (question, choice) for each choice. label: index of class or choice."""
 
     sequences: tuple[tuple[str, ...], ...]
     label: int
@@ -38,10 +46,10 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """A folder's rows, all of them checked. title: as tables say it, with the numbers of rows where they are not the published ones.
+    """The rows of a folder, all checked. title: as tables show it, with the numbers of rows where they differ from the published ones.
 
-    split: what `held_out` is, "dev" or "test". labels: how many classes or choices, 0 for problems. notes: what of the data limits what a
-    quality on it says, or "". fingerprint: sha256, in hex, over the hashes of both files.
+    split: name of the held-out rows, "dev" or "test". labels: number of classes or choices, 0 for word problems. notes: limits of what a
+    score on these rows means, or "". fingerprint: sha256, in hex, over the hashes of both files.
     """
 
     path: Path
@@ -56,30 +64,41 @@ class Examples:
     unit: ClassVar[str] = "rows"
     vocabulary: ClassVar[None] = None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each split."""
+        return {"train": len(self.train), self.split: len(self.held_out)}
+
 
 class Kind(NamedTuple):
-    """What a task's files are. counts: the published rows of the train and of the held-out file, of each fold."""
+    """A fine-tuning task: its files and how they are read.
+
+    names: the train and the held-out file. counts: their published numbers of rows, for each fold. rows: reads one file; a row is a tuple
+    whose first element is its text. labels: classes or choices, 0 for none. task: place of what makes the Task of it,
+    called as task(flags, examples, engine, encoder).
+    """
 
     title: str
     names: tuple[str, str]
     counts: tuple[tuple[int, int], ...]
-    rows: Callable[[_File], Iterator[Choice | Problem]]
+    rows: Callable[[File], Iterator[tuple]]
     labels: int = 0
     split: str = "dev"
+    task: str = "utils.tasks.choice:AnswerChoice"
 
     @property
     def folds(self) -> int:
-        """1 where the task has no folds."""
+        """Number of folds, 1 for a task without them."""
         return len(self.counts)
 
     def files(self, fold: int) -> list[str]:
-        """Where the train and the held-out file are in a folder."""
+        """Paths of the train and the held-out file inside the task's folder."""
         return [f"fold{fold}/{name}" if self.folds > 1 else name for name in self.names]
 
 
 @dataclass(frozen=True)
-class _File:
-    """A file, read once, so that what is hashed is what is parsed. trains: it is the train file."""
+class File:
+    """A file, read once, so that the bytes hashed are the bytes parsed. trains: it is the train file."""
 
     path: Path
     task: str
@@ -87,12 +106,13 @@ class _File:
     content: bytes
 
     def refuse(self, place: str, fault: str) -> NoReturn:
+        """Raises the UserError for a fault at a place in the file."""
         where = f"{self.path}, {place}:" if place else f"{self.path}"
         raise UserError(f"{where} {fault}; {_remedy(self.task)}")
 
     @cached_property
     def text(self) -> str:
-        """UserError where it is not UTF-8 or there is none."""
+        """The decoded content. UserError if it is empty or not UTF-8."""
         try:
             text = self.content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -103,134 +123,46 @@ class _File:
         return text
 
 
-def _remedy(task: str) -> str:
-    return f"mend it, or prepare the files again with `python data/prepare_task.py {task} --force`"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-# rows of one file
-
-
-def _table(file: _File, columns: tuple[str, ...], **how: Any) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row by its columns, and the line where it ends. UserError for damaged quotes, and rows or a header of other columns."""
+def table(file: File, columns: tuple[str, ...], **how: Any) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields each row of a CSV file by column, with the line it ends on. UserError for broken quoting and for other columns."""
     reader, start = csv.reader(io.StringIO(file.text, newline=""), strict=True, **how), 1
     try:
         header = next(reader)
         if lacking := [name for name in columns if header.count(name) != 1]:
             test = " (a test file without labels?)" if lacking == ["label"] else ""
-            file.refuse("line 1", f"the columns are {_shown(', '.join(header))}{test}, wanted are {', '.join(columns)}")
+            file.refuse("line 1", f"the columns are {shown(', '.join(header))}{test}, expected {', '.join(columns)}")
         start = reader.line_num + 1
         for row in reader:
             if len(row) != len(header):
                 file.refuse(f"line {reader.line_num}", f"the row has {len(row)} columns, the header {len(header)}")
             yield reader.line_num, dict(zip(header, row, strict=True))
             start = reader.line_num + 1
-    except csv.Error as error:  # an open quote is found at the end of the file only: the row's first line tells more
+    except csv.Error as error:  # an open quote is found only at the end of the file: the row's first line says more
         file.refuse(f"line {start}", f"the row cannot be read ({error})")
 
 
-def _sst2(file: _File) -> Iterator[Choice]:
-    for line, row in _table(file, ("sentence", "label"), delimiter="\t", quoting=csv.QUOTE_NONE):  # quotes are text here
-        label = row["label"]
-        if not row["sentence"].strip():
-            file.refuse(f"line {line}, column sentence", f"{_shown(row['sentence'])} is no text")
-        if label not in ("0", "1"):
-            fault = "the label is missing" if not label.strip() else f"{_shown(label)} is neither 0 nor 1"
-            file.refuse(f"line {line}, column label", fault + (", it marks a test file without labels" if label == "-1" else ""))
-        yield Choice(((row["sentence"],),), int(label))
+def shown(value: object) -> str:
+    """A value as error messages quote it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _csqa(file: _File) -> Iterator[Choice]:
-    for line, text in enumerate(file.text.removesuffix("\n").split("\n"), 1):  # splitlines would split at more than newlines
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            file.refuse(f"line {line}, column {error.colno}", f"not JSON ({error.msg})")
-        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-            file.refuse(f"line {line}", f"not JSON ({error})")
-        yield _question(file, f"line {line}", row)
-
-
-def _question(file: _File, line: str, row: Any) -> Choice:
-    def text(entry: dict, key: str, column: str) -> str:
-        found = entry.get(key)
-        if not isinstance(found, str) or not found.strip():
-            file.refuse(f"{line}, {column}", f"{_shown(found)} is no text")
-        return found
-
-    question = row.get("question") if isinstance(row, dict) else None
-    if not isinstance(question, dict):
-        file.refuse(f"{line}, question", f"{_shown(row)} has no question with its stem and choices")
-    stem, choices = text(question, "stem", "question.stem"), question.get("choices")
-    if not isinstance(choices, list) or len(choices) != len(LETTERS):
-        there = f"{len(choices)} choices" if isinstance(choices, list) else _shown(choices)
-        file.refuse(f"{line}, question.choices", f"{there}, where {len(LETTERS)} choices are wanted")
-    labels = tuple(choice.get("label") if isinstance(choice, dict) else choice for choice in choices)
-    if labels != LETTERS:
-        file.refuse(f"{line}, question.choices", f"the labels are {_shown(labels)}, not {', '.join(LETTERS)}")
-    sequences = tuple((stem, text(choice, "text", f"text of choice {letter}")) for letter, choice in zip(LETTERS, choices, strict=True))
-    key = row.get("answerKey")
-    if key in (None, ""):
-        file.refuse(f"{line}, answerKey", "the answer is missing, as in the test file, which has no answers")
-    if key not in LETTERS:
-        file.refuse(f"{line}, answerKey", f"{_shown(key)} is none of {', '.join(LETTERS)}")
-    return Choice(sequences, LETTERS.index(key))
-
-
-def _problems(file: _File) -> Iterator[Problem]:
-    for line, row in _table(file, ("Question", "Numbers", "Equation", "Answer")):
-        if not row["Question"].strip():
-            file.refuse(f"line {line}, column Question", f"{_shown(row['Question'])} is no text")
-        numbers = tuple(_number(file, f"line {line}, column Numbers", word) for word in row["Numbers"].split())
-        answer = _number(file, f"line {line}, column Answer", row["Answer"])
-        if file.trains and value(row["Equation"], numbers) is None:
-            slots = ", ".join(f"number{i}" for i in range(len(numbers))) or "no number"
-            file.refuse(f"line {line}, column Equation", f"{_shown(row['Equation'])} has no value with {slots}")
-        yield Problem(row["Question"], numbers, row["Equation"], answer)
-
-
-def _number(file: _File, place: str, word: str) -> float:
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or "_" in word:  # 1_000 is a number to Python only
-        file.refuse(place, f"{_shown(word)} is not a number")
-    return number
-
-
-FIVE_OF_MAWPS = ((1_537, 384),) * 5
-FIVE_OF_ASDIV = ((979, 238), (979, 238), (979, 238), (980, 237), (951, 266))
-
-KINDS = {
-    "sst2": Kind("SST-2", ("train.tsv", "dev.tsv"), ((67_349, 872),), _sst2, labels=2),
-    "csqa": Kind("CommonsenseQA", ("train_rand_split.jsonl", "dev_rand_split.jsonl"), ((9_741, 1_221),), _csqa, labels=len(LETTERS)),
-    "asdiv_a": Kind("ASDiv-A", ("train.csv", "dev.csv"), FIVE_OF_ASDIV, _problems),
-    "mawps": Kind("MAWPS", ("train.csv", "dev.csv"), FIVE_OF_MAWPS, _problems),
-    "svamp": Kind("SVAMP", ("train.csv", "dev.csv"), ((3_138, 1_000),), _problems, split="test"),  # its dev.csv is the test set
-}
-TASKS = tuple(KINDS)
-
-
-# a folder
+def _remedy(task: str) -> str:
+    return f"fix it, or prepare the files again with `python data/prepare_task.py {task} --force`"
 
 
 def kind_of(task: str) -> Kind:
-    """The task's files. UserError for a task that is not one of TASKS."""
-    if task not in KINDS:
+    """The registered task of that name. UserError if there is none."""
+    if task not in TASKS:
         raise UserError(f"the task {task!r} is not one of {', '.join(TASKS)}")
-    return KINDS[task]
+    return load(TASKS, "task", task)
 
 
 def read_examples(task: str, folder: Path, fold: int = 0) -> Examples:
-    """Every row of the task's two files in `folder`, once all of them are checked. Texts are as in the file: SST-2's end with a blank.
+    """Reads and checks every row of the task's two files in `folder`. Texts are as in the file: those of SST-2 end in a space.
 
-    Raises UserError, with the remedy, for an unknown task or fold, for a file that is missing or damaged, for the first row that is none of
-    the task, with its line and column, and for files that have been mixed up.
+    Raises UserError, with the remedy, for an unknown task or fold, a file that is missing or damaged, the first invalid row, with its line
+    and column, and files that have been swapped.
     """
     kind, folder = kind_of(task), Path(folder)
     if fold not in range(kind.folds):
@@ -248,19 +180,20 @@ def read_examples(task: str, folder: Path, fold: int = 0) -> Examples:
     return Examples(folder, task, title, train, held_out, kind.split, kind.labels, notes, fingerprint)
 
 
-def _read(task: str, folder: Path, name: str, trains: bool) -> _File:
+def _read(task: str, folder: Path, name: str, trains: bool) -> File:
     path = folder / name
     try:
-        return _File(path, task, trains, path.read_bytes())
+        return File(path, task, trains, path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        fault = f"{path} is missing" if folder.is_dir() else f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}"
+        no_folder = "is a file, not a folder" if folder.exists() else "does not exist"
+        fault = f"{path} is missing" if folder.is_dir() else f"{folder} {no_folder}"
         remedy = f"prepare it with `python data/prepare_task.py {task}`, or name another folder with --data DIR"
         raise UserError(f"{fault}: {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name another folder with --data DIR") from None
 
 
-def _rows(kind: Kind, file: _File) -> list:
+def _rows(kind: Kind, file: File) -> list:
     rows = list(kind.rows(file))
     if not rows:
         file.refuse("", "has a header and no rows")
@@ -268,7 +201,7 @@ def _rows(kind: Kind, file: _File) -> list:
 
 
 def _title(kind: Kind, fold: int, train: int, held_out: int) -> str:
-    """A part of a set is never called by the set's name alone."""
+    """The task's title, with the numbers of rows if incomplete, so a subset is never labelled as the full set."""
     published = kind.counts[fold]
     if (train, held_out) == published:
         return kind.title
@@ -276,7 +209,7 @@ def _title(kind: Kind, fold: int, train: int, held_out: int) -> str:
 
 
 def _notes(kind: Kind, train: list, held_out: list) -> str:
-    """Held-out rows that say little of what was learnt: those seen in training, and those whose own equation misses the answer."""
+    """Counts held-out rows that measure no generalisation: those seen in training, and those whose own equation misses the answer."""
     seen = {row[0] for row in train}
     repeated, of_all = sum(row[0] in seen for row in held_out), f"of {len(held_out):,} {kind.split} rows"
     missed = sum(isinstance(row, Problem) and not solves(row.equation, row.numbers, row.answer) for row in held_out)

@@ -1,4 +1,4 @@
-"""BERT over word pieces, as the transformers library has it (Devlin et al. 2019, arXiv 1810.04805); no next-sentence prediction."""
+"""BERT over word pieces (Devlin et al. 2019, arXiv 1810.04805), from the transformers library, without next-sentence prediction."""
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +10,19 @@ from utils.flags.derive import method_of
 from utils.flags.fields import Flags
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
-from utils.tasks.masked import MaskedLanguageModelling as Task
 
-__all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
-TITLE, CAUSAL = "BERT", False
 SIZES = ("n_layer", "d_model", "n_head", "d_ff", "d_inner", "tgt_len")
 
 
 class MaskedLM(nn.Module):
-    """A transformers model for masked language modelling whose head is asked at the masked positions only."""
+    """A masked language model of transformers that applies its head `head` only to the masked positions."""
 
     def __init__(self, host: PreTrainedModel, head: str):
         super().__init__()
         self.host, self.head = host, head
 
     def forward(self, tokens_BT: Tensor, places_BM: Tensor, targets_BM: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:
-        """Losses [B, M] in nats and logits [B, M, V] at the places; `state` is for models that carry one on."""
+        """Losses [B, M] in nats and logits [B, M, V] at the places; `state` is unused."""
         hidden_BTD = self.host.base_model(tokens_BT)[0]
         chosen_BMD = hidden_BTD.gather(1, places_BM[..., None].expand(-1, -1, hidden_BTD.shape[-1]))
         logits_BMV = getattr(self.host, self.head)(chosen_BMD).float()
@@ -34,7 +31,7 @@ class MaskedLM(nn.Module):
 
 
 def sizes(flags: Flags, vocabulary: Vocabulary) -> dict:
-    """The settings of a transformers configuration."""
+    """The settings of the transformers configuration."""
     return {
         "vocab_size": vocabulary.size,
         "hidden_size": flags.d_model,
@@ -50,10 +47,10 @@ def sizes(flags: Flags, vocabulary: Vocabulary) -> dict:
 
 
 def attention(flags: Flags) -> str:
-    """Plain where a method looks at its probabilities, and on a CPU, where the fused backward pass takes six times as long in bf16."""
+    """Eager for methods that read attention probabilities, and on a CPU, where the fused backward pass in bf16 takes six times as long."""
     method = method_of(flags)
-    looks = method and method.layer and "probabilities" in method.layer.needs
-    return "sdpa" if flags.device != "cpu" and torch.cuda.is_available() and not looks else "eager"
+    reads_probabilities = method and method.layer and "probabilities" in method.layer.needs
+    return "sdpa" if flags.device != "cpu" and torch.cuda.is_available() and not reads_probabilities else "eager"
 
 
 def build(flags: Flags, vocabulary: Vocabulary) -> MaskedLM:
@@ -70,7 +67,7 @@ def hidden_states(model: MaskedLM, tokens_NT: Tensor, lengths_N: Tensor) -> Tens
 
 
 def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
-    """The first position, [CLS]."""
+    """The hidden state of the first position, [CLS]."""
     return hidden_NTD[:, 0]
 
 
@@ -80,7 +77,7 @@ def without_head(model: MaskedLM) -> MaskedLM:
 
 
 def forward_flops(model: MaskedLM, shape: Shape, k: int | None) -> int:
-    """Of one forward pass, k experts active (None: as many as the layers compute at present; a dense model has none)."""
+    """Operations of one forward pass."""
     c: PretrainedConfig = model.host.config
     tokens, D = shape.rows * shape.positions, c.hidden_size
     attention = 8 * tokens * D**2 + 4 * tokens * shape.positions * D  # four projections; scores and values

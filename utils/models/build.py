@@ -1,4 +1,4 @@
-"""The model that the flags describe, dense or with experts, and what of it is trained."""
+"""Builds the model that the flags describe, dense or with experts, and freezes what is not trained."""
 
 from torch import nn
 
@@ -16,8 +16,8 @@ ATTENTION_EXPERTS = 16  # as in the official code
 
 
 def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module:
-    """The dense model, its feed-forward layers turned into what the method makes of them. `vocabulary`: of a model of word pieces.
-    UserError for a method that cannot be used with it.
+    """The dense model with its feed-forward layers converted by the method. `vocabulary`: for a model that reads word pieces.
+    UserError for a method that cannot be used with the model.
     """
     model, method = architecture(flags.model).build(flags, vocabulary), method_of(flags)
     try:
@@ -34,7 +34,7 @@ def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module
 
 
 def freeze(model: nn.Module, flags: Flags) -> None:
-    """--freeze_main_network: the experts. --freeze_main_network_all: all in the layers but routers; embeddings and output stay trained."""
+    """Freezes the experts (--freeze_main_network), or everything in the layers but the routers (--freeze_main_network_all)."""
     if flags.freeze_main_network_all:
         routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.routing_parameters()}
         for parameter in architecture(flags.model).blocks(model).parameters():
@@ -50,14 +50,14 @@ def freeze(model: nn.Module, flags: Flags) -> None:
 
 
 def forget_router_gradients(model: nn.Module) -> None:
-    """Keeps routers as they are in the coming update: without a gradient the optimiser passes over them."""
+    """Drops the gradients of routers, so that the optimiser skips them."""
     for _, layer in moe_layers(model):
         for parameter in layer.routing_parameters():
             parameter.grad = None
 
 
 def training_settings(flags: Flags, train_tokens: int) -> Settings:
-    """What a method's objective is told of the run."""
+    """The settings of the run that are passed to a method's objective."""
     schedule = top_k_schedule(flags)
     ks = (schedule.k_min, schedule.k_max) if schedule else (1, 1)
     return Settings(*ks, method_options(flags), train_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,16 +10,21 @@ from smoe_dropout import moe_layers
 from smoe_dropout.attention import ExpertQueryKeyValue
 from smoe_dropout.experts import Experts
 from smoe_dropout.experts.compressed import CompressedExperts
+from utils.models.registry import Shape, architecture
 
-if TYPE_CHECKING:
-    from utils.models.registry import Shape
-
-# the modules that make up feed-forward networks: of Transformer-XL; of BERT and RoBERTa
+# modules that make up the feed-forward layers: of Transformer-XL; of BERT and RoBERTa
 FEED_FORWARD = re.compile(r"(.*\.)?(feed_forward|layer\.\d+\.(intermediate|output\.dense))")
 
 
+def forward_flops(name: str, model: nn.Module, shape: Shape, k: int | None) -> int:
+    """Operations of one forward pass of the architecture `name`; a small head for fine-tuning is not counted."""
+    if hasattr(model, "backbone"):
+        model, shape = model.backbone, Shape(shape.rows * shape.sequences, shape.positions // shape.sequences, targets=0)
+    return architecture(name).forward_flops(model, shape, k)
+
+
 def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, dense: int) -> int:
-    """Of the feed-forward networks of so many layers in one pass; `dense`: of one token in a dense one. k as in forward_flops."""
+    """Operations of the feed-forward networks of `layers` layers in one pass; `dense`: those of one token in a dense layer."""
     sparse, tokens = moe_layers(model), shape.rows * shape.positions
     total = (layers - len(sparse)) * tokens * dense
     for _, layer in sparse:
@@ -31,14 +35,14 @@ def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, den
 
 
 def composing_flops(experts: Experts) -> int:
-    """Of making the maps of compressed experts from their factors, once in a pass."""
+    """Operations that compose the weights of compressed experts from their factors, once a pass."""
     if not isinstance(experts, CompressedExperts):
         return 0
     return 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters, those that are trained, and those of routers; a tied tensor counts once."""
+    """Numbers of all parameters, of the trainable ones, and of those of routers; a tied tensor counts once."""
     routers = [parameter for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
     return {
         "total": sum(parameter.numel() for parameter in model.parameters()),
@@ -48,7 +52,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
-    """Parameters that one token meets with k experts active: of the whole model, and of its feed-forward layers."""
+    """Parameters used for one token with k experts active: in the whole model, and in its feed-forward layers."""
     total, ffn_total, idle = parameter_counts(model)["total"], 0, 0
     for name, module in model.named_modules():
         if FEED_FORWARD.fullmatch(name):
@@ -56,7 +60,7 @@ def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
     for _, layer in moe_layers(model):
         one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
         idle += (layer.num_experts - min(k or layer.top_k, layer.num_experts)) * one
-    elsewhere = 0  # experts outside the feed-forward layers, of which one is active
+    elsewhere = 0  # attention experts, of which one is active
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):
             elsewhere += sum((len(tensor) - 1) * tensor[0].numel() for tensor in (module.weight, module.bias))

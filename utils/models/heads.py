@@ -1,30 +1,30 @@
-"""What is put on a pre-trained model to fine-tune it. All keep it as `backbone`, and are called as model(*inputs, state) -> (losses [B, 1]
-in nats, None, logits [..., C]).
+"""Heads that turn a pre-trained model into one for a fine-tuning task. Each keeps it as `backbone` and is called as
+model(*inputs, state) -> (losses [B, 1] in nats, None, logits [..., C]).
 
-Shape suffixes: B rows, S sequences of a row, T positions, L places of an equation, D model width, C classes, V symbols.
+Shape suffixes: B rows, S sequences of a row, T positions, L symbols of an equation, D model width, C classes, V vocabulary.
 """
-
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout import moe_layers
+from utils.flags.fields import Flags
+from utils.models.registry import Architecture
 
-IGNORED = -1  # a place without a target
+IGNORED = -1  # target of a position without a loss
 
 
 class Scorer(nn.Module):
-    """Chooses one of several answers. A row is one sequence, with `outputs` classes, or a sequence for every choice, with one output."""
+    """Chooses an answer. A row is one sequence, scored for `outputs` classes, or one sequence for each choice, each with one score."""
 
-    def __init__(self, backbone: nn.Module, architecture: ModuleType, width: int, outputs: int, dropout: float, init_std: float):
+    def __init__(self, backbone: nn.Module, architecture: Architecture, outputs: int, flags: Flags):
         super().__init__()
         self.backbone = architecture.without_head(backbone)
         self._hidden_states, self._summary = architecture.hidden_states, architecture.summary
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, outputs))
-        initialise(self.head, init_std)
+        width, rate = flags.d_model, flags.dropout
+        self.head = nn.Sequential(nn.Dropout(rate), nn.Linear(width, width), nn.Tanh(), nn.Dropout(rate), nn.Linear(width, outputs))
+        initialise(self.head, flags.init_std)
 
     def forward(self, tokens_BST: Tensor, lengths_BS: Tensor, answers_B: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:
         lengths = lengths_BS.flatten()
@@ -34,21 +34,21 @@ class Scorer(nn.Module):
 
 
 class Continuation(nn.Module):
-    """A causal model that writes the equation behind the question; nothing is put on it."""
+    """A causal model that writes the equation after the question, with the head it was pre-trained with."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:
-        """Losses are means over each row's targets; logits [targets, V]."""
+        """The mean loss over each row's targets, and the logits [targets, V]."""
         logits_BTV, _ = self.backbone.logits(tokens_BT)
         return row_losses(logits_BTV, targets_BT)
 
     @torch.no_grad()
     def write(self, questions: list[Tensor], end: int, limit: int) -> list[list[int]]:
-        """The likeliest next token again and again until `end`, which is left out, or `limit` tokens. Rows of one length go together, so
-        that there is no padding. What was read is kept as memory, unless a token alone would be routed, or see, otherwise than in its text.
+        """Decodes greedily up to `end`, which is left out, or `limit` tokens. Rows of equal length are decoded together, without padding.
+        What was read is kept as memory, except where the text has to be read again: see `_continue`.
         """
         written: list[list[int]] = [[] for _ in questions]
         by_length: dict[int, list[int]] = {}
@@ -64,6 +64,7 @@ class Continuation(nn.Module):
         return written
 
     def _continue(self, tokens_BT: Tensor, written: list[list[int]], end: int, limit: int) -> None:
+        # a token on its own would see less, or be routed differently, than within its text
         again = self.backbone.config.same_length or any(layer.needs for _, layer in moe_layers(self.backbone))
         cache, ended = None, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         for _ in range(limit):
@@ -79,22 +80,25 @@ class Continuation(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A small Transformer decoder that writes the equation, looking at what an encoder made of the question. END begins and ends it."""
+    """A small Transformer decoder that writes the equation from an encoder's states of the question. END starts and ends an equation.
+
+    symbols: size of the vocabulary, with END. longest: positions of an equation.
+    """
 
     END = 0
 
-    def __init__(self, backbone: nn.Module, architecture: ModuleType, sizes: "DecoderSizes", init_std: float):
+    def __init__(self, backbone: nn.Module, architecture: Architecture, symbols: int, longest: int, flags: Flags):
         super().__init__()
         self.backbone, self._hidden_states = architecture.without_head(backbone), architecture.hidden_states
-        width = sizes.width
-        self.symbols, self.places = nn.Embedding(sizes.symbols, width), nn.Embedding(sizes.longest, width)
-        layer = nn.TransformerDecoderLayer(width, sizes.heads, 4 * width, sizes.dropout, batch_first=True)
-        self.layers, self.out = nn.TransformerDecoder(layer, sizes.layers), nn.Linear(width, sizes.symbols)
+        width = flags.d_model
+        self.symbols, self.places = nn.Embedding(symbols, width), nn.Embedding(longest, width)
+        layer = nn.TransformerDecoderLayer(width, flags.n_head, 4 * width, flags.dropout, batch_first=True)
+        self.layers, self.out = nn.TransformerDecoder(layer, 2), nn.Linear(width, symbols)
         for module in (self.symbols, self.places, self.out):
-            initialise(module, init_std)
+            initialise(module, flags.init_std)
 
     def _logits(self, read: tuple[Tensor, Tensor], before_BL: Tensor) -> Tensor:
-        """Of the symbol behind each of those `before` [B, L, V]; read: the question's states [B, T, D], and which are padding [B, T]."""
+        """Logits of the symbol after each of `before` [B, L, V]. read: states of the question [B, T, D], and its padding mask [B, T]."""
         L = before_BL.shape[1]
         x_BLD = self.symbols(before_BL) + self.places.weight[:L]
         future_LL = torch.ones(L, L, dtype=torch.bool, device=before_BL.device).triu(1)
@@ -105,13 +109,13 @@ class Decoder(nn.Module):
         return self._hidden_states(self.backbone, tokens_BT, lengths_B), padding_BT
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor, targets_BL: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:
-        """Losses are means over each row's targets; logits [targets, V]."""
+        """The mean loss over each row's targets, and the logits [targets, V]."""
         before_BL = F.pad(targets_BL.clamp(min=0), (1, 0), value=self.END)[:, :-1]
         return row_losses(self._logits(self._read(tokens_BT, lengths_B), before_BL), targets_BL)
 
     @torch.no_grad()
     def write(self, tokens_BT: Tensor, lengths_B: Tensor) -> list[list[int]]:
-        """The likeliest next symbol again and again until END, which is left out, or as many as there are places for."""
+        """Decodes greedily up to END, which is left out, or the longest equation there are positions for."""
         read, written_BL = self._read(tokens_BT, lengths_B), torch.full((len(tokens_BT), 1), self.END, device=tokens_BT.device)
         for _ in range(self.places.num_embeddings):
             written_BL = torch.cat([written_BL, self._logits(read, written_BL)[:, -1:].argmax(-1)], 1)
@@ -121,19 +125,8 @@ class Decoder(nn.Module):
         return [row[: row.index(self.END)] if self.END in row else row for row in rows]
 
 
-class DecoderSizes(NamedTuple):
-    """symbols: that equations are made of, with END. longest: places of an equation."""
-
-    symbols: int
-    longest: int
-    width: int
-    heads: int
-    dropout: float
-    layers: int = 2
-
-
 def row_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, None, Tensor]:
-    """The mean loss of each row's targets [B, 1], and the logits at them [targets, V]."""
+    """The mean loss over each row's targets [B, 1], and the logits at the targets [targets, V]."""
     asked_BL = targets_BL != IGNORED
     logits = logits_BLV.float()
     losses_BL = F.cross_entropy(logits.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets_BL)
@@ -141,7 +134,7 @@ def row_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, None, Te
 
 
 def initialise(module: nn.Module, std: float) -> None:
-    """Weights from N(0, std), biases 0, as in pre-training."""
+    """Draws weights from N(0, std) and sets biases to 0, as in pre-training."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, 0.0, std)

@@ -1,34 +1,68 @@
-"""The loading of a model registered in utils.flags.models.
+"""The contract of a model's file, and the loading of one registered in utils.flags.models.
 
-Its file (`module`) defines
-
-    TITLE, SIZES                                 its name in tables, and the flags of its sizes, as they are recorded
-    Task                                         what it is pre-trained on
-    build(flags, vocabulary)                     the dense model, called as model(*inputs, state) -> (token losses, state, logits)
-    blocks(model)                                its layers
-    forward_flops(model, shape, k)               operations of one forward pass, k experts active (None: as many as are active now)
-    hidden_states(model, tokens_NT, lengths_N)   [N, T, D], for fine-tuning
-    summary(hidden_NTD, lengths_N)               [N, D]: the position that has attended to the whole row
-    without_head(model)                          the same model without its output layer
-    CAUSAL                                       whether it can continue a text
+Modules named `feed_forward` are counted as feed-forward layers by utils.models.flops.
 """
 
+from __future__ import annotations
+
 import importlib
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from utils.flags.models import MODELS
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from utils.data.tokenizer import Vocabulary
+    from utils.flags.fields import Flags
+
 
 class Shape(NamedTuple):
-    """Size of one pass: rows, positions of each, positions remembered from the pass before, positions with a loss (None: all)."""
+    """Size of one pass: rows, positions of each, positions remembered from the pass before, positions with a loss (None: all), and
+    sequences that a row consists of, each read on its own.
+    """
 
     rows: int
     positions: int
     remembered: int = 0
     targets: int | None = None
+    sequences: int = 1
 
 
-def architecture(name: str) -> ModuleType:
+class Architecture(Protocol):
+    """The file of a model, a module with these functions. Shape suffixes: N rows, T positions, D model width.
+
+    A model that reads bytes also has `mem_len`, the number of positions it remembers, which evaluation sets; and for continuing a text
+    `config.same_length`, `logits(tokens, state) -> (logits, state)`, and `read`, the same without gradients.
+    """
+
+    SIZES: tuple[str, ...]  # the flags of its sizes, as they are recorded
+
+    @staticmethod
+    def build(flags: Flags, vocabulary: Vocabulary | None) -> nn.Module:
+        """The dense model, called as model(*inputs, state) -> (token losses in nats, state, logits), with the inputs of its task."""
+
+    @staticmethod
+    def blocks(model: nn.Module) -> nn.ModuleList:
+        """Its layers."""
+
+    @staticmethod
+    def forward_flops(model: nn.Module, shape: Shape, k: int | None) -> int:
+        """Operations of one forward pass with k experts active (None: as many as are active now; a dense model has none)."""
+
+    @staticmethod
+    def hidden_states(model: nn.Module, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
+        """The last hidden states [N, T, D] of rows of the given lengths, for fine-tuning."""
+
+    @staticmethod
+    def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
+        """The hidden state [N, D] that has seen the whole row."""
+
+    @staticmethod
+    def without_head(model: nn.Module) -> nn.Module:
+        """The same model, no longer predicting tokens."""
+
+
+def architecture(name: str) -> Architecture:
     """The module of a registered model."""
     return importlib.import_module(MODELS[name].module)

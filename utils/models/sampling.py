@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write(model: MemTransformerLM, prompt: bytes, length: int, temperature: float, top_p: float, segment: int) -> Iterator[int]:
-    """`length` bytes that go on from a prompt, which is read `segment` bytes at a time; drawn by torch's default generator."""
+    """Yields `length` bytes that continue the prompt, which is read `segment` bytes at a time; draws from torch's default generator."""
     import torch
 
     tokens_1T, cache = torch.tensor([list(prompt)]), None
@@ -25,9 +25,9 @@ def write(model: MemTransformerLM, prompt: bytes, length: int, temperature: floa
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
-    """A symbol among the likeliest ones that have the probability top_p together (Holtzman et al. 2020, arXiv 1904.09751)."""
+    """Draws a symbol by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); the likeliest one at temperature 0."""
     if temperature == 0:
         return logits_V.argmax()
     p_V, order_V = (logits_V / temperature).softmax(-1).sort(descending=True)
-    before_V = p_V.cumsum(-1) - p_V  # of all that are likelier: the likeliest itself always stays
+    before_V = p_V.cumsum(-1) - p_V  # mass of all likelier symbols: the likeliest one always stays
     return order_V[p_V.masked_fill(before_V >= top_p, 0.0).multinomial(1)[0]]

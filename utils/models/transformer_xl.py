@@ -8,18 +8,15 @@ from smoe_dropout.attention import ExpertQueryKeyValue
 from utils.flags.fields import Flags
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
-from utils.tasks.language_modelling import LanguageModelling as Task
 
-__all__ = ["CAUSAL", "SIZES", "TITLE", "Task", "blocks", "build", "forward_flops", "hidden_states", "summary", "without_head"]
-TITLE, CAUSAL = "Transformer-XL", True
 SIZES = ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")
-N_TOKEN = 256  # bytes: any text can be read by any model
+N_TOKEN = 256  # bytes
 
 
 def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
     names = ("n_layer", "n_head", "d_model", "d_head", "dropout", "dropatt", "mem_len", "pre_lnorm", "same_length", "clamp_len")
     sizes = {name: getattr(flags, name) for name in (*names, "init_std")}
-    sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # of the layers that stay dense
+    sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
     return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
 
 
@@ -28,24 +25,24 @@ def blocks(model: MemTransformerLM) -> nn.ModuleList:
 
 
 def hidden_states(model: MemTransformerLM, tokens_NT: Tensor, lengths_N: Tensor) -> Tensor:
-    """Read from left to right, so that nothing sees what stands behind a row's end."""
+    """Attention is causal, so no position sees the padding after its row."""
     return model.hidden(tokens_NT)[0]
 
 
 def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
-    """The last position of each row."""
+    """The hidden state of each row's last position."""
     return hidden_NTD[torch.arange(len(lengths_N), device=lengths_N.device), lengths_N - 1]
 
 
 def without_head(model: MemTransformerLM) -> MemTransformerLM:
-    del model.head  # its weight is the embedding's, unless they are not tied
+    del model.head  # its weight is tied to the embedding, unless --not_tied
     return model
 
 
 def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
-    """Of one forward pass, k experts active (None: as many as the layers compute at present; a dense model has none)."""
+    """Operations of one forward pass."""
     c: TransformerXLConfig = model.config
-    batch, segment, memory, targets = shape
+    batch, segment, memory, targets = shape[:4]
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
     projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
     scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values

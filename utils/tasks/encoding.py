@@ -1,4 +1,4 @@
-"""How the rows of a task become tokens: bytes for Transformer-XL, as in its pre-training, pieces for BERT and RoBERTa."""
+"""Encodes the rows of a fine-tuning task as the model reads them: bytes as in its pre-training, or word pieces."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,27 +12,27 @@ from utils.flags.fields import FinetuneFlags
 from utils.flags.models import MODELS
 
 
-class Text(ABC):
-    """pad: the token behind a row's end. vocabulary: of word pieces, else None."""
+class RowEncoder(ABC):
+    """pad: the token after a row's end. vocabulary: of the word pieces, or None for bytes."""
 
     pad: int = 0
     vocabulary: Vocabulary | None = None
 
     @abstractmethod
     def encode(self, sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
-        """Each sequence of texts as one row of tokens int64 [T], closed by a token that says that it ends."""
+        """Each sequence of texts as one row of tokens int64 [T], terminated by an end token."""
 
 
-class Bytes(Text):
-    """UTF-8, a newline behind every text."""
+class ByteEncoder(RowEncoder):
+    """UTF-8, with a newline after each text."""
 
     def encode(self, sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
         joined = ("".join(f"{text}\n" for text in texts).encode() for texts in sequences)
         return [np.frombuffer(content, np.uint8).astype(np.int64) for content in joined]
 
 
-class Pieces(Text):
-    """[CLS] text [SEP] text [SEP], as the model's tokenizer has it."""
+class PieceEncoder(RowEncoder):
+    """[CLS] text [SEP] text [SEP], by the model's tokenizer."""
 
     def __init__(self, folder: str):
         self._tokenizer = load_tokenizer(folder)
@@ -45,14 +45,14 @@ class Pieces(Text):
         return [np.array(ids, np.int64) for ids in found]
 
 
-def text_of(flags: FinetuneFlags, source: Source) -> Text:
-    """UserError where the checkpoint's tokenizer is not to be found, or is another."""
+def encoder_of(flags: FinetuneFlags, source: Source) -> RowEncoder:
+    """UserError if the checkpoint's tokenizer is missing or differs."""
     if MODELS[flags.model].reads == "bytes":
-        return Bytes()
+        return ByteEncoder()
     folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
     if flags.tokenizer is None and not Path(folder).is_dir():
         raise UserError(f"the tokenizer of {source.path} is not at {folder}: give its folder, or its name on the hub, with --tokenizer")
-    text = Pieces(folder)
-    if (known := source.flags.get("vocabulary_sha256")) and known != text.vocabulary.sha256:
+    encoder = PieceEncoder(folder)
+    if (known := source.flags.get("vocabulary_sha256")) and known != encoder.vocabulary.sha256:
         raise UserError(f"{source.path} was trained with another tokenizer than that of {folder}: give that one with --tokenizer")
-    return text
+    return encoder

@@ -1,11 +1,10 @@
-"""Predicting the next byte of a text that is read in order, with memory."""
+"""Language modelling: predicting the next byte of a text that is read in order, with memory."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -13,13 +12,13 @@ from mem_transformer import Cache
 from utils.data.lanes import LaneIterator, Segment, rank_lanes
 from utils.errors import UserError
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, Metric, State, Task
+from utils.tasks.base import Batch, Metric, Task
 
 LN2 = math.log(2)
 
 
 class LanguageModelling(Task):
-    """Lanes of Transformer-XL. Raises UserError for a corpus of word pieces, or one too short for the lanes of training or evaluation."""
+    """Reads the corpus in parallel lanes. UserError for a corpus of word pieces, or one too short for its lanes."""
 
     metric = Metric("bpc", True, lambda nats: nats / LN2)
 
@@ -30,7 +29,7 @@ class LanguageModelling(Task):
         lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
         self._training = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
         for split in ("valid", "test"):
-            self._lanes(split, range(flags.eval_batch_size))  # too short is better said now than after training
+            self._lanes(split, range(flags.eval_batch_size))  # a text that is too short fails now, not after training
 
     def _lanes(self, split: str, lanes: range) -> LaneIterator:
         flags = self.flags
@@ -66,18 +65,15 @@ class LanguageModelling(Task):
         losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return losses.double().sum().item(), losses.numel(), cache
 
-    def full_state(self, rows: int) -> State:
-        flags = self.flags
-        return tuple(torch.zeros(rows, flags.mem_len, flags.d_model) for _ in range(flags.n_layer + 1))
-
     @property
     def evaluation_memory(self) -> int:
-        """Positions of memory in evaluation: a shorter segment than in training sees as far back in all."""
+        """Positions of memory in evaluation, so that segment and memory together are as long as in training."""
         flags = self.flags
         return flags.mem_len + flags.tgt_len - flags.eval_tgt_len if flags.mem_len else 0
 
     @contextmanager
     def evaluation(self, model: nn.Module) -> Iterator[None]:
+        """Sets the memory length of evaluation."""
         mem_len, model.mem_len = model.mem_len, self.evaluation_memory
         try:
             yield

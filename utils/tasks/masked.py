@@ -1,8 +1,9 @@
-"""Masked language modelling: pieces of a running text, some of which are hidden and have to be named (Devlin et al. 2019, section 3.1).
+"""Masked language modelling: predicting hidden word pieces of a running text (Devlin et al. 2019, section 3.1).
 
-Every sequence is [CLS] pieces [SEP], always of the full length, cut from the running text. Of its pieces a fixed number is chosen, a share
---mask_rate; of these 80 % become [MASK], 10 % any other but special ones, 10 % stay. Masks are drawn anew in every epoch (Liu et al. 2019,
-section 4.1), in evaluation always the same ones. Order and masks are a function of the seed alone, whatever the number of processes.
+Every sequence is [CLS] pieces [SEP], always of the full length, cut from the running text. A fixed number of its pieces, a share
+--mask_rate, is chosen as targets: 80 % of them become [MASK], 10 % a random non-special piece, and 10 % stay. Masks are drawn anew in every
+epoch (Liu et al. 2019, section 4.1); those of evaluation are fixed. Order and masks depend on the seed alone, not on the number of
+processes.
 """
 
 from collections.abc import Iterator
@@ -14,41 +15,41 @@ from utils.data.lanes import rank_lanes
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, Metric, Numbered
+from utils.tasks.base import Batch, Metric, NumberedTask
 
-ORDER, MASKS = 1, 2  # what a random stream is for
+ORDER, MASKS = 1, 2  # keys of the random streams
 HELD_OUT = ("valid", "test")
-HELD_OUT_SEED = 20230303  # masks of evaluation are the same for every run and method
+HELD_OUT_SEED = 20230303  # the masks of evaluation are the same for every run
 
 
 class MaskedSequences:
-    """A text of word pieces uint16 [N] as `count` sequences of `length`, of which `masked` positions are asked for."""
+    """A text of word pieces uint16 [N] cut into `count` sequences of `length`, each with `masked` targets."""
 
     def __init__(self, pieces: np.ndarray, vocabulary: Vocabulary, length: int, rate: float):
         self.pieces, self.vocabulary, self.inner = pieces, vocabulary, length - 2
         self.count, self.masked = len(pieces) // self.inner, max(1, round(rate * self.inner))
 
     def sequence(self, index: int, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [length], masked places [masked] ascending, and what stood there [masked], all int64; the key decides the draw."""
+        """Tokens [length], masked places [masked] in ascending order, their original pieces [masked], all int64. `key` seeds the draw."""
         v, draw = self.vocabulary, np.random.default_rng((*key, index))
         inner = self.pieces[index * self.inner : (index + 1) * self.inner].astype(np.int64)
         tokens = np.concatenate(([v.cls], inner, [v.sep]))
         places = np.sort(draw.choice(self.inner, self.masked, replace=False)) + 1
         targets, fate = tokens[places], draw.random(self.masked)
         anything = draw.integers(0, v.size - len(v.special), self.masked)
-        for special in v.special:  # ascending: every other piece is as likely
+        for special in v.special:  # in ascending order, which skips special pieces and keeps the draw uniform
             anything += anything >= special
         tokens[places] = np.where(fate < 0.8, v.mask, np.where(fate < 0.9, anything, targets))
         return tokens, places, targets
 
     def batch(self, indices: np.ndarray, key: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Tokens [B, T], places [B, M], targets [B, M] of some sequences."""
+        """Tokens [B, T], places [B, M] and targets [B, M] of some sequences."""
         columns = zip(*(self.sequence(int(index), key) for index in indices), strict=True)
         return tuple(torch.from_numpy(np.stack(column)).to(device) for column in columns)
 
 
-class MaskedLanguageModelling(Numbered):
-    """Raises UserError for a corpus of bytes, or one too short for a batch."""
+class MaskedLanguageModelling(NumberedTask):
+    """UserError for a corpus of bytes, or one too short for a batch."""
 
     metric = Metric("loss", True, lambda nats: nats)
 
@@ -56,7 +57,7 @@ class MaskedLanguageModelling(Numbered):
         super().__init__(flags, corpus, engine)
         if corpus.vocabulary is None:
             raise UserError(
-                f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces: make some with data/prepare_pieces.py"
+                f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces: prepare them with data/prepare_pieces.py"
             )
         self._splits = {
             split: MaskedSequences(getattr(corpus, split), corpus.vocabulary, flags.tgt_len, flags.mask_rate)
@@ -68,7 +69,7 @@ class MaskedLanguageModelling(Numbered):
             if (there := self._splits[split].count) < wanted:
                 pieces = f"{len(getattr(corpus, split)):,} pieces"
                 raise UserError(
-                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}: {wanted} are needed: "
+                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}, and {wanted} are needed: "
                     "use a longer text, or a smaller --batch_size or --tgt_len"
                 )
 

@@ -1,4 +1,4 @@
-"""Quality of a model on a text, at any number of active experts."""
+"""Evaluation: the quality of a model on a split, at any number of active experts."""
 
 import time
 from contextlib import nullcontext
@@ -7,21 +7,21 @@ import torch
 from torch import nn
 
 from smoe_dropout import top_k
-from utils.models.flops import active_parameters
+from utils.models.flops import active_parameters, forward_flops
 from utils.tasks.base import Task
 
 
 def forked_random(device: torch.device):
-    """Within it, random generators may be seeded and used; afterwards they are as before."""
+    """Context manager that restores the random generators on exit."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
-    """The task's quality on a split, positions read and those with a loss, and positions read per second.
+    """Measures the task's metric on a split: its value, positions read, those with a loss, and positions read per second.
 
-    Methods that draw experts draw the same at every evaluation, from the run's seed. k, mode and memory length of the model, and the random
-    generators, are as before afterwards. Rows are shared out over processes; the mean is over all positions with a loss.
+    Methods that draw experts draw the same ones in every evaluation, from the run's seed. k, mode and memory length of the model, and the
+    random generators, are restored. Rows are distributed over processes; the mean is over all positions with a loss.
     """
     engine, was_training = task.engine, model.training
     model.eval()
@@ -45,7 +45,7 @@ def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps:
 
 
 def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list[int | None], say) -> list[dict]:
-    """One row for each k: quality on every split, tokens read, parameters and operations of a token, speed. `say` is told of each row."""
+    """One row for each k: quality on every split, tokens read, parameters and FLOPs per token, speed. Passes each row to `say` as text."""
     rows, metric, shape = [], task.metric.name, task.evaluation_shape
     for k in ks:
         measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
@@ -53,11 +53,11 @@ def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list
         row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
         row |= {f"{split}_{name}": values[name] for split, values in measured.items() for name in ("tokens", "targets")}
         row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
-        row["flops_per_token"] = task.forward_flops(model, shape, k) / (shape.rows * shape.positions)
+        row["flops_per_token"] = forward_flops(task.flags.model, model, shape, k) / (shape.rows * shape.positions)
         row["tokens_per_second"] = measured[splits[-1]]["tokens_per_second"]
         rows.append(row)
         at = "dense" if k is None else f"k = {k}"
         quality = ", ".join(f"{split} {values[metric]:.4f}" for split, values in measured.items())
-        cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs a token, {row['tokens_per_second']:,.0f} tokens/s"
+        cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs per token, {row['tokens_per_second']:,.0f} tokens/s"
         say(f"{at:>7}: {quality} {metric}; {cost}")
     return rows

@@ -4,9 +4,33 @@ import dataclasses
 from typing import Any
 
 from utils.checkpoints.origin import Source
+from utils.data.corpus import Corpus
+from utils.data.rows import Examples
+from utils.data.tokenizer import Vocabulary
 from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
 from utils.flags.fields import FinetuneFlags, Flags, names
 from utils.flags.presets import finetuning
+
+
+def fingerprints(corpus: Corpus | Examples, vocabulary: Vocabulary | None, source: Source | None) -> dict[str, str]:
+    """Hashes of the data, of the tokenizer's vocabulary, and of the weights a run starts from, as far as it has them."""
+    found = {"data_fingerprint": corpus.fingerprint}
+    found |= {"vocabulary_sha256": vocabulary.sha256} if vocabulary else {}
+    return found | ({"checkpoint_sha256": source.fingerprint} if source else {})
+
+
+def table_of(flags: Flags, source: Source | None) -> str:
+    """The table that a run belongs to."""
+    if isinstance(flags, FinetuneFlags):
+        return "surgery" if source.surgery else "table2"
+    return "surgery" if source else "table1"
+
+
+def departures_of(flags: Flags, source: Source | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in which a run departs from its preset, and those in which it departs from its method."""
+    if isinstance(flags, FinetuneFlags):
+        return finetuning_departures(flags, source)
+    return start_departures(flags, source) if source else departures(flags, usual_flags(flags))
 
 
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a person sees during a run: one line kept up to date on a terminal, plain lines in a log."""
+"""Progress shown during a run: a line that is kept up to date on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from utils.formatting import duration
 
 
 class Progress:
-    """Speed and time left of the steps since this process started; says nothing on other ranks than the first."""
+    """Prints the speed since this process started and the time left, on the main process only."""
 
     def __init__(self, first_step: int, last_step: int, enabled: bool):
         self.first_step, self.last_step, self.enabled = first_step, last_step, enabled
@@ -24,7 +24,7 @@ class Progress:
         return (step - self.first_step) / elapsed if elapsed > 0 else 0.0
 
     def update(self, step: int, line: str, keep: bool) -> None:
-        """`line` about `step`; on a terminal it overwrites the one before it unless `keep`, in a log only kept ones are written."""
+        """Prints a line about a step. On a terminal it is overwritten by the next one unless `keep`; in a log only kept lines appear."""
         if not self.enabled or not (keep or self.terminal):
             return
         rate = self.steps_per_second(step)

@@ -1,4 +1,4 @@
-"""Compressed experts W = U V + S whose S is pruned while they are trained; afterwards they are stored without what was pruned."""
+"""Pruning in training: compressed experts W = U V + S whose S loses hidden units step by step, and is stored without them at the end."""
 
 import dataclasses
 from pathlib import Path
@@ -9,22 +9,25 @@ from torch import Tensor, nn
 from smoe_dropout.surgery.compression import Pruner
 from utils.checkpoints.origin import SURGERY
 from utils.checkpoints.weights import store
-from utils.tasks.base import Task
+from utils.training.run import Callback, Run
 from utils.training.run_folder import write_json
 from utils.training.surgery_measure import since_the_first, time_ratios
 
-LEFT = "compressed"
+FOLDER = "compressed"
 
 
-class Pruned(Task):
-    """Put before a task that starts from the weights of compressed experts. Its last weights are those that are tested, since only they are
-    pruned as far as asked for; they are left in `compressed` in the run's folder, which is read like a folder of surgery.py.
+class Pruning(Callback):
+    """Prunes to --moe_prune_to by the last step. The last weights are the ones tested, since only they are fully pruned; they are also
+    stored in `compressed` in the run's folder, which is read like a folder of surgery.py.
     """
 
-    selects = False
+    selects_best = False
+
+    def __init__(self, kept: float, steps: int):
+        self.kept, self.steps = kept, steps
 
     def begin(self, model: nn.Module) -> None:
-        self._pruner = Pruner(model, self.flags.moe_prune_to, self.flags.max_step)
+        self._pruner = Pruner(model, self.kept, self.steps)
 
     def after_update(self) -> None:
         self._pruner.step()
@@ -35,27 +38,26 @@ class Pruned(Task):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self._pruner.load_state_dict(tensors)
 
-    def finished(self, model: nn.Module) -> nn.Module:
+    def finished(self, run: Run, model: nn.Module) -> nn.Module:
         self._pruner.finish()
-        whole = self.build().to(self.engine.device)  # as it began, with nothing pruned
-        surgery = self.source.surgery or {"label": "compress"}
-        time = since_the_first(surgery, time_ratios((self, whole), (self, model)))
-        self._surgery = surgery | {"pruned_to": self.flags.moe_prune_to, "time": time}
-        if self.engine.is_main:
-            self._leave(model)
+        unpruned = run.build().to(run.engine.device)
+        self._earlier = run.source.surgery
+        surgery = self._earlier or {"label": "compress"}
+        time = since_the_first(surgery, time_ratios((run.task, unpruned), (run.task, model)))
+        self._surgery = surgery | {"pruned_to": self.kept, "time": time}
+        if run.engine.is_main:
+            self._store(run, model)
         return model
 
     def provenance(self) -> dict[str, Any]:
-        """With the time of a pass as it is when S is pruned."""
-        found = super().provenance()
-        return {"pretrained": found["pretrained"] | ({"surgery": self._surgery} if self.source.surgery else {})}
+        """The surgery, with the time of a pass after pruning."""
+        return {"surgery": self._surgery} if self._earlier else {}
 
-    def _leave(self, model: nn.Module) -> None:
-        flags, share = self.flags, self.flags.moe_prune_to
-        folder = Path(flags.work_dir) / LEFT
+    def _store(self, run: Run, model: nn.Module) -> None:
+        flags, folder = run.flags, Path(run.flags.work_dir) / FOLDER
         store(model, folder / "checkpoints")
-        made = dataclasses.replace(flags, moe_sparse_share=share, moe_prune_to=None, start_from=None, teacher=None)
-        write_json(folder / "config.json", dataclasses.asdict(made) | self.fingerprints)
-        words = f"pruned to {share:g} in {flags.max_step:,} steps{', taught' if flags.teacher else ''}"
-        label, title = (f"{before}, {words}" for before in (self._surgery["label"], self.source.title))
+        made = dataclasses.replace(flags, moe_sparse_share=self.kept, moe_prune_to=None, start_from=None, teacher=None)
+        write_json(folder / "config.json", dataclasses.asdict(made) | run.fingerprints())
+        words = f"pruned to {self.kept:g} in {flags.max_step:,} steps{', taught' if flags.teacher else ''}"
+        label, title = (f"{before}, {words}" for before in (self._surgery["label"], run.source.title))
         write_json(folder / SURGERY, self._surgery | {"label": label, "title": title})

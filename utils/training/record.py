@@ -7,14 +7,18 @@ from torch import nn
 from smoe_dropout import moe_layers
 from smoe_dropout.registry import METHODS, load
 from utils.flags.fields import Flags
+from utils.flags.models import MODELS
 from utils.models.flops import parameter_counts
-from utils.tasks.base import Metric, Task
+from utils.models.registry import architecture
+from utils.tasks.base import Metric
+from utils.training.identity import departures_of, table_of
+from utils.training.run import Run
 
 SCHEMA = 1
 
 
 def build_result(
-    task: Task,
+    run: Run,
     model: nn.Module,
     quality: list[dict],
     training: dict[str, float],
@@ -26,15 +30,15 @@ def build_result(
     argv: list[str],
 ) -> dict[str, Any]:
     """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
-    flags, corpus = task.flags, task.corpus
+    flags, task, corpus = run.flags, run.task, run.task.corpus
     name = flags.method or "custom"
     title = load(METHODS, "method", flags.method).title if flags.method else "custom"
-    of_preset, of_method = (in_brackets(found) for found in task.departures)
+    of_preset, of_method = (in_brackets(found) for found in departures_of(flags, run.source))
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,
         "status": "complete",
-        "table": task.table,
+        "table": table_of(flags, run.source),
         "method": name + of_method,
         "title": title + of_method,
         "sparse": bool(sparse),
@@ -43,8 +47,8 @@ def build_result(
             "name": corpus.name,
             "title": corpus.title,
             "fingerprint": corpus.fingerprint,
-            corpus.unit: task.sizes,
-            **({"note": task.note} if task.note else {}),
+            corpus.unit: corpus.sizes,
+            **({"note": corpus.notes} if corpus.notes else {}),
         },
         "metric": {
             "name": task.metric.name,
@@ -52,11 +56,11 @@ def build_result(
             "split": task.splits[-1],
             "training": task.metric.in_training,
         },
-        **task.provenance(),
+        **run.provenance(),
         "seed": flags.seed,
         "model": {
-            "architecture": task.architecture.TITLE,
-            **{name: getattr(flags, name) for name in task.architecture.SIZES},
+            "architecture": MODELS[flags.model].title,
+            **{name: getattr(flags, name) for name in architecture(flags.model).SIZES},
             "num_experts": flags.moe_num_expert if sparse else None,
             **({"experts_by_layer": [layer.num_experts for _, layer in sparse]} if flags.moe_experts_by_layer else {}),
             "moe_layers": moe_layer_indices(flags) if sparse else [],
