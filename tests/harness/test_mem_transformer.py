@@ -150,7 +150,7 @@ def test_same_length_sees_mem_len_positions(T, mem_len, float64):
 
 def test_same_length_without_memory_is_refused():
     """mem_len = 0 leaves a position nothing to see, not even itself."""
-    with pytest.raises(ValueError, match="mem_len is 0"):
+    with pytest.raises(ValueError, match="mem_len must not be 0"):
         build(same_length=True, mem_len=0)
 
 
