@@ -110,7 +110,7 @@ def test_generate(runs, precision, tmp_path):
         (
             "smoe_dropout",
             ["--top_p", "0", "--length", "0", "--temperature=-1"],
-            "--length 0 must be at least 1; --temperature -1.0 must be",
+            "--length 0 must be at least 1; --temperature -1.0 must",
         ),
         ("smoe_dropout", ["--precision", "fp8"], "--precision: unknown value 'fp8'; nearest: fp32"),
         ("nothing", [], "is not there"),
