@@ -45,7 +45,7 @@ def main(plan: Plan, engine: Engine) -> int:
         return 0
     run = pretraining_run(plan.made, plan.text, engine, source)
     model = run.build().to(engine.device).eval()
-    print(f"{plan.label}: {source.path} ({source.title})")
+    print(f"{flags.method}: {source.path} ({source.summary})")
     try:
         if flags.method == COMPRESS:
             calibration, smaller = None, compress(model, flags.rank)
@@ -57,7 +57,7 @@ def main(plan: Plan, engine: Engine) -> int:
         raise UserError(str(error)) from None
 
     after = flags_after(plan, tuple(layer.num_experts for _, layer in moe_layers(smaller)))
-    folder = RunFolder(after, run.fingerprints() | {"surgery": plan.said})
+    folder = RunFolder(after, run.fingerprints() | {"surgery": plan.provenance})
     checkpoints = folder.checkpoints_of(after)
     store(smaller, checkpoints)
     if calibration is not None:
@@ -66,7 +66,7 @@ def main(plan: Plan, engine: Engine) -> int:
     run_after = pretraining_run(after, plan.text, engine)
     smaller = load_weights(run_after.build(), checkpoints / name_of(0))  # measure what was saved
     pairs = [(run.task, engine.prepare(model)), (run_after.task, engine.prepare(smaller))]
-    surgery = plan.said | {"label": plan.label, "title": f"{source.title}, {plan.words}", "metric": metric_of(run.task)}
+    surgery = plan.provenance | {"metric": metric_of(run.task)}
     surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
     surgery |= {"time": since_the_first(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
     write_json(folder.path / SURGERY, surgery)

@@ -1,4 +1,4 @@
-"""What a user waits for before training, in fresh processes: preparing a text, importing the library, the answer to a wrong flag."""
+"""Waiting times before training, in fresh processes: preparing a text, importing the library, the answer to a wrong flag."""
 
 import subprocess
 import sys

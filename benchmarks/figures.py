@@ -34,7 +34,7 @@ def draw(record: dict[str, Any], folder: Path) -> None:
 
 
 def time_by_k(record: dict[str, Any]) -> Figure:
-    """Time over dense against k, a panel for each precision: ours (auto) and peers, least and largest round as bars, and the bound k/E."""
+    """Time relative to dense by k, a panel for each precision: ours (auto) and peers, smallest and largest round as bars, the bound k/E."""
     precisions = list(dict.fromkeys(row["precision"] for row in record["rows"]))
     size = 1 + 4 * len(precisions), 4.6
     figure, axes = plt.subplots(1, len(precisions), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -51,7 +51,7 @@ def time_by_k(record: dict[str, Any]) -> Figure:
         ax.plot([0, ks[-1]], [0, ks[-1] / record["sizes"]["num_experts"]], color=GREYS[0], linestyle="--", linewidth=1, label="bound k/E")
         ax.axhline(1, color=GREYS[1], linewidth=1, linestyle=":", label="dense")
         ax.set(title=precision, xlabel="active experts k", xticks=ks)
-    axes[0][0].set(ylabel="time over the dense network", ylim=(0, None))
+    axes[0][0].set(ylabel="time / dense network", ylim=(0, None))
     _legend(figure, axes[0][:1])
     return figure
 

@@ -1,5 +1,5 @@
-"""What others do, for comparison: in plain torch, written from public descriptions, and by their packages where installed. All are equal
-to ours in outputs and gradients, those named "no biases" where ours are 0.
+"""Peer implementations: in plain torch, written from public descriptions, and by their packages where installed. All are equal to
+ours in outputs and gradients, those named "no biases" where ours are 0.
 
 Shape suffixes as in smoe_dropout.experts (N tokens, K active experts, D, E, H, M = N * K) for the experts, and as in mem_transformer
 (B lanes, T queries, K keys, H heads, C head width, D) for the attention.

@@ -1,4 +1,4 @@
-"""Records as Markdown tables, for the terminal and, by `python -m benchmarks.tables`, for README.md. Imports no torch."""
+"""Records as Markdown tables, for the terminal and, by `python -m benchmarks.tables`, for their page. Imports no torch."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.errors import UserError, run_main
-from utils.reporting.tables import update_readme
+from utils.reporting.pages import update_page
 
 RECORDS = Path("results/benchmarks")
+PAGE = RECORDS / "page.md"
 FIGURES = {
-    "layer": ("time_by_k.png", "Time of one expert layer over the dense network against k, ours and peers, with the bound k/E"),
-    "growth": ("growth.png", "Time of the layer against experts, their width and tokens, and of the attention against memory"),
+    "layer": ("time_by_k.png", "Time of one expert layer relative to the dense network, by k: ours, peers, and the bound k/E"),
+    "growth": ("growth.png", "Time of the layer by number of experts, their width and tokens, and of the attention by memory"),
 }
 
 
 class Line(NamedTuple):
-    """What a record says in the one table: whose time, over which dense model's, beside which peer."""
+    """A record's rows in the summary: whose time is shown, relative to which dense model, and the peer it is compared with."""
 
     title: str
     ours: str
@@ -32,22 +33,23 @@ LINES = {
     "generation": Line("generation, cached", "ours, experts, cached", "ours, dense, cached", "ours, experts, uncached"),
 }
 NOTES = (
-    "Bound: operations with k experts over those of the dense model; of generation, weights read. Share of the bound: bound over time; "
-    "above 100 % where the dense model is computed less well. Peak memory: the most that torch has allocated at once in a pass, gradients "
-    "included, parameters and inputs not; ours / that of the way named before it."
+    "Time / dense: time relative to the dense model of equal parameters. Bound: operations with k experts relative to the dense model's; "
+    "for generation, weights read. % of bound: bound / time; above 100 % where the dense model is computed less efficiently. Peak memory: "
+    "the most that torch had allocated at once during a pass, with gradients, without parameters and inputs; ours / the implementation "
+    "named in the column before."
 )
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """What was measured and where, and a table."""
+    """Work, machine, and a table."""
     tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table}
     return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """The one table: a row for each precision and k of what is ours, then where it was measured."""
+    """The summary: our time for each precision and k, then the sizes and machines."""
     found = [record for record in records if record["benchmark"] in LINES]
-    columns = ["precision", "time over dense", "bound", "share of the bound", "times as fast as", "tokens/s", "peak memory, MiB"]
+    columns = ["precision", "time / dense", "bound", "% of bound", "speed-up over", "tokens/s", "peak memory, MiB"]
     rows = [_line(_summary_cells(record, row)) for record in found for row in record["rows"]]
     return "\n".join([*_head(["", *columns]), *rows, "", *(f"- {_what(record)} {_where(record)}" for record in found), "", NOTES])
 
@@ -70,14 +72,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _tokens(sizes: dict[str, Any]) -> int:
-    """Of one pass."""
+    """Tokens of one pass."""
     lanes, positions = sizes.get("batch_size", 1), sizes.get("tokens") or sizes["tgt_len"]
     return lanes * positions
 
 
 def layer_table(record: dict[str, Any]) -> str:
-    """A table for each precision: rows ways, columns k, cells time over dense; then peak memory."""
-    lines = [f"{_what(record)} Time over the dense network of equal parameters. {_where(record)}"]
+    """A table for each precision: a row for each implementation, a column for each k, cells time / dense; then peak memory."""
+    lines = [f"{_what(record)} Time relative to the dense network of equal parameters. {_where(record)}"]
     for precision in dict.fromkeys(row["precision"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["precision"] == precision]
         lines += ["", *_head([precision, *(f"k = {row['k']}" for row in rows), "peak memory, MiB"])]
@@ -89,7 +91,7 @@ def layer_table(record: dict[str, Any]) -> str:
 
 
 def growth_table(record: dict[str, Any]) -> str:
-    """A table for each size that grows: rows its values, columns ways, cells milliseconds."""
+    """A table for each size that grows: rows its values, columns implementations, cells milliseconds."""
     lines = [f"{_what(record)} Milliseconds. {_where(record)}"]
     for axis in dict.fromkeys(row["axis"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["axis"] == axis]
@@ -99,22 +101,22 @@ def growth_table(record: dict[str, Any]) -> str:
 
 
 def memory_table(record: dict[str, Any]) -> str:
-    """Rows precisions, columns contestants, cells MiB."""
-    lines = [f"{_what(record)} The most MiB that torch has allocated at once, parameters left out. {_where(record)}", ""]
+    """Rows precisions, columns implementations, cells MiB."""
+    lines = [f"{_what(record)} Most MiB that torch had allocated at once, without parameters. {_where(record)}", ""]
     lines += _head(["precision", *record["rows"][0]["results"]])
     cells = [[row["precision"], *(f"{result['peak_mib']:,.0f}" for result in row["results"].values())] for row in record["rows"]]
     return "\n".join([*lines, *map(_line, cells)])
 
 
 def data_table(record: dict[str, Any]) -> str:
-    """Rows processes, with seconds."""
+    """Seconds of each process."""
     results = record["rows"][0]["results"]
-    lines = [f"Fresh processes, median seconds. {_where(record)}", "", *_head(["", "seconds"])]
+    lines = [f"Start-up, fresh processes, median seconds. {_where(record)}", "", *_head(["", "seconds"])]
     return "\n".join([*lines, *(_line([name, f"{result['seconds']:.2f}"]) for name, result in results.items())])
 
 
 def _what(record: dict[str, Any]) -> str:
-    """What was measured, in one sentence."""
+    """The measured work and its sizes, in one sentence."""
     sizes, kind = record["sizes"], record["benchmark"]
     dropout = f", dropout {sizes['dropout']:g}" if sizes.get("dropout") else ""
     if kind == "layer":
@@ -156,18 +158,17 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def render(records: Path = RECORDS) -> str:
-    """The one table of all committed records, the figures, all ways to compute the layer, and what a user waits for.
-
-    UserError if there is no record.
+    """The summary of all committed records, the figures, all implementations of the layer, memory and start-up. UserError if there is no
+    record.
     """
     paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data")]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
-    figures = [f"![{title}]({RECORDS / name})" for name, title in FIGURES.values() if (records / name).exists()]
+    figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
     details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data")]
     return "\n\n".join([summary(found), *figures, *details])
 
 
 if __name__ == "__main__":
-    run_main(lambda: update_readme(Path("README.md"), "benchmarks", render()))
+    run_main(lambda: update_page(PAGE, "benchmarks", render()))

@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# Every row of an ablation that has no result yet: bash script/ablation/run_all.sh NAME [flags of train.py]; NAME is a folder beside this file,
-# or depth, which is script/figure5. JOBS (2) at a time, for SEEDS ("1 2"); then its table and figure. Interrupted, the same command goes on
-# where it was. Rows that are also in Table 1 are the same runs. Any flag that holds for all rows may follow, such as --preset laptop.
+# Trains every row of an ablation that has no result yet, JOBS (2) at a time, for SEEDS ("1 2"), then prints its table and draws its figure:
+# bash script/ablation/run_all.sh NAME [flags of train.py that hold for all rows, such as --preset laptop]
+# NAME is one of script/ablation/rows.json: depth, schedule, router, experts, k_min, scale or layers. ROWS selects rows by name.
+# Rerun to resume. A row that is also a row of Table 1 is the same run.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-if has help "$@"; then exec sed -n "2,/^source/{/^#/s/^# //p}" script/ablation/run_all.sh; fi
-name=${1:-} folder=script/ablation/${1:-}
-[ "$name" != depth ] || folder=script/figure5
-if [ -z "$name" ] || [ ! -d "$folder" ]; then
-  echo "error: usage: bash $0 NAME [flags of train.py]; NAME is one of depth $(cd script/ablation && echo */ | tr -d /)" >&2
-  exit 2
+if wants_help "$@"; then print_header; exit; fi
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+  fail "usage: bash $0 NAME [flags of train.py]; NAME is one of script/ablation/rows.json"
 fi
+name=$1
 shift
-run_rows "$folder" "$@"
-"$PYTHON" -m utils.reporting.ablations --only "$name" --runs "$runs" --figs "$runs/Figs"
-exit "${failed:-0}"
+names=$("$PYTHON" -m utils.reporting.ablations "$name")
+prepare_rows "$@"
+for seed in ${SEEDS:-1 2}; do
+  for one in ${ROWS:-$names}; do
+    words=$("$PYTHON" -m utils.reporting.ablations "$name" "$one")
+    run=$(sed -n '/^--run_name$/{n;p;}' <<<"$words")-seed$seed
+    row "$run" "$runs/$run" bash script/ablation/run.sh "$name" "$one" "${flags[@]}" --seed "$seed"
+  done
+done
+run_rows "$runs/logs"
+"$PYTHON" -m utils.reporting ablation --only "$name" --runs "$runs" --figs "$runs/Figs"
+exit "$failed"

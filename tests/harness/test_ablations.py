@@ -1,48 +1,71 @@
-"""Ablations: which run belongs to which row, the table and the figure, the scripts of the rows."""
+"""Ablations: the rows of rows.json, which run belongs to which row, the table and the figure."""
 
 import json
-import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.scripts.test_scripts import flags_of
+from tests.harness.test_report import record, refusal, store
 from tests.tiny import parse
 from utils.errors import UserError
 from utils.flags.derive import usual_flags
 from utils.reporting import ablations
-from utils.reporting.ablations import ABLATIONS, build_table, groups_of, main, render, row_of
-from utils.reporting.records import PUBLISHED, find_records, load_records
+from utils.reporting.__main__ import main, of_ablations, render
+from utils.reporting.ablations import ABLATIONS, build_table, groups_of
 from utils.reporting.tables import to_markdown
 from utils.training.identity import departures
-from utils.training.record import in_brackets
 
-BY_NAME = {ablation.name: ablation for ablation in ABLATIONS}
-SCRIPTS = [path for path in (ROOT / "script" / "ablation").glob("*/*.sh")] + [
-    path for path in (ROOT / "script" / "figure5").glob("*.sh") if path.name != "run_all.sh"
-]
+ROWS = [(ablation.name, row.name) for ablation in ABLATIONS.values() for row in ablation.rows]
 
 
-def told(flags) -> dict:
-    """What the record of such a run would say of method, preset and depth."""
-    of_preset, of_method = (in_brackets(found) for found in departures(flags, usual_flags(flags)))
-    return {"method": flags.method + of_method, "preset": flags.preset + of_preset, "model": {"n_layer": flags.n_layer}}
+def run_of(flags, **changes) -> dict:
+    """The record of a run with these decided flags."""
+    preset_settings, settings = departures(flags, usual_flags(flags))
+    identity = {"method": flags.method, "settings": settings, "preset": flags.preset, "preset_settings": preset_settings}
+    experts = flags.moe_num_expert
+    quality = {experts // 2: 4.0, experts: 2.0} if flags.moe else {None: 2.5}
+    return record(quality=quality, experts=experts) | identity | changes
 
 
-def test_every_row_has_a_script_and_every_script_a_row():
-    """By the flags in it, whatever it is called."""
-    found = {}
-    for path in SCRIPTS:
-        name = "depth" if path.parent.name == "figure5" else path.parent.name
-        row = row_of(told(flags_of(path)), BY_NAME[name])
-        assert row is not None, path
-        assert found.setdefault((name, row.label), path) == path
-    assert {*found} == {(one.name, row.label) for one in ABLATIONS for row in one.rows}
+def runs_of(name: str, *more: str) -> list:
+    """A run of each row as its script starts it, with further flags."""
+    rows = ABLATIONS[name].rows
+    return [(row.name, run_of(parse([*row.words, "--preset", "laptop", *more]))) for row in rows]
 
 
-def test_layers_without_experts_are_as_wide_as_asked():
+@pytest.mark.parametrize(("name", "row"), ROWS)
+@pytest.mark.parametrize("preset", ["paper", "laptop"])
+def test_a_run_of_a_row_is_recognised(name, row, preset):
+    """By the identity that is recorded of it, at every preset of four layers, also with a flag that all rows share."""
+    ablation = ABLATIONS[name]
+    (one,) = (one for one in ablation.rows if one.name == row)
+    for more, rest in (([], {}), (["--max_step", "9"], {"max_step": 9})):
+        index, _, further = ablation.find(run_of(parse([*one.words, "--preset", preset, *more])))
+        assert (ablation.rows[index].name, further) == (row, rest)
+
+
+def test_rows_that_share_a_run_are_the_same_run():
+    """No two rows train into one folder unless all their flags agree, at the presets of four layers."""
+    folders = {}
+    for ablation in ABLATIONS.values():
+        for row in ablation.rows:
+            flags = parse([*row.words, "--preset", "paper"])
+            assert folders.setdefault(flags.work_dir, flags) == flags
+            assert (flags.preset, flags.max_step, flags.d_ff) == ("paper", 400_000, 8192)
+
+
+def test_a_row_is_listed_as_words_of_a_command_line(capsys):
+    ablations.main(["router"])
+    assert capsys.readouterr().out.split() == [row.name for row in ABLATIONS["router"].rows]
+    ablations.main(["router", "balanced"])
+    words = capsys.readouterr().out.split("\n")
+    assert words == ["--method", "smoe_dropout", "--gate_name", "learned", "--no-freeze_gate", "--run_name", "balanced", ""]
+    for argv, said in ((["routers"], "unknown ablation 'routers'; nearest: router"), (["router", "hush"], "unknown row of router 'hush'")):
+        with pytest.raises(UserError, match=said):
+            ablations.main(argv)
+
+
+def test_layers_without_experts_are_as_wide_as_requested():
     """Official: as one expert; in the ablation of layers: of equal parameters."""
     from utils.models.build import build_model
     from utils.models.flops import parameter_counts
@@ -57,23 +80,11 @@ def test_layers_without_experts_are_as_wide_as_asked():
     assert experts[0] == pytest.approx(experts[1], rel=0.01)
 
 
-def records(rows: dict[str, tuple[str, str, float]]) -> list:
-    """A record for each: method, preset, which says the depth, and the quality at k = E, which is doubled at E/2."""
-    path = next((ROOT / "results" / "table1").glob("enwik8-prefix-laptop-smoe_dropout-seed1.json"))
-    one, found = json.loads(path.read_text()), []
-    for name, (method, preset, quality) in rows.items():
-        by_k = [{**entry, "test": quality * 16 / entry["k"]} for entry in one["quality"]]
-        depth = re.search(r"n_layer=(\d+)", preset)
-        said = {"method": method, "title": method, "preset": preset, "model": {**one["model"], "n_layer": int(depth[1]) if depth else 4}}
-        found.append((path.with_name(name), {**one, **said, "quality": by_k}))
-    return found
-
-
-def test_table_of_a_schedule_stands_in_its_order_beside_published_numbers():
-    exponential = "smoe_dropout (dynamic_moe_mode=exp_increase)"
-    found = records({"b": (exponential, "laptop", 3.0), "a": ("smoe_dropout", "laptop", 2.0), "c": ("thor", "laptop", 1.0)})
-    (group,) = groups_of(BY_NAME["schedule"], found)
-    lines = to_markdown(build_table(BY_NAME["schedule"], group, json.loads(PUBLISHED.read_text())["entries"])).splitlines()
+def test_the_table_of_a_schedule_has_the_order_of_its_rows_and_published_numbers():
+    exponential = record(settings={"dynamic_moe_mode": "exp_increase"}, quality={8: 6.0, 16: 3.0})
+    found = [("b", exponential), ("a", record(quality={8: 4.0, 16: 2.0})), ("c", record("thor", quality={8: 1.0, 16: 1.0}))]
+    (group,) = groups_of(ABLATIONS["schedule"], found)
+    lines = to_markdown(build_table(ABLATIONS["schedule"], group)).splitlines()
     assert [line.split(" | ")[:4] for line in lines[4:6]] == [
         ["| linear, E/2 to E (n = 1)", "**4.000**", "**2.000**", "2.000 (k = 16)"],
         ["| exponential (n = 1)", "6.000", "3.000", "3.000 (k = 16)"],
@@ -82,65 +93,67 @@ def test_table_of_a_schedule_stands_in_its_order_beside_published_numbers():
 
 
 def test_runs_of_other_presets_are_not_compared_and_depth_is_no_other_preset():
-    deep = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout", "laptop (n_layer=8)", 1.0)})
-    assert [len(group.methods) for group in groups_of(BY_NAME["depth"], deep)] == [2]
-    assert groups_of(BY_NAME["schedule"], deep) == []
-    other = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout (gate_name=hash)", "quick", 1.0)})
-    assert groups_of(BY_NAME["router"], other) == []
+    deep = [("a", record()), ("b", record(preset_settings={"n_layer": 8}))]
+    assert [len(group.rows) for group in groups_of(ABLATIONS["depth"], deep)] == [2]
+    assert groups_of(ABLATIONS["schedule"], deep) == []
+    assert groups_of(ABLATIONS["router"], [("a", record()), ("b", record(settings={"gate_name": "hash"}, preset="quick"))]) == []
 
 
 def test_runs_with_further_flags_are_compared_among_themselves():
-    said = {"a": "laptop (max_step=9)", "b": "laptop (n_layer=8, max_step=9)", "c": "laptop", "d": "laptop (n_layer=8)"}
-    found = records({name: ("smoe_dropout", preset, 2.0) for name, preset in said.items()})
-    groups = {group.preset: [method.title for method in group.methods] for group in groups_of(BY_NAME["depth"], found)}
+    found = runs_of("depth")[:2] + runs_of("depth", "--max_step", "9")[:2]
     rows = ["4 layers, SMoE-Dropout", "8 layers, SMoE-Dropout"]
-    assert groups == {"laptop": rows, "laptop (max_step=9)": rows}
+    groups = {group.title.partition("preset ")[2]: [row.label for row in group.rows] for group in groups_of(ABLATIONS["depth"], found)}
+    assert groups == {"laptop": rows, "laptop, 9 steps": rows}
 
 
 @pytest.mark.parametrize(
-    ("method", "preset", "name"),
-    [("smoe_dropout (moe_index=0,1)", "laptop", "layers"), ("smoe_dropout", "laptop (n_layer=6)", "depth"), ("smoe", "laptop", "router")],
+    ("changes", "name"),
+    [
+        ({"settings": {"moe_index": "0,1"}}, "layers"),
+        ({"preset_settings": {"n_layer": 6}}, "depth"),
+        ({"method": "smoe"}, "router"),
+        ({"pretrained": {}}, "schedule"),
+    ],
 )
-def test_a_run_of_no_row_is_left_out(method, preset, name):
-    ((_, run),) = records({"a": (method, preset, 2.0)})
-    assert row_of(run, BY_NAME[name]) is None
+def test_a_run_of_no_row_is_left_out(changes, name):
+    assert ABLATIONS[name].find(record() | changes) is None
 
 
 def test_runs_of_different_texts_are_refused():
-    found = records({"a": ("smoe_dropout", "laptop", 2.0), "b": ("smoe_dropout (gate_name=hash)", "laptop", 1.0)})
-    found[1][1]["dataset"] = {**found[1][1]["dataset"], "fingerprint": "other"}
+    found = [("a", record()), ("b", record(settings={"gate_name": "hash"}, dataset__fingerprint="other"))]
     with pytest.raises(UserError, match="fingerprint"):
-        groups_of(BY_NAME["router"], found)
+        groups_of(ABLATIONS["router"], found)
 
 
-def test_one_row_alone_is_no_ablation(tmp_path):
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="no two finished rows"):
-        main(["--runs", str(tmp_path / "runs")])
-
-
-def _deep(layers: int) -> str:
-    return "laptop" if layers == 4 else f"laptop (n_layer={layers})"
+def test_one_row_alone_is_no_ablation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    store(record(), where="runs")
+    assert "no two finished rows" in refusal(["ablation", "--results", "runs"], capsys)
 
 
 @pytest.mark.parametrize("name", ["experts", "depth"])
-def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path):
-    ablation = BY_NAME[name]
-    rows = [row for row in ablation.rows if row.method == "smoe_dropout"]
-    said = {row.label: (f"{row.method} {row.departs}".strip(), _deep(row.number if ablation.size else 4), 2.0) for row in rows}
-    text = render(records(said), [], only=[name], figs=tmp_path)
-    (figure,) = tmp_path.glob("*.png")
-    assert figure.stat().st_size > 10_000 and f"(Figs/{figure.name})" in text
+def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store(*(one for _, one in runs_of(name)), where="runs")
+    main(["ablation", "--only", name, "--results", "runs", "--figs", "Figs"])
+    (figure,) = (tmp_path / "Figs" / "ablation").iterdir()
+    assert figure.name == f"enwik8-prefix-laptop-{name}.png" and figure.stat().st_size > 10_000
+    assert f"(Figs/ablation/{figure.name})" in render("ablation", of_ablations(runs_of(name), [name]), "Figs")
 
 
-def test_text_of_the_readme_is_rendered_from_the_records(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    found = load_records(find_records([path for path in ablations.RESULTS if path.exists()], []), "table1")
-    text = render(found, json.loads(PUBLISHED.read_text())["entries"])
-    assert (ROOT / "README.md").read_text().split("<!-- ablation:begin -->\n")[1].split("\n<!-- ablation:end -->")[0] == text
+def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
+    """Under the first one, where it belongs to rows of several ablations."""
+    monkeypatch.chdir(tmp_path)
+    for name, one in runs_of("schedule")[-3:-1]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(one))
+    main(["ablation", "--collect", "constant_all", "decreasing"])
+    assert {path.parent.name for path in (tmp_path / "results").rglob("*.json")} == {"schedule-constant-all", "schedule-decreasing"}
+    (tmp_path / "decreasing" / "result.json").write_text(json.dumps(record("thor")))
+    assert "is no row of script/ablation/rows.json" in refusal(["ablation", "--collect", "decreasing"], capsys)
 
 
-def test_tables_do_without_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; from utils.reporting import ablations; ablations.main([])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "linear, E/2 to E" in done.stdout, done.stderr
+def test_every_row_of_the_file_has_a_label_of_its_own():
+    for name, one in json.loads((ROOT / "script" / "ablation" / "rows.json").read_text()).items():
+        labels = [row["label"] for row in one["rows"]]
+        assert len({*labels}) == len(labels) > 1, name

@@ -126,7 +126,7 @@ def language_models(**settings) -> list[MemTransformerLM]:
 
 
 def losses_and_gradients(model: MemTransformerLM) -> dict[str, torch.Tensor]:
-    """Of two segments, the second with the memory of the first; gradients by the names of our parameters."""
+    """Losses of two segments, the second with the memory of the first; gradients by the names of our parameters."""
     tokens = torch.randint(31, (3, 11), generator=torch.Generator().manual_seed(6))
     first, memory, _ = model(tokens[:, :5], tokens[:, 1:6])
     second, memory, _ = model(tokens[:, 5:10], tokens[:, 6:11], memory)
@@ -200,7 +200,7 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_peak_memory_is_the_most_held_at_once():
-    """What is freed on the way counts while it is there, what was there before does not, and the result of one pass not for the next."""
+    """Memory that is freed on the way counts while it is held, memory held before does not, and the result of one pass not for the next."""
     x = torch.ones(2**18)  # 1 MiB
     assert peak_mib(lambda: x * 2) == 1
     assert peak_mib(lambda: (x * 2 + 1) * 3) == 2
@@ -248,7 +248,7 @@ def test_without_a_name_all_are_run_at_their_defaults(argv, monkeypatch):
 
 
 def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch):
-    """A line for each precision and k, the same that README.md gets; with --tuned, what that did."""
+    """A line for each precision and k, the same that the page gets; with --tuned, what that did."""
     monkeypatch.setattr(smoe_dropout, "tune_cpu", lambda: ["said by tune_cpu"], raising=False)
     run([replace(commands(flags, tmp_path), rounds=1, tuned=True) for flags in SMALL])
     table = capsys.readouterr().out.strip()
@@ -258,7 +258,7 @@ def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch)
     assert [row[0] for row in rows] == titles
     assert table.count("Tuned: said by tune_cpu.") == len(LINES)
     assert render(tmp_path).startswith(table)
-    assert all(f"results/benchmarks/{name})" in render(tmp_path) for name, _ in FIGURES.values())
+    assert all(f"]({name})" in render(tmp_path) for name, _ in FIGURES.values())
 
 
 def test_backends_writes_the_table_that_auto_chooses_by(tmp_path, capsys, monkeypatch):

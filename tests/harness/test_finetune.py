@@ -117,7 +117,7 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
     assert done.err == ""
     result, split = read_record(folder / "result.json"), SPLIT.get(task, "dev")
     assert (result["table"], result["metric"]["split"], result["sparse"]) == ("table2", split, method != "dense")
-    assert result["method"] == method + (" (pretrained_moe_num_expert=4)" if result["sparse"] else "")
+    assert (result["method"], result["settings"], result["preset_settings"]["max_step"]) == (method, {}, HOW["max_step"])
     assert [row["k"] for row in result["quality"]] == ([1, 2, 4] if result["sparse"] else [None])
     eleventh = 100 / 11
     for row in result["quality"]:
@@ -126,8 +126,9 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
     losses = [line["loss"] for line in tiny.metrics(folder, "train")]
     assert len(losses) == 4 and min(losses[1:]) < losses[0]
     start = result["pretrained"]
-    assert start["transferred"] and start["title"].startswith("Words" if model == "transformer_xl" else "Pieces")
-    assert ", quick" in start["title"] and start["title"].endswith(", 4 steps")
+    assert start["transferred"] and start["dataset"]["title"].startswith("Words" if model == "transformer_xl" else "Pieces")
+    assert (start["preset"], start["steps"], start["method"], start["operations"]) == ("quick", 4, method, [])
+    assert start["settings"] == ({"moe_num_expert": 4} if result["sparse"] else {})
     assert bool(start["new"]) == (model != "transformer_xl" or task in ("sst2", "csqa"))
 
 

@@ -16,6 +16,7 @@ from utils.cli.finetune import parse
 from utils.errors import UserError
 from utils.models.build import build_model
 from utils.training.identity import finetuning_departures as departures
+from utils.training.identity import training_of
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_run_and_its_checkpoint_folder_are_the_same_start(run, rows):  # noqa:
     best = tiny.read_json(run / "result.json")["best_step"]
     for start in (run, run / "checkpoints" / f"step-{best:08d}"):
         tuning, network = run_of(command("sst2", rows, start))
-        assert same_weights(network, run) and tuning.source.title.endswith((", 4 steps", f", step {best}"))
+        assert same_weights(network, run) and tuning.source.summary.endswith((", 4 steps", f", step {best}"))
 
 
 def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F811
@@ -56,7 +57,7 @@ def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F8
     save_model(load_weights(build_model(task.flags), run / "checkpoints" / f"step-{best:08d}"), tmp_path / "weights")
     sizes = {name: tiny.TINY[name] for name in ("n_layer", "n_head", "d_head", "d_model", "d_ff", "preset")} | {"method": "smoe_dropout"}
     tuning, network = run_of(command("sst2", rows, tmp_path / "weights", **sizes))
-    assert same_weights(network, run) and tuning.source.title == "weights"
+    assert same_weights(network, run) and tuning.source.trained == {"folder": "weights"}
     text = refused(tmp_path / "weights", **{**sizes, "d_model": 48})
     assert "cannot be loaded" in text and "has shape (256, 32)" in text and "wants shape (256, 48)" in text
     assert "d_head" not in text
@@ -216,7 +217,7 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
     def schedule(method: str, **changes) -> tuple:
         flags, source = parse(command("sst2", rows, pretrained(method), **changes))
         departed = departures(flags, source)[1]
-        return flags.moe_top_k, flags.dynamic_moe, {name: departed[name] for name in departed if not name.startswith("pretrained")}
+        return flags.moe_top_k, flags.dynamic_moe, departed
 
     assert schedule("smoe_dropout") == schedule("smoe") == (4, False, {})
     assert schedule("thor") == (1, False, {})
@@ -232,11 +233,13 @@ def test_what_departs_in_pre_training_is_another_row(rows, tmp_path):  # noqa: F
     changes = {"max_step": 2, "eval_interval": 2, "method": "smoe_dropout", "moe_top_k_min": 1, "output_scale": "dense"}
     tiny.completed(tiny.flags(words, tmp_path / "run", **changes))
 
-    def told(**changes) -> dict:
-        return departures(*parse(command("sst2", rows, tmp_path / "run", **changes)))[1]
+    def identity(**changes) -> tuple[dict, dict]:
+        flags, source = parse(command("sst2", rows, tmp_path / "run", **changes))
+        return departures(flags, source)[1], training_of(source)["settings"]
 
-    assert told() == {"output_scale": "dense", "pretrained_moe_num_expert": 4, "pretrained_moe_top_k_min": 1}
-    assert told(from_scratch=True) == {"output_scale": "dense", "from_scratch": True}
+    before = {"moe_num_expert": 4, "moe_top_k_min": 1, "output_scale": "dense"}
+    assert identity() == ({"output_scale": "dense"}, before)
+    assert identity(from_scratch=True) == ({"output_scale": "dense", "from_scratch": True}, before)
 
 
 def test_another_tokenizer_of_the_same_size(rows, pretrained, tmp_path):  # noqa: F811
@@ -250,4 +253,5 @@ def test_another_tokenizer_of_the_same_size(rows, pretrained, tmp_path):  # noqa
 
 def test_the_source_says_what_it_was_trained_on(pretrained):  # noqa: F811
     source = open_source(pretrained("dense"))
-    assert source.title.startswith("Words, quick (") and source.title.endswith(" steps") and len(source.fingerprint) == 64
+    assert source.summary == "Words, 4 steps" and len(source.fingerprint) == 64
+    assert source.trained["dataset"].keys() == {"name", "title", "fingerprint"} and source.trained["steps"] == 4

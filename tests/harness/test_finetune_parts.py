@@ -16,7 +16,7 @@ from tests.harness.test_report import row
 from tests.harness.test_resume import die
 from train import accumulate_gradients
 from utils.models.heads import IGNORED
-from utils.reporting import tables as report
+from utils.reporting.__main__ import main
 
 E = tiny.TINY["moe_num_expert"]
 PLAIN = {"dropout": 0.0, "log_interval": 1, "yes": True}
@@ -93,6 +93,6 @@ def test_runs_of_two_folds_are_one_row(rows, pretrained, tmp_path, capsys):  # n
         tiny.completed(command("mawps", rows, pretrained("dense"), **changes), program="finetune.py")
     results = [tiny.read_json(tmp_path / str(fold) / "result.json") for fold in (0, 4)]
     assert [result["fold"] for result in results] == [0, 4] and len({result["dataset"]["fingerprint"] for result in results}) == 2
-    report.main(["--table", "table2", "--runs", str(tmp_path)])
+    main(["table2", "--runs", str(tmp_path)])
     text = capsys.readouterr().out
     assert "folds 0, 4 of 5" in text and row(text, "Dense")[0] == "Dense (n = 2)"

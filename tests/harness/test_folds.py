@@ -8,8 +8,8 @@ import pytest
 
 from tests.harness.test_report import folder, png_size, record, refusal, row, store  # noqa: F401 (a fixture)
 from utils.reporting import figures
-from utils.reporting import tables as report
-from utils.reporting.records import group_records
+from utils.reporting.__main__ import main
+from utils.reporting.groups import method_groups
 
 FOLDS, SEEDS = range(5), (1, 2)
 
@@ -21,7 +21,8 @@ def of_fold(fold: int, seed: int = 1, **changes) -> dict:
     solved = 40.0 + 10 * fold + seed * 2
     data = {"name": "mawps", "title": "MAWPS", "fingerprint": f"fold {fold}", "note": f"{fold + 1} of 384 dev rows have no answer"}
     metric = {"name": "solved", "lower_is_better": False, "split": "dev", "training": "loss"}
-    start = {"title": "enwik8, laptop", "transferred": True}
+    start = {"dataset": {"title": "enwik8"}, "preset": "laptop", "preset_settings": {}, "method": "smoe_dropout", "settings": {}}
+    start |= {"steps": 3000, "operations": [], "sha256": "abcd" * 16, "transferred": True}
     own = {"fold": fold, "dataset": data, "metric": metric, "pretrained": start, "parameters__total": 2_600_000 + fold}
     made = record(seed=seed, quality={8: solved - 5, 16: solved}, table="table2", **own, **changes)
     for entry in made["quality"]:
@@ -34,33 +35,32 @@ SOLVED = [record["quality"][-1]["dev"] for record in ALL]
 
 
 def dense(fold: int, **changes) -> dict:
-    made = of_fold(fold, method="dense", title="Dense", sparse=False, model__num_experts=None, **changes)
+    made = of_fold(fold, method="dense", sparse=False, model__num_experts=None, **changes)
     return made | {"quality": [made["quality"][-1] | {"k": None}]}
 
 
 def test_folds_and_seeds_are_averaged_as_replicates(folder, capsys):  # noqa: F811
     store(*ALL, *map(dense, FOLDS), where="results/table2")
-    report.main(["--table", "table2"])
+    main(["table2"])
     text = capsys.readouterr().out
     mean, spread = statistics.mean(SOLVED), statistics.stdev(SOLVED)
     cells = [f"{mean - 5:.1f} ± {spread:.1f}", f"**{mean:.1f} ± {spread:.1f}**"]
     assert row(text, "SMoE-Dropout (")[:3] == ["SMoE-Dropout (n = 10)", *cells]
     assert row(text, "Dense (")[0] == "Dense (n = 5)"
     assert "mean ± sample standard deviation over n runs (seeds 1, 2, folds 0, 1, 2, 3, 4 of 5)" in text
-    notes = text.splitlines()[-1]
-    assert all(notes.count(f"Fold {fold}: {fold + 1} of 384 dev rows have no answer.") == 1 for fold in FOLDS)
+    assert all(text.count(f"Fold {fold}: {fold + 1} of 384 dev rows have no answer.") == 1 for fold in FOLDS)
 
 
 @pytest.mark.parametrize(
     ("seeds", "said"),
     [
-        ((1,), "one seed, so no spread is known (seed 1, fold 3 of 5)"),
+        ((1,), "one seed, spread unknown (seed 1, fold 3 of 5)"),
         ((1, 2), "mean ± sample standard deviation over n seeds (seeds 1, 2, fold 3 of 5)"),
     ],
 )
 def test_one_fold_is_said_to_be_one(seeds, said, folder, capsys):  # noqa: F811
     store(*(of_fold(3, seed) for seed in seeds), where="results/table2")
-    report.main(["--table", "table2"])
+    main(["table2"])
     assert said in capsys.readouterr().out
 
 
@@ -68,10 +68,10 @@ def test_one_fold_is_said_to_be_one(seeds, said, folder, capsys):  # noqa: F811
 def test_a_fold_of_other_rows_is_refused(other, folder, capsys):  # noqa: F811
     """All folds have rows of their own; those of one fold are the same for every seed and method."""
     store(*ALL, other, where="results/table2")
-    report.main(["--table", "table2"])
+    main(["table2"])
     other = other | {"dataset": other["dataset"] | {"fingerprint": "other rows"}}
     store(*ALL, other, where="results/table2")
-    error = refusal(["--table", "table2"], capsys)
+    error = refusal(["table2"], capsys)
     assert all(part in error for part in ("'dataset.fingerprint'", "'other rows'", "'fold 3'", "results/table2/10.json"))
 
 
@@ -79,24 +79,23 @@ def test_seeds_of_one_fold_have_models_of_one_size(folder, capsys):  # noqa: F81
     other = of_fold(3, seed=3)
     other["parameters"]["total"] += 1
     store(*ALL, other, where="results/table2")
-    assert "'parameters.total'" in refusal(["--table", "table2"], capsys)
+    assert "'parameters.total'" in refusal(["table2"], capsys)
 
 
 def test_every_fold_and_seed_is_collected_under_a_name_of_its_own(folder):  # noqa: F811
     for index, made in enumerate(ALL):
         Path(f"runs/{index}").mkdir(parents=True)
         Path(f"runs/{index}/result.json").write_text(json.dumps(made))
-    report.main(["--collect", *map(str, Path("runs").iterdir()), "--table", "table2"])
-    names = {path.name for path in Path("results/table2").iterdir()}
-    stem = "mawps-Transformer-XL-laptop-from-enwik8-laptop-smoe_dropout"
-    assert names == {f"{stem}-fold{fold}-seed{seed}.json" for fold in FOLDS for seed in SEEDS}
+    main(["table2", "--collect", *map(str, Path("runs").iterdir())])
+    names = {path.name for path in Path("results/table2/smoe-dropout").iterdir()}
+    assert names == {f"mawps-laptop-abcd-fold{fold}-seed{seed}.json" for fold in FOLDS for seed in SEEDS}
 
 
 def test_the_figure_by_k_draws_the_mean_of_all_folds(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    (group,) = group_records([(Path(f"{i}.json"), made) for i, made in enumerate([*ALL, *map(dense, FOLDS)])])
-    assert figures.draw_by_k(group, tmp_path / "by_k.png")
+    (group,) = method_groups([(Path(f"{i}.json"), made) for i, made in enumerate([*ALL, *map(dense, FOLDS)])])
+    figures.draw_by_k(group, tmp_path / "by_k.png")
     axes = drawn[0].axes[0]
     (line, _, (bars,)) = axes.containers[0]
     mean, spread = statistics.mean(SOLVED), statistics.stdev(SOLVED)
@@ -109,6 +108,6 @@ def test_the_figure_by_k_draws_the_mean_of_all_folds(tmp_path, monkeypatch):
 
 def test_a_report_of_folds_has_its_figures(folder):  # noqa: F811
     store(*ALL, where="results/table2")
-    report.main(["--table", "table2", "--figs", "Figs"])
-    found = {path.name.partition("_mawps")[0]: png_size(path) for path in Path("Figs").glob("*_mawps_*.png")}
-    assert found.keys() == {"by_k", "slimmable", "curves"}
+    main(["table2", "--figs", "Figs"])
+    found = {path.name: png_size(path) for path in Path("Figs/table2").iterdir()}
+    assert found.keys() == {"mawps-laptop-by-k.png", "mawps-laptop-curves.png"}

@@ -11,7 +11,7 @@ from smoe_dropout.registry import METHODS, load
 from tests import tiny
 from tests.harness.test_parallel import assert_same, run_two
 from tests.harness.test_resume import die
-from utils.reporting import tables as report
+from utils.reporting.__main__ import main
 from utils.reporting.records import read_record
 
 pytest.importorskip("transformers")
@@ -19,7 +19,6 @@ pytest.importorskip("transformers")
 E, STEPS = 4, 14
 # an epoch ends after 12 steps, the rows of a batch cannot be halved, log lines lie off validations
 SETTINGS = {"batch_size": 5, "eval_batch_size": 4, "max_step": STEPS, "eval_interval": 8, "log_interval": 3}
-TITLES = {"bert": "BERT", "roberta": "RoBERTa"}
 OF_ROBERTA = ("smoe_dropout", "dense", "thor", "attention")  # the rest of it is BERT's
 RUNS = [("bert", method) for method in METHODS] + [("roberta", method) for method in OF_ROBERTA if method in METHODS]
 
@@ -71,7 +70,7 @@ def test_every_method_completes_with_a_record(model, method, finished, corpora):
         "training": "loss",
     }
     sizes = {"n_layer": 2, "d_model": 16, "n_head": 2, "d_ff": 32, "d_inner": 32 // E if sparse else 32, "tgt_len": 10}
-    assert {name: result["model"][name] for name in ("architecture", *sizes)} == {"architecture": TITLES[model], **sizes}
+    assert {name: result["model"][name] for name in ("architecture", *sizes)} == {"architecture": model, **sizes}
     assert "mem_len" not in result["model"] and result["model"]["moe_layers"] == ([0, 1] if sparse else [])
     assert result["dataset"]["pieces"] == {"train": 485, "valid": 59, "test": 59} and "bytes" not in result["dataset"]
     assert result["dataset"]["title"] == f"Pieces, {model}"
@@ -137,15 +136,15 @@ def test_eval_only_gives_the_numbers_of_the_result(model, method, ks, finished):
 
 def test_the_report_has_a_table_and_the_figure_of_slimming(finished, tmp_path, capsys):
     runs = [str(finished("bert", method)) for method in ("smoe_dropout", "dense")]
-    report.main(["--runs", *runs, "--figs", str(tmp_path / "Figs"), "--latex", str(tmp_path / "table.tex")])
+    main(["table1", "--runs", *runs, "--figs", str(tmp_path / "Figs"), "--latex", str(tmp_path / "table.tex")])
     text = capsys.readouterr().out
-    assert "Pieces, bert" in text and "| Test loss, k = E/2 = 2 | Test loss, k = E = 4 |" in text
+    assert "Pieces, bert" in text and "| Test loss, k = E/2 = 2 | Test loss, k = E = 4 | Mean at k = 1 |" in text
     for run in runs:
         last = tiny.read_json(Path(run) / "result.json")["quality"][-1]["test"]
         assert f"{last:.3f}" in text
     assert "Test loss" in (tmp_path / "table.tex").read_text()
-    figures = [path.name for path in (tmp_path / "Figs").iterdir()]
-    assert any(name.startswith("slimmable_") for name in figures) and any(name.startswith("curves_") for name in figures), figures
+    figures = [path.name for path in (tmp_path / "Figs" / "table1").iterdir()]
+    assert any(name.endswith("-slimmable.png") for name in figures) and any(name.endswith("-curves.png") for name in figures), figures
 
 
 def test_the_mean_of_the_weights_is_tested_too(arguments, tmp_path):

@@ -261,7 +261,7 @@ def test_expert_attention_trains_and_resumes(corpus, tmp_path):
     assert changed(work_dir, 0, 12) == {name for name in names if ".router." not in name}
     assert len([name for name in names if "qkv.router" in name]) == 2 * 2
     result = tiny.read_json(work_dir / "result.json")
-    assert result["method"] == "smoe_dropout (moe_num_expert=4, attn_moe=True)"
+    assert result["settings"] == {"moe_num_expert": 4, "attn_moe": True}
     goes_on_after_kills(corpus, work_dir, tmp_path / "killed", (10,), **changes)
 
 
@@ -388,12 +388,12 @@ def test_refused_official_flags_name_a_remedy_that_works(flag):
 
 
 @pytest.mark.parametrize(
-    ("options", "label"),
-    [("alpha=2", "thor (alpha=2)"), (" alpha=0.5 ,inference=token", "thor (alpha=0.5, inference=token)"), ("", "thor")],
+    ("options", "settings"),
+    [("alpha=2", {"alpha": 2.0}), (" alpha=0.5 ,inference=token", {"alpha": 0.5, "inference": "token"}), ("", {})],
 )
-def test_options_are_part_of_the_name_in_the_result(options, label, corpus, tmp_path):
+def test_options_are_settings_in_the_record(options, settings, corpus, tmp_path):
     arguments = tiny.flags(corpus, tmp_path, method="thor", method_options=options, moe_num_expert=16, max_step=1, eval_interval=1)
     tiny.completed(arguments)
     result = tiny.read_json(tmp_path / "result.json")
-    assert result["method"] == label and result["title"] == label.replace("thor", "THOR")
-    assert "alpha" not in result["preset"] and "method_options" not in result["preset"]
+    assert (result["method"], result["settings"]) == ("thor", settings)
+    assert not {"alpha", "method_options"} & result["preset_settings"].keys()

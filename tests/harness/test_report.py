@@ -11,13 +11,17 @@ import pytest
 
 from tests.conftest import ROOT
 from utils.errors import EXIT_USER_ERROR, UserError, run_main
-from utils.reporting import tables as report
+from utils.formatting import short_number
+from utils.reporting.__main__ import main
+from utils.reporting.groups import Row, method_groups
+from utils.reporting.records import PUBLISHED, read_record
+from utils.reporting.tables import DASH
 
 CONSTANT_K = 8
 
 
-def record(method="smoe_dropout", title="SMoE-Dropout", seed=1, quality=None, experts=16, seconds=100.0, **changes):
-    """A complete record; `quality` maps k (None: dense) to the test value. Dotted names in `changes` overwrite single fields."""
+def record(method="smoe_dropout", seed=1, quality=None, experts=16, seconds=100.0, **changes):
+    """A complete record; `quality` maps k (None: dense) to the test value. Names with __ in `changes` overwrite single fields."""
     quality = quality or {1: 7.5, 2: 5.5, 4: 3.7, 8: 2.7, 16: 2.4}
     sparse = None not in quality
     entries = [
@@ -26,17 +30,18 @@ def record(method="smoe_dropout", title="SMoE-Dropout", seed=1, quality=None, ex
     ]
     key = str(experts) if sparse else "dense"
     made = {
-        "schema": 1,
+        "schema": 2,
         "table": "table1",
         "method": method,
-        "title": title,
+        "settings": {},
         "sparse": sparse,
         "preset": "laptop",
+        "preset_settings": {},
         "dataset": {"name": "enwik8-prefix", "title": "enwik8 prefix, 4.15 MB", "fingerprint": "f"},
-        "metric": {"name": "bpc", "lower_is_better": True},
+        "metric": {"name": "bpc", "lower_is_better": True, "split": "test", "training": "bpc"},
         "seed": seed,
         "status": "complete",
-        "model": {"architecture": "Transformer-XL", "num_experts": experts if sparse else None},
+        "model": {"architecture": "transformer_xl", "num_experts": experts if sparse else None},
         "parameters": {"total": 2_600_000},
         "quality": entries,
         "training": {"steps": 3000, "seconds": seconds, "cpu_seconds": seconds / 2},
@@ -62,14 +67,14 @@ def overwrite(made, name, value):
 
 
 def dense(value=2.3, seed=1, **changes):
-    return record("dense", "Dense", seed, {None: value}, **changes)
+    return record("dense", seed, {None: value}, **changes)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working folder with a README that has the markers."""
+    """An empty working folder with a page that has the markers."""
     monkeypatch.chdir(tmp_path)
-    Path("README.md").write_bytes(b"# Title\r\n\n<!-- table1:begin -->\nold\n<!-- table1:end -->\ntail, \xc3\xa9\n")
+    Path("page.md").write_bytes(b"# Title\r\n\n<!-- table1:begin -->\nold\n<!-- table1:end -->\ntail, \xc3\xa9\n")
     return tmp_path
 
 
@@ -88,7 +93,7 @@ def row(text, title):
 def refusal(argv, capsys):
     """The message of a refused command, whose exit code has to be 2."""
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda: report.main(argv))
+        run_main(lambda: main(argv))
     error = capsys.readouterr().err
     assert stop.value.code == EXIT_USER_ERROR
     last = error.splitlines()[-1]
@@ -97,35 +102,35 @@ def refusal(argv, capsys):
 
 
 def test_table_numbers(folder, capsys):
-    smoe = [record("smoe", "SMoE", s, {8: 2.5, 16: 2.5}) for s in (1, 2)]
+    smoe = [record("smoe", s, {8: 2.5, 16: 2.5}) for s in (1, 2)]
     drop = [record(seed=s, quality={8: 2.7 + d, 16: 2.4 + d}, seconds=t) for s, d, t in ((1, 0.0, 10), (2, 0.1, 5000), (3, 0.2, 20))]
     store(*smoe, *drop, dense(2.3))
-    report.main([])
+    main(["table1"])
     text = capsys.readouterr().out
     # means 2.8 and 2.5, sample deviation of (0, .1, .2) is .1; median of 10, 20 and 5,000 s is 20
     expected = ["SMoE-Dropout (n = 3)", "2.800 ± 0.100", "2.500 ± 0.100", "2.60 M", "1.80 M / 2.60 M", "20 / 10", "16.0 M / 32.0 M"]
     assert row(text, "SMoE-Dropout") == [*expected, "1.1776 / 1.1486"]
     assert row(text, "Dense") == ["Dense (n = 1)", "–", "**2.300**", "2.60 M", "– / 2.60 M", "100 / 50", "– / 32.0 M", "–"]
-    assert row(text, "SMoE (")[1:3] == ["**2.500 ± 0.000**", "2.500 ± 0.000"]
+    assert row(text, "SMoE (learned router) (")[1:3] == ["**2.500 ± 0.000**", "2.500 ± 0.000"]
     assert "k = E/2 = 8" in text and "k = E = 16" in text
     for part in ("enwik8 prefix, 4.15 MB, preset laptop", "seeds 1, 2, 3", "3,000 steps", "fp32", "threads: 1", "device: cpu"):
         assert part in text
-    titles = [line.split(" (")[0] for line in text.splitlines() if line.startswith("| ")]
-    assert titles[1:] == ["| Dense", "| SMoE", "| SMoE-Dropout"]
+    titles = [line.split(" (n")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert titles[1:] == ["| Dense", "| SMoE (learned router)", "| SMoE-Dropout"]
 
 
 def test_bold_follows_the_metric_and_needs_a_rival(folder, capsys):
     accuracy = {"metric__name": "accuracy", "metric__lower_is_better": False}
     store(record(quality={8: 80.0, 16: 82.0}, **accuracy), dense(81.0, **accuracy))
-    report.main([])
+    main(["table1"])
     text = capsys.readouterr().out
     assert row(text, "SMoE-Dropout")[1:3] == ["80.0", "**82.0**"]
     assert row(text, "Dense")[2] == "81.0"
 
 
 def test_missing_k_is_a_dash_and_a_partial_n_is_said(folder, capsys):
-    store(record(quality={16: 2.4}), record(seed=2, quality={8: 2.7, 16: 2.4}), record("smoe", "SMoE", quality={16: 2.5}))
-    report.main([])
+    store(record(quality={16: 2.4}), record(seed=2, quality={8: 2.7, 16: 2.4}), record("smoe", quality={16: 2.5}))
+    main(["table1"])
     text = capsys.readouterr().out
     assert row(text, "SMoE-Dropout")[1] == "2.700 (n = 1)"
     assert row(text, "SMoE (")[1] == "–" and row(text, "SMoE (")[4] == "– / 2.60 M"
@@ -133,49 +138,50 @@ def test_missing_k_is_a_dash_and_a_partial_n_is_said(folder, capsys):
 
 def test_published_only_where_it_is_known(folder, capsys):
     other = {"dataset__name": "text8", "dataset__title": "text8"}
-    store(record(), record(**other), record("thor", "THOR", **other), record(model__architecture="BERT", preset="bert"))
-    report.main([])
-    tables = capsys.readouterr().out.split("**\n\n|")[1:]
-    assert [("1.1776" in t, "Published" in t) for t in tables] == [(False, False), (True, True), (False, False)]
-    entries = json.loads(report.PUBLISHED.read_text())["entries"]
+    store(record(), record(**other), record("thor", **other), record(model__architecture="bert", preset="quick"))
+    main(["table1"])
+    tables = capsys.readouterr().out.partition("\n- ")[0].split("**\n\n|")[1:]
+    assert [("1.1776" in t, "Published" in t) for t in tables] == [(True, True), (False, False), (False, False)]
+    entries = json.loads(PUBLISHED.read_text())["entries"]
     assert all(e["source"] and set(e["values"]) <= {"E/2", "E", "dense"} for e in entries)
 
 
 def test_latex(folder):
-    store(record(title="SMoE_Dropout 50%"), record(seed=2), dense(2.3), dense(2.4, seed=2))
-    report.main(["--latex", "out/table.tex"])
+    store(record("my_method"), record(settings={"alpha": 0.5}, seed=2), dense(2.3), dense(2.4, seed=2))
+    main(["table1", "--latex", "out/table.tex"])
     text = Path("out/table.tex").read_text()
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
-    assert r"Dense (n = 2) & -- & \textbf{2.350 $\pm$ 0.071} & 2.60 M" in text
-    assert r"SMoE\_Dropout 50\% (n = 1) & \textbf{2.700} & 2.400" in text
+    assert r"Dense (n = 2) & -- & \textbf{2.350 $\pm$ 0.071} & -- & 2.60 M" in text
+    assert r"SMoE-Dropout, alpha 0.5 (n = 1) & \textbf{2.700} & 2.400" in text and "My method (n = 1)" in text
     assert "±" not in text and "–" not in text
     header, line = (next(one for one in text.splitlines() if one.startswith(start)) for start in ("Method", "Dense"))
     assert header.count("&") == line.count("&") == text[text.index("{tabular}{") :].split("}")[1].count("r")
 
 
-def test_readme_changes_only_between_the_markers_and_only_once(folder):
+def test_a_page_changes_only_between_the_markers_and_only_once(folder):
     store(record(), dense())
-    report.main(["--readme", "README.md"])
-    once = Path("README.md").read_bytes()
+    main(["table1", "--page", "page.md"])
+    once = Path("page.md").read_bytes()
     assert once.startswith(b"# Title\r\n\n<!-- table1:begin -->\n**enwik8 prefix") and b"old" not in once
     assert once.endswith(b"<!-- table1:end -->\ntail, \xc3\xa9\n")
-    report.main(["--readme", "README.md"])
-    assert Path("README.md").read_bytes() == once
+    main(["table1", "--page", "page.md"])
+    assert Path("page.md").read_bytes() == once
 
 
 @pytest.mark.parametrize("text", ["no markers", "<!-- table1:begin -->", "<!-- table1:end --><!-- table1:begin -->", None])
-def test_readme_without_markers_is_refused(folder, capsys, text):
+def test_a_page_without_markers_is_refused(folder, capsys, text):
     store(record())
     if text is None:
-        Path("README.md").unlink()
+        Path("page.md").unlink()
     else:
-        Path("README.md").write_text(text)
-    assert "README.md" in refusal(["--readme", "README.md"], capsys)
-    assert text is None or Path("README.md").read_text() == text
+        Path("page.md").write_text(text)
+    assert "page.md" in refusal(["table1", "--page", "page.md"], capsys)
+    assert text is None or Path("page.md").read_text() == text
 
 
 BROKEN = [
-    ("schema", 2, "schema"),
+    ("schema", 3, "schema"),
+    ("settings", "(a=1)", "settings"),
     ("seed", "one", "seed"),
     ("dataset__title", "", "dataset.title"),
     ("training__seconds", float("nan"), "training.seconds"),
@@ -191,7 +197,7 @@ BROKEN = [
 @pytest.mark.parametrize(("name", "value", "named"), BROKEN)
 def test_broken_records_are_refused_by_name(folder, capsys, name, value, named):
     store(dense(), overwrite(record(), name, value))
-    error = refusal([], capsys)
+    error = refusal(["table1"], capsys)
     assert "results/table1/1.json" in error and f"'{named}'" in error
 
 
@@ -199,34 +205,33 @@ def test_broken_records_are_refused_by_name(folder, capsys, name, value, named):
 def test_a_file_that_is_no_record_is_refused(folder, capsys, text):
     Path("results/table1").mkdir(parents=True)
     Path("results/table1/x.json").write_text(text)
-    assert "results/table1/x.json" in refusal([], capsys)
+    assert "results/table1/x.json" in refusal(["table1"], capsys)
 
 
 def test_a_missing_field_is_named(folder, capsys):
     broken = record()
     del broken["environment"]["precision"]
     store(broken)
-    assert "'environment.precision' is missing" in refusal([], capsys)
+    assert "'environment.precision' is missing" in refusal(["table1"], capsys)
 
 
 def test_incomplete_and_foreign_records_are_named_and_left_out(folder, capsys):
-    store(dense(), {"schema": 1, "status": "running"}, record(table="table9"))
-    report.main([])
+    store(dense(), {"schema": 2, "status": "running"}, record(table="table9"))
+    main(["table1"])
     out, err = capsys.readouterr()
     assert "results/table1/1.json" in err and "running" in err
-    assert "results/table1/2.json" in err and "table9" in err
     assert "SMoE-Dropout" not in out
-    store({"schema": 1, "status": "running"}, where="other")
-    assert "no complete record" in refusal(["--results", "other"], capsys)
-    assert "nowhere" in refusal(["--runs", "nowhere"], capsys)
+    store({"schema": 2, "status": "running"}, where="other")
+    assert "no complete record" in refusal(["table1", "--results", "other"], capsys)
+    assert "nowhere" in refusal(["table1", "--runs", "nowhere"], capsys)
 
 
 def test_the_same_run_counts_once_and_contradictions_are_refused(folder, capsys):
     store(record())
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/result.json").write_text(json.dumps(record()))
-    argv = ["--results", "results/table1", "--runs", "runs"]
-    report.main(argv)
+    argv = ["table1", "--results", "results/table1", "--runs", "runs"]
+    main(argv)
     assert "SMoE-Dropout (n = 1)" in capsys.readouterr().out
     for change, named in (
         ({"seconds": 1.0}, "seed 1"),
@@ -248,22 +253,23 @@ def run_folder(name, content):
 
 def test_collect(folder, capsys):
     run = run_folder("runs/a", record(seed=3))
-    target = Path("results/table1/enwik8-prefix-laptop-smoe_dropout-seed3.json")
-    report.main(["--collect", "runs/a", "--table", "table1"])
-    assert target.read_bytes() == (run / "result.json").read_bytes()
-    report.main(["--collect", "runs/a"])  # the same again is no conflict
+    target = Path("results/table1/smoe-dropout/enwik8-prefix-laptop-seed3.json")
+    main(["table1", "--collect", "runs/a"])
+    assert target.read_text() == (run / "result.json").read_text() + "\n"
+    main(["--collect", "runs/a"])  # the same again is no conflict
+    assert "cannot be collected into 'table2'" in refusal(["table2", "--collect", "runs/a"], capsys)
     run_folder("runs/a", record(seed=3, seconds=7.0))
     assert "--force" in refusal(["--collect", "runs/a"], capsys)
     assert json.loads(target.read_text())["training"]["seconds"] == 100.0
-    report.main(["--collect", "runs/a", "--force"])
+    main(["--collect", "runs/a", "--force"])
     assert json.loads(target.read_text())["training"]["seconds"] == 7.0
 
 
 def test_collect_refuses_before_it_writes(folder, capsys):
     run_folder("runs/good", record(seed=5))
     for name, content, said in (
-        ("running", {"schema": 1, "status": "running"}, "running"),
-        ("foreign", record(table="table2"), "table2"),
+        ("running", {"schema": 2, "status": "running"}, "running"),
+        ("foreign", record(table="table9"), "table9"),
         ("twin", record(seed=5, seconds=1.0), "same name"),
     ):
         run_folder(f"runs/{name}", content)
@@ -280,15 +286,13 @@ def png_size(path):
 
 
 def test_figures_of_a_full_table(folder, capsys):
-    store(
-        *(record(seed=s, quality={1: 7.5, 8: 2.7 + s / 50, 16: 2.4}) for s in (1, 2)), record("smoe", "SMoE"), dense(), dense(2.4, seed=2)
-    )
-    report.main(["--figs", "Figs", "--prefix", "new"])
-    names = {path.name for path in Path("Figs").iterdir()}
-    assert names == {"new_slimmable_enwik8-prefix_laptop.png", "new_curves_enwik8-prefix_laptop.png", "framework.png"}
-    assert all(min(png_size(f"Figs/{name}")) > 400 for name in names)
+    store(*(record(seed=s, quality={1: 7.5, 8: 2.7 + s / 50, 16: 2.4}) for s in (1, 2)), record("smoe"), dense(), dense(2.4, seed=2))
+    main(["table1", "--figs", "Figs"])
+    names = {path.name for path in Path("Figs/table1").iterdir()}
+    assert names == {"enwik8-prefix-laptop-slimmable.png", "enwik8-prefix-laptop-curves.png"}
+    assert all(min(png_size(f"Figs/table1/{name}")) > 400 for name in names)
     err = capsys.readouterr().err
-    assert all(f"drawn Figs/{name}" in err for name in names)
+    assert all(f"drawn Figs/table1/{name}" in err for name in names)
 
 
 @pytest.mark.parametrize(
@@ -298,29 +302,29 @@ def test_figures_of_a_full_table(folder, capsys):
         [record()],
         [record(quality={16: 2.4}), record(seed=2, quality={8: 2.6, 16: 2.4})],
         [record(experts=1, quality={1: 2.4})],
-        [record(method=f"m{i}", title=f"Method {i}") for i in range(9)] + [dense(), record("wide", "Wide", 1, {None: 2.2})],
+        [record(method=f"m{i}") for i in range(9)] + [dense(), record("wide", 1, {None: 2.2})],
     ],
     ids=["dense only", "one seed", "missing k", "one expert", "many methods"],
 )
 def test_figures_of_few_or_many_records(folder, records):
     store(*records)
-    report.main(["--figs", "Figs"])
-    assert png_size("Figs/slimmable_enwik8-prefix_laptop.png")[0] > 400
-    assert png_size("Figs/curves_enwik8-prefix_laptop.png")[0] > 400
+    main(["table1", "--figs", "Figs"])
+    assert png_size("Figs/table1/enwik8-prefix-laptop-slimmable.png")[0] > 400
+    assert png_size("Figs/table1/enwik8-prefix-laptop-curves.png")[0] > 400
 
 
 def test_no_curve_no_figure(folder):
     store(record(curve__train=[], curve__valid=[]))
-    report.main(["--figs", "Figs"])
-    assert not Path("Figs/curves_enwik8-prefix_laptop.png").exists()
-    assert Path("Figs/slimmable_enwik8-prefix_laptop.png").exists()
+    main(["table1", "--figs", "Figs"])
+    assert not Path("Figs/table1/enwik8-prefix-laptop-curves.png").exists()
+    assert Path("Figs/table1/enwik8-prefix-laptop-slimmable.png").exists()
 
 
 def test_points_drawn():
     from utils.reporting import figures
 
-    group = report.group_records([(Path(f"{s}.json"), record(seed=s, quality={8: 2.7 + d, 16: 2.4})) for s, d in ((1, 0.0), (2, 0.2))])[0]
-    method = group.methods[0]
+    group = method_groups([(Path(f"{s}.json"), record(seed=s, quality={8: 2.7 + d, 16: 2.4})) for s, d in ((1, 0.0), (2, 0.2))])[0]
+    method = group.rows[0]
     assert [(k, x) for k, x, _, _ in figures.quality_points(method)] == [(8, 1_800_000), (16, 2_600_000)]
     assert figures.quality_points(method)[0][2:] == pytest.approx((2.8, 0.2 / 2**0.5))
     method.records[1]["curve"]["valid"].pop()  # a step that one seed lacks is no mean over seeds
@@ -330,22 +334,23 @@ def test_points_drawn():
 def test_colours_stay_with_their_method():
     from utils.reporting import figures
 
-    methods = [report.Method(name, name, True, []) for name in ("a", "smoe", "smoe_dropout")]
-    first, second = figures.styles(methods), figures.styles(methods[1:])
+    rows = [Row(name, [record(name)]) for name in ("a", "smoe", "smoe_dropout")]
+    rows += [Row(f"times {n}", [record(settings={"alpha": n})]) for n in range(8)]
+    first, second = figures.styles(rows), figures.styles(rows[1:3])
     assert first["smoe"] == second["smoe"] and first["smoe_dropout"] == second["smoe_dropout"]
-    assert len({style["color"] for style in first.values()}) == 3
+    assert len({style["color"] for style in first.values()}) == len(rows)
 
 
 def test_tables_do_without_matplotlib(folder):
     store(record())
-    code = "import sys; sys.modules['matplotlib'] = None; from utils.reporting import tables; tables.main([])"
+    code = "import sys; sys.modules['matplotlib'] = None; from utils.reporting.__main__ import main; main(['table1'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "SMoE-Dropout" in done.stdout, done.stderr
 
 
 def test_numbers_are_short():
-    assert [report.short_number(n) for n in (0, 999, 999_600, 4_470_000, 19_521_804, 123_456_789, 2.5e9)] == [
+    assert [short_number(n) for n in (0, 999, 999_600, 4_470_000, 19_521_804, 123_456_789, 2.5e9)] == [
         "0",
         "999",
         "1.00 M",
@@ -358,29 +363,29 @@ def test_numbers_are_short():
 
 def test_user_errors_are_user_errors():
     with pytest.raises(UserError, match=r"gone\.json"):
-        report.read_record(Path("gone.json"))
+        read_record(Path("gone.json"))
 
 
 def test_routing_has_a_column_where_it_was_measured(folder):
     """Means over the seeds; methods without it, and tables without any, go without."""
     found = [{"load_entropy": entropy, "fluctuation": share} for entropy, share in ((0.9, 0.2), (0.8, 0.1))]
     store(dense(), *(record(seed=seed, routing=routing) for seed, routing in enumerate(found, 1)))
-    report.main(["--readme", "README.md"])
-    text = Path("README.md").read_text()
+    main(["table1", "--page", "page.md"])
+    text = Path("page.md").read_text()
     header, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|") and ":--" not in line]
     column = next(i for i, name in enumerate(header) if name.startswith("Load entropy"))
-    assert [row[column].strip(" |") for row in rows] == [report.DASH, "0.850 / 15 %"] and "Routes changing late" in text
-    store(record("other", "Other", 1, routing={"load_entropy": 0.5, "fluctuation": None}))
-    report.main(["--readme", "README.md"])
-    assert "0.500 / –" in Path("README.md").read_text()
+    assert [row[column].strip(" |") for row in rows] == [DASH, "0.850 / 15 %"] and "Routes changing late" in text
+    store(record("other", 1, routing={"load_entropy": 0.5, "fluctuation": None}))
+    main(["table1", "--page", "page.md"])
+    assert "0.500 / –" in Path("page.md").read_text()
 
 
 def test_methods_of_the_frozen_router_get_figures_of_their_own(folder):
     """Where there are several of them beside others."""
-    fixed = [record(name, name, model__router="random") for name in ("a", "b")]
+    fixed = [record(name, model__router="random") for name in ("a", "b")]
     store(dense(), *fixed)
-    report.main(["--figs", "Figs"])
-    assert not list(Path("Figs").glob("fixed_router*"))
-    store(record("c", "c", model__router="learned"))
-    report.main(["--figs", "Figs"])
-    assert len(list(Path("Figs").glob("fixed_router*.png"))) == 2
+    main(["table1", "--figs", "Figs"])
+    assert not list(Path("Figs/table1").glob("*frozen*"))
+    store(record("c", model__router="learned"))
+    main(["table1", "--figs", "Figs"])
+    assert len(list(Path("Figs/table1").glob("*frozen*.png"))) == 2

@@ -73,16 +73,18 @@ def test_its_folder_is_another_and_its_record_says_what_it_started_from(run, tmp
     assert parse(command(run))[0].work_dir == "runs/quick/words/from/first-seed1/smoe_dropout-seed1111"
     assert parse(command(run, data="texts/other"))[0].dataset == "other"
     done = tiny.completed(command(run, work_dir=tmp_path / "run"))
-    assert f"weights from {run} (Words, quick" in done.out and done.out.count("weights from") == 1
+    assert f"weights from {run} (Words, 8 steps)" in done.out and done.out.count("weights from") == 1
     record, before = read_record(tmp_path / "run" / "result.json"), read_record(run / "result.json")
     assert (record["table"], before["table"]) == ("surgery", "table1")
-    assert record["method"] == before["method"] == "smoe_dropout (moe_num_expert=4)" and "pretrained" not in before
+    assert record["method"] == before["method"] == "smoe_dropout" and "pretrained" not in before
+    assert record["settings"] == before["settings"] == {"moe_num_expert": 4}
     start = record["pretrained"]
-    assert start["transferred"] and start["title"].startswith("Words, quick") and start["title"].endswith(", 8 steps")
+    assert start["transferred"] and start["operations"] == [] and start["settings"] == {"moe_num_expert": 4}
+    assert (start["dataset"]["title"], start["preset"], start["steps"]) == ("Words", "quick", 8)
     assert start["sha256"] == open_source(run).fingerprint and "surgery" not in start
     assert record["curve"]["train"][0][1] < before["curve"]["train"][0][1]  # it goes on where that one ended
     again = open_source(tmp_path / "run")
-    assert again.title == f"{start['title']}, 12 steps"
+    assert again.trained == {name: start[name] for name in again.trained} and again.operations == ({"method": "train", "steps": 12},)
 
 
 def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(run, tmp_path):
@@ -181,7 +183,7 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
     tiny.completed(broken)
     tiny.same_run(tmp_path / "whole", tmp_path / "broken")
     record = read_record(tmp_path / "whole" / "result.json")
-    assert record["method"] == "smoe_dropout (moe_num_expert=4, teacher_weight=0.5, teacher_temperature=2)"
+    assert record["settings"] == {"moe_num_expert": 4, "teacher_weight": 0.5, "teacher_temperature": 2.0}
     assert record["pretrained"]["teacher"]["sha256"] == record["pretrained"]["sha256"]
 
 

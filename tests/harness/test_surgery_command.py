@@ -92,6 +92,13 @@ def command(run: Path, **changes) -> list[str]:
     return words_of({"from": run, "method": "drop", "keep": 2, **HOW, **changes})
 
 
+def as_surgery(pretrained: dict) -> dict:
+    """A record's entry of the weights that its run started from, in the form of surgery.json."""
+    own = ("operations", "sha256", "transferred", "surgery", "teacher", "kept", "new", "unused")
+    trained = {name: value for name, value in pretrained.items() if name not in own}
+    return {"trained": trained, "operations": pretrained["operations"], **pretrained["surgery"]}
+
+
 def refusal(arguments: list[str], program: str = "surgery.py") -> str:
     done = tiny.run(arguments, program=program)
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done
@@ -161,13 +168,15 @@ def test_training_goes_on_from_it_and_the_record_tells_all(model, method, operat
     out, _ = operated(method, model)
     tiny.completed(words_of({"start_from": out, "work_dir": tmp_path / "run", **TRAINING}))
     record, surgery = read_record(tmp_path / "run" / "result.json"), tiny.read_json(out / "surgery.json")
-    assert record["table"] == "surgery" and record["pretrained"]["surgery"] == surgery
-    assert record["method"] == f"smoe (surgery={method} 4 to 2)" and record["preset"].startswith("quick")
-    assert "d_ff" not in record["preset"] and record["model"]["num_experts"] == max(surgery["after"]["experts"])
+    assert record["table"] == "surgery" and as_surgery(record["pretrained"]) == surgery
+    assert (record["method"], record["settings"], record["preset"]) == ("smoe", {}, "quick")
+    (operation,) = surgery["operations"]
+    assert (operation["method"], operation["from"], operation["keep"]) == (method, 4, 2) and surgery["trained"]["steps"] == 8
+    assert "d_ff" not in record["preset_settings"] and record["model"]["num_experts"] == max(surgery["after"]["experts"])
     assert record["parameters"]["total"] == surgery["after"]["parameters"]
-    title = f"{surgery['title']}, 4 steps"
-    assert surgery["title"].endswith(f", 8 steps, {method} 4 to 2") and open_source(tmp_path / "run").title == title
-    assert open_source(tmp_path / "run").surgery == surgery
+    again = open_source(tmp_path / "run")
+    assert again.operations == (operation, {"method": "train", "steps": 4}) and again.trained == surgery["trained"]
+    assert again.surgery == record["pretrained"]["surgery"]
 
 
 def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_path):
@@ -175,12 +184,13 @@ def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_
     arguments = command(trained("smoe_dropout"), method="uncurl", task="sst2", calibrate=rows, out=out)
     tiny.completed(arguments, program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
-    assert surgery["label"] == "uncurl 4 to 2 on sst2" and surgery["read"]["task"] == "sst2"
+    (operation,) = surgery["operations"]
+    assert operation["method"] == "uncurl" and operation["read"]["task"] == "sst2"
     how = {"task": "sst2", "data": rows, "checkpoint": out, "work_dir": tmp_path / "run", **TRAINING}
     tiny.completed(words_of(how), program="finetune.py")
     record = read_record(tmp_path / "run" / "result.json")
-    assert record["table"] == "surgery" and record["pretrained"]["surgery"] == surgery
-    assert "surgery=uncurl 4 to 2 on sst2" in record["method"] and [row["k"] for row in record["quality"]] == [1, 2]
+    assert record["table"] == "surgery" and as_surgery(record["pretrained"]) == surgery
+    assert record["pretrained"]["operations"] == [operation] and [row["k"] for row in record["quality"]] == [1, 2]
 
 
 def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
@@ -192,7 +202,7 @@ def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
     assert [parse(command(trained("smoe"), **how | {"fold": fold})).material for fold in (None, 1)] == folds and folds[0] != folds[1]
     tiny.completed(arguments, program="surgery.py")
     surgery = tiny.read_json(tmp_path / "out" / "surgery.json")
-    assert surgery["label"] == "uncurl 4 to 2 on mawps without fold 1" and surgery["read"]["fold"] == 1
+    assert surgery["operations"][0]["read"]["fold"] == 1
     tuned = {"task": "mawps", "data": rows, "checkpoint": tmp_path / "out", "work_dir": tmp_path / "run"}
     said = refusal(words_of({**tuned, "fold": 0}), "finetune.py")
     assert f"--fold 0: its rows were read when {tmp_path / 'out'} was made" in said and "surgery.py --task mawps --fold 0" in said
@@ -271,7 +281,8 @@ def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_pa
     run, out = trained("smoe_dropout"), tmp_path / "out"
     tiny.completed(command(run, method="keep_best", score="router_norm", out=out), program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
-    assert surgery["read"] is None and not (out / "calibration.safetensors").exists() and set(SCORES) == keep_best.SCORES.keys()
+    assert "read" not in surgery["operations"][0] and not (out / "calibration.safetensors").exists()
+    assert set(SCORES) == keep_best.SCORES.keys()
     theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
     for name in (name for name in theirs if name.endswith("router.weight")):
         kept = theirs[name].norm(dim=1).topk(2).indices.sort().values
@@ -332,7 +343,7 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     tiny.completed(arguments, program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
     before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
-    assert after == pytest.approx(before, rel=1e-5) and surgery["label"] == "compress rank 4 kept 0.25"
+    assert after == pytest.approx(before, rel=1e-5) and surgery["operations"][0]["options"] == {"rank": 4, "kept": 0.25}
     how = {"start_from": out, "teacher": run, **TRAINING, "max_step": 12, "eval_interval": 4}
     tiny.completed(words_of({**how, "work_dir": tmp_path / "whole"}))
     broken = words_of({**how, "work_dir": tmp_path / "broken"})
@@ -347,9 +358,11 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
     again = words_of({"from": left, "method": "compress", "rank": 4, "kept": 0.25, "out": tmp_path / "again"})
     assert "has compressed experts: operate on the model before compression" in refusal(again)
-    assert open_source(left).title.endswith("compress rank 4 kept 0.25, pruned to 0.25 in 12 steps, taught")
+    training = {"method": "train", "steps": 12, "pruned_to": 0.25, "taught": True}
+    assert open_source(left).operations == (surgery["operations"][0], training)
     pruned = record["pretrained"]["surgery"]
-    assert pruned == surgery | {"pruned_to": 0.25, "time": pruned["time"]} and pruned["time"] != surgery["time"]
+    changed = {"pruned_to": 0.25, "time": pruned["time"]}
+    assert as_surgery(record["pretrained"]) == surgery | changed and pruned["time"] != surgery["time"]
     assert pruned["time"][0]["k"] == [4, 4] and pruned["time"][0]["ratio"] > 0 and open_source(left).surgery["time"] == pruned["time"]
     assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
 
@@ -376,9 +389,11 @@ def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(
     then = words_of({"from": merged, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
     printed = tiny.completed(then, program="surgery.py").out
     first, chain = (tiny.read_json(folder / "surgery.json") for folder in (merged, out))
-    assert chain["label"] == "merge 4 to 2, compress rank 4 kept 0.25" and chain["title"] == f"{first['source']['title']}, {chain['label']}"
-    assert [chain[name] for name in ("source", "before")] == [first[name] for name in ("source", "before")]
-    assert chain["after"]["experts"] == first["after"]["experts"] and chain["weights_sha256"] == open_source(merged).fingerprint
+    same = ("trained", "source_sha256", "before")
+    assert [chain[name] for name in same] == [first[name] for name in same]
+    assert chain["operations"][:-1] == first["operations"] and chain["operations"][-1]["options"] == {"rank": 4, "kept": 0.25}
+    assert chain["operations"][-1]["weights_sha256"] == open_source(merged).fingerprint
+    assert chain["after"]["experts"] == first["after"]["experts"]
     (time,) = chain["time"]
     assert time["k"] == [4, max(chain["after"]["experts"])] and time["ratio"] > 0 and "before:" not in printed
     assert "this operation is complete" in tiny.completed(then, program="surgery.py").out

@@ -14,9 +14,10 @@ from smoe_dropout.schedule import TopKSchedule
 from tests import tiny
 
 E, STEPS = 4, 24
-# what result.json has, as report.py and the tables read it
+# what result.json has, as utils.reporting reads it
 RESULT = {
-    **{"schema": int, "status": str, "table": str, "method": str, "title": str, "sparse": bool, "preset": str, "dataset": dict},
+    **{"schema": int, "status": str, "table": str, "method": str, "settings": dict, "sparse": bool},
+    **{"preset": str, "preset_settings": dict, "dataset": dict},
     **{"metric": dict, "seed": int, "model": dict, "parameters": dict, "quality": list, "best_step": int, "training": dict},
     **{"peak_memory_mib": float, "curve": dict, "environment": dict, "argv": list},
 }
@@ -42,9 +43,9 @@ def test_result_has_every_field(run):
     assert {name: type(value) for name, value in result.items()} == RESULT | {"routing": dict if method.sparse else type(None)}
     if method.sparse:
         assert result["routing"]["k"] == E // 2 and 0 <= result["routing"]["load_entropy"] <= 1 + 1e-9
-    name = f"{method.name} (moe_num_expert={E})" if method.sparse else method.name  # what departs from the method is said
-    assert (result["schema"], result["status"], result["method"], result["sparse"]) == (1, "complete", name, method.sparse)
-    assert result["preset"].startswith("quick (") and "max_step=24" in result["preset"]
+    assert (result["schema"], result["status"], result["method"], result["sparse"]) == (2, "complete", method.name, method.sparse)
+    assert result["settings"] == ({"moe_num_expert": E} if method.sparse else {})
+    assert result["preset"] == "quick" and result["preset_settings"]["max_step"] == STEPS
     assert result["model"]["num_experts"] == (E if method.sparse else None) and result["model"]["d_ff"] == 64
     assert result["model"]["moe_layers"] == ([0, 1] if method.sparse else [])
     assert [row["k"] for row in result["quality"]] == ([1, 2, 4] if method.sparse else [None])
@@ -247,5 +248,5 @@ def test_predrawn_competition_is_timed_and_trained(corpus, tmp_path):
     """The step timed beforehand, too, is told where training stands."""
     finished = tiny.completed(tiny.flags(corpus, tmp_path, method="competesmoe", method_options="predrawn=true,flip_rate=0.5"))
     shares = [value for name, value in tiny.metrics(tmp_path, "train")[-1].items() if name.endswith("competition_share")]
-    assert "predrawn" in tiny.read_json(tmp_path / "result.json")["method"] and len(shares) == 2 and 0 < sum(shares) < 2
+    assert "predrawn" in str(tiny.read_json(tmp_path / "result.json")["settings"]) and len(shares) == 2 and 0 < sum(shares) < 2
     assert "done" in finished.out

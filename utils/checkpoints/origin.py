@@ -13,6 +13,8 @@ from typing import Any
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.registry import METHODS, load
+from utils.checkpoints import schema_1
+from utils.checkpoints.schema_1 import TRAINED
 from utils.data.corpus import digest_of, read_chunks
 from utils.errors import UserError
 from utils.flags.declare import flags_from
@@ -22,21 +24,23 @@ from utils.flags.models import MODELS
 
 WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 SURGERY = "surgery.json"
-RENAMED = {"slim": "keep_best"}  # methods of surgery by their names in version 0.1
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Source:
-    """path: as it was given. weights: the file. flags: those of train.py that made it, as far as they are known. title: what it was trained
-    on and for how long, as tables say it. of_transformers: smoe_dropout.from_pretrained reads it. surgery: what surgery.json says of the
-    operation that made it, or the run it is of started from.
+    """A checkpoint.
+
+    path: as given. weights: the file. flags: those of train.py that made it, as far as they are known. trained: what it was trained on and
+    for how long, as values. operations: what was done to the weights afterwards, surgery and training, in order. of_transformers:
+    smoe_dropout.from_pretrained reads it. surgery: what surgery.py measured, where the weights went through it.
     """
 
     path: Path
     weights: Path
     flags: dict[str, Any]
-    title: str
+    trained: dict[str, Any]
+    operations: tuple[dict[str, Any], ...] = ()
     of_transformers: bool = False
     surgery: dict[str, Any] | None = None
 
@@ -51,14 +55,13 @@ class Source:
         return digest_of(read_chunks(self.weights), "sha256")[1]
 
     @property
-    def operated(self) -> dict[str, str]:
-        """What a table says of the operation beside the method's name."""
-        return {"surgery": self.surgery["label"]} if self.surgery else {}
-
-    def provenance(self, transferred: bool) -> dict[str, Any]:
-        """What a record says of it. `transferred`: whether its weights are used."""
-        operated = {"surgery": self.surgery} if self.surgery else {}
-        return {"title": self.title, "sha256": self.fingerprint, "transferred": transferred, **operated}
+    def summary(self) -> str:
+        """A few words for the console."""
+        if "folder" in self.trained:
+            return self.trained["folder"]
+        where = f"step {at:,}" if (at := self.trained.get("checkpoint")) else f"{self.trained['steps']:,} steps"
+        done = [f"{one['steps']:,} steps" if one["method"] == "train" and "steps" in one else one["method"] for one in self.operations]
+        return ", ".join([self.trained["dataset"].get("title") or self.trained["dataset"]["name"], where, *done])
 
 
 def open_source(path: Path) -> Source:
@@ -95,21 +98,21 @@ def _run(path: Path) -> Source:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'result.json'} is damaged: give one of the folders {path}/checkpoints/step-*") from None
-    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, _json(path / "result.json"), f"{flags['max_step']:,} steps")
+    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, _json(path / "result.json"))
 
 
 def operation(path: Path) -> Source:
-    """What surgery.py made. UserError for one that is not whole."""
-    flags, surgery, folder = _flags_of_run(path), with_current_names(_json(path / SURGERY)), path / "checkpoints" / "step-00000000"
-    if not surgery.keys() >= {"title", "label"}:
+    """A folder of surgery.py. UserError for one that is not whole."""
+    flags, stored, folder = _flags_of_run(path), read_surgery(path), path / "checkpoints" / "step-00000000"
+    if not stored.keys() >= {"trained", "operations", "source_sha256"}:
         raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
-    return Source(path, _whole(folder), flags, surgery["title"], surgery=surgery)
+    trained, operations = stored.pop("trained"), tuple(stored.pop("operations"))
+    return Source(path, _whole(folder), flags, trained, operations, surgery=stored)
 
 
-def with_current_names(surgery: dict[str, Any]) -> dict[str, Any]:
-    """The content of surgery.json with a method that has since been renamed under its current name."""
-    name = surgery.get("method")
-    return surgery | {"method": RENAMED[name]} if name in RENAMED else surgery
+def read_surgery(path: Path) -> dict[str, Any]:
+    """The content of a folder's surgery.json; empty where there is none."""
+    return schema_1.surgery(_json(path / SURGERY))
 
 
 def _step(path: Path) -> Source:
@@ -118,8 +121,8 @@ def _step(path: Path) -> Source:
         return _weights(path)
     if (run / SURGERY).exists():
         return operation(run)
-    step = path.resolve().name.rpartition("-")[2].lstrip("0")
-    return _of_run(path, path, _flags_of_run(run), _json(run / "result.json"), f"step {step}")
+    step = int(path.resolve().name.rpartition("-")[2])
+    return _of_run(path, path, _flags_of_run(run), _json(run / "result.json"), {"checkpoint": step})
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
@@ -132,12 +135,18 @@ def _flags_of_run(run: Path) -> dict[str, Any]:
     return config
 
 
-def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], steps: str) -> Source:
-    """`record`: where the run has ended; one that started from weights says which."""
-    start = record.get("pretrained", {})
-    what = start.get("title") or f"{_dataset(record, flags)}, {record.get('preset', flags['preset'])}"
-    surgery = with_current_names(start["surgery"]) if start.get("surgery") else None
-    return Source(path, _whole(folder), flags, f"{what}, {steps}", surgery=surgery)
+def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], at: dict[str, int] | None = None) -> Source:
+    """A run of train.py. record: empty where it has not ended. at: the checkpoint, if it is not the one that the record is of."""
+    steps = {"steps": flags["max_step"]} | (at or {})
+    start = schema_1.pretrained(record.get("pretrained", {}))
+    if start:
+        more = {"taught": True} if flags["teacher"] else {}
+        trained = {name: start[name] for name in TRAINED if name in start}
+        operations = (*start["operations"], {"method": "train", **steps, **more})
+        return Source(path, _whole(folder), flags, trained, operations, surgery=start.get("surgery"))
+    known = record.get("dataset", {"name": flags["dataset"], "fingerprint": flags.get("data_fingerprint")})
+    dataset = {name: known[name] for name in ("name", "title", "fingerprint") if name in known}
+    return Source(path, _whole(folder), flags, {"dataset": dataset, **steps})
 
 
 def _whole(folder: Path) -> Path:
@@ -145,12 +154,6 @@ def _whole(folder: Path) -> Path:
     if not (folder / WEIGHTS).exists() or not (folder / MANIFEST).exists():
         raise UserError(f"the checkpoint {folder} is missing or not whole: give another of {folder.parent}, or train again")
     return folder / WEIGHTS
-
-
-def _dataset(record: dict[str, Any], flags: dict[str, Any]) -> str:
-    """The title of the text, where the run has ended and says it."""
-    dataset = record.get("dataset")
-    return str(dataset["title"] if isinstance(dataset, dict) and "title" in dataset else flags["dataset"])
 
 
 def _weights(path: Path) -> Source:
@@ -162,7 +165,7 @@ def _weights(path: Path) -> Source:
             flags = flags_of_experts(SMoEConfig.from_json((path / OF_EXPERTS).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path / OF_EXPERTS} is damaged: {error}") from None
-    return Source(path, path / WEIGHTS, flags, path.name)
+    return Source(path, path / WEIGHTS, flags, {"folder": path.name})
 
 
 def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
 
 
 def _transformers(path: Path) -> Source:
-    """Of smoe_dropout.save_pretrained: sizes from the host's settings."""
+    """A folder of smoe_dropout.save_pretrained: sizes from the host's settings."""
     told = _json(path / "config.json")
     if told.get("model_type") != LIBRARY:
         raise UserError(f"{path} holds a model of transformers without experts: make it one with smoe_dropout.moefy and save_pretrained")
@@ -212,11 +215,11 @@ def _transformers(path: Path) -> Source:
         "dropatt": host.get("attention_probs_dropout_prob", 0.1),
     }
     weights = next(path / name for name in (TRANSFORMERS_WEIGHTS, WEIGHTS) if (path / name).exists() or name == WEIGHTS)
-    return Source(path, weights, sizes | flags_of_experts(experts), path.name, of_transformers=True)
+    return Source(path, weights, sizes | flags_of_experts(experts), {"folder": path.name}, of_transformers=True)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What stands in it; nothing where it is no JSON object."""
+    """The JSON object in a file; empty where there is none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -225,7 +228,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def kind_of(source: Source) -> str:
-    """What its method is called in refusals."""
+    """The name of a checkpoint's method in refusals."""
     name = source.flags.get("method")
     sparse = load(METHODS, "method", name).sparse if name else source.flags.get("moe", False)
     return f"--method {name or 'custom'}, {'with' if sparse else 'without'} experts"

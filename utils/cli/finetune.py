@@ -76,8 +76,8 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
 
 def _check_fold(flags: FinetuneFlags, source: Source) -> list[str]:
     """Rows that are held out must not have decided which experts the model has."""
-    read = (source.surgery or {}).get("read") or {}
-    if read.get("task") != flags.task or read.get("fold", flags.fold) == flags.fold:
+    read = [operation.get("read") or {} for operation in source.operations]
+    if all(one.get("task") != flags.task or one.get("fold", flags.fold) == flags.fold for one in read):
         return []
     remedy = f"make one with surgery.py --task {flags.task} --fold {flags.fold}"
     return [f"--fold {flags.fold}: its rows were read when {source.path} was made; {remedy}"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.origin import SURGERY, Source, kind_of, open_run, with_current_names
+from utils.checkpoints.origin import SURGERY, Source, kind_of, open_run, read_surgery
 from utils.cli.finetune import finetune_flags
 from utils.cli.pipeline import Program, decide, lost_width
 from utils.data.corpus import Corpus
@@ -20,6 +19,7 @@ from utils.flags.check import is_given, no_effect
 from utils.flags.derive import read_config, resized
 from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
 from utils.flags.models import MODELS
+from utils.training.identity import training_of
 
 
 @dataclass(frozen=True)
@@ -43,45 +43,28 @@ class Plan:
         return {name: getattr(self.flags, name) for name in names(role="option", kind=SurgeryFlags) if is_given(self.flags, name)}
 
     @property
-    def words(self) -> str:
-        """This operation in the words of a table."""
-        flags = self.flags
-        words = [flags.method, f"{self.made.moe_num_expert} to {flags.keep}" if flags.keep else ""]
-        words += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
-        words += [f"on {flags.task}" if flags.task else "", f"without fold {flags.fold}" if flags.fold is not None else ""]
-        return " ".join(word for word in words if word)
-
-    @property
     def earlier(self) -> dict[str, Any]:
-        """The surgery.json of the operations before this one. A chain is recorded as one operation on the first model."""
+        """The measurements of the operations before this one. A chain is measured as one operation on the first model."""
         return self.source.surgery or {}
 
     @property
-    def first(self) -> dict[str, Any]:
-        """The trained model that the first operation of the chain was done on."""
-        source, made = self.source, self.made
-        own = {"title": source.title, "sha256": source.fingerprint, "method": made.method or "custom", "seed": made.seed}
-        return self.earlier.get("source", own)
-
-    @property
-    def label(self) -> str:
-        """All operations of the chain, and the training between them."""
-        return f"{self.source.title}, {self.words}".removeprefix(f"{self.first['title']}, ")
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """The part of surgery.json that decides the outcome."""
+    def operation(self) -> dict[str, Any]:
+        """This operation as values."""
         flags, material = self.flags, self.material
-        read = None
+        sizes = {"from": self.made.moe_num_expert, "keep": flags.keep} if flags.keep else {}
+        values = {"method": flags.method, **sizes, "options": self.options, "seed": flags.seed, "weights_sha256": self.source.fingerprint}
         if material is not None:
             read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k, "tokens": flags.tokens}
-            if flags.fold is not None:
-                read["fold"] = flags.fold
-        elif self.earlier:
-            read = self.earlier.get("read")
-        decided = {"method": flags.method, "keep": flags.keep, "options": self.options, "seed": flags.seed}
-        decided |= {"source": self.first, "weights_sha256": self.source.fingerprint}
-        return decided | {"read": read, "tested_on": self.text.fingerprint, "max_test_steps": self.made.max_test_steps}
+            values["read"] = read | ({"fold": flags.fold} if flags.fold is not None else {})
+        return values
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The part of surgery.json that is known before anything is measured."""
+        source = self.source
+        operated = {"trained": training_of(source), "operations": [*source.operations, self.operation]}
+        operated["source_sha256"] = self.earlier.get("source_sha256", source.fingerprint)
+        return operated | {"tested_on": self.text.fingerprint, "max_test_steps": self.made.max_test_steps}
 
 
 def parse(argv: Sequence[str] | None = None) -> Plan:
@@ -182,12 +165,15 @@ def open_text(folder: str, source: Source) -> Corpus:
 
 def is_complete(plan: Plan) -> bool:
     """Whether --out already holds this operation, measured. Raises UserError if it holds another one."""
-    path = Path(plan.flags.out) / SURGERY
-    if not path.exists():
+    out = Path(plan.flags.out)
+    if not (out / SURGERY).exists():
         return False
-    stored, said = with_current_names(json.loads(path.read_text())), plan.said
-    if different := [name for name in said if stored.get(name) != said[name]]:
-        raise UserError(f"--out {plan.flags.out} holds another operation, of other {', '.join(different)}: choose another folder")
+    stored, asked = read_surgery(out), plan.provenance
+    (*_, found), (*_, wanted) = stored["operations"], asked["operations"]
+    different = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    different += [name for name in ("tested_on", "max_test_steps") if stored.get(name) != asked[name]]
+    if different:
+        raise UserError(f"--out {out} holds another operation, of other {', '.join(different)}: choose another folder")
     return True
 
 

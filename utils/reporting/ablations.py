@@ -1,161 +1,156 @@
-"""Ablations: tables and figures of runs that differ from SMoE-Dropout's in one setting.
+"""Ablations: runs that differ from SMoE-Dropout's in one setting, as script/ablation/rows.json lists them.
 
-    python -m utils.reporting.ablations --readme README.md --figs Figs             # from results/table1 and results/ablation
-    python -m utils.reporting.ablations --collect runs/a runs/b                    # take finished runs into results/ablation
-    python -m utils.reporting.ablations --only schedule --runs runs/laptop/enwik8  # from the runs of script/ablation/run_all.sh schedule
+A run belongs to a row if it has the identity that the row's flags have under its preset. Rows of Table 1 are taken from there.
 
-A run belongs to a row by what its record says of where it departs from method and preset. Rows of Table 1 are taken from there.
+    python -m utils.reporting.ablations NAME          # the names of its rows
+    python -m utils.reporting.ablations NAME ROW      # the flags of a row, one word a line
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from smoe_dropout.registry import unknown
 from utils.errors import UserError, run_main
+from utils.flags.derive import resolve, training_flags, usual_flags
+from utils.flags.fields import Flags
 from utils.formatting import short_number
-from utils.reporting.records import PUBLISHED, ROOT, Group, Record, find_records, group_records, load_records, quality_points, split_of
-from utils.reporting.tables import DASH, Cell, Table, caption, collect, mark_best, quality_cell, to_markdown, update_readme
+from utils.reporting.groups import Found, Group, Row, frozen, gather, quality_points, titled
+from utils.reporting.labels import Record, slug
+from utils.reporting.records import ROOT, file_name
+from utils.reporting.tables import Cell, Table, caption, mark_best, published_column, quality_cell
+from utils.training.identity import departures
 
-RESULTS = (Path("results/table1"), Path("results/ablation"))
+ROWS = ROOT / "script" / "ablation" / "rows.json"
 
 
-class Row(NamedTuple):
-    """label: in the table. method, departs: the method's name in records, and what stands behind it. published: its name among published
-    numbers. number: of an ablation along a number.
-    """
+@dataclass(frozen=True)
+class AblationRow:
+    """One entry of rows.json. run: the name of its runs."""
 
+    name: str
     label: str
-    method: str
-    departs: str = ""
-    published: str | None = None
-    number: int | None = None
+    flags: dict[str, Any]
+    run: str
+
+    def identity(self, model: str, preset: str) -> tuple[str, dict[str, Any], dict[str, Any], Flags]:
+        """Method, settings and preset settings that a record of it has, and its flags, decided."""
+        usual = training_flags(model, self.flags["method"], preset)
+        flags = resolve(Flags(**{**usual, **self.flags, "model": model, "preset": preset}))
+        preset_settings, settings = departures(flags, usual_flags(flags))
+        return self.flags["method"], settings, preset_settings, flags
+
+    @property
+    def words(self) -> list[str]:
+        """Its flags as words of a command line."""
+        words = []
+        for name, value in {**self.flags, "run_name": self.run}.items():
+            words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        return words
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A folder of script/ablation, or script/figure5. axis: what the rows' numbers count. size: what they are in the record's model, where
-    rows differ in that and not in the method. by_share: k is to be compared as a share of E.
+    """A table of rows. axis: the title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as a
+    share of E.
     """
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[AblationRow, ...]
     axis: str = ""
-    size: str = ""
+    along: str = ""
     by_share: bool = False
 
-
-def _read(path: Path) -> tuple[Ablation, ...]:
-    return tuple(
-        Ablation(**{**one, "rows": tuple(Row(**row) for row in one["rows"])}) for one in json.loads(path.read_text(encoding="utf-8"))
-    )
-
-
-ABLATIONS = _read(ROOT / "script" / "ablation" / "rows.json")
-
-
-def _words(text: str) -> tuple[str, list[str]]:
-    """ "name (a=b, c=d)" -> "name", ["a=b", "c=d"]"""
-    name, _, rest = text.partition(" ")
-    return name, rest[1:-1].split(", ") if rest else []
+    def find(self, record: Record) -> tuple[int, float | None, dict[str, Any]] | None:
+        """The row of a run, its number along the axis, and the further preset settings that the run has; None for a run of no row."""
+        identities = _identities(self.name, record["model"]["architecture"], record["preset"])
+        varied = {name for _, _, preset_settings, _ in identities for name in preset_settings}
+        own = {name: value for name, value in record["preset_settings"].items() if name in varied}
+        for index, (method, settings, preset_settings, flags) in enumerate(identities):
+            if (record["method"], record["settings"], own) == (method, settings, preset_settings) and "pretrained" not in record:
+                rest = {name: value for name, value in record["preset_settings"].items() if name not in varied}
+                return index, getattr(flags, self.along) if self.along else None, rest
+        return None
 
 
-def row_of(record: Record, ablation: Ablation) -> Row | None:
-    """The row that a run belongs to."""
-    method, departs = _words(record["method"])
-    rows = (row for row in ablation.rows if row.method == method and set(_words(f"{row.method} {row.departs}")[1]) == set(departs))
-    return next((row for row in rows if not ablation.size or record["model"][ablation.size] == row.number), None)
+def _read(path: Path) -> dict[str, Ablation]:
+    found = {}
+    for name, one in json.loads(path.read_text(encoding="utf-8")).items():
+        rows = tuple(AblationRow(**{"run": row["name"], **row}) for row in one.pop("rows"))
+        found[name] = Ablation(name, rows=rows, **one)
+    return found
 
 
-def _preset(record: Record, ablation: Ablation) -> str:
-    """The record's without the size in which rows differ: runs with further flags make a table of their own."""
-    name, words = _words(record["preset"])
-    kept = [word for word in words if not ablation.size or not word.startswith(f"{ablation.size}=")]
-    return f"{name} ({', '.join(kept)})" if kept else name
+ABLATIONS = _read(ROWS)
 
 
-def groups_of(ablation: Ablation, found: Iterable[tuple[Path, Record]]) -> list[Group]:
-    """The rows there are runs of, in the ablation's order; a group for each text, preset and architecture where they differ."""
-    order = {row.label: i for i, row in enumerate(ablation.rows)}
-    named = []
-    for path, record in found:
-        if row := row_of(record, ablation):
-            named.append((path, {**record, "preset": _preset(record, ablation), "title": row.label, "method": row.label}))
-    groups = [replace(group, methods=sorted(group.methods, key=lambda m: order[m.name])) for group in group_records(named)]
-    numbers = {row.label: row.number for row in ablation.rows}
-    return [group for group in groups if len({numbers[m.name] or m.name for m in group.methods}) > 1]
+@cache
+def _identities(name: str, model: str, preset: str) -> list[tuple[str, dict[str, Any], dict[str, Any], Flags]]:
+    return [row.identity(model, preset) for row in ABLATIONS[name].rows]
 
 
-def build_table(ablation: Ablation, group: Group, published: list[dict]) -> Table:
-    """Quality at E/2, at E and at the best k; the published column where there are numbers of it."""
-    known = {entry["variant"]: entry["values"] for entry in published if entry["table"] == ablation.name}
-    shown, lower = f"{split_of(group.methods[0].records[0])} {group.metric['name']}", group.metric["lower_is_better"]
-    header = [ablation.title, f"{shown}, k = E/2", "k = E", "best k (mean)", "Parameters"]
-    rows = []
-    for method in group.methods:
-        cells = [Cell(f"{method.title} (n = {len(method.records)})"), quality_cell(method, "E/2"), quality_cell(method, "E")]
-        rows.append([*cells, Cell(_best(method, lower)), Cell(short_number(method.records[0]["parameters"]["total"]))])
+def place(record: Record) -> Path:
+    """The path of a record in results/ablation, by the first row that it belongs to. UserError for a run of no row."""
+    for ablation in ABLATIONS.values():
+        if found := ablation.find(record):
+            index, _, rest = found
+            return Path(slug(f"{ablation.name}-{ablation.rows[index].name}")) / file_name(record | {"preset_settings": rest})
+    raise UserError(f"a run of {record['method']} with {record['settings']} is no row of {ROWS.relative_to(ROOT)}")
+
+
+def groups_of(ablation: Ablation, found: Found) -> list[Group]:
+    """The rows there are runs of, in the ablation's order; a group for each text, preset and architecture in which two rows differ."""
+    rows = {id(record): row for _, record in found if (row := ablation.find(record))}
+
+    def group_of(record: Record) -> tuple[str, ...]:
+        further = frozen(rows[id(record)][2])
+        return record["dataset"]["title"], record["preset"], further, record["model"]["architecture"]
+
+    groups = []
+    known = [(path, record) for path, record in found if id(record) in rows]
+    for by_row in gather(known, group_of, lambda record: rows[id(record)][0]).values():
+        made = [Row(ablation.rows[index].label, records, rows[id(records[0])][1]) for index, records in by_row.items()]
+        if len({row.number if ablation.axis else row.label for row in made}) > 1:
+            group = titled(made, ablation.title, rows[id(made[0].records[0])][2])
+            group.stem += f"-{ablation.name.replace('_', '-')}"
+            groups.append(group)
+    return groups
+
+
+def build_table(ablation: Ablation, group: Group) -> Table:
+    """Quality at E/2, at E and at the best k, and the published numbers where there are any."""
+    lower = group.metric["lower_is_better"]
+    header = [ablation.title, f"{group.shown.capitalize()}, k = E/2", "k = E", "best k (mean)", "Parameters"]
+    table = Table(f"ablation:{group.stem}", f"{ablation.title}. {caption(group)}", header, [])
+    for row in group.rows:
+        cells = [Cell(row.name), quality_cell(row, "E/2"), quality_cell(row, "E"), Cell(_best(row, lower))]
+        table.rows.append([*cells, Cell(short_number(row.records[0]["parameters"]["total"]))])
     for column in (1, 2):
-        mark_best(rows, column, lower)
-    if known and group.dataset["name"].startswith("enwik8"):
-        header.append("Published (all of enwik8), E/2 / E")
-        names = {row.label: row.published for row in ablation.rows}
-        for method, cells in zip(group.methods, rows, strict=True):
-            values = known.get(names[method.name], {})
-            cells.append(Cell(f"{values['E/2']} / {values['E']}" if values else DASH))
-    return Table(f"ablation:{ablation.name}:{group.stem('-')}", f"{ablation.title}. {caption(group)}", header, rows)
+        mark_best(table.rows, column, lower)
+    for label, entry in published_column(table, group, ablation.name):
+        note = f"; {entry['note']}" if "note" in entry else ""
+        table.footnotes.append(f"Published, {label}: {entry['source']}{note}.")
+    return table
 
 
-def _best(method, lower: bool) -> str:
-    k, _, mean, _ = (min if lower else max)(quality_points(method), key=lambda point: point[2])
+def _best(row: Row, lower: bool) -> str:
+    k, _, mean, _ = (min if lower else max)(quality_points(row), key=lambda point: point[2])
     return f"{mean:.3f}" + (f" (k = {k})" if k else "")
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.reporting.ablations", description="Tables and figures of ablations from records."
-    )
-    parser.add_argument("--only", choices=[one.name for one in ABLATIONS], nargs="+", help="these ablations (default: all)")
-    parser.add_argument("--runs", type=Path, nargs="+", metavar="PATH", help="folders of runs, instead of the committed records")
-    parser.add_argument("--collect", type=Path, nargs="+", metavar="PATH", help="finished runs to copy into results/ablation")
-    parser.add_argument("--readme", type=Path, help="README to put the tables into")
-    parser.add_argument("--figs", type=Path, help="folder to draw the figures into")
-    return parser.parse_args(argv)
-
-
-def render(found: list[tuple[Path, Record]], published: list[dict], only: list[str] | None = None, figs: Path | None = None) -> str:
-    """The tables as Markdown, each with its figure, drawn if `figs` is given."""
-    parts = []
-    for ablation in (one for one in ABLATIONS if only is None or one.name in only):
-        for group in groups_of(ablation, found):
-            parts.append(to_markdown(build_table(ablation, group, published)).strip())
-            name = f"ablation_{ablation.name}_{group.stem('_')}.png"
-            parts.append(f"![{ablation.title}: quality by k](Figs/{name})")
-            if figs:
-                from utils.reporting.ablation_figure import draw  # here, because it imports matplotlib, which tables do without
-
-                draw(ablation, group, figs / name)
-                print(f"drawn {figs / name}", file=sys.stderr)
-    return "\n\n".join(parts)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The command line: see the module's docstring."""
-    args = _parse(argv)
-    for target in collect(args.collect or [], "table1", RESULTS[1]):
-        print(f"collected {target}", file=sys.stderr)
-    sources = [path for path in RESULTS if path.exists()] if args.runs is None else []
-    found = load_records(find_records(sources, args.runs or []), "table1")
-    text = render(found, json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"], args.only, args.figs)
-    if not text:
-        raise UserError("there are no two finished rows of an ablation to compare: run script/ablation/run_all.sh NAME first")
-    print(text)
-    if args.readme:
-        update_readme(args.readme, "ablation", text)
+    """Prints the rows of an ablation, or the flags of one row."""
+    name, *rest = sys.argv[1:] if argv is None else argv
+    if name not in ABLATIONS:
+        raise UserError(unknown("ablation", name, list(ABLATIONS)))
+    rows = {row.name: row for row in ABLATIONS[name].rows}
+    if rest and rest[0] not in rows:
+        raise UserError(unknown(f"row of {name}", rest[0], list(rows)))
+    print("\n".join(rows[rest[0]].words if rest else rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,5 @@
-"""The method in one picture: from a dense FFN to experts under a random, frozen router, the growing k, and the choice of k afterwards.
+"""The method in one picture: from a dense FFN to experts under a random, frozen router, the growing k, and the choice of k afterwards."""
 
-python -m utils.reporting.framework_figure --out Figs/framework.png
-"""
-
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -143,9 +139,3 @@ def draw_framework(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draws the framework figure.")
-    parser.add_argument("--out", type=Path, default=Path("Figs/framework.png"))
-    draw_framework(parser.parse_args().out)

@@ -1,21 +1,19 @@
-"""Records of finished runs: one JSON file each, checked when read, grouped by what may be compared."""
+"""Records of finished runs: one JSON file each, checked when read, kept in results/ under a path that follows from their values."""
 
 import json
 import math
-import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+from utils.checkpoints import schema_1
 from utils.errors import UserError
+from utils.reporting.labels import Record, method_label, operation_name, preset_label, slug
 
-SCHEMA = 1
+SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "published.json"
-
-Record = dict
 
 
 def _is_number(value: object) -> bool:
@@ -36,14 +34,16 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "a whole number, 0 or more": _is_count,
     "a whole number or null": lambda v: v is None or _is_count(v),
     "true or false": lambda v: isinstance(v, bool),
+    "an object": lambda v: isinstance(v, dict),
     "a non-empty list of objects": lambda v: bool(v) and _is_list_of(v, lambda e: isinstance(e, dict)),
     "a list of [step, loss, k, lr]": lambda v: _is_list_of(v, lambda e: isinstance(e, list) and len(e) == 4 and _is_number(e[1])),
     "a list of [step, {k: value}]": lambda v: _is_list_of(v, lambda e: isinstance(e, list) and len(e) == 2 and isinstance(e[1], dict)),
 }
 # Only what the tables and figures use, by kind: a record may hold more.
-TEXTS = "table method title preset dataset.name dataset.title dataset.fingerprint metric.name model.architecture"
+TEXTS = "table method preset dataset.name dataset.title dataset.fingerprint metric.name metric.split model.architecture"
 RECORD_FIELDS = {
     "a non-empty text": f"{TEXTS} environment.device environment.precision",
+    "an object": "settings preset_settings",
     "a finite number": "training.seconds training.cpu_seconds",
     "a whole number, 0 or more": "seed parameters.total training.steps environment.threads",
     "a whole number or null": "model.num_experts",
@@ -57,66 +57,16 @@ QUALITY_FIELDS = {
     "a finite number": "{split} flops_per_token",
     "a whole number, 0 or more": "active_parameters",
 }
-# Runs of one method are only averaged, and methods of one table only compared, where these agree.
-SAME_IN_METHOD = ("training.steps", "model.num_experts")
-SAME_IN_GROUP = ("metric.name", "metric.lower_is_better")
-SAME_IN_FOLD = ("dataset.fingerprint",)
-SAME_IN_METHOD_AND_FOLD = ("parameters.total",)  # a head may depend on what occurs in training
-
-
-@dataclass
-class Method:
-    """All runs of one method in a group, one per seed, and of a task with folds one per seed and fold."""
-
-    name: str
-    title: str
-    sparse: bool
-    records: list[Record]
-
-
-@dataclass
-class Group:
-    """The methods to be compared: one dataset, one preset, one architecture, one pre-training."""
-
-    dataset: dict
-    preset: str
-    metric: dict
-    methods: list[Method]
-
-    def stem(self, joint: str) -> str:
-        """Dataset and preset as part of a file name."""
-        return joint.join(map(slug, setting(self.methods[0].records[0])))
-
-
-def setting(record: Record) -> list[str]:
-    """What a file name has to say of a record's dataset and preset, and of what it started from."""
-    start = [f"from {pretraining(record)}"] if pretraining(record) else []
-    return [record["dataset"]["name"], *named_architecture(record), record["preset"], *start]
-
-
-def named_architecture(record: Record) -> list[str]:
-    """The model, where a data set may be another's too: one of word pieces, or of a task."""
-    return [record["model"]["architecture"]] if "pieces" in record["dataset"] or pretraining(record) else []
-
-
-def pretraining(record: Record) -> str:
-    """What a fine-tuned model was pre-trained on; of any other "" """
-    return record["pretrained"]["title"] if "pretrained" in record else ""
 
 
 def split_of(record: Record) -> str:
     """The split whose quality a table shows."""
-    return record["metric"].get("split", "test")
+    return record["metric"]["split"]
 
 
 def replicate(record: Record) -> tuple[int, int]:
-    """What runs of one method differ in: seed, and fold where there are folds."""
+    """The seed, and the fold where there are folds: runs of one row differ in nothing else."""
     return record["seed"], record.get("fold") or 0
-
-
-def slug(text: str) -> str:
-    """`text` without the characters that a file system may refuse."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
 
 
 def get(record: Record, name: str):
@@ -135,31 +85,36 @@ def _check_fields(record: Record, fields: dict[str, str], path: Path, within: st
             try:
                 value = get(record, name)
             except KeyError:
-                raise UserError(f"{path}: the field '{within}{name}' is missing; repeat the run or mend the record.") from None
+                raise UserError(f"{path}: the field '{within}{name}' is missing; repeat the run or correct the record") from None
             if not KINDS[kind](value):
-                raise UserError(f"{path}: the field '{within}{name}' has to be {kind}, not {json.dumps(value)[:80]}.")
+                raise UserError(f"{path}: the field '{within}{name}' must be {kind}, not {json.dumps(value)[:80]}")
 
 
 def read_record(path: Path) -> Record:
-    """Reads and checks one record. Of an incomplete run only schema and status are checked, since the rest may not exist yet."""
+    """Reads and checks one record; one of the version before is converted. Of an incomplete run only schema and status are checked."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}).") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(record, dict) or record.get("schema") not in (1, SCHEMA):
         found = json.dumps(record.get("schema")) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path}: the field 'schema' is {found}, but only schema {SCHEMA} is known.")
+        raise UserError(f"{path}: the field 'schema' is {found}, but only schema {SCHEMA} is known")
     _check_fields(record, {"a non-empty text": "status"}, path)
     if record["status"] != "complete":
         return record
+    if record["schema"] == 1:
+        try:
+            record = schema_1.record(record)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path}: is no whole record of schema 1 ({error}); repeat the run") from None
     _check_fields(record, RECORD_FIELDS, path)
     fields = {kind: names.format(split=split_of(record)) for kind, names in QUALITY_FIELDS.items()}
     for i, entry in enumerate(record["quality"]):
         _check_fields(entry, fields, path, f"quality[{i}].")
     if record["sparse"] and not record["model"]["num_experts"]:
-        raise UserError(f"{path}: the field 'model.num_experts' has to be 1 or more for a sparse method.")
+        raise UserError(f"{path}: the field 'model.num_experts' must be 1 or more for a sparse method")
     return record
 
 
@@ -168,79 +123,82 @@ def find_records(results: Iterable[Path], runs: Iterable[Path]) -> list[Path]:
     found = []
     for source, pattern in [*((p, "*.json") for p in results), *((p, "result.json") for p in runs)]:
         if not source.exists():
-            raise UserError(f"{source}: there is no such file or folder of records.")
+            raise UserError(f"{source}: no such file or folder of records")
         found += [source] if source.is_file() else sorted(p for p in source.rglob(pattern) if p.name != PUBLISHED.name)
     return list(dict.fromkeys(found))
 
 
-def load_records(paths: Iterable[Path], table: str) -> list[tuple[Path, Record]]:
-    """Complete records of `table`; what is left out is named on stderr."""
+def load_records(paths: Iterable[Path]) -> list[tuple[Path, Record]]:
+    """The complete records; one of an unfinished run is named on stderr."""
     kept = []
     for path in paths:
         record = read_record(path)
-        if record["status"] != "complete":
-            print(f"skipped {path}: its status is '{record['status']}'", file=sys.stderr)
-        elif record["table"] != table:
-            print(f"skipped {path}: it belongs to '{record['table']}', not '{table}'", file=sys.stderr)
-        else:
+        if record["status"] == "complete":
             kept.append((path, record))
+        else:
+            print(f"skipped {path}: its status is '{record['status']}'", file=sys.stderr)
     return kept
 
 
-def _check_same(one: tuple[Path, Record], other: tuple[Path, Record], names: Iterable[str], purpose: str) -> None:
-    for name in names:
-        a, b = get(one[1], name), get(other[1], name)
-        if a != b:
-            raise UserError(f"{other[0]}: '{name}' is {b!r}, but {a!r} in {one[0]}; {purpose}.")
+def data_stem(record: Record, short: bool = False) -> str:
+    """Data and preset as part of a file name. short: a text of word pieces without the name of its pieces, which its model stands for."""
+    name, settings = record["dataset"]["name"], dict(record["preset_settings"])
+    if record.get("pretrained"):  # for how long a run went on is said by its row
+        settings.pop("max_step", None)
+    if "pieces" in record["dataset"]:
+        name = f"{record['model']['architecture']}-{name.partition('-')[0]}" if short else name
+    preset = preset_label(record["preset"], settings)
+    if len(preset) > 60:  # file systems limit a name
+        preset = f"{record['preset']}-{sha256(preset.encode()).hexdigest()[:8]}"
+    return slug(f"{name}-{preset}")
 
 
-def group_records(found: list[tuple[Path, Record]]) -> list[Group]:
-    """Groups by dataset title, preset, architecture and pre-training, then by method: dense ones first, then by title. A run found twice
-    counts once.
+def place(record: Record) -> Path:
+    """The path of a record in the folder of Table 1, Table 2 or surgery; its row is a short label."""
+    start = record.get("pretrained", {})
+    row = ("whole " if start and record["table"] == "surgery" else "") + method_label(record, record["method"])
+    if operations := start.get("operations"):
+        row = " ".join([*map(_short, operations), *(["taught"] if "teacher" in start else [])])
+    return Path(slug(row)) / file_name(record)
+
+
+def _short(operation: dict) -> str:
+    if operation["method"] == "train":
+        return " ".join(["pruned"] * ("pruned_to" in operation) + ["taught"] * operation.get("taught", False)) or "trained"
+    read = operation.get("read") or {}
+    words = [operation_name(operation["method"]), str(operation["keep"]) if "keep" in operation else "", read.get("task") or ""]
+    return " ".join(filter(None, words))
+
+
+def file_name(record: Record) -> str:
+    """Data, preset, the trained model that a run started from, fold and seed."""
+    start = record.get("pretrained")
+    model = [(start.get("surgery", {}).get("source_sha256") or start["sha256"])[:4]] if start else []
+    fold = [f"fold{record['fold']}"] if record.get("fold") is not None else []
+    return "-".join([data_stem(record), *model, *fold, f"seed{record['seed']}"]) + ".json"
+
+
+def collect(runs: Iterable[Path], place: Callable[[Record], Path], force: bool = False) -> list[Path]:
+    """Copies finished runs' records to their places in results/; nothing is written if one of them is refused.
+
+    place: the path that follows from a record's values.
     """
-    groups: dict[tuple, dict[tuple, dict[tuple, tuple[Path, Record]]]] = {}
-    folds: dict[tuple, tuple[Path, Record]] = {}
-    for path, record in found:
-        key = record["dataset"]["title"], record["preset"], record["model"]["architecture"], pretraining(record)
-        methods = groups.setdefault(key, {})
-        runs = methods.setdefault((record["sparse"], record["title"], record["method"]), {})
-        twin = runs.setdefault(replicate(record), (path, record))
-        if twin[1] != record:
-            raise UserError(f"{path}: seed {record['seed']} of '{record['method']}' is also in {twin[0]} with other content; remove one.")
-        comparable = "runs of one dataset and preset can be compared only if they agree"
-        _check_same(next(iter(next(iter(methods.values())).values())), (path, record), SAME_IN_GROUP, comparable)
-        _check_same(folds.setdefault((*key, record.get("fold")), (path, record)), (path, record), SAME_IN_FOLD, comparable)
-        averaged = "seeds of one method can be averaged only if they agree"
-        _check_same(next(iter(runs.values())), (path, record), SAME_IN_METHOD, averaged)
-        of_fold = next(run for (_, fold), run in runs.items() if fold == replicate(record)[1])
-        _check_same(of_fold, (path, record), SAME_IN_METHOD_AND_FOLD, averaged)
-    return [_make_group(groups[key]) for key in sorted(groups)]
-
-
-def _make_group(methods: dict[tuple, dict[tuple, tuple[Path, Record]]]) -> Group:
-    made = [Method(key[2], key[1], key[0], [runs[one][1] for one in sorted(runs)]) for key, runs in sorted(methods.items())]
-    first = made[0].records[0]
-    return Group(first["dataset"], first["preset"], first["metric"], made)
-
-
-def entry_at(record: Record, share: str) -> dict | None:
-    """The quality entry at k = E/2 or k = E (`share`); a dense model has a single one, which stands at E."""
-    if not record["sparse"] and share != "E":
-        return None
-    experts = record["model"]["num_experts"] if record["sparse"] else None
-    wanted = experts if share == "E" else experts // 2
-    return next((entry for entry in record["quality"] if entry["k"] == wanted), None)
-
-
-def quality_points(method: Method) -> list[tuple[int | None, float, float, float]]:
-    """(k, activated parameters, mean quality, standard deviation over seeds or 0), ascending k; a dense model has one, with k None."""
-    by_k: dict[int | None, list[dict]] = {}
-    for record in method.records:
-        for entry in record["quality"]:
-            by_k.setdefault(entry["k"], []).append(entry)
-    points = []
-    for k in sorted(by_k, key=lambda k: -1 if k is None else k):
-        values = [entry[split_of(method.records[0])] for entry in by_k[k]]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append((k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), statistics.mean(values), spread))
-    return points
+    planned: dict[Path, tuple[Path, Record]] = {}
+    for run in runs:
+        path = run / "result.json"
+        record = read_record(path)
+        if record["status"] != "complete":
+            raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected")
+        try:
+            target = place(record)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if target in planned and planned[target][1] != record:
+            raise UserError(f"{path}: would get the same name as {planned[target][0]}, {target}; collect only one of the two")
+        if target.exists() and not force and read_record(target) != record:
+            raise UserError(f"{target}: holds another run than {path}; give --force to replace it")
+        planned[target] = (path, record)
+    for target, (_, record) in planned.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return list(planned)

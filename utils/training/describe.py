@@ -29,14 +29,14 @@ def _origin(run: Run) -> list[str]:
     """Rows of a fine-tuning task, and where the weights come from; nothing for pre-training from random weights."""
     flags, source = run.flags, run.source
     if not run.is_finetuning:
-        return [f"weights from {source.path} ({source.title})"] if source else []
+        return [f"weights from {source.path} ({source.summary})"] if source else []
     kept, new, unused = run.handed_over
     folds = kind_of(flags.task).folds
     rows = ", ".join(f"{count:,} {split}" for split, count in run.task.corpus.sizes.items())
     fold = f", fold {flags.fold} of {folds} held out" if folds > 1 else ""
     origin = "from" if run.transfers else "random, in a model like that of"
     more = "".join(f"; {what}: {', '.join(names)}" for what, names in (("new", new), ("not used", unused)) if names)
-    return [f"rows: {rows}{fold}", f"weights {origin} {source.path} ({source.title}): {kept:,} parameters{more}"]
+    return [f"rows: {rows}{fold}", f"weights {origin} {source.path} ({source.summary}): {kept:,} parameters{more}"]
 
 
 def _experts(flags: Flags, model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""What identifies a run in records: where it departs from its preset and its method. Imports no torch."""
+"""The identity of a run, as values: where it departs from preset and method, and what it started from. Imports no torch."""
 
 import dataclasses
 from typing import Any
@@ -60,21 +60,33 @@ def start_departures(flags: Flags, source: Source) -> tuple[dict[str, Any], dict
     usual = Flags(**{**training_flags(flags.model, flags.method, flags.preset), **made, "preset": flags.preset})
     of_preset, of_method = departures(flags, usual)
     taught = {"teacher_weight": flags.teacher_weight, "teacher_temperature": flags.teacher_temperature} if flags.teacher else {}
-    return of_preset, of_method | source.operated | taught
+    return of_preset, of_method | taught
 
 
 def finetuning_departures(flags: FinetuneFlags, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where a run departs from what its preset says of fine-tuning, and where from what its method says, here or in pre-training."""
-    of_preset, of_method = departures(flags, _usual_flags(flags, source))
-    of_method |= source.operated
-    if "preset" not in source.flags or flags.from_scratch:
-        return of_preset, of_method
-    before = departures(source.made, usual_flags(source.made))[1]
-    return of_preset, of_method | {f"pretrained_{name}": value for name, value in before.items() if of_method.get(name) != value}
+    """The settings in which a run departs from its preset of fine-tuning, and from its method."""
+    return departures(flags, _usual_flags(flags, source))
+
+
+def training_of(source: Source) -> dict[str, Any]:
+    """The first training of a checkpoint, before anything was done to its weights. A folder of weights alone is known by its name."""
+    if "method" in source.trained or "folder" in source.trained:
+        return source.trained
+    made = source.made
+    preset_settings, settings = departures(made, usual_flags(made))
+    own = {"preset": made.preset, "preset_settings": preset_settings, "method": made.method or "custom", "settings": settings}
+    return source.trained | own | {"seed": made.seed}
+
+
+def provenance(source: Source, transferred: bool) -> dict[str, Any]:
+    """The entry of a checkpoint in a record. transferred: whether its weights are used."""
+    measured = {"surgery": source.surgery} if source.surgery else {}
+    weights = {"operations": list(source.operations), "sha256": source.fingerprint, "transferred": transferred}
+    return training_of(source) | weights | measured
 
 
 def _usual_flags(flags: FinetuneFlags, source: Source) -> FinetuneFlags:
-    """What the preset says of fine-tuning, the method of its experts, and the checkpoint of the model."""
+    """The flags of fine-tuning by preset, of the experts by method, and of the model by checkpoint."""
     made = ("dropout", "dropatt", "dynamic_moe_mode")
     sizes = {name: getattr(flags, name) for name in (*names(role="model"), "method", "moe")}
     sizes |= {name: source.flags.get(name, getattr(flags, name)) for name in made}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from smoe_dropout.surgery.compression import Pruner
 from utils.checkpoints.origin import SURGERY
 from utils.checkpoints.weights import store
+from utils.training.identity import training_of
 from utils.training.run import Callback, Run
 from utils.training.run_folder import write_json
 from utils.training.surgery_measure import since_the_first, time_ratios
@@ -42,7 +43,7 @@ class Pruning(Callback):
         self._pruner.finish()
         unpruned = run.build().to(run.engine.device)
         self._earlier = run.source.surgery
-        surgery = self._earlier or {"label": "compress"}
+        surgery = self._earlier or {"source_sha256": run.source.fingerprint}
         time = since_the_first(surgery, time_ratios((run.task, unpruned), (run.task, model)))
         self._surgery = surgery | {"pruned_to": self.kept, "time": time}
         if run.engine.is_main:
@@ -58,6 +59,7 @@ class Pruning(Callback):
         store(model, folder / "checkpoints")
         made = dataclasses.replace(flags, moe_sparse_share=self.kept, moe_prune_to=None, start_from=None, teacher=None)
         write_json(folder / "config.json", dataclasses.asdict(made) | run.fingerprints())
-        words = f"pruned to {self.kept:g} in {flags.max_step:,} steps{', taught' if flags.teacher else ''}"
-        label, title = (f"{before}, {words}" for before in (self._surgery["label"], run.source.title))
-        write_json(folder / SURGERY, self._surgery | {"label": label, "title": title})
+        taught = {"taught": True} if flags.teacher else {}
+        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught}
+        operations = [*run.source.operations, training]
+        write_json(folder / SURGERY, {"trained": training_of(run.source), "operations": operations} | self._surgery)

@@ -1,20 +1,18 @@
-"""result.json: everything a table or a figure needs to know of a finished run."""
+"""The record of a finished run, result.json: everything that a table or a figure needs, as values; utils.reporting makes the labels."""
 
 from typing import Any
 
 from torch import nn
 
 from smoe_dropout import moe_layers
-from smoe_dropout.registry import METHODS, load
 from utils.flags.fields import Flags
-from utils.flags.models import MODELS
 from utils.models.flops import parameter_counts
 from utils.models.registry import architecture
 from utils.tasks.base import Metric
 from utils.training.identity import departures_of, table_of
 from utils.training.run import Run
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def build_result(
@@ -31,18 +29,17 @@ def build_result(
 ) -> dict[str, Any]:
     """The record of one run. `training`: steps, tokens, seconds, cpu_seconds, tokens_per_second, flops."""
     flags, task, corpus = run.flags, run.task, run.task.corpus
-    name = flags.method or "custom"
-    title = load(METHODS, "method", flags.method).title if flags.method else "custom"
-    of_preset, of_method = (in_brackets(found) for found in departures_of(flags, run.source))
+    preset_settings, settings = departures_of(flags, run.source)
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,
         "status": "complete",
         "table": table_of(flags, run.source),
-        "method": name + of_method,
-        "title": title + of_method,
+        "method": flags.method or "custom",
+        "settings": settings,
         "sparse": bool(sparse),
-        "preset": flags.preset + of_preset,
+        "preset": flags.preset,
+        "preset_settings": preset_settings,
         "dataset": {
             "name": corpus.name,
             "title": corpus.title,
@@ -59,7 +56,7 @@ def build_result(
         **run.provenance(),
         "seed": flags.seed,
         "model": {
-            "architecture": MODELS[flags.model].title,
+            "architecture": flags.model,
             **{name: getattr(flags, name) for name in architecture(flags.model).SIZES},
             "num_experts": flags.moe_num_expert if sparse else None,
             **({"experts_by_layer": [layer.num_experts for _, layer in sparse]} if flags.moe_experts_by_layer else {}),
@@ -76,12 +73,6 @@ def build_result(
         "environment": environment,
         "argv": argv,
     }
-
-
-def in_brackets(values: dict[str, Any]) -> str:
-    """ " (name=value, ...)", or nothing for nothing: behind a name, so that what differs is not averaged with what does not."""
-    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()]
-    return f" ({', '.join(words)})" if words else ""
 
 
 def moe_layer_indices(flags: Flags) -> list[int]:

@@ -21,7 +21,7 @@ from utils.flags.fields import FinetuneFlags, Flags
 from utils.flags.models import MODELS
 from utils.models.build import build_model, training_settings
 from utils.tasks.base import State, Task
-from utils.training.identity import fingerprints
+from utils.training.identity import fingerprints, provenance
 
 Pass = Callable[[tuple[Tensor, ...], State], Forward]  # runs the model on inputs and a state
 ObjectiveOf = Callable[[nn.Module, Callable[[], Forward]], Objective]  # the loss of a model, given what runs it once
@@ -126,10 +126,10 @@ class Run:
         return {name: tensor for callback in self.callbacks for name, tensor in callback.tensors().items()}
 
     def provenance(self) -> dict[str, Any]:
-        """What the record says of the weights it started from, and of the fold; nothing for random weights."""
+        """The record's entries on the weights it started from, and the fold; empty for random weights."""
         if self.source is None:
             return {}
-        start = self.source.provenance(self.transfers)
+        start = provenance(self.source, self.transfers)
         for callback in self.callbacks:
             start |= callback.provenance()
         if not self.is_finetuning:

@@ -16,6 +16,7 @@ from utils.checkpoints import weights
 from utils.checkpoints.origin import open_source
 from utils.models.build import build_model
 from utils.tasks.base import State, Task
+from utils.training.identity import provenance
 from utils.training.run import Callback, ObjectiveOf, Pass
 
 
@@ -40,7 +41,7 @@ class Teacher(Callback):
         return {"teacher_sha256": self.source.fingerprint}
 
     def describe(self) -> list[str]:
-        return [f"teacher: {self.source.path} ({self.source.title})"]
+        return [f"teacher: {self.source.path} ({self.source.summary})"]
 
     def objective(self, objective: ObjectiveOf) -> ObjectiveOf:
         """Adds the divergence from the teacher, averaged over the passes of the method."""
@@ -66,4 +67,4 @@ class Teacher(Callback):
         return passed._replace(state=(*passed.state, *theirs) if passed.state else None)
 
     def provenance(self) -> dict[str, Any]:
-        return {"teacher": self.source.provenance(transferred=False)}
+        return {"teacher": provenance(self.source, transferred=False)}

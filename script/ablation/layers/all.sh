@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# Ablation of which of four layers have experts, the others dense with equal parameters: all, the row of Table 1. Any flag of train.py may follow, such as --preset laptop or --seed 2.
-source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
-exec bash script/table1/smoe_dropout.sh "$@"

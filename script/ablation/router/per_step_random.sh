@@ -1,4 +1,0 @@
-#!/usr/bin/env bash
-# Ablation of the router, k growing from E/2 to E: drawn anew at every step. Any flag of train.py may follow, such as --preset laptop or --seed 2.
-source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
-pretrain --preset paper --method smoe_dropout --gate_name uniform --run_name per_step_random "$@"

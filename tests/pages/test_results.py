@@ -1,0 +1,68 @@
+"""The pages of results/: tables rendered from records of the current schema under their canonical paths, and the figures they show."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import render as render_benchmarks
+from tests.conftest import ROOT
+from utils.reporting.__main__ import TABLES, parts_of, place, render
+from utils.reporting.labels import method_label, operations_label, preset_label, training_label
+from utils.reporting.pages import rendered
+from utils.reporting.records import PUBLISHED, read_record
+
+RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and "benchmarks" not in path.parts]
+PAGES = sorted((ROOT / "results").glob("*/page.md"))
+FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
+SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_records_are_of_the_current_schema_and_have_their_canonical_paths(table):
+    paths = [path.relative_to(ROOT) for path in RECORDS if path.relative_to(ROOT / "results").parts[0] == table]
+    assert len(paths) > 10
+    for path in paths:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert text.startswith('{\n "schema": 2,'), path
+        record = read_record(ROOT / path)
+        assert str(path) == f"results/{place(record, table)}" and len(str(path)) <= 80
+
+
+def test_labels_are_words():
+    for path in RECORDS:
+        record = read_record(path)
+        start = record.get("pretrained")
+        labels = [method_label(record), preset_label(record["preset"], record["preset_settings"])]
+        labels += [training_label(start), operations_label(start["operations"])] if start else []
+        assert not [label for label in labels if re.search("[=_]", label)], path
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_rendered_from_the_records(table):
+    parts = parts_of(table, [ROOT / "results" / source for source in TABLES[table].sources], [])
+    assert rendered(ROOT / "results" / table / "page.md", table) == render(table, parts, "../../Figs")
+
+
+def test_benchmarks_are_rendered_from_the_records():
+    assert rendered(ROOT / "results" / "benchmarks" / "page.md", "benchmarks") == render_benchmarks(ROOT / "results" / "benchmarks")
+
+
+def test_a_footnote_stands_once_on_a_page():
+    for page in PAGES:
+        lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+        assert len({*lines}) == len(lines), page
+
+
+def test_every_figure_is_shown_and_every_picture_is_there():
+    pages = [*PAGES, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {(page.parent / name).resolve() for page in pages for name in SHOWN.findall(page.read_text(encoding="utf-8"))}
+    assert not [path for path in shown if not path.exists()]
+    assert not [path for path in [*FIGURES, *(ROOT / "results").rglob("*.png")] if path.resolve() not in shown]
+    assert not [path for path in FIGURES if len(str(path.relative_to(ROOT))) > 50]
+
+
+def test_every_finding_links_to_its_page():
+    rows = [line for line in (ROOT / "results" / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    linked = {ROOT / "results" / Path(re.search(r"\]\((\S+)\)", row)[1]) for row in rows}
+    assert linked == {*PAGES}
