@@ -56,7 +56,7 @@ def _expert(x: Tensor, up: Tensor, bias_up: Tensor, down: Tensor, bias_down: Ten
 
 
 def _transformers_experts(weights: ExpertWeights, **other) -> SimpleNamespace:
-    """What the transformers library's functions read of an experts module without a gate. Views: its matrices are [E, out, in]."""
+    """Attributes of experts without a gate that the transformers library's functions read. Views: its matrices are [E, out, in]."""
     matrices = {"up_proj": weights.up_EHD, "down_proj": weights.down_EHD.transpose(1, 2)}
     return SimpleNamespace(num_experts=len(weights.up_EHD), act_fn=ACTIVATIONS[weights.activation].apply, **matrices, **other)
 

@@ -309,7 +309,7 @@ def test_data_command_writes_a_record_and_prints_its_table(tmp_path, capsys, mon
 
 
 def layer_record(ratio: float, **others: float) -> dict:
-    """Of E = 4 experts at k = 1 and 2."""
+    """A record of E = 4 experts at k = 1 and 2."""
 
     def results() -> dict:
         ratios = {"dense": 1.0, "ours: auto": ratio, "ours: masked": 1.0, "fastmoe's way": 2 * ratio, **others}

@@ -27,9 +27,7 @@ FIXED_ROUTER = "random"  # its methods, which differ in how k is trained, get fi
 
 
 class Figure(NamedTuple):
-    """name: the file's, without folder. title: what a page says of it. draw: the function of utils.reporting.figures, and its arguments
-    before the path.
-    """
+    """A file name, the title on a page, and the function of utils.reporting.figures with its arguments before the path."""
 
     name: str
     title: str
@@ -37,7 +35,7 @@ class Figure(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One group of a page: its table, and its figures."""
+    """The table and the figures of one group."""
 
     table: Table
     figures: list[Figure]
@@ -58,7 +56,7 @@ def _figures_of_methods(group: Group) -> list[Figure]:
     curves = [Figure(f"{group.stem}-curves.png", f"{about}: training and validation curves, and k", ("draw_curves", group))]
     figures += curves if _has_curves(group) else []
     router = [row for row in group.rows if not row.sparse or row.records[0]["model"].get("router") == FIXED_ROUTER]
-    fixed = Group(group.title, group.stem, router, group.heading, start=group.start)
+    fixed = Group(group.title, group.stem, router, group.start)
     if not group.start and 1 < sum(row.sparse for row in fixed.rows) < sum(row.sparse for row in group.rows):
         named = f"{about}, frozen random router"
         figures.append(Figure(f"{group.stem}-frozen.png", f"{named}: quality against activated parameters", ("draw_slimmable", fixed)))

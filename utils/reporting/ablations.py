@@ -115,7 +115,7 @@ def groups_of(ablation: Ablation, found: Found) -> list[Group]:
     for by_row in gather(known, group_of, lambda record: rows[id(record)][0]).values():
         made = [Row(ablation.rows[index].label, records, rows[id(records[0])][1]) for index, records in by_row.items()]
         if len({row.number if ablation.axis else row.label for row in made}) > 1:
-            group = titled(made, ablation.title, rows[id(made[0].records[0])][2])
+            group = titled(made, rows[id(made[0].records[0])][2])
             group.stem += f"-{ablation.name.replace('_', '-')}"
             groups.append(group)
     return groups

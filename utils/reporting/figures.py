@@ -181,11 +181,10 @@ def _by_k(ax, group: Group, look: dict[str, dict], least_share: float = 0, by_sh
     """Curves of sparse rows from a share of E on, dense rows as lines."""
     for row in group.rows:
         points, style = quality_points(row), look[row.label]
-        line = "-" if row.records[0].get("pretrained", {}).get("transferred") else "--"
+        line = "-" if row.records[0].get("pretrained", {"transferred": row.sparse})["transferred"] else "--"
         if not row.sparse:
             ax.axhline(points[0][2], color=style["color"], linestyle=line, linewidth=1.3, label=row.label)
             continue
-        line = "-" if "pretrained" not in row.records[0] else line
         ks, _, means, spreads = zip(*(point for point in points if point[0] >= least_share * row.experts), strict=True)
         xs, bars = [k / row.experts for k in ks] if by_share else ks, spreads if any(spreads) else None
         ax.errorbar(xs, means, yerr=bars, label=row.label, linestyle=line, capsize=3, elinewidth=1, markersize=5, **style)
@@ -336,9 +335,8 @@ def draw_surgery(group: Group, path: Path) -> None:
     with chart(path, len(panels), (4.6 * len(panels) + 1, 4.3)) as (figure, (axes,)):
         for ax, (title, (quality, size)) in zip(axes, panels.items(), strict=True):
             for name, points in surgery_table.curves(group, quality, size).items():
-                index = (
-                    surgery_table.CURVES.index(name) if name in surgery_table.CURVES else len(surgery_table.CURVES)
-                )  # the same in every figure
+                known_names = [*surgery_table.CURVES, name]  # a curve looks the same in every figure
+                index = known_names.index(name)
                 look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
                 sizes, means, spreads = zip(*points, strict=True)
                 ax.errorbar(sizes, means, yerr=spreads if any(spreads) else None, capsize=3, label=name, **look)

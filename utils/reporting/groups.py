@@ -47,16 +47,15 @@ class Row:
 
 @dataclass
 class Group:
-    """The rows of one table and its figures. title: what all have in common. stem: the beginning of file names. heading: the title of the
-    comparison, above the rows' labels. others: records that the rows are held against.
+    """The rows of one table and its figures. title: what all have in common. stem: the beginning of file names. start: the training that
+    all went on from. others: records that the rows are held against.
     """
 
     title: str
     stem: str
     rows: list[Row]
-    heading: str = "Method"
-    others: list[Record] = field(default_factory=list)
     start: str = ""
+    others: list[Record] = field(default_factory=list)
 
     @property
     def records(self) -> list[Record]:
@@ -142,14 +141,14 @@ def method_groups(found: Found) -> list[Group]:
     return with_own_stems(groups)
 
 
-def titled(rows: list[Row], heading: str = "Method", preset_settings: dict[str, Any] | None = None) -> Group:
+def titled(rows: list[Row], preset_settings: dict[str, Any] | None = None) -> Group:
     """A group that is called after its data, preset and pre-training. preset_settings: those that its rows share; default the first's."""
     first = rows[0].records[0]
     settings = first["preset_settings"] if preset_settings is None else preset_settings
     model = "".join(f"{name} on " for name in architecture_label(first))
     title = f"{model}{first['dataset']['title']}, preset {preset_label(first['preset'], settings)}"
     start = training_label(first["pretrained"]) if "pretrained" in first else ""
-    return Group(title, data_stem(first | {"preset_settings": settings}, short=True), rows, heading, start=start)
+    return Group(title, data_stem(first | {"preset_settings": settings}, short=True), rows, start)
 
 
 def with_own_stems(groups: list[Group]) -> list[Group]:

@@ -151,7 +151,7 @@ def surgery_groups(found: Found) -> list[Group]:
         first = made[0].records[0]
         named = [f"model {one}" for one in model]
         stem = "-".join([data_stem(first), slug(first["method"]), *(one[:4] for one in model)])
-        groups.append(Group(", ".join([label, *named]), stem, made, "Operation", others, start))
+        groups.append(Group(", ".join([label, *named]), stem, made, start, others))
     return with_own_stems(groups)
 
 

@@ -149,7 +149,7 @@ def build_table(group: Group, name: str) -> Table:
     half, full = (f"E/2 = {next(iter(counts)) // 2}", f"E = {next(iter(counts))}") if len(counts) == 1 else ("E/2", "E")
     shown = group.shown.capitalize()
     small = sorted({entry["k"] for row in group.rows if row.sparse for entry in row.records[0]["quality"] if entry["k"] < row.experts // 2})
-    header = [group.heading, f"{shown}, k = {half}", f"{shown}, k = {full}"]
+    header = ["Method", f"{shown}, k = {half}", f"{shown}, k = {full}"]
     header += [f"Mean at k = {' / '.join(map(str, small))}"] * bool(small)
     header += ["Parameters", "Activated parameters, E/2 / E"]
     header += ["Training time (s), wall / CPU", "Inference FLOPs per token, E/2 / E"]

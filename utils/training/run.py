@@ -70,7 +70,7 @@ class Callback:
         return model
 
     def provenance(self) -> dict[str, Any]:
-        """What the record says under "pretrained", beside the checkpoint."""
+        """Entries of the record under "pretrained", beside the checkpoint."""
         return {}
 
 
