@@ -59,7 +59,7 @@ def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F8
     tuning, network = run_of(command("sst2", rows, tmp_path / "weights", **sizes))
     assert same_weights(network, run) and tuning.source.trained == {"folder": "weights"}
     text = refused(tmp_path / "weights", **{**sizes, "d_model": 48})
-    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "wants shape (256, 48)" in text
+    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "the model expects shape (256, 48)" in text
     assert "d_head" not in text
 
 
@@ -210,7 +210,7 @@ def test_methods_that_would_look_at_padding_are_refused(rows, pretrained):  # no
 def test_missing_rows_are_said_before_torch_is_imported(pretrained, tmp_path):  # noqa: F811
     arguments = ["--checkpoint", str(pretrained("dense")), "--data", str(tmp_path / "nothing"), "--work_dir", str(tmp_path / "run")]
     text = refusal(arguments)
-    assert "is not there" in text and "python data/prepare_task.py sst2" in text and not (tmp_path / "run").exists()
+    assert "does not exist" in text and "python data/prepare_task.py sst2" in text and not (tmp_path / "run").exists()
 
 
 def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pretrained):  # noqa: F811

@@ -114,7 +114,7 @@ def test_two_processes_stop_together_and_resume_as_two_only(corpus, tmp_path):
     runs[1].send(signal.SIGTERM)  # one signal, to one process
     assert [run.finish().code for run in runs] == [143, 143]
     alone = tiny.run(arguments)
-    assert alone.code == 2 and "was made by 2 processes, and this run has 1: start as many" in alone.err
+    assert alone.code == 2 and "was made by 2 processes, and this run has 1: start the same number" in alone.err
     assert [run.code for run in run_two(arguments)] == [0, 0]
     tiny.same_run(tmp_path / "run", tmp_path / "unbroken")
 
