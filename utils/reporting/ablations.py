@@ -17,11 +17,10 @@ from smoe_dropout.registry import unknown
 from utils.errors import UserError, run_main
 from utils.flags.derive import resolve, training_flags, usual_flags
 from utils.flags.fields import Flags
-from utils.formatting import short_number
-from utils.reporting.groups import Found, Group, Row, frozen, gather, quality_points, titled
+from utils.reporting.groups import Group, Row, frozen, gather, quality_points, titled, with_own_stems
 from utils.reporting.labels import Record, slug
-from utils.reporting.records import ROOT, file_name
-from utils.reporting.tables import Cell, Table, caption, mark_best, published_column, quality_cell
+from utils.reporting.records import ROOT, Found, file_name
+from utils.reporting.tables import NAME, PARAMETERS, Cell, Figure, Table, caption, published, quality_column, table_of
 from utils.training.identity import departures
 
 ROWS = ROOT / "script" / "ablation" / "rows.json"
@@ -37,7 +36,7 @@ class AblationRow:
     run: str
 
     def identity(self, model: str, preset: str) -> tuple[str, dict[str, Any], dict[str, Any], Flags]:
-        """Method, settings and preset settings that a record of it has, and its flags, decided."""
+        """Method, settings and preset settings of its records, and its resolved flags."""
         usual = training_flags(model, self.flags["method"], preset)
         flags = resolve(Flags(**{**usual, **self.flags, "model": model, "preset": preset}))
         preset_settings, settings = departures(flags, usual_flags(flags))
@@ -54,9 +53,7 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of rows. axis: the title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as a
-    share of E.
-    """
+    """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E."""
 
     name: str
     title: str
@@ -103,43 +100,44 @@ def place(record: Record) -> Path:
 
 
 def groups_of(ablation: Ablation, found: Found) -> list[Group]:
-    """The rows there are runs of, in the ablation's order; a group for each text, preset and architecture in which two rows differ."""
-    rows = {id(record): row for _, record in found if (row := ablation.find(record))}
+    """The rows that have runs, in the ablation's order; a group for each text, preset and architecture in which two rows differ."""
+    known = [(path, record) for path, record in found if ablation.find(record)]
 
     def group_of(record: Record) -> tuple[str, ...]:
-        further = frozen(rows[id(record)][2])
-        return record["dataset"]["title"], record["preset"], further, record["model"]["architecture"]
+        return record["dataset"]["title"], record["preset"], frozen(ablation.find(record)[2]), record["model"]["architecture"]
 
     groups = []
-    known = [(path, record) for path, record in found if id(record) in rows]
-    for by_row in gather(known, group_of, lambda record: rows[id(record)][0]).values():
-        made = [Row(ablation.rows[index].label, records, rows[id(records[0])][1]) for index, records in by_row.items()]
-        if len({row.number if ablation.axis else row.label for row in made}) > 1:
-            group = titled(made, rows[id(made[0].records[0])][2])
-            group.stem += f"-{ablation.name.replace('_', '-')}"
+    for rows in gather(known, group_of, lambda record: ablation.find(record)[0]):
+        for row in rows:
+            index, row.number, further = ablation.find(row.first)
+            row.label = ablation.rows[index].label
+        if len({row.number if ablation.axis else row.label for row in rows}) > 1:
+            group = titled(rows, further)
+            group.stem += f"-{ablation.name}"
             groups.append(group)
-    return groups
+    return with_own_stems(groups)
+
+
+def ablation_tables(found: Found, only: list[str] | None = None) -> list[Table]:
+    """A table and a figure for each ablation with at least two finished rows."""
+    ablations = [one for name, one in ABLATIONS.items() if only is None or name in only]
+    return [build_table(ablation, group) for ablation in ablations for group in groups_of(ablation, found)]
 
 
 def build_table(ablation: Ablation, group: Group) -> Table:
     """Quality at E/2, at E and at the best k, and the published numbers where there are any."""
-    lower = group.metric["lower_is_better"]
-    header = [ablation.title, f"{group.shown.capitalize()}, k = E/2", "k = E", "best k (mean)", "Parameters"]
-    table = Table(f"ablation:{group.stem}", f"{ablation.title}. {caption(group)}", header, [])
-    for row in group.rows:
-        cells = [Cell(row.name), quality_cell(row, "E/2"), quality_cell(row, "E"), Cell(_best(row, lower))]
-        table.rows.append([*cells, Cell(short_number(row.records[0]["parameters"]["total"]))])
-    for column in (1, 2):
-        mark_best(table.rows, column, lower)
-    for label, entry in published_column(table, group, ablation.name):
-        note = f"; {entry['note']}" if "note" in entry else ""
-        table.footnotes.append(f"Published, {label}: {entry['source']}{note}.")
-    return table
 
+    def best(row: Row) -> Cell:
+        choose = min if group.metric["lower_is_better"] else max
+        k, _, mean, _ = choose(quality_points(row), key=lambda point: point[2])
+        return Cell(f"{mean:.3f}" + (f" (k = {k})" if k else ""))
 
-def _best(row: Row, lower: bool) -> str:
-    k, _, mean, _ = (min if lower else max)(quality_points(row), key=lambda point: point[2])
-    return f"{mean:.3f}" + (f" (k = {k})" if k else "")
+    shown = group.shown.capitalize()
+    columns = [(ablation.title, NAME), quality_column(f"{shown}, k = E/2", "E/2"), quality_column("k = E", "E")]
+    more, sources = published(group, ablation.name)
+    columns += [("best k (mean)", best), PARAMETERS, *more]
+    figure = Figure(f"{group.stem}.png", f"{ablation.title}: quality against k", "draw_ablation", (ablation, group))
+    return table_of("ablation", f"{ablation.title}. {caption(group)}", group, columns, footnotes=sources, figures=[figure])
 
 
 def main(argv: list[str] | None = None) -> None:

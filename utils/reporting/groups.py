@@ -1,54 +1,46 @@
-"""Records put together: the rows of a table, each the replicates of one run, and the groups of rows that may be compared."""
+"""Groups of records: the rows of a table, each the replicates of one run, and the rows that may be compared."""
 
 import json
 import statistics
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.reporting.labels import Record, architecture_label, method_label, preset_label, training_label
-from utils.reporting.records import data_stem, get, replicate, split_of
+from utils.reporting.records import Found, data_stem, get, replicate, split_of
 
-Found = Iterable[tuple[Path, Record]]
-# Replicates are only averaged, and rows of one table only compared, where these agree.
+# Replicates are averaged, and rows of one table compared, only where these agree.
 SAME_IN_ROW = ("training.steps", "model.num_experts")
 SAME_IN_GROUP = ("metric.name", "metric.lower_is_better")
-SAME_IN_FOLD = ("dataset.fingerprint",)
-SAME_IN_ROW_AND_FOLD = ("parameters.total",)  # a head may depend on what occurs in training
 
 
 @dataclass
 class Row:
-    """The replicates of one run: one a seed, of a task with folds one a seed and fold. number: where its group compares rows along one."""
+    """The replicates of one run: one per seed and fold. number: the row's place along the axis of an ablation."""
 
     label: str
     records: list[Record]
     number: float | None = None
 
     @property
-    def method(self) -> str:
-        return self.records[0]["method"]
+    def first(self) -> Record:
+        return self.records[0]
 
     @property
     def sparse(self) -> bool:
-        return self.records[0]["sparse"]
+        return self.first["sparse"]
 
     @property
-    def experts(self) -> int | None:
-        return self.records[0]["model"]["num_experts"]
-
-    @property
-    def name(self) -> str:
-        """The label and the number of replicates."""
-        return f"{self.label} (n = {len(self.records)})"
+    def experts(self) -> int:
+        """E; 0 for a dense model."""
+        return self.first["model"]["num_experts"] or 0
 
 
 @dataclass
 class Group:
-    """The rows of one table and its figures. title: what all have in common. stem: the beginning of file names. start: the training that
-    all went on from. others: records that the rows are held against.
+    """The rows of one table and its figures. title: what all rows share. stem: the beginning of file names. start: the training that all
+    continue. others: records that the rows are compared with.
     """
 
     title: str
@@ -63,20 +55,16 @@ class Group:
 
     @property
     def first(self) -> Record:
-        return self.rows[0].records[0]
+        return self.rows[0].first
 
     @property
     def metric(self) -> dict[str, Any]:
         return self.first["metric"]
 
     @property
-    def split(self) -> str:
-        return split_of(self.first)
-
-    @property
     def shown(self) -> str:
         """The quality that is shown."""
-        return f"{self.split} {self.metric['name']}"
+        return f"{split_of(self.first)} {self.metric['name']}"
 
 
 def frozen(value: Any) -> str:
@@ -85,38 +73,37 @@ def frozen(value: Any) -> str:
 
 
 def gather(
-    found: Found, group_of: Callable[[Record], Hashable], row_of: Callable[[Record], Hashable], same_in_row: Iterable[str] = SAME_IN_ROW
-) -> dict[Any, dict[Any, list[Record]]]:
-    """Replicates by group and row, in the order of their keys. A run found twice counts once. UserError for records that cannot be averaged
-    or compared.
+    found: Found,
+    group_of: Callable[[Record], Hashable],
+    row_of: Callable[[Record], Hashable],
+    label_of: Callable[[Record], str] = method_label,
+    same_in_row: Iterable[str] = SAME_IN_ROW,
+) -> list[list[Row]]:
+    """Rows by group, both in the order of their keys. A run found twice counts once. UserError for records that cannot be averaged or
+    compared.
     """
-    groups: dict[Hashable, dict[Hashable, dict[tuple[int, int], tuple[Path, Record]]]] = {}
-    folds: dict[tuple, tuple[Path, Record]] = {}
+    groups: dict[Hashable, dict[Hashable, dict[tuple[int, int], Record]]] = {}
+    seen: dict[tuple, Any] = {}  # the first record of each group, row and fold
     for path, record in found:
-        key = group_of(record)
-        rows = groups.setdefault(key, {})
-        runs = rows.setdefault(row_of(record), {})
-        twin = runs.setdefault(replicate(record), (path, record))
-        if twin[1] != record:
-            of = f"seed {record['seed']} of '{method_label(record)}'"
-            raise UserError(f"{path}: {of} is also in {twin[0]} with other content; remove one")
-        comparable = "runs of one dataset and preset can be compared only if they agree"
-        _check_same(next(iter(next(iter(rows.values())).values())), (path, record), SAME_IN_GROUP, comparable)
-        _check_same(folds.setdefault((key, record.get("fold")), (path, record)), (path, record), SAME_IN_FOLD, comparable)
-        averaged = "replicates can be averaged only if they agree"
-        _check_same(next(iter(runs.values())), (path, record), same_in_row, averaged)
-        of_fold = next(run for (_, fold), run in runs.items() if fold == replicate(record)[1])
-        _check_same(of_fold, (path, record), SAME_IN_ROW_AND_FOLD, averaged)
-    return {
-        key: {row: [runs[one][1] for one in sorted(runs)] for row, runs in sorted(rows.items())} for key, rows in sorted(groups.items())
-    }
-
-
-def _check_same(one: tuple[Path, Record], other: tuple[Path, Record], names: Iterable[str], purpose: str) -> None:
-    for name in names:
-        a, b = get(one[1], name), get(other[1], name)
-        if a != b:
-            raise UserError(f"{other[0]}: '{name}' is {b!r}, but {a!r} in {one[0]}; {purpose}")
+        key, row, (_, fold) = group_of(record), row_of(record), replicate(record)
+        runs = groups.setdefault(key, {}).setdefault(row, {})
+        if runs.setdefault(replicate(record), record) != record:
+            run = f"seed {record['seed']} of '{method_label(record)}'"
+            raise UserError(f"{path}: {run} is also in {seen[key, row, replicate(record)][0]} with other content; remove one")
+        seen.setdefault((key, row, replicate(record)), (path, record))
+        for scope, names, purpose in (
+            ((key,), SAME_IN_GROUP, "runs of one dataset and preset can be compared only if they agree"),
+            ((key, "fold", fold), ("dataset.fingerprint",), "runs of one dataset and preset can be compared only if they agree"),
+            ((key, "row", row), same_in_row, "replicates can be averaged only if they agree"),
+            # A head may depend on the training data, which differ between folds.
+            ((key, row, "fold", fold), ("parameters.total",), "replicates can be averaged only if they agree"),
+        ):
+            other, one = seen.setdefault(scope, (path, record))
+            for name in names:
+                if get(record, name) != get(one, name):
+                    raise UserError(f"{path}: '{name}' is {get(record, name)!r}, but {get(one, name)!r} in {other}; {purpose}")
+    averaged = [[[runs[one] for one in sorted(runs)] for _, runs in sorted(rows.items())] for _, rows in sorted(groups.items())]
+    return [[Row(label_of(records[0]), records) for records in rows] for rows in averaged]
 
 
 def method_groups(found: Found) -> list[Group]:
@@ -124,9 +111,8 @@ def method_groups(found: Found) -> list[Group]:
 
     def group_of(record: Record) -> tuple[str, ...]:
         start = record.get("pretrained", {})
-        names = ("dataset", "preset", "preset_settings", "steps", "checkpoint", "operations")
-        trained = {name: start[name] for name in names if name in start}
-        trained["dataset"] = trained.get("dataset", {}).get("title", start.get("folder"))
+        trained = {name: start.get(name) for name in ("preset", "preset_settings", "steps", "checkpoint", "operations")}
+        trained["dataset"] = start.get("dataset", {}).get("title", start.get("folder"))
         architecture = record["model"]["architecture"]
         return record["dataset"]["title"], record["preset"], frozen(record["preset_settings"]), architecture, frozen(trained)
 
@@ -134,16 +120,12 @@ def method_groups(found: Found) -> list[Group]:
         before = record.get("pretrained", {}).get("settings")
         return record["sparse"], method_label(record).lower(), record["method"], frozen([record["settings"], before])
 
-    groups = []
-    for rows in gather(found, group_of, row_of).values():
-        made = [Row(method_label(records[0]), records) for records in rows.values()]
-        groups.append(titled(made))
-    return with_own_stems(groups)
+    return with_own_stems(map(titled, gather(found, group_of, row_of)))
 
 
 def titled(rows: list[Row], preset_settings: dict[str, Any] | None = None) -> Group:
-    """A group that is called after its data, preset and pre-training. preset_settings: those that its rows share; default the first's."""
-    first = rows[0].records[0]
+    """A group named after its data, preset and pre-training. preset_settings: those that its rows share; default the first's."""
+    first = rows[0].first
     settings = first["preset_settings"] if preset_settings is None else preset_settings
     model = "".join(f"{name} on " for name in architecture_label(first))
     title = f"{model}{first['dataset']['title']}, preset {preset_label(first['preset'], settings)}"
@@ -151,38 +133,29 @@ def titled(rows: list[Row], preset_settings: dict[str, Any] | None = None) -> Gr
     return Group(title, data_stem(first | {"preset_settings": settings}, short=True), rows, start)
 
 
-def with_own_stems(groups: list[Group]) -> list[Group]:
-    """File names must differ where titles do."""
-    taken: dict[str, int] = {}
+def with_own_stems(groups: Iterable[Group]) -> list[Group]:
+    """Numbers the stems that several groups share: file names must differ where titles do."""
+    made: dict[str, Group] = {}
     for group in groups:
-        taken[group.stem] = taken.get(group.stem, 0) + 1
-        if taken[group.stem] > 1:
-            group.stem = f"{group.stem}-{taken[group.stem]}"
-    return groups
-
-
-def entry_at(record: Record, share: str) -> dict | None:
-    """The quality entry at k = E/2 or k = E (`share`); a dense model has a single one, which stands at E."""
-    if not record["sparse"] and share != "E":
-        return None
-    experts = record["model"]["num_experts"] if record["sparse"] else None
-    wanted = experts if share == "E" else experts // 2
-    return next((entry for entry in record["quality"] if entry["k"] == wanted), None)
+        stem = group.stem
+        while group.stem in made:
+            group.stem = f"{stem}-{int(group.stem.removeprefix(stem)[1:] or 1) + 1}"
+        made[group.stem] = group
+    return list(made.values())
 
 
 def quality_points(row: Row) -> list[tuple[int | None, float, float, float]]:
     """(k, activated parameters, mean quality, standard deviation or 0), ascending k; a dense model has one, with k None."""
     by_k: dict[int | None, list[dict]] = {}
-    for record in row.records:
-        for entry in record["quality"]:
-            by_k.setdefault(entry["k"], []).append(entry)
-    points = []
-    for k in sorted(by_k, key=lambda k: -1 if k is None else k):
-        mean, spread = mean_and_spread([entry[split_of(row.records[0])] for entry in by_k[k]])
-        points.append((k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), mean, spread))
-    return points
+    for entry in (entry for record in row.records for entry in record["quality"]):
+        by_k.setdefault(entry["k"], []).append(entry)
+    return [
+        (k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), *mean_and_spread(entry[split_of(row.first)] for entry in by_k[k]))
+        for k in sorted(by_k, key=lambda k: k or 0)
+    ]
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     """Mean and sample standard deviation, 0 for a single value."""
+    values = list(values)
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -17,7 +17,6 @@ SCHEDULES = {
     "multi_step_increase": "k growing in steps",
     "random": "k drawn at random",
 }
-OPERATIONS = {"uncurl": "UNCURL", "keep_best": "keep the best"}
 # A phrase for each value of a setting; "" where another setting's phrase says it
 PHRASES: dict[str, Callable[[Any], str]] = {
     "output_scale": lambda scale: "mean of experts" if scale == "mean" else "times E",
@@ -47,8 +46,8 @@ def words(name: str) -> str:
 
 
 def slug(text: str) -> str:
-    """The text without characters that a file system may refuse, in lower case."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+    """The text as part of a path: names from the code stay as they are (keep_best), other characters than letters and digits become "-"."""
+    return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-.")
 
 
 def phrase(name: str, value: Any, tuned: int | None = None) -> str:
@@ -112,27 +111,21 @@ def operations_label(operations: Iterable[dict[str, Any]]) -> str:
     """ "merge 16 to 8 + compress rank 16, pruned to 0.1 in 500 steps, taught" """
     text = ""
     for one in operations:
-        if one["method"] == "train":
-            text += f"{', ' if text else ''}{_training(one)}"
-        else:
-            text += f"{' + ' if text else ''}{_operation(one)}"
+        joint = ", " if one["method"] == "train" else " + "
+        text += f"{joint if text else ''}{_operation(one)}"
     return text
 
 
-def _training(one: dict[str, Any]) -> str:
-    steps = f"step {one['checkpoint']:,}" if "checkpoint" in one else f"{one['steps']:,} steps"
-    pruned = f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}"
-    return pruned + (", taught" if one.get("taught") else "")
-
-
 def _operation(one: dict[str, Any]) -> str:
+    if "label" in one:  # version 0.1 recorded it as text
+        return one["label"]
+    if one["method"] == "train":
+        steps = f"step {one['checkpoint']:,}" if "checkpoint" in one else f"{one['steps']:,} steps"
+        return (f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}") + ", taught" * one.get("taught", False)
+    name = "UNCURL" if one["method"] == "uncurl" else words(one["method"])
     sizes = [f"{one['from']} to {one['keep']}"] if "keep" in one else []
     options = {name: value for name, value in one.get("options", {}).items() if name != "kept"}
     read = one.get("read") or {}
     task = [f"on {read['data']}"] if read.get("task") else []
     task += [f"without fold {read['fold']}"] if "fold" in read else []
-    return " ".join([operation_name(one["method"]), *sizes, *phrases(options), *task])
-
-
-def operation_name(method: str) -> str:
-    return OPERATIONS.get(method, words(method))
+    return " ".join([name, *sizes, *phrases(options), *task])

@@ -1,22 +1,38 @@
-"""Tables of methods, and any table as Markdown or LaTeX."""
+"""Tables: columns over the rows of a group, written as Markdown or LaTeX; Tables 1 and 2."""
 
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from utils.formatting import short_number
-from utils.reporting.groups import Group, Row, entry_at, mean_and_spread, quality_points
+from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points
 from utils.reporting.labels import Record
-from utils.reporting.records import PUBLISHED, split_of
+from utils.reporting.records import PUBLISHED, Found, split_of
 
 DASH = "–"
+FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, which get figures of their own
+FOOTNOTES = {
+    "time": "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine.",
+    "entropy": "Load entropy: entropy of the experts' shares of assignments, divided by log E. Routes changing late: share of the tokens whose "
+    "top expert differs between the last two checkpoints.",
+}
+
+
+class Figure(NamedTuple):
+    """A file name, the caption on a page, and the function of utils.reporting.figures that draws it, with its arguments."""
+
+    name: str
+    caption: str
+    function: str
+    arguments: tuple
 
 
 @dataclass
 class Cell:
-    """One table cell; `value` is set where the best of a column is to be found."""
+    """A table cell. value: set where the best of a column is marked."""
 
     text: str = DASH
     value: float | None = None
@@ -25,7 +41,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table before it is written as Markdown or LaTeX. notes: of this table. footnotes: stand once below all tables of a page."""
+    """A table and its figures. notes: those of this table. footnotes: printed once below all tables of a page."""
 
     label: str
     caption: str
@@ -33,60 +49,68 @@ class Table:
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     footnotes: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
 
 
-def spread_text(values: list[float], form: str) -> str:
-    """The mean, and the spread if there is one."""
-    mean, spread = mean_and_spread(values)
-    return f"{mean:{form}}" + (f" ± {spread:{form}}" if len(values) > 1 else "")
+Column = tuple[str, Callable[[Row], Cell]]
+NAME: Callable[[Row], Cell] = lambda row: Cell(f"{row.label} (n = {len(row.records)})")  # noqa: E731 (a column's function as the others)
+PARAMETERS: Column = ("Parameters", lambda row: Cell(short_number(row.first["parameters"]["total"])))
+
+
+def table_of(label: str, caption: str, group: Group, columns: list[Column], **more: Any) -> Table:
+    """Fills the columns and marks the best value of each that has two or more."""
+    rows = [[cell(row) for _, cell in columns] for row in group.rows]
+    for column in zip(*rows, strict=True):
+        values = [cell.value for cell in column if cell.value is not None]
+        best = (min if group.metric["lower_is_better"] else max)(values, default=None)
+        for cell in column:
+            cell.bold = len(values) > 1 and cell.value == best
+    return Table(f"{label}:{group.stem}", caption, [title for title, _ in columns], rows, **more)
+
+
+def mean_cell(values: Iterable[float | None], form: str = ".3f", of: int = 0) -> Cell:
+    """The mean of the known values, and the spread if there are several. of: the replicates in the row, to say where some lack the value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return Cell()
+    mean, spread = mean_and_spread(known)
+    text = f"{mean:{form}}" + (f" ± {spread:{form}}" if len(known) > 1 else "")
+    return Cell(text + (f" (n = {len(known)})" if len(known) < of else ""), value=float(f"{mean:{form}}"))
 
 
 def form_of(metric: dict) -> str:
-    """Digits of a quality: three, or of a percentage one."""
+    """Digits of a quality: three, or one of a percentage."""
     return ".3f" if metric["lower_is_better"] else ".1f"
 
 
-def _values(row: Row, share: str, name: str) -> list[float]:
-    entries = [entry_at(record, share) for record in row.records]
-    return [entry[name] for entry in entries if entry is not None]
+def values_at(row: Row, share: str, name: str) -> list[float]:
+    """A value of the quality entries at k = E/2 or E (`share`); a dense model has a single one, at E."""
+    wanted = row.experts if share == "E" else row.experts // 2
+    entries = [entry for record in row.records for entry in record["quality"] if entry["k"] == (wanted if row.sparse else None)]
+    return [entry[name] for entry in entries] if row.sparse or share == "E" else []
 
 
-def quality_cell(row: Row, share: str) -> Cell:
-    values, form = _values(row, share, split_of(row.records[0])), form_of(row.records[0]["metric"])
-    if not values:
-        return Cell()
-    # The row's own n stands beside its label; here only where a seed lacks this k.
-    text = spread_text(values, form) + (f" (n = {len(values)})" if len(values) < len(row.records) else "")
-    return Cell(text, value=float(f"{statistics.mean(values):{form}}"))
+def quality_column(title: str, share: str) -> Column:
+    def cell(row: Row) -> Cell:
+        return mean_cell(values_at(row, share, split_of(row.first)), form_of(row.first["metric"]), len(row.records))
+
+    return title, cell
 
 
-def _pair_cell(row: Row, name: str) -> Cell:
-    values = [_values(row, share, name) for share in ("E/2", "E")]
-    return Cell(" / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH)
+def _pair_column(title: str, name: str) -> Column:
+    def cell(row: Row) -> Cell:
+        values = [values_at(row, share, name) for share in ("E/2", "E")]
+        return Cell(" / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH)
+
+    return f"{title}, E/2 / E", cell
 
 
-def _small_cell(row: Row, ks: list[int]) -> Cell:
-    """Mean quality at every k below E/2."""
-    means, form = {k: mean for k, _, mean, _ in quality_points(row)}, form_of(row.records[0]["metric"])
-    return Cell(" / ".join(f"{means[k]:{form}}" if k in means else DASH for k in ks) if row.sparse else DASH)
-
-
-def _routing_cell(found: list[dict]) -> Cell:
-    """Means over seeds of what utils.training.routing measured."""
-    if not found:
-        return Cell()
+def _routing_cell(row: Row) -> Cell:
+    """Means over seeds of the measurements of utils.training.routing."""
+    found = [record["routing"] for record in row.records if record.get("routing")]
     changed = [one["fluctuation"] for one in found if one["fluctuation"] is not None]
     share = f"{100 * statistics.mean(changed):.0f} %" if changed else DASH
-    return Cell(f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}")
-
-
-def mark_best(rows: list[list[Cell]], column: int, lower_is_better: bool) -> None:
-    cells = [row[column] for row in rows if row[column].value is not None]
-    if len(cells) < 2:  # the best of one says nothing
-        return
-    best = (min if lower_is_better else max)(cell.value for cell in cells)
-    for cell in cells:
-        cell.bold = cell.value == best
+    return Cell(f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}") if found else Cell()
 
 
 def published_for(record: Record, table: str) -> dict | None:
@@ -97,103 +121,118 @@ def published_for(record: Record, table: str) -> dict | None:
     here = (table, record["method"], record["settings"], record["model"]["architecture"], record["metric"]["name"])
     for entry in json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]:
         same = tuple(entry[key] for key in ("table", "method", "settings", "architecture", "metric")) == here
-        if same and (name == entry["dataset"] or name.startswith(entry["dataset"] + "-")):
+        if same and f"{name}-".startswith(f"{entry['dataset']}-"):
             return entry
     return None
 
 
-def published_column(table: Table, group: Group, name: str) -> list[tuple[str, dict]]:
-    """Appends the paper's numbers where there are any; returns them by the rows' labels."""
-    found = [published_for(row.records[0], name) for row in group.rows]
-    known = [(row.label, entry) for row, entry in zip(group.rows, found, strict=True) if entry]
-    if known:
-        table.header.append(f"Published (all of {known[0][1]['dataset']}), E/2 / E")
-        for cells, entry in zip(table.rows, found, strict=True):
-            values = entry["values"] if entry else {}
-            cells.append(Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH))
-    return known
+def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
+    """A column of the paper's numbers and its footnotes, where there are any."""
+    found = {row.label: entry for row in group.rows if (entry := published_for(row.first, name))}
+
+    def cell(row: Row) -> Cell:
+        values = found[row.label]["values"] if row.label in found else {}
+        return Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH)
+
+    notes = []
+    for label, entry in found.items():
+        setting = f" ({entry['setting']})" if "setting" in entry else ""
+        notes.append(f"Published, {label}: {entry['source']}{setting}{'; ' + entry['note'] if 'note' in entry else ''}.")
+    return [(f"Published (all of {entry['dataset']}), E/2 / E", cell) for entry in list(found.values())[:1]], notes
 
 
-def _distinct(values: Iterable, form: Callable = str) -> str:
-    return " / ".join(form(value) for value in sorted(set(values)))
+def replicates(records: list[Record]) -> str:
+    """ "mean ± sample standard deviation over n seeds (seeds 1, 2, fold 3 of 5)" """
+    seeds, folds = (sorted({record.get(name) for record in records} - {None}) for name in ("seed", "fold"))
+    numbers = [f"{name}{'s' * (len(found) > 1)} {', '.join(map(str, found))}" for name, found in (("seed", seeds), ("fold", folds)) if found]
+    spread = f"mean ± sample standard deviation over n {'runs' if len(folds) > 1 else 'seeds'}"
+    return f"{spread if len(seeds) * max(len(folds), 1) > 1 else 'one seed, spread unknown'} ({', '.join(numbers)}{' of 5' * bool(folds)})"
 
 
 def caption(group: Group) -> str:
     """Data, preset, seeds, steps and machine."""
-    records = group.records
+
+    def distinct(values: Iterable, form: Callable = str) -> str:
+        return " / ".join(form(value) for value in sorted(set(values)))
+
+    records, dataset = group.records, group.first["dataset"]
     places = [record["environment"] for record in records]
-    seeds = sorted({record["seed"] for record in records})
-    folds = sorted({record["fold"] for record in records if record.get("fold") is not None})
-    several = f"mean ± sample standard deviation over n {'runs' if len(folds) > 1 else 'seeds'}"
-    spread = several if len(seeds) * max(len(folds), 1) > 1 else "one seed, spread unknown"
-    numbers = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    if folds:
-        numbers += f", fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))} of 5"
-    read = {entry.get("test_tokens") for record in records for entry in record["quality"]} - {None}
-    dataset = group.first["dataset"]
-    part = f", tested on {max(read):,} bytes" if read and max(read) < 0.99 * dataset.get("bytes", {"test": 0})["test"] else ""
-    targets = {entry.get("test_targets") for record in records for entry in record["quality"]} - {None}
-    if "pieces" in dataset and targets:
+    read, targets = ({q.get(f"test_{unit}") or 0 for record in records for q in record["quality"]} for unit in ("tokens", "targets"))
+    part = f", tested on {max(read):,} bytes" if 0 < max(read) < 0.99 * dataset.get("bytes", {"test": 0})["test"] else ""
+    if "pieces" in dataset and max(targets):
         part = f", loss in nats over {max(targets):,} masked pieces"
     start = f", pre-trained on {group.start}" if group.start else ""
     return (
-        f"{group.title}{start}: {spread} ({numbers}), {_distinct((r['training']['steps'] for r in records), '{:,}'.format)} steps{part}, "
-        f"{_distinct(p['precision'] for p in places)}, threads: {_distinct(p['threads'] for p in places)}, "
-        f"device: {_distinct(p.get('device_name') or p['device'] for p in places)}."
+        f"{group.title}{start}: {replicates(records)}, {distinct((r['training']['steps'] for r in records), '{:,}'.format)} steps{part}, "
+        f"{distinct(p['precision'] for p in places)}, threads: {distinct(p['threads'] for p in places)}, "
+        f"device: {distinct(p.get('device_name') or p['device'] for p in places)}."
     )
 
 
-def build_table(group: Group, name: str) -> Table:
-    """Table 1 or 2 of one group, best quality marked; the published column only where the paper has a number for one of the methods."""
+def method_tables(name: str, found: Found, _only: list[str] | None = None) -> list[Table]:
+    """Table 1 or 2: one table for each group."""
+    return [_method_table(group, name) for group in method_groups((path, record) for path, record in found if record["table"] == name)]
+
+
+def _method_table(group: Group, name: str) -> Table:
     counts = {row.experts for row in group.rows if row.sparse}
-    half, full = (f"E/2 = {next(iter(counts)) // 2}", f"E = {next(iter(counts))}") if len(counts) == 1 else ("E/2", "E")
+    half, full = (f"E/2 = {min(counts) // 2}", f"E = {min(counts)}") if len(counts) == 1 else ("E/2", "E")
     shown = group.shown.capitalize()
-    small = sorted({entry["k"] for row in group.rows if row.sparse for entry in row.records[0]["quality"] if entry["k"] < row.experts // 2})
-    header = ["Method", f"{shown}, k = {half}", f"{shown}, k = {full}"]
-    header += [f"Mean at k = {' / '.join(map(str, small))}"] * bool(small)
-    header += ["Parameters", "Activated parameters, E/2 / E"]
-    header += ["Training time (s), wall / CPU", "Inference FLOPs per token, E/2 / E"]
-    table = Table(f"{name}:{group.stem}", caption(group), header, [])
-    for row in group.rows:
+    small = sorted({entry["k"] for row in group.rows for entry in row.first["quality"] if (entry["k"] or row.experts) < row.experts // 2})
+
+    def small_cell(row: Row) -> Cell:
+        means = {k: f"{mean:{form_of(group.metric)}}" for k, _, mean, _ in quality_points(row)}
+        return Cell(" / ".join(means.get(k, DASH) for k in small) if row.sparse else DASH)
+
+    def time_cell(row: Row) -> Cell:
         seconds = (statistics.median(record["training"][name] for record in row.records) for name in ("seconds", "cpu_seconds"))
-        cells = [Cell(row.name), quality_cell(row, "E/2"), quality_cell(row, "E")]
-        cells += [_small_cell(row, small)] * bool(small)
-        cells += [Cell(short_number(row.records[0]["parameters"]["total"])), _pair_cell(row, "active_parameters")]
-        table.rows.append([*cells, Cell(" / ".join(f"{value:,.0f}" for value in seconds)), _pair_cell(row, "flops_per_token")])
-    for column in (1, 2):
-        mark_best(table.rows, column, group.metric["lower_is_better"])
-    table.footnotes = [
-        "Training time: median over seeds, validations excluded. Where a run shared its machine, CPU seconds are the better measure."
-    ]
-    routed = [[record["routing"] for record in row.records if record.get("routing")] for row in group.rows]
-    if any(routed):
-        header.append("Load entropy (at most 1) / routes changing late, k = E/2")
-        for cells, found in zip(table.rows, routed, strict=True):
-            cells.append(_routing_cell(found))
-        entropy = "Load entropy: entropy of the experts' shares of assignments, divided by log E."
-        table.footnotes.append(f"{entropy} Routes changing late: tokens whose top expert differs between the last two checkpoints.")
-    for label, entry in published_column(table, group, name):
-        table.footnotes.append(f"Published, {label}: {entry['source']} ({entry['setting']}); {entry['note']}.")
-    table.notes = [f"{note}." for note in sorted({_data_note(record) for record in group.records if "note" in record["dataset"]})]
-    return table
+        return Cell(" / ".join(f"{value:,.0f}" for value in seconds))
+
+    columns = [("Method", NAME), quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
+    columns += [(f"Mean at k = {' / '.join(map(str, small))}", small_cell)] * bool(small)
+    columns += [PARAMETERS, _pair_column("Activated parameters", "active_parameters"), ("Training time (s), wall / CPU", time_cell)]
+    columns += [_pair_column("Inference FLOPs per token", "flops_per_token")]
+    footnotes = [FOOTNOTES["time"]]
+    if any(record.get("routing") for record in group.records):
+        columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
+        footnotes.append(FOOTNOTES["entropy"])
+    more, sources = published(group, name)
+    folds = {f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]}
+    made = table_of(name, caption(group), group, columns + more, notes=sorted(folds), footnotes=footnotes + sources)
+    made.figures = _figures(group)
+    return made
 
 
-def _data_note(record: Record) -> str:
-    """A record's note on its data, with the fold."""
-    fold = f"Fold {record['fold']}: " if record.get("fold") is not None else ""
-    return fold + record["dataset"]["note"]
+def _figures(group: Group) -> list[Figure]:
+    def pair(group: Group, stem: str, kind: str, title: str) -> list[Figure]:
+        against = "k" if group.start else "activated parameters"
+        found = [Figure(f"{stem}{kind}.png", f"{title}: quality against {against}", "draw_quality", (group,))]
+        if any(record["curve"]["train"] or record["curve"]["valid"] for record in group.records):
+            name = f"{stem}{'-frozen' * (kind == '-frozen')}-curves.png"
+            found.append(Figure(name, f"{title}: training curves, validation and k against the step", "draw_curves", (group,)))
+        return found
+
+    fixed = [row for row in group.rows if not row.sparse or row.first["model"].get("router") == FIXED_ROUTER]
+    figures = pair(group, group.stem, "-by-k" if group.start else "-slimmable", group.title)
+    if not group.start and 1 < sum(row.sparse for row in fixed) < sum(row.sparse for row in group.rows):
+        title = f"{group.title}, frozen random router"
+        figures += pair(Group(title, group.stem, fixed), group.stem, "-frozen", title)
+    return figures
+
+
+def _written(table: Table, bold: str, escape: Callable[[str], str], joint: str, line: str) -> list[str]:
+    """Header and rows as lines. bold and line: with {} for their content."""
+    cells = [[escape(cell.text) for cell in row] for row in table.rows]
+    cells = [[bold.format(text) if cell.bold else text for text, cell in zip(*pair, strict=True)] for pair in zip(cells, table.rows, strict=True)]
+    return [line.format(joint.join(row)) for row in [[escape(title) for title in table.header], *cells]]
 
 
 def to_markdown(table: Table) -> str:
     """GitHub Markdown: caption, table and its own notes."""
-
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rows = [line(f"**{cell.text}**" if cell.bold else cell.text for cell in row) for row in table.rows]
+    head, *rows = _written(table, "**{}**", lambda text: text.replace("|", "\\|"), " | ", "| {} |")
     ruler = "|:---|" + "---:|" * (len(table.header) - 1)
     notes = ["", " ".join(table.notes)] if table.notes else []
-    return "\n".join([f"**{table.caption}**", "", line(table.header), ruler, *rows, *notes])
+    return "\n".join([f"**{table.caption}**", "", head, ruler, *rows, *notes])
 
 
 def footnotes(tables: Iterable[Table]) -> str:
@@ -207,11 +246,9 @@ def _tex(text: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A LaTeX table with booktabs rules; all notes stand in its caption."""
-    rows = [" & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row) + r" \\" for row in table.rows]
-    head = " & ".join(_tex(name) for name in table.header) + r" \\"
+    """A LaTeX table with booktabs rules; all notes are part of its caption."""
+    head, *rows = _written(table, r"\textbf{{{}}}", _tex, " & ", r"{} \\")
     caption = _tex(" ".join([table.caption, *table.notes, *table.footnotes]))
-    columns = "l" + "r" * (len(table.header) - 1)
     top = [r"\begin{table}", r"\centering\small", rf"\caption{{{caption}}}", rf"\label{{{table.label}}}"]
-    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    body = [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*top, *body, r"\end{table}"]) + "\n"
