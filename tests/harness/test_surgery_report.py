@@ -67,7 +67,7 @@ def cells(records: list[dict]) -> list[list[str]]:
     return [[cell.text for cell in row] for row in build_table(group).rows]
 
 
-def test_a_row_has_before_directly_after_and_after_training_on():
+def test_row_has_quality_before_directly_after_and_after_further_training():
     (row,) = cells([went_on(MERGE, 2.4, 2.1)])
     assert row == ["merge 16 to 8 (n = 1)", "8", "2.000", "2.400", "2.100, 500 steps", "–", "2.00 M / 1.60 M", "1.00 M / 16.0 M", "× 0.50"]
 

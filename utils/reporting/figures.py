@@ -1,12 +1,9 @@
 """Figures of finished runs: quality against parameters and k, training curves. Imports matplotlib; tables do without."""
 
 import itertools
-import math
 import statistics
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -52,17 +49,21 @@ Points = list[tuple[float, float, float]]
 
 @dataclass
 class Panel:
-    """A panel of a figure. lines: (x, mean, standard deviation) by label. levels: heights over the whole width. ks: (k, x, y) to write at a
-    line. legend: its own one.
+    """A panel of a figure. lines: (x, mean, standard deviation) by label. levels: heights over the whole width. looks: by label, beside those
+    of the figure. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend:
+    its own one. limits: of the y axis.
     """
 
     xlabel: str
     title: str = ""
+    ylabel: str = ""
     lines: dict[str, Points] = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
+    looks: dict[str, dict] = field(default_factory=dict)
     ks: Points = field(default_factory=list)
     scale: str = "linear"
     legend: bool = False
+    limits: tuple[float, float] | None = None
 
 
 def styles(rows: list[Row]) -> dict[str, dict]:
@@ -83,15 +84,6 @@ def styles(rows: list[Row]) -> dict[str, dict]:
     return look
 
 
-@contextmanager
-def chart(path: Path, columns: int, size: tuple[float, float], rows: int = 1, **kwargs) -> Iterator[tuple[Figure, list]]:
-    """A styled figure and its axes, row by row; saved at the end."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **kwargs)
-        yield figure, axes
-        save(figure, path)
-
-
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG without the drawing library's version in it, so that equal figures are equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,44 +91,49 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, dict], legend: str = "") -> None:
-    """Draws panels side by side with one legend below, or beside them for many rows."""
-    crowd = len({label for panel in panels for label in (*panel.lines, *panel.levels)} - {*panels[-1].lines} * panels[-1].legend) > CROWD
+def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, dict]) -> None:
+    """Draws panels side by side with one legend below, or beside them for many rows, and saves the figure."""
+    crowd = len({label for panel in panels if not panel.legend for label in (*panel.lines, *panel.levels)}) > CROWD
     size = max(6.6, 3.9 * len(panels) + 1.4) + 3 * crowd, 4.3 + 0.7 * crowd
-    with chart(path, len(panels), size) as (figure, (axes,)):
+    with plt.rc_context(STYLE):
+        figure, (axes,) = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
         entries: dict[str, object] = {}
         for ax, panel in zip(axes, panels, strict=True):
-            _draw_panel(ax, panel, looks)
+            _draw_panel(ax, panel, {label: looks.get(label, {}) | panel.looks.get(label, {}) for label in (*panel.lines, *panel.levels)})
+            handles, labels = ax.get_legend_handles_labels()
             if panel.legend:
                 ax.legend(fontsize=8)
             else:
-                handles, labels = ax.get_legend_handles_labels()
-                entries |= dict(zip(labels, handles, strict=True))
-        axes[0].set_ylabel(f"{group.shown}{' (lower is better)' if group.metric['lower_is_better'] else ' (%)'}")
+                entries = dict(zip(labels, handles, strict=True)) | entries
         columns = 1 if crowd else min(4 if len(panels) > 1 else 3, len(entries))
         place = "outside right center" if crowd else "outside lower center"
-        figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns, title=legend or None)
-        add_title(figure, group)
+        order = [row.label for row in group.rows]
+        labels = sorted(entries, key=lambda label: order.index(label) if label in order else -1)
+        figure.legend([entries[label] for label in labels], labels, loc=place, ncols=columns)
+        _add_title(figure, group)
+        save(figure, path)
 
 
 def _draw_panel(ax, panel: Panel, looks: dict[str, dict]) -> None:
     for label, height in panel.levels.items():
-        own = {} if label in panel.lines else {"label": label}
-        ax.axhline(height, color=looks[label]["color"], linestyle=":" if label in panel.lines else looks[label]["linestyle"], linewidth=1.2, **own)
+        own = {"linestyle": ":"} if label in panel.lines else {"linestyle": looks[label]["linestyle"], "label": label}
+        ax.axhline(height, color=looks[label]["color"], linewidth=1.2, **own)
     for label, points in panel.lines.items():
         xs, means, spreads = zip(*points, strict=True)
-        look = {"markersize": 11 if looks[label]["marker"] == "*" else 5, "capsize": 3, "elinewidth": 1, "linewidth": 1.6, **looks[label]}
-        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, label=label, **look)
+        look = {"markersize": 11 if looks[label].get("marker") == "*" else 5, "capsize": 3, "elinewidth": 1, "linewidth": 1.6}
+        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, label=label, **look | looks[label])
     falling = len(panel.ks) > 1 and panel.ks[0][2] > panel.ks[-1][2]
     for k, x, y in panel.ks:
         shift, side = ((5, 4), "left") if falling else ((-5, 4), "right")
         text = ax.annotate(f"k = {k}", (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-    ax.set(xlabel=panel.xlabel, title=panel.title)
+    ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title, ylim=panel.limits)
     ax.margins(x=0.08, y=0.1)
-    if panel.scale == "k":
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:g}" if x < 1 else f"{x:g}")
+    if panel.scale in ("k", "number"):
+        xs = sorted({x for points in panel.lines.values() for x, _, _ in points})
+        if panel.scale == "k":
+            ax.set_xscale("log", base=2)
+        ax.set_xticks(xs, [f"1/{1 / x:g}" if x < 1 else f"{x:g}" for x in xs])
     elif panel.scale == "log":  # k doubles from point to point: a log axis spaces the points evenly
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
@@ -146,12 +143,20 @@ def _draw_panel(ax, panel: Panel, looks: dict[str, dict]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def _quality_label(group: Group) -> str:
+    return f"{group.shown}{' (lower is better)' if group.metric['lower_is_better'] else ' (%)'}"
+
+
 def quality_panel(group: Group, against: str, least: float = 0, title: str = "") -> Panel:
     """Quality of every row against activated "parameters", "k" or the "share" k/E, from a share `least` of E on."""
     counts = {row.experts for row in group.rows if row.sparse}
     experts = f" (E = {min(counts)})" if len(counts) == 1 else ""
-    xlabel = {"parameters": "activated parameters per token (millions)", "k": f"active experts k{experts}", "share": "share of active experts k/E"}
-    panel = Panel(xlabel[against], title, scale="k" if counts and against != "parameters" else "linear")
+    xlabel = {
+        "parameters": "activated parameters per token (millions)",
+        "k": f"active experts k{experts}",
+        "share": "share of active experts k/E",
+    }
+    panel = Panel(xlabel[against], title, _quality_label(group), scale="k" if counts and against != "parameters" else "linear")
     for row in group.rows:
         points = [point for point in quality_points(row) if (point[0] or 0) >= least * row.experts]
         if not row.sparse:
@@ -182,25 +187,26 @@ def draw_quality(group: Group, path: Path) -> None:
 
 def draw_ablation(ablation: Ablation, group: Group, path: Path) -> None:
     """Panels: all k, k >= E/2, and for an ablation along a number quality at E/2 and E against it."""
-    against, looks = "share" if ablation.by_share else "k", styles(group.rows)
+    against = "share" if ablation.by_share else "k"
     panels = [quality_panel(group, against, least, title) for least, title in ((0, "all k"), (0.5, "k ≥ E/2"))]
     if ablation.axis:
-        panels.append(Panel(ablation.axis, "k = E/2 and k = E", scale="k" if ablation.by_share else "linear", legend=True))
+        panel = Panel(ablation.axis, "k = E/2 and k = E", scale="k" if ablation.by_share else "number", legend=True)
+        panels.append(panel)
         for row in group.rows:
             apart = {} if ablation.along in row.first["settings"] else row.first["settings"]
             for k, _, mean, spread in quality_points(row):
                 if k in (None, row.experts // 2, row.experts):
                     share = "without experts" if k is None else "k = E" if k == row.experts else "k = E/2"
-                    panels[-1].lines.setdefault(", ".join([share, *phrases(apart)]), []).append((row.number, mean, spread))
-        looks |= {label: {"color": colour, "marker": "o"} for label, colour in zip(panels[-1].lines, COLOURS, strict=False)}
-    draw_panels(path, group, panels, looks, ablation.title)
+                    panel.lines.setdefault(", ".join([share, *phrases(apart)]), []).append((row.number, mean, spread))
+        panel.looks = {label: {"color": colour, "marker": "o"} for label, colour in zip(panel.lines, COLOURS, strict=False)}
+    draw_panels(path, replace(group, title=f"{ablation.title}: {group.title}"), panels, styles(group.rows))
 
 
 def draw_surgery(group: Group, path: Path) -> None:
-    """Quality against stored parameters, a curve for each operation: directly after, where that was measured, and after further training."""
-    panels = []
-    for title, (quality, size) in surgery_table.panels(group).items():
-        panels.append(Panel("stored parameters (millions)", title, surgery_table.curves(group, quality, size)))
+    """Quality against stored parameters, a curve per operation: directly after, where it was measured, and after further training."""
+    panels = [Panel("stored parameters (millions)", surgery_table.FURTHER, _quality_label(group), surgery_table.curves(group, False))]
+    if surgery_table.on_the_text(group.first):
+        panels.insert(0, replace(panels[0], title="directly after", lines=surgery_table.curves(group, True)))
     names = dict.fromkeys([*surgery_table.CURVES, *panels[-1].lines])  # a curve looks the same in every figure
     looks = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
     scratch = {id(other): other for row in group.rows for other in surgery_table.from_scratch(row.first, group.others)}.values()
@@ -212,17 +218,8 @@ def draw_surgery(group: Group, path: Path) -> None:
     if known:
         panels[-1].levels["before surgery, all experts"] = statistics.mean(known)
         looks["before surgery, all experts"] = {"color": GREYS[1], "linestyle": "--"}
-    draw_panels(path, Group(f"Surgery on {group.title}: {group.first['dataset']['title']}, k = E", "", group.rows), panels, looks)
-
-
-def add_title(figure: Figure, group: Group) -> None:
-    """The title that all rows share, then what they started from and the number of replicates."""
-    counts = {len(row.records) for row in group.rows}
-    runs = "runs" if any(record.get("fold") is not None for record in group.records) else "seeds"
-    spread = f"mean ± standard deviation, n = {'–'.join(map(str, sorted({min(counts), max(counts)})))} {runs}" if max(counts) > 1 else "one seed"
-    start = f"pre-trained on {group.start}; " if group.start else ""
-    lines = textwrap.wrap(group.title, int(figure.get_figwidth() * 13)) + textwrap.wrap(start + spread, int(figure.get_figwidth() * 15))
-    figure.suptitle("\n".join(lines), fontsize=10)
+    title = f"Surgery on {group.title}: {group.first['dataset']['title']}, k = E"
+    draw_panels(path, replace(group, title=title, start=""), panels, looks)
 
 
 def curve_points(row: Row, kind: str) -> Points:
@@ -236,54 +233,41 @@ def curve_points(row: Row, kind: str) -> Points:
 
 
 def draw_curves(group: Group, path: Path) -> None:
-    """Training loss and validation at k = E against the step, and k below."""
-    looks, crowd = styles(group.rows), len(group.rows) > CROWD
-    metric, trained = group.metric["name"], group.metric["training"]
-    with chart(path, 2, (12.2 if crowd else 9.2, 5), rows=2, sharex=True, height_ratios=[3.4, 1]) as (figure, ((train, valid), (active, rest))):
-        if trained == metric:
-            valid.sharey(train)
-        shown = []
-        for i, row in enumerate(group.rows):
-            look = looks[row.label]
-            for ax, kind in ((train, "train"), (valid, "valid")):
-                points = curve_points(row, kind)
-                marks = {"markersize": 4.5, "label": row.label} if kind == "valid" else {"marker": ""}
-                _draw_curve(ax, points, **{**look, "linestyle": "-", "linewidth": 1.3, **marks})
-                shown += points if kind == "train" or trained == metric else []
-            # The width falls from row to row, so that equal k remain visible.
-            _draw_k(active, row, look["color"], 1.4 + min(1.2 * (len(group.rows) - 1 - i), 5))
-        # The first tenth of training is cut off: beside its 8 bits the rest would be flat.
-        late = [mean for step, mean, _ in shown if step >= max(step for step, *_ in shown) / 10]
-        pad = 0.06 * (max(late) - min(late)) or 0.1
-        train.set(title="training, at the current k", ylabel=f"{trained}{' (nats)' * (trained == 'loss')}", xlabel="step")
-        train.set_ylim(min(late) - pad, max(late) + pad)
-        percent = " (%)" * (not group.metric["lower_is_better"])
-        valid.set(title=f"{'validation' if trained == metric else split_of(group.first)}, at k = E", ylabel=metric + percent, xlabel="step")
-        active.set(xlabel="step", ylabel="active\nexperts k")
-        ks = sorted({y for line in active.lines for y in line.get_ydata()})
-        if ks:
-            active.set(yticks=sorted({ks[0], (ks[0] + ks[-1]) // 2, ks[-1]}), ylim=(ks[0] - 1.5, ks[-1] + 1.5))
-        else:  # dense models only
-            active.axis("off")
-        for ax in (train, valid):
-            ax.tick_params(labelbottom=True)
-        rest.axis("off")
-        handles, labels = valid.get_legend_handles_labels()
-        (figure if crowd else rest).legend(handles, labels, loc="outside right center" if crowd else "center", ncols=1 + (3 < len(labels) <= CROWD))
-        add_title(figure, group)
+    """Panels: training loss, validation at k = E, and k, against the step."""
+    metric, trained, split = group.metric["name"], group.metric["training"], split_of(group.first)
+    percent = "" if group.metric["lower_is_better"] else " (%)"
+    train = Panel("step", "training, at the current k", trained + " (nats)" * (trained == "loss"))
+    valid = Panel("step", "validation, at k = E" if trained == metric else f"{split}, at k = E", metric + percent)
+    active = Panel("step", "k in training", "active experts k")
+    for i, row in enumerate(group.rows):
+        for panel, kind in ((train, "train"), (valid, "valid")):
+            if points := curve_points(row, kind):
+                panel.lines[row.label] = points
+        train.looks[row.label] = {"marker": "", "errorevery": 5}
+        if points := [(step, k, 0) for step, _, k, _ in row.first["curve"]["train"] if k is not None]:
+            active.lines[row.label] = points
+            random = sum(later < k for (_, k, _), (_, later, _) in itertools.pairwise(points)) > 2  # a line would fill the panel
+            # Lines become thinner from row to row, so that equal k remain visible.
+            line = {"marker": "", "drawstyle": "steps-post", "linewidth": 1.4 + min(1.2 * (len(group.rows) - 1 - i), 5)}
+            active.looks[row.label] = {"marker": ".", "linestyle": "none"} if random else line
+    active.limits = 0, 1 + max((k for points in active.lines.values() for _, k, _ in points), default=0)
+    # The first tenth of training is cut off: beside its 8 bits the rest would be flat.
+    clipped = [train, valid] if trained == metric else [train]
+    shown = [point for panel in clipped for points in panel.lines.values() for point in points]
+    late = [mean for step, mean, _ in shown if step >= max(shown)[0] / 10] or [0]
+    pad = 0.06 * (max(late) - min(late)) or 0.1
+    for panel in clipped:
+        panel.limits = min(late) - pad, max(late) + pad
+    draw_panels(path, group, [panel for panel in (train, valid, active) if panel.lines], styles(group.rows))
 
 
-def _draw_curve(ax, points: Points, **look) -> None:
-    if points:
-        steps, means, spreads = zip(*points, strict=True)
-        ax.plot(steps, means, **look)
-        low, high = ([mean + sign * spread for _, mean, spread in points] for sign in (-1, 1))
-        ax.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def _draw_k(ax, row: Row, colour: str, width: float) -> None:
-    points = [(step, k) for step, _, k, _ in row.first["curve"]["train"] if k is not None]
-    if sum(later < k for (_, k), (_, later) in itertools.pairwise(points)) > 2:  # drawn at random: a line would fill the panel
-        ax.plot(*zip(*points, strict=True), ".", color=colour, markersize=3)
-    elif points:
-        ax.step(*zip(*points, strict=True), where="post", color=colour, linewidth=width)
+def _add_title(figure: Figure, group: Group) -> None:
+    """The title that all rows share, then what they started from and the number of replicates."""
+    counts = {len(row.records) for row in group.rows}
+    runs = "runs" if any(record.get("fold") is not None for record in group.records) else "seeds"
+    spread = (
+        f"mean ± standard deviation, n = {'–'.join(map(str, sorted({min(counts), max(counts)})))} {runs}" if max(counts) > 1 else "one seed"
+    )
+    start = f"pre-trained on {group.start}; " if group.start else ""
+    width = int(figure.get_figwidth() * 13)
+    figure.suptitle(f"{textwrap.fill(group.title, width)}\n{textwrap.fill(start + spread, width)}", fontsize=10)

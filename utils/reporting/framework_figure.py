@@ -6,136 +6,87 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
-INK, PALE, GREY = "#222222", "#f4f4f2", "#8a8a8a"
-EXPERTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's palette
-ACTIVE = (0, 2, 5)  # the experts that the drawn router picks
-NAMES = ("1", "2", "3", "4", "…", "E")
-
-
-def _box(ax, x: float, y: float, w: float, h: float, text: str = "", face: str = "white", edge: str = INK, **kwargs) -> None:
-    size, style, colour = kwargs.pop("size", 9.5), kwargs.pop("style", "-"), kwargs.pop("colour", INK)
-    shape = "round,pad=0,rounding_size=1.2"
-    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=shape, facecolor=face, edgecolor=edge, linewidth=1.2, linestyle=style, **kwargs))
-    ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=colour)
-
-
-def _arrow(ax, start: tuple, end: tuple, colour: str = INK, width: float = 1.3) -> None:
-    look = {"color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, **look))
-
-
-def _panel(figure, place: tuple, title: str, size: tuple):
-    """An empty drawing surface with its own coordinates, 0..size."""
-    ax = figure.add_axes(place)
-    ax.set(xlim=(0, size[0]), ylim=(0, size[1]))
-    ax.axis("off")
-    ax.text(0, size[1], title, fontsize=11, fontweight="bold", va="top", color=INK)
-    return ax
-
-
-def _draw_dense(figure) -> None:
-    ax = _panel(figure, (0.015, 0.03, 0.235, 0.95), "1  Modularise", (50, 100))
-    ax.text(0, 93.5, "A dense FFN, cut along its hidden\nwidth D into E experts of D/E", fontsize=9, va="top", color=INK)
-    _box(ax, 15, 9, 20, 7, "x  (width d)", face=PALE)
-    _box(ax, 15, 69, 20, 7, "y  (width d)", face=PALE)
-    ax.fill([15, 35, 47, 3], [18.5, 18.5, 37, 37], color="#dcdcdc")
-    ax.fill([3, 47, 35, 15], [48, 48, 66.5, 66.5], color="#dcdcdc")
-    ax.text(25, 27.5, "W$_1$,  d → D", ha="center", va="center", fontsize=9.5)
-    ax.text(25, 57.5, "W$_2$,  D → d", ha="center", va="center", fontsize=9.5)
-    width = 44 / len(EXPERTS)
-    for i, (colour, name) in enumerate(zip(EXPERTS, NAMES, strict=True)):
-        ax.add_patch(Rectangle((3 + i * width, 38.5), width, 8, facecolor=colour, edgecolor="white", linewidth=1.5))
-        ax.text(3 + (i + 0.5) * width, 42.4, name, ha="center", va="center", fontsize=9.5, color="white", fontweight="bold")
-
-
-def _draw_experts(ax) -> None:
-    for i, (colour, name) in enumerate(zip(EXPERTS, NAMES, strict=True)):
-        x, on = 1 + i * 16.6, i in ACTIVE
-        label = name if name == "…" else f"expert {name}"
-        _box(
-            ax,
-            x,
-            50,
-            14,
-            9,
-            label,
-            face=colour if on else "white",
-            edge=colour,
-            style="-" if on else "--",
-            colour="white" if on else GREY,
-            size=8.3,
-        )
-        if on:
-            _arrow(ax, (x + 7.6, 39.5), (x + 7.6, 49.7), colour)
-            ax.text(x + 8.8, 44.5, f"g$_{name}$", fontsize=10, color=colour, va="center")
-            _arrow(ax, (x + 7.6, 59.3), (50 + (x - 42) * 0.22, 69.7), colour)
-
-
-def _draw_layer(figure) -> None:
-    ax = _panel(figure, (0.285, 0.03, 0.40, 0.95), "2  Route at random, k of E experts a token", (100, 100))
-    ax.text(
-        0,
-        93.5,
-        "The experts learn, the choice among them does not.\nFilled: run for this token; dashed: skipped",
-        fontsize=9,
-        va="top",
-        color=INK,
-    )
-    _box(ax, 40, 1, 20, 7, "x  (token)", face=PALE)
-    _arrow(ax, (50, 8.3), (50, 13.7))
-    _box(ax, 1, 14, 98.2, 12, face="#e3f0fa", edge="#0072B2")
-    ax.text(50, 22.6, "router:  h(x) = W x + b,  W random", ha="center", va="center", fontsize=10)
-    ax.text(50, 17.4, "❄  frozen: drawn once, never trained", ha="center", va="center", fontsize=9, color="#0072B2", fontweight="bold")
-    _arrow(ax, (50, 26.3), (50, 30.2))
-    _box(ax, 1, 30.5, 98.2, 8.7, "top-k of h;  gate  g = softmax over the k kept logits", face=PALE)
-    _draw_experts(ax)
-    _box(ax, 24, 70, 52, 8.5, r"y = $\Sigma_{i\,\in\,top\,k}$  g$_i$ · expert$_i$(x)", face=PALE, size=10)
-    _arrow(ax, (50, 78.8), (50, 84))
-
-
-def _plot_axes(figure, place: tuple, title: str, note: str):
-    ax = figure.add_axes(place)
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.text(place[0] - 0.035, place[1] + place[3] + 0.115, title, fontsize=11, fontweight="bold", color=INK, va="top")
-    figure.text(place[0] - 0.035, place[1] + place[3] + 0.057, note, fontsize=9, color=INK, va="top")
-    return ax
-
-
-def _draw_schedule(figure) -> None:
-    ax = _plot_axes(figure, (0.765, 0.60, 0.22, 0.265), "3  Let k grow while training", "from E/2 to E active experts")
-    low, high, total = 8, 16, 200
-    steps = [round((high - low) * t / total) + low for t in range(total + 1)]
-    ax.step(range(total + 1), steps, where="post", color="#D55E00", linewidth=2.2)
-    ax.set(xlim=(0, total), ylim=(low - 2, high + 1), xticks=[0, total], yticks=[low, high])
-    ax.set_xticklabels(["0", "T"])
-    ax.set_yticklabels(["E/2", "E"])
-    ax.set_xlabel("training step", fontsize=9, labelpad=-8)
-    ax.set_ylabel("k", fontsize=10, rotation=0, labelpad=-6)
-
-
-def _draw_slimming(figure) -> None:
-    ax = _plot_axes(figure, (0.765, 0.105, 0.22, 0.265), "4  Pick any k afterwards", "one model, self-slimmable")
-    ks = [1 + 15 * i / 60 for i in range(61)]
-    ax.plot(ks, [1 - k**-0.75 for k in ks], color="#009E73", linewidth=2.2)
-    chosen = (2, 4, 8, 16)
-    ax.plot(chosen, [1 - k**-0.75 for k in chosen], "o", color="#009E73", markersize=7, markeredgecolor="white")
-    ax.set(xlim=(0.4, 16.8), ylim=(-0.05, 1.02), xticks=[1, 8, 16], yticks=[])
-    ax.set_xticklabels(["1", "E/2", "E"])
-    ax.set_xlabel("k at inference (cost)", fontsize=9)
-    ax.set_ylabel("quality (sketch)", fontsize=9)
+INK, PALE, GREY, BLUE = "#222222", "#f4f4f2", "#8a8a8a", "#0072B2"
+# Okabe and Ito's palette. The drawn router picks experts 1, 3 and E.
+EXPERTS = (("1", BLUE, True), ("2", "#E69F00", False), ("3", "#009E73", True), ("4", "#CC79A7", False), ("…", "#56B4E9", False))
+EXPERTS += (("E", "#D55E00", True),)
 
 
 def draw_framework(path: Path) -> None:
     """Draws the framework figure as a PNG."""
-    figure = plt.figure(figsize=(10, 5.0))
-    _draw_dense(figure)
-    _draw_layer(figure)
-    _draw_schedule(figure)
-    _draw_slimming(figure)
+    figure = plt.figure(figsize=(10, 5))
+    ax = figure.add_axes((0, 0, 0.7, 1))
+    ax.set(xlim=(0, 140), ylim=(0, 100))
+    ax.axis("off")
+    _draw_dense(ax)
+    _draw_layer(ax)
+    plots = {"xlabel": "training step", "ylabel": "k", "xticks": ([0, 200], ["0", "T"]), "yticks": ([8, 16], ["E/2", "E"])}
+    schedule = _plot(figure, 0.6, "3  Let k grow during training", "from E/2 to E active experts", **plots)
+    schedule.step(range(201), [8 + round(8 * step / 200) for step in range(201)], where="post", color="#D55E00", linewidth=2.2)
+    plots = {"xlabel": "k at inference (cost)", "ylabel": "quality (sketch)", "xticks": ([1, 8, 16], ["1", "E/2", "E"]), "yticks": ([], [])}
+    slimming = _plot(figure, 0.1, "4  Choose any k afterwards", "one model, self-slimmable", **plots)
+    ks = [1 + step / 4 for step in range(61)]
+    slimming.plot(ks, [1 - k**-0.75 for k in ks], "-o", color="#009E73", linewidth=2.2, markevery=[4, 12, 28, 60], markeredgecolor="white")
     for x in (0.267, 0.70):
         figure.add_artist(plt.Line2D([x, x], [0.04, 0.96], color="#d5d5d5", linewidth=1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close(figure)
+
+
+def _plot(figure, bottom: float, title: str, note: str, xticks: tuple, yticks: tuple, **labels: str):
+    ax = figure.add_axes((0.765, bottom, 0.22, 0.27))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xticks(*xticks)
+    ax.set_yticks(*yticks)
+    ax.set(**labels)
+    _head(ax, -0.16, 1.33, title, note, transform=ax.transAxes)
+    return ax
+
+
+def _head(ax, x: float, y: float, title: str, note: str, **where) -> None:
+    ax.annotate(title, (x, y), fontsize=11, fontweight="bold", color=INK, va="center", xycoords=where.get("transform", "data"))
+    ax.annotate(note, (x, y), (0, -9), textcoords="offset points", fontsize=9, color=INK, va="top", xycoords=where.get("transform", "data"))
+
+
+def _box(ax, x: float, y: float, w: float, h: float, text: str = "", face: str = PALE, edge: str = INK, **look) -> None:
+    line = look.pop("linestyle", "-")
+    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=1.2", facecolor=face, edgecolor=edge, linestyle=line))
+    ax.text(x + w / 2, y + h / 2, text, **{"ha": "center", "va": "center", "fontsize": 9.5, "color": INK, **look})
+
+
+def _arrow(ax, start: tuple[float, float], end: tuple[float, float], colour: str = INK) -> None:
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.3})
+
+
+def _draw_dense(ax) -> None:
+    _head(ax, 3, 96, "1  Modularise", "A dense FFN, cut along its hidden\nwidth D into E experts of D/E")
+    for y, text in ((11, "x  (width d)"), (69, "y  (width d)")):
+        _box(ax, 17, y, 19, 7, text)
+    for narrow, wide, middle, text in ((20, 38, 29, "W$_1$,  d → D"), (67, 49, 58, "W$_2$,  D → d")):
+        ax.fill([17, 36, 47, 6], [narrow, narrow, wide, wide], color="#dcdcdc")
+        ax.text(26.5, middle, text, ha="center", va="center", fontsize=9.5)
+    for i, (name, colour, _) in enumerate(EXPERTS):
+        ax.add_patch(Rectangle((6 + i * 41 / 6, 39.5), 41 / 6, 8, facecolor=colour, edgecolor="white", linewidth=1.5))
+        ax.text(6 + (i + 0.5) * 41 / 6, 43.2, name, ha="center", va="center", fontsize=9.5, color="white", fontweight="bold")
+
+
+def _draw_layer(ax) -> None:
+    note = "The experts are trained, the choice among them is not.\nFilled: run for this token; dashed: skipped"
+    _head(ax, 57, 96, "2  Route at random, k of E experts per token", note)
+    _box(ax, 89, 3, 16, 7, "x  (token)")
+    _box(ax, 57.5, 16, 79, 12, "router:  h(x) = W x + b,  W random\n", face="#e3f0fa", edge=BLUE, fontsize=10)
+    ax.text(97, 19.5, "❄  frozen: drawn once, never trained", ha="center", va="center", fontsize=9, color=BLUE, fontweight="bold")
+    _box(ax, 57.5, 32, 79, 8.5, "top-k of h;  gate  g = softmax over the k kept logits")
+    _box(ax, 76, 70, 42, 8.5, r"y = $\Sigma_{i\,\in\,top\,k}$  g$_i$ · expert$_i$(x)", fontsize=10)
+    for start, end in ((10, 16), (28, 32), (78.5, 84)):
+        _arrow(ax, (97, start), (97, end))
+    for i, (name, colour, active) in enumerate(EXPERTS):
+        x, look = 57.5 + i * 13.5, {"fontsize": 8.3, "color": "white"} if active else {"fontsize": 8.3, "color": GREY, "linestyle": "--"}
+        _box(ax, x, 51, 11.5, 9, name if name == "…" else f"expert {name}", face=colour if active else "white", edge=colour, **look)
+        if active:
+            _arrow(ax, (x + 5.75, 40.5), (x + 5.75, 51), colour)
+            ax.text(x + 7, 45.7, f"g$_{name}$", fontsize=10, color=colour, va="center")
+            _arrow(ax, (x + 5.75, 60), (97 + (x - 91) * 0.25, 70), colour)

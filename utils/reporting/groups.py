@@ -150,7 +150,11 @@ def quality_points(row: Row) -> list[tuple[int | None, float, float, float]]:
     for entry in (entry for record in row.records for entry in record["quality"]):
         by_k.setdefault(entry["k"], []).append(entry)
     return [
-        (k, statistics.mean(entry["active_parameters"] for entry in by_k[k]), *mean_and_spread(entry[split_of(row.first)] for entry in by_k[k]))
+        (
+            k,
+            statistics.mean(entry["active_parameters"] for entry in by_k[k]),
+            *mean_and_spread(entry[split_of(row.first)] for entry in by_k[k]),
+        )
         for k in sorted(by_k, key=lambda k: k or 0)
     ]
 

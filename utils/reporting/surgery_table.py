@@ -46,7 +46,9 @@ def directly_after(record: Record) -> float | None:
 
 
 def measured_alike(record: Record, other: Record) -> bool:
-    return all(record[part][name] == other[part][name] for part, name in (("dataset", "fingerprint"), ("dataset", "name"), ("metric", "name")))
+    return all(
+        record[part][name] == other[part][name] for part, name in (("dataset", "fingerprint"), ("dataset", "name"), ("metric", "name"))
+    )
 
 
 def tuned_alike(record: Record, other: Record) -> bool:
@@ -134,22 +136,15 @@ def surgery_groups(found: Found) -> list[Group]:
     for rows in gather(operated, group_of, row_of, row_label, same_in_row=("preset",)):
         rows.sort(key=lambda row: -sum(surgery_of(row.first)["after"]["experts"]))
         for row in rows:
-            _check_read(row, training(row.first))
+            for alike in zip(*(record["pretrained"]["operations"] for record in row.records), strict=True):
+                # The first records of compressed models do not name the data that decided an operation.
+                if len(read := {frozen(one["read"]): one for one in alike if one.get("read")}) > 1:
+                    raise UserError(f"'{row.label}' on {training(row.first)}: the operations read {' and '.join(read)}; leave one out")
         first = rows[0].first
         _, _, label, start, *model = group_of(first)
         title = ", ".join([label, *(f"model {one}" for one in model)])
         groups.append(Group(title, "-".join([data_stem(first), slug(first["method"]), *model]), rows, start, others))
     return with_own_stems(groups)
-
-
-def _check_read(row: Row, training: str) -> None:
-    """UserError where the operations of one row read different data. The first records of compressed models do not name them."""
-    read = [(record["seed"], [one.get("read") for one in record["pretrained"]["operations"]]) for record in row.records]
-    for seed, mine in read:
-        for other, theirs in read:
-            if any(a and b and a != b for a, b in zip(mine, theirs, strict=True)):
-                place = f"'{row.label}' on {training}, seeds {other} and {seed}"
-                raise UserError(f"{place}: the operations read {theirs} and {mine}, so they cannot be averaged; leave one out")
 
 
 def build_table(group: Group) -> Table:
@@ -172,8 +167,10 @@ def build_table(group: Group) -> Table:
         return Cell(mean_cell(map(recovered, from_scratch(row.first, others)), form).text)
 
     def sizes(title: str, value: Callable[[dict], float]) -> Column:
-        both = lambda row: (whole(row.first, others), size_of(row.first))  # noqa: E731
-        return f"{title}, before / after", lambda row: Cell(" / ".join(short_number(value(one)) if one else DASH for one in both(row)))
+        def cell(row: Row) -> Cell:
+            return Cell(" / ".join(short_number(value(one)) if one else DASH for one in (whole(row.first, others), size_of(row.first))))
+
+        return f"{title}, before / after", cell
 
     further, after = mean(FURTHER.capitalize(), recovered)
     columns = [("Operation", NAME), ("Experts of each layer", experts), mean("Before", lambda record: before(record, others))]
@@ -211,17 +208,12 @@ def surgery_tables(found: Found, _only: list[str] | None = None) -> list[Table]:
     return [build_table(group) for group in surgery_groups(found)]
 
 
-def panels(group: Group) -> dict[str, tuple[Callable[[Record], float], Callable[[Record], int]]]:
-    """Quality and stored parameters of a record, by the title of the figure's panel."""
-    after = {FURTHER: (recovered, lambda record: record["parameters"]["total"])}
-    directly = {"directly after": (directly_after, lambda record: surgery_of(record)["after"]["parameters"])}
-    return directly | after if on_the_text(group.first) else after
-
-
-def curves(group: Group, quality: Callable, size: Callable) -> dict[str, list[tuple[float, float, float]]]:
-    """(millions of parameters, mean, spread) of each row, by the operations that rows of one curve share."""
+def curves(group: Group, directly: bool) -> dict[str, list[tuple[float, float, float]]]:
+    """(millions of stored parameters, mean quality, spread) of each row, directly after surgery or after further training, by operations."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in group.rows:
         name = operations_label({"method": one["method"]} for one in row.first["pretrained"]["operations"] if one["method"] != "train")
-        found.setdefault(name, []).append((size(row.first) / 1e6, *mean_and_spread(map(quality, row.records))))
+        size = surgery_of(row.first)["after"]["parameters"] if directly else row.first["parameters"]["total"]
+        point = size / 1e6, *mean_and_spread(map(directly_after if directly else recovered, row.records))
+        found.setdefault(name, []).append(point)
     return {name: sorted(points) for name, points in sorted(found.items())}

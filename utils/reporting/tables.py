@@ -16,8 +16,8 @@ DASH = "–"
 FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, which get figures of their own
 FOOTNOTES = {
     "time": "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine.",
-    "entropy": "Load entropy: entropy of the experts' shares of assignments, divided by log E. Routes changing late: share of the tokens whose "
-    "top expert differs between the last two checkpoints.",
+    "entropy": "Load entropy: entropy of the experts' shares of assignments, divided by log E. Routes changing late: share of the tokens "
+    "whose top expert differs between the last two checkpoints.",
 }
 
 
@@ -69,7 +69,7 @@ def table_of(label: str, caption: str, group: Group, columns: list[Column], **mo
 
 
 def mean_cell(values: Iterable[float | None], form: str = ".3f", of: int = 0) -> Cell:
-    """The mean of the known values, and the spread if there are several. of: the replicates in the row, to say where some lack the value."""
+    """The mean of the known values, and the spread if there are several. of: the replicates in the row; some may lack the value."""
     known = [value for value in values if value is not None]
     if not known:
         return Cell()
@@ -144,7 +144,9 @@ def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
 def replicates(records: list[Record]) -> str:
     """ "mean ± sample standard deviation over n seeds (seeds 1, 2, fold 3 of 5)" """
     seeds, folds = (sorted({record.get(name) for record in records} - {None}) for name in ("seed", "fold"))
-    numbers = [f"{name}{'s' * (len(found) > 1)} {', '.join(map(str, found))}" for name, found in (("seed", seeds), ("fold", folds)) if found]
+    numbers = [
+        f"{name}{'s' * (len(found) > 1)} {', '.join(map(str, found))}" for name, found in (("seed", seeds), ("fold", folds)) if found
+    ]
     spread = f"mean ± sample standard deviation over n {'runs' if len(folds) > 1 else 'seeds'}"
     return f"{spread if len(seeds) * max(len(folds), 1) > 1 else 'one seed, spread unknown'} ({', '.join(numbers)}{' of 5' * bool(folds)})"
 
@@ -197,7 +199,9 @@ def _method_table(group: Group, name: str) -> Table:
         columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
         footnotes.append(FOOTNOTES["entropy"])
     more, sources = published(group, name)
-    folds = {f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]}
+    folds = {
+        f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]
+    }
     made = table_of(name, caption(group), group, columns + more, notes=sorted(folds), footnotes=footnotes + sources)
     made.figures = _figures(group)
     return made
@@ -223,7 +227,9 @@ def _figures(group: Group) -> list[Figure]:
 def _written(table: Table, bold: str, escape: Callable[[str], str], joint: str, line: str) -> list[str]:
     """Header and rows as lines. bold and line: with {} for their content."""
     cells = [[escape(cell.text) for cell in row] for row in table.rows]
-    cells = [[bold.format(text) if cell.bold else text for text, cell in zip(*pair, strict=True)] for pair in zip(cells, table.rows, strict=True)]
+    cells = [
+        [bold.format(text) if cell.bold else text for text, cell in zip(*pair, strict=True)] for pair in zip(cells, table.rows, strict=True)
+    ]
     return [line.format(joint.join(row)) for row in [[escape(title) for title in table.header], *cells]]
 
 
@@ -250,5 +256,13 @@ def to_latex(table: Table) -> str:
     head, *rows = _written(table, r"\textbf{{{}}}", _tex, " & ", r"{} \\")
     caption = _tex(" ".join([table.caption, *table.notes, *table.footnotes]))
     top = [r"\begin{table}", r"\centering\small", rf"\caption{{{caption}}}", rf"\label{{{table.label}}}"]
-    body = [rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    body = [
+        rf"\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
     return "\n".join([*top, *body, r"\end{table}"]) + "\n"
