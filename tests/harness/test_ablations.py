@@ -10,8 +10,8 @@ from tests.tiny import parse
 from utils.errors import UserError
 from utils.flags.derive import usual_flags
 from utils.reporting import ablations
-from utils.reporting.__main__ import main, of_ablations, render
-from utils.reporting.ablations import ABLATIONS, build_table, groups_of
+from utils.reporting.__main__ import main, render
+from utils.reporting.ablations import ABLATIONS, ablation_tables, build_table, groups_of
 from utils.reporting.tables import to_markdown
 from utils.training.identity import departures
 
@@ -138,7 +138,7 @@ def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
     main(["ablation", "--only", name, "--results", "runs", "--figs", "Figs"])
     (figure,) = (tmp_path / "Figs" / "ablation").iterdir()
     assert figure.name == f"enwik8-prefix-laptop-{name}.png" and figure.stat().st_size > 10_000
-    assert f"(Figs/ablation/{figure.name})" in render("ablation", of_ablations(runs_of(name), [name]), "Figs")
+    assert f"(Figs/ablation/{figure.name})" in render("ablation", ablation_tables(runs_of(name), [name]), "Figs")
 
 
 def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
@@ -148,7 +148,7 @@ def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(one))
     main(["ablation", "--collect", "constant_all", "decreasing"])
-    assert {path.parent.name for path in (tmp_path / "results").rglob("*.json")} == {"schedule-constant-all", "schedule-decreasing"}
+    assert {path.parent.name for path in (tmp_path / "results").rglob("*.json")} == {"schedule-constant_all", "schedule-decreasing"}
     (tmp_path / "decreasing" / "result.json").write_text(json.dumps(record("thor")))
     assert "is no row of script/ablation/rows.json" in refusal(["ablation", "--collect", "decreasing"], capsys)
 

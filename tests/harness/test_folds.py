@@ -87,7 +87,7 @@ def test_every_fold_and_seed_is_collected_under_a_name_of_its_own(folder):  # no
         Path(f"runs/{index}").mkdir(parents=True)
         Path(f"runs/{index}/result.json").write_text(json.dumps(made))
     main(["table2", "--collect", *map(str, Path("runs").iterdir())])
-    names = {path.name for path in Path("results/table2/smoe-dropout").iterdir()}
+    names = {path.name for path in Path("results/table2/smoe_dropout").iterdir()}
     assert names == {f"mawps-laptop-abcd-fold{fold}-seed{seed}.json" for fold in FOLDS for seed in SEEDS}
 
 
@@ -95,13 +95,13 @@ def test_the_figure_by_k_draws_the_mean_of_all_folds(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     (group,) = method_groups([(Path(f"{i}.json"), made) for i, made in enumerate([*ALL, *map(dense, FOLDS)])])
-    figures.draw_by_k(group, tmp_path / "by_k.png")
+    figures.draw_quality(group, tmp_path / "by_k.png")
     axes = drawn[0].axes[0]
     (line, _, (bars,)) = axes.containers[0]
     mean, spread = statistics.mean(SOLVED), statistics.stdev(SOLVED)
     assert [tuple(point) for point in line.get_xydata()] == [(8, pytest.approx(mean - 5)), (16, pytest.approx(mean))]
     assert [end - begin for (_, begin), (_, end) in bars.get_segments()] == pytest.approx([2 * spread] * 2)
-    assert "mean ± standard deviation over 5 to 10 runs" in " ".join(drawn[0].get_suptitle().split())
+    assert "mean ± standard deviation, n = 5–10 runs" in " ".join(drawn[0].get_suptitle().split())
     flat = next(line for line in axes.lines if line.get_label() == "Dense")
     assert set(flat.get_ydata()) == {statistics.mean(SOLVED[::2])}
 

@@ -253,7 +253,7 @@ def run_folder(name, content):
 
 def test_collect(folder, capsys):
     run = run_folder("runs/a", record(seed=3))
-    target = Path("results/table1/smoe-dropout/enwik8-prefix-laptop-seed3.json")
+    target = Path("results/table1/smoe_dropout/enwik8-prefix-laptop-seed3.json")
     main(["table1", "--collect", "runs/a"])
     assert target.read_text() == (run / "result.json").read_text() + "\n"
     main(["--collect", "runs/a"])  # the same again is no conflict

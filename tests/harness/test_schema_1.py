@@ -8,6 +8,7 @@ import pytest
 from tests.harness.test_report import record
 from utils.checkpoints import schema_1
 from utils.errors import UserError
+from utils.reporting.labels import operations_label, training_label
 from utils.reporting.records import read_record
 
 TITLE = "Words, quick (batch_size=4, lr=0.003, scheduler=cosine), 1,024 steps"
@@ -15,15 +16,12 @@ READ = {"data": "Words", "fingerprint": "f", "task": None, "k": 2, "tokens": 512
 SURGERY = {
     **{"method": "compress", "keep": None, "options": {"rank": 4, "kept": 0.25}, "seed": 1111, "weights_sha256": "w", "read": READ},
     **{"source": {"title": TITLE, "sha256": "s", "method": "smoe", "seed": 7}, "tested_on": "f", "max_test_steps": 80},
-    **{"label": "slim 4 to 2 score usage, 500 steps, compress rank 4 kept 0.25", "title": f"{TITLE}, ...", "before": {"parameters": 9}},
+    **{"label": "slim 4 to 2 score usage, 500 steps, compress rank 4 kept 0.25", "before": {"parameters": 9}},
 }
-TRAINED = {
-    **{"dataset": {"title": "Words"}, "preset": "quick", "preset_settings": {"batch_size": 4, "lr": 0.003, "scheduler": "cosine"}},
-    **{"steps": 1024, "method": "smoe", "seed": 7},
-}
+SURGERY["title"] = f"{TITLE}, {SURGERY['label']}"
+TRAINED = {"folder": TITLE, "method": "smoe", "seed": 7}
 OPERATIONS = [
-    {"method": "keep_best", "from": 4, "keep": 2, "options": {"score": "usage"}, "read": READ},
-    {"method": "train", "steps": 500},
+    {"method": "earlier", "label": "slim 4 to 2 score usage, 500 steps", "read": READ},
     {"method": "compress", "options": {"rank": 4, "kept": 0.25}, "seed": 1111, "weights_sha256": "w"},
 ]
 
@@ -44,15 +42,22 @@ def test_a_folder_of_surgery():
     assert schema_1.surgery(found) == found
 
 
+def test_one_operation_is_kept_as_values():
+    old = SURGERY | {"method": "slim", "keep": 2, "options": {"score": "usage"}, "label": "slim 4 to 2 score usage"}
+    values = {"options": {"score": "usage"}, "seed": 1111, "weights_sha256": "w", "read": READ}
+    assert schema_1.surgery(old)["operations"] == [{"method": "keep_best", "from": 4, "keep": 2, **values}]
+
+
 def test_weights_that_a_run_started_from():
-    title = f"{TITLE}, {SURGERY['label']}, pruned to 0.25 in 12 steps, taught"
+    title = f"{SURGERY['title']}, pruned to 0.25 in 12 steps, taught"
     old = {"title": title, "sha256": "b", "transferred": True, "surgery": SURGERY, "teacher": {"title": TITLE, "sha256": "t"}}
     found = schema_1.pretrained(copy.deepcopy(old))
-    training = {"method": "train", "steps": 12, "pruned_to": 0.25, "taught": True}
+    training = {"method": "train", "label": "pruned to 0.25 in 12 steps, taught"}
     assert {name: found[name] for name in TRAINED} == TRAINED and found["operations"] == [*OPERATIONS, training]
-    assert found["surgery"]["source_sha256"] == "s" and found["teacher"]["steps"] == 1024
+    assert found["surgery"]["source_sha256"] == "s" and found["teacher"]["folder"] == TITLE
+    assert training_label(found) == f"{TITLE}"
+    assert operations_label(found["operations"]).startswith("slim 4 to 2 score usage, 500 steps + compress rank 4")
     assert schema_1.pretrained({"title": "weights", "sha256": "b"}) == {"folder": "weights", "operations": [], "sha256": "b"}
-    assert schema_1.pretrained({"title": "Words, laptop, step 8", "sha256": "b"})["checkpoint"] == 8
 
 
 @pytest.mark.parametrize(
@@ -89,5 +94,5 @@ def test_a_record_that_is_not_whole_is_refused(tmp_path):
     made = old_record()
     del made["metric"]
     (tmp_path / "result.json").write_text(json.dumps(made))
-    with pytest.raises(UserError, match="is no whole record of schema 1"):
+    with pytest.raises(UserError, match="is an incomplete record of schema 1"):
         read_record(tmp_path / "result.json")

@@ -10,7 +10,7 @@ from tests.harness.test_report import overwrite, record, refusal
 from utils.errors import UserError
 from utils.reporting import figures
 from utils.reporting.__main__ import main
-from utils.reporting.surgery_table import before, build_table, curves, from_scratch, recovered, surgery_groups
+from utils.reporting.surgery_table import before, build_table, curves, from_scratch, surgery_groups
 
 BEFORE, WHOLE = 2.0, "a" * 64
 
@@ -113,11 +113,11 @@ def test_it_is_held_against_a_model_of_that_size_from_random_weights_and_of_no_o
     assert cells([operated, scratch, larger, rival, elsewhere])[0][5] == "2.250"
 
 
-def test_what_training_on_alone_does_stands_below_the_table():
+def test_further_training_without_surgery_is_a_note():
     control = record("smoe", 1, {16: 1.9}, 16, training__steps=500)
     control["pretrained"] = weights(WHOLE + "1")
     (group,) = groups_of([went_on(MERGE, 2.4, 2.1), control])
-    assert build_table(group).notes[-1] == "Trained on for 500 steps without surgery: 1.900 (n = 1)."
+    assert build_table(group).notes[-1] == "500 further steps without surgery: 1.900 (n = 1)."
 
 
 def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
@@ -177,7 +177,7 @@ def test_only_replicates_are_averaged():
     trained_longer = copy.deepcopy(two)
     trained_longer["pretrained"]["operations"].append({"method": "train", "steps": 500})
     assert [row[0] for row in cells([one, trained_longer])] == ["merge 16 to 8 (n = 1)", "merge 16 to 8, trained 500 steps (n = 1)"]
-    with pytest.raises(UserError, match="they are not one row"):
+    with pytest.raises(UserError, match="leave one out"):
         groups_of([one, went_on(MERGE | {"read": READ | {"k": 4}}, 2.6, 2.3, seed=2)])
     silent = {name: value for name, value in MERGE.items() if name != "read"}
     found = cells([one, went_on(silent, 2.6, 2.3, seed=2)])
@@ -191,7 +191,7 @@ def test_seeds_stand_in_their_order_and_the_caption_says_what_the_numbers_are():
     table = build_table(group)
     assert [record["seed"] for record in group.rows[0].records] == [1, 2]
     assert table.caption.endswith("mean ± sample standard deviation over n seeds (seeds 1, 2).")
-    assert build_table(groups_of([one])[0]).caption.endswith("seed 1.")
+    assert build_table(groups_of([one])[0]).caption.endswith("one seed, spread unknown (seed 1).")
     cell = table.rows[0][-1].text
     assert cell.startswith("× ") and cell.count("×") == 1 and "±" in cell
 
@@ -201,7 +201,7 @@ def test_two_trained_models_of_one_seed_are_two_tables():
     other["pretrained"]["surgery"]["source_sha256"] = "c" * 64
     groups = groups_of([one, two, other])
     assert [len(group.rows) for group in groups] == [2, 1] and len({group.stem for group in groups}) == 2
-    start = "Surgery on SMoE (learned router), model cccccccc, pre-trained on Words, laptop, 10 steps: test bpc"
+    start = "Surgery on SMoE (learned router), model cccc, pre-trained on Words, laptop, 10 steps: test bpc"
     assert build_table(groups[1]).caption.startswith(start)
 
 
@@ -217,7 +217,7 @@ def test_a_curve_is_named_after_all_operations_of_its_rows():
     both = went_on(MERGE, 2.4, 2.1)
     both["pretrained"]["operations"] += [{"method": "train", "steps": 500}, COMPRESS]
     (group,) = groups_of([both, went_on(UNCURL, 2.3, 2.2)])
-    found = curves(group, recovered, lambda record: record["parameters"]["total"])
+    found = curves(group, directly=False)
     assert found == {"merge + compress": [(1.6, 2.1, 0.0)], "UNCURL": [(1.6, 2.2, 0.0)]}
 
 

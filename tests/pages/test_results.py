@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.tables import render as render_benchmarks
 from tests.conftest import ROOT
-from utils.reporting.__main__ import TABLES, parts_of, place, render
+from utils.reporting.__main__ import TABLES, build_tables, place, render
 from utils.reporting.labels import method_label, operations_label, preset_label, training_label
 from utils.reporting.pages import rendered
 from utils.reporting.records import PUBLISHED, read_record
@@ -40,8 +40,8 @@ def test_labels_are_words():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_tables_are_rendered_from_the_records(table):
-    parts = parts_of(table, [ROOT / "results" / source for source in TABLES[table].sources], [])
-    assert rendered(ROOT / "results" / table / "page.md", table) == render(table, parts, "../../Figs")
+    tables = build_tables(table, [ROOT / "results" / source for source in TABLES[table].sources])
+    assert rendered(ROOT / "results" / table / "page.md", table) == render(table, tables, "../../Figs")
 
 
 def test_benchmarks_are_rendered_from_the_records():

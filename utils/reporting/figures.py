@@ -49,9 +49,9 @@ Points = list[tuple[float, float, float]]
 
 @dataclass
 class Panel:
-    """A panel of a figure. lines: (x, mean, standard deviation) by label. levels: heights over the whole width. looks: by label, beside those
-    of the figure. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend:
-    its own one. limits: of the y axis.
+    """A panel of a figure. lines: (x, mean, standard deviation) by label. levels: heights over the whole width. looks: by label, on top of
+    the figure's. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend: its own
+    one. limits: of the y axis.
     """
 
     xlabel: str

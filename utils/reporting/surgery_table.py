@@ -209,7 +209,7 @@ def surgery_tables(found: Found, _only: list[str] | None = None) -> list[Table]:
 
 
 def curves(group: Group, directly: bool) -> dict[str, list[tuple[float, float, float]]]:
-    """(millions of stored parameters, mean quality, spread) of each row, directly after surgery or after further training, by operations."""
+    """(millions of stored parameters, mean quality, spread) of each row, directly after surgery or after further training."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in group.rows:
         name = operations_label({"method": one["method"]} for one in row.first["pretrained"]["operations"] if one["method"] != "train")
