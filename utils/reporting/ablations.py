@@ -20,7 +20,7 @@ from utils.flags.fields import Flags
 from utils.reporting.groups import Group, Row, frozen, gather, quality_points, titled, with_own_stems
 from utils.reporting.labels import Record, slug
 from utils.reporting.records import ROOT, Found, file_name
-from utils.reporting.tables import NAME, PARAMETERS, Cell, Figure, Table, caption, published, quality_column, table_of
+from utils.reporting.tables import PARAMETERS, Figure, Table, caption, published, quality_column, table_of
 from utils.training.identity import departures
 
 ROWS = ROOT / "script" / "ablation" / "rows.json"
@@ -127,17 +127,17 @@ def ablation_tables(found: Found, only: list[str] | None = None) -> list[Table]:
 def build_table(ablation: Ablation, group: Group) -> Table:
     """Quality at E/2, at E and at the best k, and the published numbers where there are any."""
 
-    def best(row: Row) -> Cell:
+    def best(row: Row) -> str:
         choose = min if group.metric["lower_is_better"] else max
         k, _, mean, _ = choose(quality_points(row), key=lambda point: point[2])
-        return Cell(f"{mean:.3f}" + (f" (k = {k})" if k else ""))
+        return f"{mean:.3f}" + (f" (k = {k})" if k else "")
 
     shown = group.shown.capitalize()
-    columns = [(ablation.title, NAME), quality_column(f"{shown}, k = E/2", "E/2"), quality_column("k = E", "E")]
+    columns = [quality_column(f"{shown}, k = E/2", "E/2"), quality_column("k = E", "E")]
     more, sources = published(group, ablation.name)
     columns += [("best k (mean)", best), PARAMETERS, *more]
     figure = Figure(f"{group.stem}.png", f"{ablation.title}: quality against k", "draw_ablation", (ablation, group))
-    return table_of("ablation", f"{ablation.title}. {caption(group)}", group, columns, footnotes=sources, figures=[figure])
+    return table_of("ablation", f"{ablation.title}. {caption(group)}", group, ablation.title, columns, footnotes=sources, figures=[figure])
 
 
 def main(argv: list[str] | None = None) -> None:

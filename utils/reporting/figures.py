@@ -49,8 +49,7 @@ Points = list[tuple[float, float, float]]
 
 @dataclass
 class Panel:
-    """A panel of a figure. lines: (x, mean, standard deviation) by label. levels: heights over the whole width. looks: by label, on top of
-    the figure's. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend: its own
+    """One pair of axes. lines: (x, mean, standard deviation) by label. levels: horizontal lines. looks: by label, on top of the figure's. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend: its own
     one. limits: of the y axis.
     """
 
@@ -209,15 +208,14 @@ def draw_surgery(group: Group, path: Path) -> None:
         panels.insert(0, replace(panels[0], title="directly after", lines=surgery_table.curves(group, True)))
     names = dict.fromkeys([*surgery_table.CURVES, *panels[-1].lines])  # a curve looks the same in every figure
     looks = {name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
-    scratch = {id(other): other for row in group.rows for other in surgery_table.from_scratch(row.first, group.others)}.values()
-    if scratch:
-        points = [(other["parameters"]["total"] / 1e6, surgery_table.recovered(other), 0) for other in scratch]
-        panels[-1].lines["trained from scratch"] = points
-        looks["trained from scratch"] = {"color": "black", "marker": "*", "linestyle": "none", "markerfacecolor": "none"}
+    looks[scratch := "trained from scratch"] = {"color": "black", "marker": "*", "linestyle": "none", "markerfacecolor": "none"}
+    looks[whole := "before surgery, all experts"] = {"color": GREYS[1], "linestyle": "--"}
+    others = {id(other): other for row in group.rows for other in surgery_table.from_scratch(row.first, group.others)}.values()
+    if others:
+        panels[-1].lines[scratch] = [(other["parameters"]["total"] / 1e6, surgery_table.recovered(other), 0) for other in others]
     known = [value for record in group.records if (value := surgery_table.before(record, group.others)) is not None]
     if known:
-        panels[-1].levels["before surgery, all experts"] = statistics.mean(known)
-        looks["before surgery, all experts"] = {"color": GREYS[1], "linestyle": "--"}
+        panels[-1].levels = {whole: statistics.mean(known)}
     title = f"Surgery on {group.title}: {group.first['dataset']['title']}, k = E"
     draw_panels(path, replace(group, title=title, start=""), panels, looks)
 

@@ -5,6 +5,7 @@ same model fine-tuned whole, or trained for as many further steps, and models of
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from smoe_dropout.registry import SURGERIES
@@ -14,7 +15,7 @@ from utils.formatting import short_number
 from utils.reporting.groups import Group, Row, frozen, gather, mean_and_spread, with_own_stems
 from utils.reporting.labels import Record, method_label, operations_label, slug, training_label
 from utils.reporting.records import Found, data_stem, replicate, split_of
-from utils.reporting.tables import DASH, NAME, Cell, Column, Figure, Table, form_of, mean_cell, replicates, table_of
+from utils.reporting.tables import DASH, Column, Figure, Table, form_of, mean_cell, replicates, table_of
 
 FURTHER = "after further training"
 CURVES = [operations_label({"method": name} for name in (one, *more)) for more in ((), (COMPRESS,)) for one in SURGERIES]
@@ -75,6 +76,15 @@ def before(record: Record, others: list[Record]) -> float | None:
     return final(found["quality"], split_of(record)) if found else None
 
 
+def from_scratch(record: Record, others: list[Record]) -> list[Record]:
+    """Models of the same method with as many parameters, trained at that size from the first step; for a task, fine-tuned as long."""
+    method, architecture, size = record["pretrained"]["method"], record["model"]["architecture"], record["parameters"]["total"]
+    alike = [o for o in others if (o["method"], o["model"]["architecture"], o["parameters"]["total"]) == (method, architecture, size)]
+    if on_the_text(record):
+        return [other for other in alike if measured_alike(record, other) and "pretrained" not in other]
+    return [other for other in alike if tuned_alike(record, other)]
+
+
 def compressed(record: Record) -> bool:
     return any(one["method"] == COMPRESS for one in record["pretrained"]["operations"])
 
@@ -83,21 +93,6 @@ def time_of_a_pass(record: Record) -> float | None:
     """After over before; None for compressed experts that were timed before they were pruned."""
     surgery = surgery_of(record)
     return None if compressed(record) and "pruned_to" not in surgery else surgery["time"][0]["ratio"]
-
-
-def from_scratch(record: Record, others: list[Record]) -> list[Record]:
-    """Models of the same method with as many parameters, trained at that size from the first step; for a task, fine-tuned as long."""
-
-    def comparable(other: Record) -> bool:
-        if not on_the_text(record):
-            return tuned_alike(record, other)
-        return measured_alike(record, other) and "pretrained" not in other
-
-    def kind(one: Record, method: str) -> tuple:
-        return method, one["model"]["architecture"], one["parameters"]["total"]
-
-    wanted = kind(record, record["pretrained"]["method"])
-    return [other for other in others if kind(other, other["method"]) == wanted and comparable(other)]
 
 
 def row_label(record: Record) -> str:
@@ -151,34 +146,28 @@ def build_table(group: Group) -> Table:
     """Quality before, directly after, after further training, and from scratch; size and time of a pass."""
     first, form, others = group.first, form_of(group.metric), group.others
 
-    def mean(title: str, value: Callable[[Record], float | None], form: str = form, unit: str = "") -> Column:
-        def cell(row: Row) -> Cell:
-            text = mean_cell(map(value, row.records), form).text
-            return Cell(text if text == DASH else unit + text)
+    def mean(value: Callable[[Record], float | None], row: Row, form: str = form, unit: str = "") -> str:
+        text = mean_cell(map(value, row.records), form).text
+        return text if text == DASH else unit + text
 
-        return title, cell
-
-    def experts(row: Row) -> Cell:
+    def experts(row: Row) -> str:
         """The experts of each layer, one seed after the other where they differ."""
         found = [surgery_of(record)["after"]["experts"] for record in row.records]
-        return Cell("; ".join(dict.fromkeys(str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) for sizes in found)))
+        return "; ".join(dict.fromkeys(str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes)) for sizes in found))
 
-    def scratch(row: Row) -> Cell:
-        return Cell(mean_cell(map(recovered, from_scratch(row.first, others)), form).text)
+    def sizes(value: Callable[[dict], float], row: Row) -> str:
+        return " / ".join(short_number(value(one)) if one else DASH for one in (whole(row.first, others), size_of(row.first)))
 
-    def sizes(title: str, value: Callable[[dict], float]) -> Column:
-        def cell(row: Row) -> Cell:
-            return Cell(" / ".join(short_number(value(one)) if one else DASH for one in (whole(row.first, others), size_of(row.first))))
-
-        return f"{title}, before / after", cell
-
-    further, after = mean(FURTHER.capitalize(), recovered)
-    columns = [("Operation", NAME), ("Experts of each layer", experts), mean("Before", lambda record: before(record, others))]
-    columns += [mean("Directly after", directly_after)]
-    columns += [(further, lambda row: Cell(f"{after(row).text}, {row.first['training']['steps']:,} steps"))]
-    columns += [("From scratch at that size", scratch), sizes("Parameters", lambda one: one["parameters"])]
-    columns += [sizes("FLOPs per token", lambda one: final(one["quality"], "flops_per_token"))]
-    columns += [mean("Pass time, after / before", time_of_a_pass, ".2f", "× ")]
+    columns: list[Column] = [
+        ("Experts of each layer", experts),
+        ("Before", partial(mean, lambda record: before(record, others))),
+        ("Directly after", partial(mean, directly_after)),
+        (FURTHER.capitalize(), lambda row: f"{mean(recovered, row)}, {row.first['training']['steps']:,} steps"),
+        ("From scratch at that size", lambda row: mean_cell(map(recovered, from_scratch(row.first, others)), form).text),
+        ("Parameters, before / after", partial(sizes, lambda one: one["parameters"])),
+        ("FLOPs per token, before / after", partial(sizes, lambda one: final(one["quality"], "flops_per_token"))),
+        ("Pass time, after / before", lambda row: mean(time_of_a_pass, row, ".2f", "× ")),
+    ]
     footnotes = [
         "Pass time: ratio of evaluation passes with all experts active, medians of alternating passes, as measured by surgery.py.",
         f"{DASH}: not run, or undefined: a task has no quality before its training.",
@@ -188,7 +177,7 @@ def build_table(group: Group) -> Table:
     shown = f"{group.shown} on {first['dataset']['title']}"
     caption = f"Surgery on {group.title}, pre-trained on {group.start}: {shown}, all experts active, {replicates(group.records)}."
     figure = Figure(f"{group.stem}.png", f"Surgery on {group.title}: quality against stored parameters", "draw_surgery", (group,))
-    return table_of("surgery", caption, group, columns, notes=_controls(group), footnotes=footnotes, figures=[figure])
+    return table_of("surgery", caption, group, "Operation", columns, notes=_controls(group), footnotes=footnotes, figures=[figure])
 
 
 def _controls(group: Group) -> list[str]:

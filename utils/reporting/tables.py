@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from utils.formatting import short_number
@@ -52,14 +52,15 @@ class Table:
     figures: list[Figure] = field(default_factory=list)
 
 
-Column = tuple[str, Callable[[Row], Cell]]
-NAME: Callable[[Row], Cell] = lambda row: Cell(f"{row.label} (n = {len(row.records)})")  # noqa: E731 (a column's function as the others)
-PARAMETERS: Column = ("Parameters", lambda row: Cell(short_number(row.first["parameters"]["total"])))
+Column = tuple[str, Callable[[Row], Cell | str]]
+PARAMETERS: Column = ("Parameters", lambda row: short_number(row.first["parameters"]["total"]))
 
 
-def table_of(label: str, caption: str, group: Group, columns: list[Column], **more: Any) -> Table:
-    """Fills the columns and marks the best value of each that has two or more."""
-    rows = [[cell(row) for _, cell in columns] for row in group.rows]
+def table_of(label: str, caption: str, group: Group, title: str, columns: list[Column], **more: Any) -> Table:
+    """A column of row labels, then the others, with the best value of each marked. title: of the labels."""
+    columns = [(title, lambda row: f"{row.label} (n = {len(row.records)})"), *columns]
+    cells = [[cell(row) for _, cell in columns] for row in group.rows]
+    rows = [[Cell(cell) if isinstance(cell, str) else cell for cell in row] for row in cells]
     for column in zip(*rows, strict=True):
         values = [cell.value for cell in column if cell.value is not None]
         best = (min if group.metric["lower_is_better"] else max)(values, default=None)
@@ -91,26 +92,20 @@ def values_at(row: Row, share: str, name: str) -> list[float]:
 
 
 def quality_column(title: str, share: str) -> Column:
-    def cell(row: Row) -> Cell:
-        return mean_cell(values_at(row, share, split_of(row.first)), form_of(row.first["metric"]), len(row.records))
-
-    return title, cell
+    return title, lambda row: mean_cell(values_at(row, share, split_of(row.first)), form_of(row.first["metric"]), len(row.records))
 
 
-def _pair_column(title: str, name: str) -> Column:
-    def cell(row: Row) -> Cell:
-        values = [values_at(row, share, name) for share in ("E/2", "E")]
-        return Cell(" / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH)
-
-    return f"{title}, E/2 / E", cell
+def _pair_cell(row: Row, name: str) -> str:
+    values = [values_at(row, share, name) for share in ("E/2", "E")]
+    return " / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH
 
 
-def _routing_cell(row: Row) -> Cell:
+def _routing_cell(row: Row) -> str:
     """Means over seeds of the measurements of utils.training.routing."""
     found = [record["routing"] for record in row.records if record.get("routing")]
     changed = [one["fluctuation"] for one in found if one["fluctuation"] is not None]
     share = f"{100 * statistics.mean(changed):.0f} %" if changed else DASH
-    return Cell(f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}") if found else Cell()
+    return f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}" if found else DASH
 
 
 def published_for(record: Record, table: str) -> dict | None:
@@ -130,9 +125,9 @@ def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
     """A column of the paper's numbers and its footnotes, where there are any."""
     found = {row.label: entry for row in group.rows if (entry := published_for(row.first, name))}
 
-    def cell(row: Row) -> Cell:
+    def cell(row: Row) -> str:
         values = found[row.label]["values"] if row.label in found else {}
-        return Cell(" / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH)
+        return " / ".join(str(values.get(share, DASH)) for share in ("E/2", "E")) if values else DASH
 
     notes = []
     for label, entry in found.items():
@@ -182,18 +177,19 @@ def _method_table(group: Group, name: str) -> Table:
     shown = group.shown.capitalize()
     small = sorted({entry["k"] for row in group.rows for entry in row.first["quality"] if (entry["k"] or row.experts) < row.experts // 2})
 
-    def small_cell(row: Row) -> Cell:
+    def small_cell(row: Row) -> str:
         means = {k: f"{mean:{form_of(group.metric)}}" for k, _, mean, _ in quality_points(row)}
-        return Cell(" / ".join(means.get(k, DASH) for k in small) if row.sparse else DASH)
+        return " / ".join(means.get(k, DASH) for k in small) if row.sparse else DASH
 
-    def time_cell(row: Row) -> Cell:
+    def time_cell(row: Row) -> str:
         seconds = (statistics.median(record["training"][name] for record in row.records) for name in ("seconds", "cpu_seconds"))
-        return Cell(" / ".join(f"{value:,.0f}" for value in seconds))
+        return " / ".join(f"{value:,.0f}" for value in seconds)
 
-    columns = [("Method", NAME), quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
+    columns = [quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
     columns += [(f"Mean at k = {' / '.join(map(str, small))}", small_cell)] * bool(small)
-    columns += [PARAMETERS, _pair_column("Activated parameters", "active_parameters"), ("Training time (s), wall / CPU", time_cell)]
-    columns += [_pair_column("Inference FLOPs per token", "flops_per_token")]
+    columns += [PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
+    columns += [("Training time (s), wall / CPU", time_cell)]
+    columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
     footnotes = [FOOTNOTES["time"]]
     if any(record.get("routing") for record in group.records):
         columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
@@ -202,25 +198,22 @@ def _method_table(group: Group, name: str) -> Table:
     folds = {
         f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]
     }
-    made = table_of(name, caption(group), group, columns + more, notes=sorted(folds), footnotes=footnotes + sources)
+    made = table_of(name, caption(group), group, "Method", columns + more, notes=sorted(folds), footnotes=footnotes + sources)
     made.figures = _figures(group)
     return made
 
 
 def _figures(group: Group) -> list[Figure]:
-    def pair(group: Group, stem: str, kind: str, title: str) -> list[Figure]:
-        against = "k" if group.start else "activated parameters"
-        found = [Figure(f"{stem}{kind}.png", f"{title}: quality against {against}", "draw_quality", (group,))]
-        if any(record["curve"]["train"] or record["curve"]["valid"] for record in group.records):
-            name = f"{stem}{'-frozen' * (kind == '-frozen')}-curves.png"
-            found.append(Figure(name, f"{title}: training curves, validation and k against the step", "draw_curves", (group,)))
-        return found
-
+    """Quality and training curves, for all rows and for those with the frozen random router if these are two or more but not all."""
     fixed = [row for row in group.rows if not row.sparse or row.first["model"].get("router") == FIXED_ROUTER]
-    figures = pair(group, group.stem, "-by-k" if group.start else "-slimmable", group.title)
-    if not group.start and 1 < sum(row.sparse for row in fixed) < sum(row.sparse for row in group.rows):
-        title = f"{group.title}, frozen random router"
-        figures += pair(Group(title, group.stem, fixed), group.stem, "-frozen", title)
+    several = not group.start and 1 < sum(row.sparse for row in fixed) < sum(row.sparse for row in group.rows)
+    kind, against = ("by-k", "k") if group.start else ("slimmable", "activated parameters")
+    figures = []
+    for title, rows, name in [("", group.rows, kind), (", frozen random router", fixed, "frozen")][: 1 + several]:
+        part, curves = replace(group, title=group.title + title, rows=rows), "frozen-curves" if title else "curves"
+        figures.append(Figure(f"{group.stem}-{name}.png", f"{part.title}: quality against {against}", "draw_quality", (part,)))
+        if any(record["curve"]["train"] or record["curve"]["valid"] for record in part.records):
+            figures.append(Figure(f"{group.stem}-{curves}.png", f"{part.title}: training curves, and k by step", "draw_curves", (part,)))
     return figures
 
 
