@@ -66,7 +66,7 @@ def growth(record: dict[str, Any]) -> Figure:
         for name in rows[0]["results"]:
             colour, marker = LOOKS[name]
             times = [1e3 * row["results"][name]["seconds"] for row in rows]
-            ax.plot(values, times, label=name, color=colour, marker=marker, markersize=5)
+            ax.plot(values, times, label="ours" if name == OURS else name, color=colour, marker=marker, markersize=5)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xlabel(AXES[axis])

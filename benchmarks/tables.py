@@ -11,8 +11,14 @@ from utils.reporting.pages import update_page
 RECORDS = Path("results/benchmarks")
 PAGE = RECORDS / "page.md"
 FIGURES = {
-    "layer": ("time_by_k.png", "Time of one expert layer relative to the dense network, by k: ours, peers, and the bound k/E"),
-    "growth": ("growth.png", "Time of the layer by number of experts, their width and tokens, and of the attention by memory"),
+    "layer": (
+        "time_by_k.png",
+        "Time of one expert layer relative to the dense network against k: ours, others, the bound k/E; bars: fastest and slowest round",
+    ),
+    "growth": (
+        "growth.png",
+        "Time of the layer against the number of experts, their width and the tokens (k = E/2), and of the attention against memory",
+    ),
 }
 
 

@@ -16,8 +16,7 @@ def record(old: dict[str, Any]) -> dict[str, Any]:
     """A record of schema 2 from one of schema 1."""
     (method, settings), (preset, preset_settings) = _named(old["method"]), _named(old["preset"])
     own = {name: value for name, value in settings.items() if not name.startswith(("surgery", "pretrained_"))}
-    new = {name: value for name, value in old.items() if name != "title"}
-    new |= {"schema": 2, "method": method, "settings": own, "preset": preset, "preset_settings": preset_settings}
+    new = _without(old, "title") | {"schema": 2, "method": method, "settings": own, "preset": preset, "preset_settings": preset_settings}
     new["metric"] = {"split": "test", "training": old["metric"]["name"]} | old["metric"]
     new["model"] = old["model"] | {"architecture": ARCHITECTURES[old["model"]["architecture"]]}
     if "pretrained" in old:
@@ -30,7 +29,7 @@ def pretrained(old: dict[str, Any]) -> dict[str, Any]:
     """The entry of the weights that a run started from; one of schema 2 is returned unchanged."""
     if "title" not in old:
         return old
-    new = {name: value for name, value in old.items() if name != "title"} | {"folder": old["title"], "operations": []}
+    new = _without(old, "title") | {"folder": old["title"], "operations": []}
     if "surgery" in old:
         new["surgery"] = surgery(old["surgery"])
         later = old["title"].removeprefix(old["surgery"]["title"]).removeprefix(", ")
@@ -52,9 +51,12 @@ def surgery(old: dict[str, Any]) -> dict[str, Any]:
     if old["read"]:  # compressing reads nothing: the data decided the operation before it
         operations[0 if old["method"] == "compress" else -1]["read"] = old["read"]
     trained = {"folder": old["source"]["title"], "method": old["source"]["method"], "seed": old["source"]["seed"]}
-    text = ("method", "keep", "options", "seed", "source", "weights_sha256", "read", "label", "title")
-    rest = {name: value for name, value in old.items() if name not in text}
+    rest = _without(old, "method", "keep", "options", "seed", "source", "weights_sha256", "read", "label", "title")
     return {"trained": trained, "operations": operations, "source_sha256": old["source"]["sha256"]} | rest
+
+
+def _without(old: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in old.items() if name not in names}
 
 
 def _named(text: str) -> tuple[str, dict[str, Any]]:

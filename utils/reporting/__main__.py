@@ -25,8 +25,8 @@ RESULTS, FIGURES = Path("results"), Path("Figs")
 
 
 class Kind(NamedTuple):
-    """A table of results/. sources: its folders of records. accepts: the tables that its records may name. build: from records and the
-    ablations to show. missing: the remedy where there are none. place: of a record in its folder.
+    """A table of results/: its folders of records, the tables that its records may name, its tables from records and the names of ablations,
+    the remedy where there are none, and the path of a record in its folder.
     """
 
     sources: tuple[str, ...]
@@ -36,17 +36,12 @@ class Kind(NamedTuple):
     place: Callable[[Record], Path] = records.place
 
 
+NO_ROWS = "no two finished rows to compare: run script/ablation/run_all.sh NAME"
 TABLES = {
     "table1": Kind(("table1",), ("table1",), partial(method_tables, "table1"), "finish a run of train.py first"),
     "table2": Kind(("table2",), ("table2",), partial(method_tables, "table2"), "finish a run of finetune.py first"),
     "surgery": Kind(("surgery",), ("table1", "table2", "surgery"), surgery_tables, "finish a run that starts from surgery first"),
-    "ablation": Kind(
-        ("table1", "ablation"),
-        ("table1",),
-        ablations.ablation_tables,
-        "no two finished rows to compare: run script/ablation/run_all.sh NAME",
-        ablations.place,
-    ),
+    "ablation": Kind(("table1", "ablation"), ("table1",), ablations.ablation_tables, NO_ROWS, ablations.place),
 }
 
 
@@ -95,7 +90,8 @@ def render_pages() -> None:
     draw_framework(FIGURES / "framework.png")
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
+    """The command line: see the module's docstring."""
     description = "Renders tables, figures and pages from the records of finished runs. Without arguments: every page of results/."
     parser = argparse.ArgumentParser(prog="python -m utils.reporting", description=description)
     paths = {"type": Path, "nargs": "+", "metavar": "PATH", "default": []}
@@ -111,12 +107,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.table is None and (args.runs or args.results or args.only or args.page or args.latex or args.figs):
         parser.error(f"say which table: {', '.join(TABLES)}")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line: see the module's docstring."""
-    args = _parse(argv)
     if args.collect:
         for target in records.collect(args.collect, lambda record: RESULTS / place(record, args.table or record["table"]), args.force):
             print(f"collected {target}", file=sys.stderr)

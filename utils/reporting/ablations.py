@@ -35,13 +35,6 @@ class AblationRow:
     flags: dict[str, Any]
     run: str
 
-    def identity(self, model: str, preset: str) -> tuple[str, dict[str, Any], dict[str, Any], Flags]:
-        """Method, settings and preset settings of its records, and its resolved flags."""
-        usual = training_flags(model, self.flags["method"], preset)
-        flags = resolve(Flags(**{**usual, **self.flags, "model": model, "preset": preset}))
-        preset_settings, settings = departures(flags, usual_flags(flags))
-        return self.flags["method"], settings, preset_settings, flags
-
     @property
     def words(self) -> list[str]:
         """Its flags as words of a command line."""
@@ -65,29 +58,30 @@ class Ablation:
     def find(self, record: Record) -> tuple[int, float | None, dict[str, Any]] | None:
         """The row of a run, its number along the axis, and the further preset settings that the run has; None for a run of no row."""
         identities = _identities(self.name, record["model"]["architecture"], record["preset"])
-        varied = {name for _, _, preset_settings, _ in identities for name in preset_settings}
-        own = {name: value for name, value in record["preset_settings"].items() if name in varied}
-        for index, (method, settings, preset_settings, flags) in enumerate(identities):
-            if (record["method"], record["settings"], own) == (method, settings, preset_settings) and "pretrained" not in record:
-                rest = {name: value for name, value in record["preset_settings"].items() if name not in varied}
-                return index, getattr(flags, self.along) if self.along else None, rest
+        varied = {name for (_, _, preset_settings), _ in identities for name in preset_settings}
+        own, further = ({n: v for n, v in record["preset_settings"].items() if (n in varied) == of_row} for of_row in (True, False))
+        for index, (identity, number) in enumerate(identities):
+            if (record["method"], record["settings"], own) == identity and "pretrained" not in record:
+                return index, number, further
         return None
 
 
-def _read(path: Path) -> dict[str, Ablation]:
-    found = {}
-    for name, one in json.loads(path.read_text(encoding="utf-8")).items():
-        rows = tuple(AblationRow(**{"run": row["name"], **row}) for row in one.pop("rows"))
-        found[name] = Ablation(name, rows=rows, **one)
-    return found
-
-
-ABLATIONS = _read(ROWS)
+ABLATIONS: dict[str, Ablation] = {}
+for _name, _one in json.loads(ROWS.read_text(encoding="utf-8")).items():
+    _rows = tuple(AblationRow(**{"run": row["name"], **row}) for row in _one.pop("rows"))
+    ABLATIONS[_name] = Ablation(_name, rows=_rows, **_one)
 
 
 @cache
-def _identities(name: str, model: str, preset: str) -> list[tuple[str, dict[str, Any], dict[str, Any], Flags]]:
-    return [row.identity(model, preset) for row in ABLATIONS[name].rows]
+def _identities(name: str, model: str, preset: str) -> list[tuple[tuple, float | None]]:
+    """Method, settings and preset settings of the records of each row, and its number along the axis."""
+    found = []
+    for row in ABLATIONS[name].rows:
+        method, along = row.flags["method"], ABLATIONS[name].along
+        flags = resolve(Flags(**{**training_flags(model, method, preset), **row.flags, "model": model, "preset": preset}))
+        preset_settings, settings = departures(flags, usual_flags(flags))
+        found.append(((method, settings, preset_settings), getattr(flags, along) if along else None))
+    return found
 
 
 def place(record: Record) -> Path:

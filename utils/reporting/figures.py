@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from smoe_dropout.registry import METHODS, load
 from utils.reporting import surgery_table
@@ -49,8 +49,9 @@ Points = list[tuple[float, float, float]]
 
 @dataclass
 class Panel:
-    """One pair of axes. lines: (x, mean, standard deviation) by label. levels: horizontal lines. looks: by label, on top of the figure's. ks: (k, x, y) to write at a line. scale: of x, "linear", "log", "k" (base 2) or "number" (ticks at the points). legend: its own
-    one. limits: of the y axis.
+    """One pair of axes. lines: (x, mean, standard deviation) by label. levels: horizontal lines. looks: by label, on top of the figure's.
+    ks: (k, x, y) to write at a line. scale: of x, "linear", "k" (base 2) or "number" (ticks at the points). legend: its own one.
+    limits: of the y axis.
     """
 
     xlabel: str
@@ -133,10 +134,6 @@ def _draw_panel(ax, panel: Panel, looks: dict[str, dict]) -> None:
         if panel.scale == "k":
             ax.set_xscale("log", base=2)
         ax.set_xticks(xs, [f"1/{1 / x:g}" if x < 1 else f"{x:g}" for x in xs])
-    elif panel.scale == "log":  # k doubles from point to point: a log axis spaces the points evenly
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-        ax.xaxis.set_major_formatter("{x:.3g}")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -150,12 +147,13 @@ def quality_panel(group: Group, against: str, least: float = 0, title: str = "")
     """Quality of every row against activated "parameters", "k" or the "share" k/E, from a share `least` of E on."""
     counts = {row.experts for row in group.rows if row.sparse}
     experts = f" (E = {min(counts)})" if len(counts) == 1 else ""
-    xlabel = {
+    axis = {
         "parameters": "activated parameters per token (millions)",
         "k": f"active experts k{experts}",
         "share": "share of active experts k/E",
     }
-    panel = Panel(xlabel[against], title, _quality_label(group), scale="k" if counts and against != "parameters" else "linear")
+    panel = Panel(axis[against], title, _quality_label(group), scale="k" if counts and against != "parameters" else "linear")
+    labelled: list[tuple[float, Points]] = []
     for row in group.rows:
         points = [point for point in quality_points(row) if (point[0] or 0) >= least * row.experts]
         if not row.sparse:
@@ -163,14 +161,9 @@ def quality_panel(group: Group, against: str, least: float = 0, title: str = "")
         if points and (row.sparse or against == "parameters"):
             x = {"parameters": lambda _, active: active / 1e6, "k": lambda k, _: k, "share": lambda k, _, e=row.experts: k / e}[against]
             panel.lines[row.label] = [(x(k, active), mean, spread) for k, active, mean, spread in points]
-    if against == "parameters":
-        sizes = [x for points in panel.lines.values() for x, _, _ in points]
-        panel.scale = "log" if max(sizes) > 3 * min(sizes) else "linear"
-        sparse = {row.label: row for row in group.rows if row.sparse and row.label in panel.lines}
-        if sparse:  # k is written at the highest curve only
-            label = max(sparse, key=lambda label: statistics.mean(mean for _, mean, _ in panel.lines[label]))
-            known = [k for k, *_ in quality_points(sparse[label]) if k >= least * sparse[label].experts]
-            panel.ks = [(k, x, y) for k, (x, y, _) in zip(known, panel.lines[label], strict=True)]
+            if row.sparse and against == "parameters":
+                labelled.append((statistics.mean(point[2] for point in points), [(k, x(k, active), mean) for k, active, mean, _ in points]))
+    panel.ks = max(labelled, default=(0, []))[1]  # of the highest curve only
     return panel
 
 
@@ -178,7 +171,7 @@ def draw_quality(group: Group, path: Path) -> None:
     """Quality against k after fine-tuning, otherwise against activated parameters, with a second panel where there are k below E/2."""
     panels = [quality_panel(group, "k" if group.start else "parameters")]
     upper = quality_panel(group, "parameters", 0.5, "k ≥ E/2")
-    if not group.start and upper.lines != panels[0].lines:
+    if not group.start and upper.lines not in ({}, panels[0].lines):
         panels[0].title = "all k"
         panels.append(upper)
     draw_panels(path, group, panels, styles(group.rows))

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,19 +92,21 @@ def gather(
             run = f"seed {record['seed']} of '{method_label(record)}'"
             raise UserError(f"{path}: {run} is also in {seen[key, row, replicate(record)][0]} with other content; remove one")
         seen.setdefault((key, row, replicate(record)), (path, record))
+        compared, averaged = ("runs of one dataset and preset can be compared", "replicates can be averaged")
         for scope, names, purpose in (
-            ((key,), SAME_IN_GROUP, "runs of one dataset and preset can be compared only if they agree"),
-            ((key, "fold", fold), ("dataset.fingerprint",), "runs of one dataset and preset can be compared only if they agree"),
-            ((key, "row", row), same_in_row, "replicates can be averaged only if they agree"),
-            # A head may depend on the training data, which differ between folds.
-            ((key, row, "fold", fold), ("parameters.total",), "replicates can be averaged only if they agree"),
+            ((key,), SAME_IN_GROUP, compared),
+            ((key, "fold", fold), ("dataset.fingerprint",), compared),
+            ((key, "row", row), same_in_row, averaged),
+            ((key, row, "fold", fold), ("parameters.total",), averaged),  # a head may depend on the training data, which folds do not share
         ):
             other, one = seen.setdefault(scope, (path, record))
             for name in names:
                 if get(record, name) != get(one, name):
-                    raise UserError(f"{path}: '{name}' is {get(record, name)!r}, but {get(one, name)!r} in {other}; {purpose}")
-    averaged = [[[runs[one] for one in sorted(runs)] for _, runs in sorted(rows.items())] for _, rows in sorted(groups.items())]
-    return [[Row(label_of(records[0]), records) for records in rows] for rows in averaged]
+                    raise UserError(
+                        f"{path}: '{name}' is {get(record, name)!r}, but {get(one, name)!r} in {other}; {purpose} only if they agree"
+                    )
+    ordered = [[[runs[one] for one in sorted(runs)] for _, runs in sorted(rows.items())] for _, rows in sorted(groups.items())]
+    return [[Row(label_of(records[0]), records) for records in rows] for rows in ordered]
 
 
 def method_groups(found: Found) -> list[Group]:
@@ -135,13 +138,11 @@ def titled(rows: list[Row], preset_settings: dict[str, Any] | None = None) -> Gr
 
 def with_own_stems(groups: Iterable[Group]) -> list[Group]:
     """Numbers the stems that several groups share: file names must differ where titles do."""
-    made: dict[str, Group] = {}
+    groups, taken = list(groups), Counter()
     for group in groups:
-        stem = group.stem
-        while group.stem in made:
-            group.stem = f"{stem}-{int(group.stem.removeprefix(stem)[1:] or 1) + 1}"
-        made[group.stem] = group
-    return list(made.values())
+        taken[group.stem] += 1
+        group.stem += f"-{taken[group.stem]}" * (taken[group.stem] > 1)
+    return groups
 
 
 def quality_points(row: Row) -> list[tuple[int | None, float, float, float]]:

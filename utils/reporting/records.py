@@ -25,34 +25,26 @@ def _count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _entries(value: object, accepts: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and all(map(accepts, value))
+def _object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
+def _rows(value: object, length: int, second: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(isinstance(row, list) and len(row) == length and second(row[1]) for row in value)
+
+
+TEXTS = "table method preset dataset.name dataset.title dataset.fingerprint metric.name metric.split model.architecture"
 # What a value must be: its check, the fields of a record and those of a quality entry. A record may hold more than tables and figures use.
 FIELDS: dict[str, tuple[Callable[[object], bool], str, str]] = {
-    "a non-empty text": (
-        lambda v: isinstance(v, str) and bool(v.strip()),
-        "table method preset dataset.name dataset.title dataset.fingerprint metric.name metric.split model.architecture environment.device "
-        "environment.precision",
-        "",
-    ),
-    "an object": (lambda v: isinstance(v, dict), "settings preset_settings", ""),
+    "a non-empty text": (lambda v: isinstance(v, str) and v.strip() != "", f"{TEXTS} environment.device environment.precision", ""),
+    "an object": (_object, "settings preset_settings", ""),
     "a finite number": (_number, "training.seconds training.cpu_seconds", "{split} flops_per_token"),
     "a whole number, 0 or more": (_count, "seed parameters.total training.steps environment.threads", "active_parameters"),
     "a whole number or null": (lambda v: v is None or _count(v), "model.num_experts", "k"),
     "true or false": (lambda v: isinstance(v, bool), "sparse metric.lower_is_better", ""),
-    "a non-empty list of objects": (lambda v: bool(v) and _entries(v, lambda e: isinstance(e, dict)), "quality", ""),
-    "a list of [step, loss, k, lr]": (
-        lambda v: _entries(v, lambda e: isinstance(e, list) and len(e) == 4 and _number(e[1])),
-        "curve.train",
-        "",
-    ),
-    "a list of [step, {k: value}]": (
-        lambda v: _entries(v, lambda e: isinstance(e, list) and len(e) == 2 and isinstance(e[1], dict)),
-        "curve.valid",
-        "",
-    ),
+    "a non-empty list of objects": (lambda v: isinstance(v, list) and v != [] and all(map(_object, v)), "quality", ""),
+    "a list of [step, loss, k, lr]": (lambda v: _rows(v, 4, _number), "curve.train", ""),
+    "a list of [step, {k: value}]": (lambda v: _rows(v, 2, _object), "curve.valid", ""),
 }
 
 

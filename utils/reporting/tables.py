@@ -1,5 +1,6 @@
 """Tables: columns over the rows of a group, written as Markdown or LaTeX; Tables 1 and 2."""
 
+import itertools
 import json
 import re
 import statistics
@@ -14,11 +15,9 @@ from utils.reporting.records import PUBLISHED, Found, split_of
 
 DASH = "–"
 FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, which get figures of their own
-FOOTNOTES = {
-    "time": "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine.",
-    "entropy": "Load entropy: entropy of the experts' shares of assignments, divided by log E. Routes changing late: share of the tokens "
-    "whose top expert differs between the last two checkpoints.",
-}
+TIME = "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine."
+ENTROPY = "Load entropy: entropy of the experts' shares of assignments, divided by log E."
+CHANGES = "Routes changing late: share of the tokens whose top expert differs between the last two checkpoints."
 
 
 class Figure(NamedTuple):
@@ -108,22 +107,17 @@ def _routing_cell(row: Row) -> str:
     return f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}" if found else DASH
 
 
-def published_for(record: Record, table: str) -> dict | None:
-    """The published entry of a run: same table, method, settings, architecture and metric, and a dataset of the same family
-    (enwik8-prefix: enwik8).
-    """
-    name = record["dataset"]["name"]
-    here = (table, record["method"], record["settings"], record["model"]["architecture"], record["metric"]["name"])
-    for entry in json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]:
-        same = tuple(entry[key] for key in ("table", "method", "settings", "architecture", "metric")) == here
-        if same and f"{name}-".startswith(f"{entry['dataset']}-"):
-            return entry
-    return None
-
-
 def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
-    """A column of the paper's numbers and its footnotes, where there are any."""
-    found = {row.label: entry for row in group.rows if (entry := published_for(row.first, name))}
+    """A column of the paper's numbers and its footnotes, where there are any: for rows of the same table, method, settings, architecture
+    and metric, and a dataset of the same family (enwik8-prefix: enwik8).
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row, entry in itertools.product(group.rows, json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]):
+        one = row.first
+        here = (name, one["method"], one["settings"], one["model"]["architecture"], one["metric"]["name"])
+        same = tuple(entry[key] for key in ("table", "method", "settings", "architecture", "metric")) == here
+        if same and f"{one['dataset']['name']}-".startswith(f"{entry['dataset']}-"):
+            found.setdefault(row.label, entry)
 
     def cell(row: Row) -> str:
         values = found[row.label]["values"] if row.label in found else {}
@@ -190,10 +184,10 @@ def _method_table(group: Group, name: str) -> Table:
     columns += [PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
     columns += [("Training time (s), wall / CPU", time_cell)]
     columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
-    footnotes = [FOOTNOTES["time"]]
+    footnotes = [TIME]
     if any(record.get("routing") for record in group.records):
         columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
-        footnotes.append(FOOTNOTES["entropy"])
+        footnotes.append(f"{ENTROPY} {CHANGES}")
     more, sources = published(group, name)
     folds = {
         f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]
