@@ -25,8 +25,8 @@ RESULTS, FIGURES = Path("results"), Path("Figs")
 
 
 class Kind(NamedTuple):
-    """A table of results/: its folders of records, the tables that its records may name, its tables from records and names of ablations, the
-    remedy where there are none, and the path of a record in its folder.
+    """A table of results/: its folders of records, the tables that its records may name, how it is built from records and the names of
+    ablations, the remedy where there are none, and the path of a record in its folder.
     """
 
     sources: tuple[str, ...]
