@@ -32,9 +32,8 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import COMPRESS
 from utils.tasks.base import Task
-from utils.tasks.choose import finetuning_task, pretraining_task
 from utils.training.run_folder import RunFolder, describe_environment, write_json
-from utils.training.setup import pretraining_run
+from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
 from utils.training.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
 
 

@@ -4,7 +4,6 @@ import json
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import smoe_dropout as sd
 from smoe_dropout import moe_layers
 from tests import tiny
-from tests.tiny import parse
+from tests.tiny import ALONE, Place, parse
 from utils.data.corpus import Corpus
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError, exit_on_user_error
@@ -22,24 +21,13 @@ from utils.models.build import build_model
 from utils.models.flops import active_parameters, parameter_counts
 from utils.models.registry import Shape, architecture
 from utils.tasks.base import Batch
-from utils.tasks.choose import pretraining_task
 from utils.tasks.masked import MaskedSequences
+from utils.training.setup import pretraining_task
 
 pytest.importorskip("transformers")
 
 T, SEQUENCES, HELD_OUT = 10, 60, 7  # tiny.write_pieces gives so many sequences of 8 pieces, and some pieces over
 VOCABULARY = Vocabulary(**tiny.VOCABULARY, **tiny.SPECIAL["bert"])
-
-
-class Place(NamedTuple):
-    """As much of an engine as a task asks for."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-
-
-ALONE = Place()
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from utils.errors import UserError
 from utils.flags.fields import Flags
 from utils.flags.official import REFUSED
 from utils.models.build import build_model
-from utils.tasks.choose import pretraining_task
 from utils.training.averaging import WeightAverage
 from utils.training.evaluation import evaluate_all
+from utils.training.setup import pretraining_task
 
 STEPS = 24
 BASE = {"max_step": STEPS, "eval_interval": 6, "save_interval": 4, "log_interval": 3, "dropout": 0.2}

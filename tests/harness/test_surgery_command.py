@@ -27,13 +27,11 @@ from utils.cli.train import parse as parse_training
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.engine import Engine
-from utils.flags.derive import stored_flags
 from utils.flags.fields import SCORES, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.tasks.choose import finetuning_task
 from utils.training.evaluation import evaluate_all
-from utils.training.setup import pretraining_run
+from utils.training.setup import finetuning_task, pretraining_run
 from utils.training.surgery_measure import row_passes
 
 HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
@@ -117,7 +115,7 @@ def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, mode
     assert before["experts"] == [4, 4] and sum(after["experts"]) == 4 and after["parameters"] < before["parameters"]
     assert [row["k"] for row in before["quality"]] == [1, 2, 4]
     assert [row["k"] for row in after["quality"]][-1] == max(after["experts"])
-    flags = stored_flags(out)
+    flags = source.made
     with Engine(flags) as engine:
         reopened = pretraining_run(flags, Corpus.open(flags.data), engine)
         network = load_weights(reopened.build(), source.weights.parent)

@@ -11,7 +11,7 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, option_n
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
-from utils.flags.declare import FlagsT, flags_from
+from utils.flags.declare import FlagsT
 from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.models import presets_of
 
@@ -218,8 +218,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it is not a JSON object; choose another --work_dir")
     return defaults_before() | config
-
-
-def stored_flags(folder: Path, kind: type[FlagsT] = Flags) -> FlagsT:
-    """The flags a run was made with, and its folder as --work_dir. Raises UserError as `read_config`."""
-    return flags_from(read_config(folder) | {"work_dir": str(folder)}, kind)

@@ -67,22 +67,30 @@ class Task(ABC):
 
     def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine):
         self.flags, self.corpus, self.engine, self.vocabulary = flags, corpus, engine, corpus.vocabulary
+        self._step = 0
 
     @abstractmethod
+    def training_batch(self, step: int) -> Batch:
+        """The batch of a step, a function of the step. Steps are requested in ascending order, from any step on."""
+
     def next(self) -> Batch:
         """The next training batch."""
+        self._step += 1
+        return self.training_batch(self._step - 1)
 
-    @abstractmethod
     def peek(self) -> Batch:
         """A typical training batch, without advancing."""
+        return self.training_batch(self._step)
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data."""
+        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved position. UserError if it belongs to other data."""
+        if state.get("fingerprint") != self.corpus.fingerprint:
+            raise UserError(f"the saved state belongs to other data than {self.corpus.path}: resume with the same data")
+        self._step = state["step"]
 
     @abstractmethod
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
@@ -105,30 +113,3 @@ class Task(ABC):
     def with_head(self, model: nn.Module) -> nn.Module:
         """The pre-trained model turned into one for this task."""
         return model
-
-
-class NumberedTask(Task):
-    """A task whose training batches are a function of the step."""
-
-    def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine):
-        super().__init__(flags, corpus, engine)
-        self._step = 0
-
-    @abstractmethod
-    def training_batch(self, step: int) -> Batch:
-        """The batch of a step. Steps are requested in ascending order, from any step on."""
-
-    def next(self) -> Batch:
-        self._step += 1
-        return self.training_batch(self._step - 1)
-
-    def peek(self) -> Batch:
-        return self.training_batch(self._step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("fingerprint") != self.corpus.fingerprint:
-            raise UserError(f"the saved state belongs to other data than {self.corpus.path}: resume with the same data")
-        self._step = state["step"]

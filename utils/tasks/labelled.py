@@ -18,14 +18,14 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, NumberedTask
+from utils.tasks.base import Batch, Task
 from utils.tasks.encoding import RowEncoder
 
 ORDER = 1  # key of the random stream that orders rows
 POOL = 50  # batches whose rows are sorted by length together
 
 
-class LabelledTask(NumberedTask):
+class LabelledTask(Task):
     """Raises UserError for a row longer than --max_length, and for fewer training rows than a batch has.
 
     sequences: sequences that a row consists of, each read on its own.

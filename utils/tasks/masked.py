@@ -15,7 +15,7 @@ from utils.data.lanes import rank_lanes
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, Metric, NumberedTask
+from utils.tasks.base import Batch, Metric, Task
 
 ORDER, MASKS = 1, 2  # keys of the random streams
 HELD_OUT = ("valid", "test")
@@ -48,7 +48,7 @@ class MaskedSequences:
         return tuple(torch.from_numpy(np.stack(column)).to(device) for column in columns)
 
 
-class MaskedLanguageModelling(NumberedTask):
+class MaskedLanguageModelling(Task):
     """UserError for a corpus of bytes, or one too short for a batch."""
 
     metric = Metric("loss", True, lambda nats: nats)

@@ -1,6 +1,6 @@
 """Routing statistics of a trained model: how evenly experts are used, and how much routing still changes late in training.
 
-Both are measured at k = E/2 on the first batches of validation. `python -m utils.cli.measure_routing RUN...` measures finished runs again.
+Both are measured at k = E/2 on the first batches of validation.
 """
 
 import math
