@@ -15,7 +15,7 @@ from utils.checkpoints.origin import open_source
 from utils.cli.finetune import parse
 from utils.errors import UserError
 from utils.models.build import build_model
-from utils.training.identity import finetuning_departures as departures
+from utils.training.identity import departures_of as departures
 from utils.training.identity import training_of
 
 
@@ -59,7 +59,7 @@ def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F8
     tuning, network = run_of(command("sst2", rows, tmp_path / "weights", **sizes))
     assert same_weights(network, run) and tuning.source.trained == {"folder": "weights"}
     text = refused(tmp_path / "weights", **{**sizes, "d_model": 48})
-    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "the model expects shape (256, 48)" in text
+    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "expects shape (256, 48)" in text
     assert "d_head" not in text
 
 

@@ -21,7 +21,7 @@ from utils.flags.fields import FinetuneFlags, Flags
 from utils.flags.models import MODELS
 from utils.models.build import build_model, training_settings
 from utils.tasks.base import State, Task
-from utils.training.identity import fingerprints, provenance
+from utils.training.identity import provenance
 
 Pass = Callable[[tuple[Tensor, ...], State], Forward]  # runs the model on inputs and a state
 ObjectiveOf = Callable[[nn.Module, Callable[[], Forward]], Objective]  # the loss of a model, given what runs it once
@@ -104,7 +104,10 @@ class Run:
 
     def fingerprints(self) -> dict[str, str]:
         """Hashes of everything the run is made from; it can be resumed only with the same ones."""
-        found = fingerprints(self.task.corpus, self.task.vocabulary, self.source)
+        vocabulary, source = self.task.vocabulary, self.source
+        found = {"data_fingerprint": self.task.corpus.fingerprint}
+        found |= {"vocabulary_sha256": vocabulary.sha256} if vocabulary else {}
+        found |= {"checkpoint_sha256": source.fingerprint} if source else {}
         return found | {name: value for callback in self.callbacks for name, value in callback.fingerprints().items()}
 
     def objective(self) -> ObjectiveOf:
