@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from utils.flags.declare import FlagsT, Spec, groups, option_name, specs
+from utils.flags.declare import FlagsT, Spec, groups, specs
 
 METAVARS = {"int": "INT", "float": "FLOAT", "str": "TEXT"}
 LISTED = 16  # as many choices are listed in --help
@@ -80,7 +80,7 @@ def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str,
             continue
         spec, default = declared[field.name], defaults.get(field.name, field.default)
         option = tyro.conf.arg(
-            name=option_name(field.name, spec),
+            name=spec.name or field.name,
             help=f"{', '.join(spec.only)}: {spec.help}" if spec.only else spec.help,
             metavar=_metavar(field.type, spec),
             help_behavior_hint="" if default is None or default is False or default == "" else None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 FlagsT = TypeVar("FlagsT")
-ABSENT = object()  # of a flag as old as any run folder
+ABSENT = object()  # `since` of a flag that every run folder has
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Spec:
     only: tuple[str, ...] | None = None
     since: Any = ABSENT
     metavar: str | None = None
-    name: str | None = None  # on the command line, where the field's name is not it
+    name: str | None = None  # on the command line, if not the field's
 
 
 def flag(default: Any, help: str, role: str = "", **metadata: Any) -> Any:
@@ -62,11 +62,6 @@ def specs(kind: type) -> dict[str, Spec]:
 def groups(kind: type) -> dict[str, type]:
     """The groups of a program's flags by title."""
     return {vars(base)["title"]: base for base in reversed(kind.__mro__) if "title" in vars(base)}
-
-
-def option_name(name: str, spec: Spec) -> str:
-    """The flag as it is typed, without dashes."""
-    return spec.name or name
 
 
 def flags_from(values: dict[str, Any], kind: type[FlagsT]) -> FlagsT:

@@ -31,10 +31,7 @@ def method_flags(name: str | None) -> dict[str, Any]:
 
 def matching_method(flags: Flags) -> str | None:
     """The first method in the registry whose flags all have these values."""
-    for name in METHODS:
-        if all(getattr(flags, key) == value for key, value in method_flags(name).items()):
-            return name
-    return None
+    return next((name for name in METHODS if all(getattr(flags, key) == value for key, value in method_flags(name).items())), None)
 
 
 def parse_options(text: str | None) -> dict[str, str]:
@@ -43,11 +40,6 @@ def parse_options(text: str | None) -> dict[str, str]:
     if not all(name.strip() and sign and value for name, sign, value in pairs):
         raise ConfigError("expected name=value pairs separated by commas, such as alpha=5,inference=token")
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def method_options(flags: Flags) -> Any:
-    """The options of the method."""
-    return built_options(flags)[0]
 
 
 def built_options(flags: Flags) -> list[Any]:

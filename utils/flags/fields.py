@@ -46,9 +46,7 @@ class RunFlags:
     title = "run"
 
     method: str | None = flag(None, "training method, which sets flags. Default: what the flags spell out", "run experts", choices=METHODS)
-    model: str = flag(
-        "transformer_xl", "architecture: Transformer-XL reads bytes, the others word pieces", "run model teacher", choices=MODELS
-    )
+    model: str = flag("transformer_xl", "architecture; transformer_xl reads bytes, the others pieces", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
         None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored"
@@ -120,19 +118,13 @@ class ExpertFlags:
     moe: bool = flag(False, "replace feed-forward layers by mixtures of experts", "experts")
     moe_num_expert: int = flag(16, "experts per layer, E", "experts surgery", low=1)
     moe_experts_by_layer: str | None = expert_flag(None, "experts of each MoE layer, such as 8,6,10,8", "experts surgery", since=None)
-    moe_expert_rank: int | None = expert_flag(
-        None, "rank of experts compressed by surgery.py to U V + S", "experts surgery", low=1, since=None
-    )
+    moe_expert_rank: int | None = expert_flag(None, "rank of compressed experts U V + S", "experts surgery", low=1, since=None)
     moe_sparse_share: float = expert_flag(1.0, "share of the hidden units in S", "experts surgery", above=0, high=1, since=1.0)
     moe_prune_to: float | None = expert_flag(
         None, "with --start_from: share of the hidden units to prune S to", "start continued", above=0, high=1, since=None
     )
     dense_width: str = expert_flag(
-        "expert",
-        "width of layers without experts: that of one expert (official), or of all",
-        "experts",
-        choices=("expert", "all"),
-        since="expert",
+        "expert", "width of dense layers: of one expert (official), or of all", "experts", choices=("expert", "all"), since="expert"
     )
     moe_top_k: int | None = expert_flag(None, "active experts per token, k, if constant. Default: E/2", follows="moe_num_expert")
     gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS))
@@ -149,9 +141,7 @@ class ExpertFlags:
     output_scale: str = expert_flag(
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
-    gate_weight: str = expert_flag(
-        "softmax", "expert weights: softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight)
-    )
+    gate_weight: str = expert_flag("softmax", "softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight))
     expert_backend: str = expert_flag("auto", "implementation of the experts; all give the same result", "run", choices=("auto", *BACKENDS))
     attn_moe: bool = expert_flag(False, "official: queries, keys and values from 16 top-1 experts, in MoE layers", "experts")
     freeze_main_network: bool = expert_flag(False, "official: do not train the experts")
@@ -216,9 +206,7 @@ class TaskFlags:
     checkpoint: str = folder(
         "", "finished run, one of its checkpoints/step-*, folder of surgery.py or save_pretrained, or weights", "run replaceable"
     )
-    expect: str | None = flag(
-        None, "refuse a checkpoint of another method (dense ones pass for each other)", "run replaceable", choices=METHODS
-    )
+    expect: str | None = flag(None, "refuse a checkpoint of another method; dense ones are alike", "run replaceable", choices=METHODS)
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "most positions of a row; a longer one is refused", "run", low=3)
