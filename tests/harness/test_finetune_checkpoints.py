@@ -97,7 +97,7 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
 def test_no_checkpoint(refused, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    assert "is not there" in refused(tmp_path / "nothing")
+    assert "does not exist" in refused(tmp_path / "nothing")
     assert "is a file" in refused(tmp_path / "file")
     assert "holds no checkpoint" in refused(tmp_path / "empty")
     with pytest.raises(UserError, match="--checkpoint is missing"):
@@ -117,13 +117,13 @@ def test_a_damaged_run(run, refused):
     weights.write_bytes(content)
     assert f"{weights} is damaged" in refused(run)
     weights.unlink()
-    assert "is missing or not whole" in refused(run)
+    assert "is missing or incomplete" in refused(run)
     (run / "result.json").write_text("{")
     assert "result.json is damaged" in refused(run)
     config = tiny.read_json(run / "config.json")
     del config["d_model"]
     (run / "config.json").write_text(json.dumps(config))
-    assert "of another version, without d_model" in refused(run)
+    assert "belongs to another version, without d_model" in refused(run)
     (run / "config.json").write_text("[]")
     assert "config.json is damaged" in refused(run)
 
@@ -137,9 +137,9 @@ def test_a_fine_tuned_run_is_no_start(rows, pretrained, refused, tmp_path):  # n
 @pytest.mark.parametrize(
     ("method", "expect", "said"),
     [
-        ("dense", "smoe_dropout", "of --method dense, without experts, and this needs one of smoe_dropout"),
-        ("smoe_dropout", "dense", "of --method smoe_dropout, with experts, and this needs one without experts"),
-        ("smoe", "smoe_dropout", "of --method smoe, with experts, and this needs one of smoe_dropout"),
+        ("dense", "smoe_dropout", "of --method dense, without experts, not of --method smoe_dropout"),
+        ("smoe_dropout", "dense", "of --method smoe_dropout, with experts, not of a dense method"),
+        ("smoe", "smoe_dropout", "of --method smoe, with experts, not of --method smoe_dropout"),
         ("smoe", "smoe_dropuot", "unknown value 'smoe_dropuot'; "),
     ],
 )

@@ -289,7 +289,7 @@ def test_a_folder_is_replaced_even_where_the_last_step_is_interrupted(run, data_
     def interrupted(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "sync_folder", interrupted)
+    monkeypatch.setattr(writing, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(prepare_task, "svamp", "--source", write(tmp_path / "mine", contents("svamp")), "--force")
     assert [path.name for path in data_dir.iterdir()] == ["svamp"] and files_of(data_dir / "svamp") == contents("svamp")

@@ -111,7 +111,7 @@ def test_it_goes_on_without_the_weights_in_evaluation_and_with_the_same_ones_in_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"start_from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"start_from": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"moe_num_expert": 8}, "--moe_num_expert 8, but the checkpoint"),
         ({"method": "dense"}, "has method = smoe_dropout: leave it out"),
         ({"d_model": 16}, "has d_model = 32: leave it out"),
@@ -190,7 +190,7 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"teacher": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"teacher": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"teacher_weight": 0.3}, "--teacher_weight needs --teacher"),
         ({"teacher_temperature": 0.0}, "--teacher_temperature 0.0 must be above 0"),
         ({"start_from": None, "teacher": "nowhere"}, "--teacher needs --start_from"),

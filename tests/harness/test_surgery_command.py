@@ -260,10 +260,10 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"method": "keep_best", "score": "usual"}, "--score: unknown value 'usual'; nearest: usage"),
         ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task has no effect with --score router_norm: leave it out"),
         ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep has no effect with --method compress: leave it out"),
-        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank is missing: give one from 1 to 16"),
+        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank is missing: it must be from 1 to 16"),
         ({"method": "compress", "keep": None, "rank": 17, "kept": 0.5}, "--rank 17 must be from 1 to 16"),
         ({"method": "compress", "keep": None, "rank": 16, "kept": 0.0}, "--kept 0.0 must be above 0 and at most 1"),
-        ({"from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"from": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"calibrate": "nowhere"}, "nowhere is not a prepared text"),
         ({"data": "nowhere"}, "nowhere is not a prepared text"),
         ({"task": "sst2", "calibrate": "nowhere"}, "nowhere"),
@@ -434,7 +434,7 @@ def test_settings_from_a_run_differ_in_the_experts_only(trained, tmp_path):
         ({"preset": "laptop"}, "--preset laptop, but the checkpoint"),
         ({"method": "dense"}, "--method dense, but the checkpoint"),
         ({"start_from": "RUN"}, "leave one out"),
-        ({"settings_from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"settings_from": "nowhere"}, "the checkpoint nowhere does not exist"),
     ],
 )
 def test_contradictions_of_settings_from_are_refused(changes, refused, trained, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.origin import SURGERY, Source, kind_of, open_run, read_surgery
-from utils.cli.finetune import finetune_flags
+from utils.cli import finetune
+from utils.cli.arguments import Values
 from utils.cli.pipeline import Program, decide, lost_width
 from utils.data.corpus import Corpus
 from utils.data.rows import TASKS, Examples, read_examples
@@ -90,8 +91,8 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:
         return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
-    how = {"task": flags.task, "checkpoint": flags.source, "data": flags.calibrate, "fold": flags.fold or 0}
-    rows = finetune_flags(**how, threads=flags.threads, device=flags.device)
+    given = {"task": flags.task, "checkpoint": flags.source, "fold": flags.fold or 0, "threads": flags.threads, "device": flags.device}
+    rows, _ = finetune.parse(Values(given | ({"data": flags.calibrate} if flags.calibrate else {})))
     return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data), rows.fold), rows)
 
 
@@ -112,10 +113,9 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
         found += [no_effect(name, cause) for name in names(role="calibration", kind=SurgeryFlags) if is_given(flags, name)]
     if flags.method == COMPRESS:
         largest = min(made.d_model, made.d_inner)
-        if flags.rank is None:
-            found.append(f"--rank is missing: give one from 1 to {largest}, the largest of an expert's weight matrices")
-        elif not 1 <= flags.rank <= largest:
-            found.append(f"--rank {flags.rank} must be from 1 to {largest}, the largest of an expert's weight matrices")
+        if not 1 <= (flags.rank or 0) <= largest:
+            fault = "is missing: it" if flags.rank is None else str(flags.rank)
+            found.append(f"--rank {fault} must be from 1 to {largest}, the full rank of an expert's weight matrices")
         if flags.kept is None:
             found.append("--kept is missing: give the share of the hidden units to leave in S")
     elif flags.keep is None:
@@ -134,8 +134,7 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     return found + (lost_width(source) if flags.method != COMPRESS else [])
 
 
-MISSING = "give the folder of a finished run of train.py"
-PROGRAM = Program("surgery.py", SurgeryFlags, "from", MISSING, open_run, mistakes=_mistakes)
+PROGRAM = Program("surgery.py", SurgeryFlags, "from", True, open_run, mistakes=_mistakes)
 
 
 def _default_folder(flags: SurgeryFlags, source: Source) -> str:

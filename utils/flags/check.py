@@ -8,7 +8,7 @@ from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import ROUTERS, canonical_router, load, unknown
 from utils.errors import UserError
 from utils.flags.declare import Spec, specs
-from utils.flags.derive import built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
+from utils.flags.derive import CONFIG_FIELDS, built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
 from utils.flags.fields import Flags, names
 from utils.flags.models import MODELS, presets_of
 from utils.flags.presets import PRESET_NAMES
@@ -164,8 +164,7 @@ def _check_method(flags: Flags) -> list[str]:
 
 def _ignored_by_router(flags: Flags) -> list[str]:
     """Given flags that the router ignores."""
-    settings = {"load_balance": "balance_loss", "gate_weight": "gate_weight"}  # by their names in the library
-    given = [name for name in settings if flags.moe and is_given(flags, name)]
+    given = [name for name in ("load_balance", "gate_weight") if flags.moe and is_given(flags, name)]
     uses = load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).uses if given else ()
-    ignored = [name for name in given if settings[name] not in uses]
+    ignored = [name for name in given if CONFIG_FIELDS[name] not in uses]
     return [no_effect(f"{name} {getattr(flags, name)}", f"router {flags.gate_name!r}") for name in ignored]

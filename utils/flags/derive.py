@@ -15,6 +15,12 @@ from utils.flags.declare import FlagsT
 from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.models import presets_of
 
+CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the same values
+    **{"moe_num_expert": "num_experts", "moe_expert_rank": "expert_rank", "moe_sparse_share": "sparse_share"},
+    **{"gate_name": "router", "gate_weight": "gate_weight", "load_balance": "balance_loss", "output_scale": "output_scale"},
+}
+
+
 # method and options
 
 
@@ -176,18 +182,12 @@ def usual_flags(flags: Flags) -> Flags:
 def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
     """The library's configuration of the experts, with the method's layer. Raises ConfigError."""
     return SMoEConfig(
-        num_experts=flags.moe_num_expert,
+        **{field: getattr(flags, name) for name, field in CONFIG_FIELDS.items()},
         top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
         d_expert=flags.d_inner,
-        router=flags.gate_name,
         freeze_router=flags.freeze_gate,
-        gate_weight=flags.gate_weight,
-        output_scale=flags.output_scale,
-        balance_loss=flags.load_balance,
         layers=parse_layers(flags.moe_index, flags.n_layer)[0],
         experts_by_layer=parse_counts(flags.moe_experts_by_layer),
-        expert_rank=flags.moe_expert_rank,
-        sparse_share=flags.moe_sparse_share,
         backend=flags.expert_backend,
         init_std=flags.init_std,
         method=method.name if method and method.layer else None,

@@ -14,7 +14,7 @@ from utils.training.run import Run
 
 
 def describe(run: Run, model: nn.Module) -> list[str]:
-    """Sizes, data, origin of the weights, experts, and machine."""
+    """Lines with the sizes, data, origin of the weights, experts, and machine."""
     flags, engine, counts = run.flags, run.engine, parameter_counts(model)
     title = f"{flags.method or 'custom'} on {run.task.corpus.title}"
     lines = [f"{title}: {counts['total']:,} parameters, {counts['trainable']:,} trainable", f"work_dir: {flags.work_dir}"]
