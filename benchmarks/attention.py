@@ -36,7 +36,7 @@ class AttentionFlags(Common):
 
 
 def contestants(flags: AttentionFlags) -> dict[str, nn.Module]:
-    """The same attention computed both ways, with equal weights of its own each."""
+    """The same attention computed both ways, each with its own copy of the weights."""
     torch.manual_seed(0)
     sizes = {name: getattr(flags, name) for name in ("n_head", "d_head", "d_model", "mem_len")}
     ours = RelativeAttention(TransformerXLConfig(n_token=1, **sizes))
@@ -62,7 +62,7 @@ def forward_backward(attention: nn.Module, given: tuple[Tensor, ...], grad_BTD: 
 
 
 def measure_row(flags: AttentionFlags, precision: Precision) -> dict[str, Any]:
-    """Both in one precision."""
+    """Measures both in one precision."""
     modules, given = contestants(flags), inputs(flags)
     grad_BTD = torch.randn_like(given[0])
 

@@ -27,7 +27,7 @@ def run(pretrained, tmp_path) -> Path:  # noqa: F811
 
 @pytest.fixture
 def refused(rows):  # noqa: F811
-    """Gives the sentence that a command line is refused with."""
+    """Returns the message that refuses a command line."""
 
     def of(checkpoint: Path, task: str = "sst2", **changes) -> str:
         with pytest.raises(UserError) as error:
@@ -87,7 +87,7 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
         made(command("sst2", rows, tmp_path / "ours", method="smoe_dropout", preset="quick"))
     other = moefy(BertForSequenceClassification(config), SMoEConfig(num_experts=4, top_k=2))
     save_pretrained(other, tmp_path / "other")
-    with pytest.raises(UserError, match="BertForSequenceClassification, and only bert and roberta for masked language modelling"):
+    with pytest.raises(UserError, match="BertForSequenceClassification: only bert and roberta for masked language modelling"):
         made(command("sst2", rows, tmp_path / "other", tokenizer=words))
     BertForMaskedLM(config).save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="without experts"):
@@ -131,7 +131,7 @@ def test_a_damaged_run(run, refused):
 def test_a_fine_tuned_run_is_no_start(rows, pretrained, refused, tmp_path):  # noqa: F811
     folder = tmp_path / "fine-tuned"
     tiny.completed(command("sst2", rows, pretrained("dense"), work_dir=folder), program="finetune.py")
-    assert "is itself a fine-tuned run, of sst2" in refused(folder)
+    assert "is a fine-tuned run of sst2" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_method(method, expect, said, pretrained, refuse
 
 
 def test_any_dense_checkpoint_is_dense(rows, pretrained):  # noqa: F811
-    """That of the script directly_dense_training.sh is one; its dropout goes on."""
+    """The checkpoint of directly_dense_training.sh is dense; its dropout is used in fine-tuning."""
     flags, source = parse(command("sst2", rows, pretrained("dense_dropout"), expect="dense"))
     assert (flags.method, flags.dropout) == ("dense_dropout", 0.1)
     assert departures(flags, source)[1] == {}
@@ -172,8 +172,8 @@ def test_another_model_than_the_checkpoint(pretrained, refused):  # noqa: F811
         ({"task": "sst3"}, "unknown value 'sst3'; "),
         ({"fold": 5}, "--fold 5 must be from 0 to 4"),
         ({"fold": 1}, "has no folds"),
-        ({"max_eval_steps": 3}, "a score covers all rows"),
-        ({"scheduler": "dev_perf"}, "tune on the rows that the score is reported on"),
+        ({"max_eval_steps": 3}, "the score covers all rows"),
+        ({"scheduler": "dev_perf"}, "tune on the rows the score is reported on"),
         ({"max_length": 20}, "and --max_length is 20: raise it"),
         ({"batch_size": 31}, "has 30 rows, and --batch_size is 31"),
         ({"lr": -1}, "--lr -1.0 must be above 0"),
@@ -228,7 +228,7 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
 
 
 def test_what_departs_in_pre_training_is_another_row(rows, tmp_path):  # noqa: F811
-    """It is not averaged with what does not."""
+    """It is not averaged with runs of the plain method."""
     words = tiny.write_corpus(tmp_path / "words")
     changes = {"max_step": 2, "eval_interval": 2, "method": "smoe_dropout", "moe_top_k_min": 1, "output_scale": "dense"}
     tiny.completed(tiny.flags(words, tmp_path / "run", **changes))

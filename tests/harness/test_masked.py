@@ -1,4 +1,4 @@
-"""Masked language modelling in this process: masks and their order, what is refused, the models, their operations and parameters."""
+"""Masked language modelling without whole runs: masks and their order, refusals, models, operations and parameters."""
 
 import json
 from itertools import pairwise
@@ -32,7 +32,7 @@ VOCABULARY = Vocabulary(**tiny.VOCABULARY, **tiny.SPECIAL["bert"])
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> dict[str, Corpus]:
-    """For each model a text without repetitions, so that every sequence is known by its pieces."""
+    """For each model a text without repetitions, so that every sequence is identified by its pieces."""
     root = tmp_path_factory.mktemp("pieces")
     return {model: Corpus.open(tiny.write_pieces(root / model, model, run=1)) for model in tiny.SPECIAL}
 
@@ -56,7 +56,7 @@ def whole(batches: list[Batch]) -> torch.Tensor:
 
 
 def numbers(batches: list[Batch], pieces: np.ndarray) -> list[int]:
-    """Which sequences of the text these are, once what is hidden has been put back."""
+    """Indices of these sequences in the text, after restoring the masked pieces."""
     known = {tuple(row): index for index, row in enumerate(pieces[: len(pieces) // 8 * 8].reshape(-1, 8).tolist())}
     assert len(known) == len(pieces) // 8
     restored = torch.cat([tokens.scatter(1, places, targets) for tokens, places, targets in (batch.inputs for batch in batches)])
@@ -171,7 +171,7 @@ def test_looking_ahead_goes_nowhere(model, corpora):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_held_out_sequences_are_read_once_with_the_same_masks_always(model, processes, corpora):
-    """3, 3 and 1 of them, so that of five processes some have none."""
+    """Batches of 3, 3 and 1 sequences, so that some of five processes have none."""
     corpus, changes = corpora[model], {"batch_size": 5, "eval_batch_size": 3, "mask_rate": 0.5}
     alone = task_of(model, corpus, **changes)
     for split in ("valid", "test"):
@@ -291,7 +291,7 @@ MISTAKES = {
 
 
 def said_of(argv: list[str], capsys) -> str:
-    """The one line that a command line ends with, whose exit code is 2."""
+    """The one-line error of a command line, which exits with code 2."""
     with pytest.raises(SystemExit) as stop, exit_on_user_error():
         parse(argv)
     out, err = capsys.readouterr()
@@ -319,7 +319,7 @@ def test_mask_rate_has_no_effect_with_transformer_xl_and_unknown_models_are_refu
 
 
 def built(model: str, sparse: dict | None = None, **changes):
-    """With weights large enough that every path shows in the loss."""
+    """The model with weights large enough that every path affects the loss."""
     flags = parse(command(model, **{"n_layer": 3, "dropout": 0.0, "init_std": 0.3, **changes}))
     torch.manual_seed(0)
     made = architecture(model).build(flags, Vocabulary(**tiny.VOCABULARY, **tiny.SPECIAL[model])).eval()

@@ -1,4 +1,4 @@
-"""How evenly experts are used and how much routes change late, against counts made by hand from the same checkpoints."""
+"""Load entropy and fluctuation of routing against counts by hand from the same checkpoints."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_of_a_run_against_counts_by_hand(run):
 
 
 def test_other_checkpoints_change_nothing(run, tmp_path):
-    """Those of --save_interval, or of a run that was stopped between two validations."""
+    """Checkpoints of --save_interval, or of a run stopped between two validations."""
     folder, arguments = run
     again = [*arguments[: arguments.index("--work_dir")], "--work_dir", str(tmp_path), "--save_interval", "5"]
     again += arguments[arguments.index("--work_dir") + 2 :]

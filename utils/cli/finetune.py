@@ -40,8 +40,8 @@ def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:
     values = {name: value for name, value in inherited(command, source).items() if name in kept}
     task, preset = command.get("task") or FinetuneFlags.task, values["preset"]
     known = preset in PRESET_NAMES and values["model"] in MODELS
-    how = finetuning(task, preset, values["model"]) if known else {}
-    return {**values, **how, **finetuning_k(values), "task": task, "dataset": task}
+    tuning = finetuning(task, preset, values["model"]) if known else {}
+    return {**values, **tuning, **finetuning_k(values), "task": task, "dataset": task}
 
 
 def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
@@ -66,12 +66,12 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
 
 
 def _check_fold(flags: FinetuneFlags, source: Source) -> list[str]:
-    """Rows that are held out must not have decided which experts the model has."""
+    """The rows held out must not have been used to choose the experts."""
     read = [operation.get("read") or {} for operation in source.operations]
     if all(one.get("task") != flags.task or one.get("fold", flags.fold) == flags.fold for one in read):
         return []
     remedy = f"make one with surgery.py --task {flags.task} --fold {flags.fold}"
-    return [f"--fold {flags.fold}: its rows were read when {source.path} was made; {remedy}"]
+    return [f"--fold {flags.fold}: its rows were used to make {source.path}; {remedy}"]
 
 
 def _check_method(flags: FinetuneFlags, source: Source) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line of surgery.py: which trained model is made smaller, how, and on which calibration data. Imports no torch."""
+"""The command line of surgery.py: the trained model, the operation, and the calibration data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.training.identity import training_of
 class Plan:
     """An operation, its inputs opened.
 
-    flags: decided flags of the command line. source: the trained model. made: the flags that describe it. text: what it is tested on.
+    flags: decided flags of the command line. source: the trained model. made: the flags that describe it. text: the test text.
     material: calibration data, a text or the rows of a task; rows: the flags to read rows with; both None if there are none.
     """
 
@@ -69,7 +69,7 @@ class Plan:
 
 
 def parse(argv: Sequence[str] | None = None) -> Plan:
-    """A command line and what it names, opened. Raises UserError for every mistake, before anything is written."""
+    """The plan of a command line, its inputs opened. Raises UserError for every mistake, before anything is written."""
     flags, source = decide(PROGRAM, argv)
     made = source.made
     if flags.task is not None and task_kind(flags.task).folds > 1:
@@ -103,7 +103,7 @@ def reads(flags: SurgeryFlags) -> bool:
 
 def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     if not source.flags["moe"]:
-        return [f"the checkpoint {source.path} is of {kind_of(source)}: there are none to remove"]
+        return [f"the checkpoint {source.path} is of {kind_of(source)}: it has no experts to remove"]
     made, found = source.made, []
     E = made.moe_num_expert
     if made.moe_expert_rank is not None:
@@ -154,8 +154,8 @@ def refuse_occupied(out: Path) -> None:
 def open_text(folder: str, source: Source) -> Corpus:
     """Raises UserError for a text that is missing, damaged, or not in the model's vocabulary."""
     corpus = Corpus.open(folder, MODELS[source.made.model].reads)
-    known, there = source.flags.get("vocabulary_sha256"), corpus.vocabulary
-    if (there and there.sha256) != known:
+    known, found = source.flags.get("vocabulary_sha256"), corpus.vocabulary
+    if (found and found.sha256) != known:
         units = "bytes" if known is None else "the word pieces"
         raise UserError(f"{folder} does not hold {units} that {source.path} was trained on: give another text")
     corpus.verify()
@@ -168,8 +168,8 @@ def is_complete(plan: Plan) -> bool:
     if not (out / SURGERY).exists():
         return False
     stored, asked = read_surgery(out), plan.provenance
-    (*_, found), (*_, wanted) = stored["operations"], asked["operations"]
-    different = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    (*_, found), (*_, expected) = stored["operations"], asked["operations"]
+    different = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     different += [name for name in ("tested_on", "max_test_steps") if stored.get(name) != asked[name]]
     if different:
         raise UserError(f"--out {out} holds another operation, of other {', '.join(different)}: choose another folder")

@@ -98,7 +98,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """A file, read once, so that the bytes hashed are the bytes parsed. trains: it is the train file."""
+    """A file, read once, so that the hashed bytes are the parsed bytes. trains: whether it is the train file."""
 
     path: Path
     task: str
@@ -205,7 +205,7 @@ def _title(kind: Kind, fold: int, train: int, held_out: int) -> str:
 
 
 def _notes(kind: Kind, train: list, held_out: list) -> str:
-    """Counts held-out rows that measure no generalisation: those seen in training, and those whose own equation misses the answer."""
+    """Counts held-out rows that do not measure generalisation: those seen in training, and those whose equation misses the answer."""
     seen = {row[0] for row in train}
     repeated, of_all = sum(row[0] in seen for row in held_out), f"of {len(held_out):,} {kind.split} rows"
     missed = sum(isinstance(row, Problem) and not solves(row.equation, row.numbers, row.answer) for row in held_out)

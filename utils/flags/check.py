@@ -46,7 +46,7 @@ def is_given(flags: Any, name: str) -> bool:
 
 
 def no_effect(flag: str, where: str) -> str:
-    """The refusal of a flag that would be ignored."""
+    """The message that refuses a flag without effect."""
     return f"--{flag} has no effect with {where}: leave it out"
 
 
@@ -144,7 +144,7 @@ def _check_experts_by_layer(flags: Flags, layers: int) -> list[str]:
 
 
 def _check_method(flags: Flags) -> list[str]:
-    """Mistakes of the method, its options and its router, on a command line that is right otherwise."""
+    """Mistakes of the method, its options and its router, if there are no others."""
     method = method_of(flags)
     if flags.dense_drop and not (method and method.flags.get("dense_drop")):
         others = [f"--method {flags.method}"] * (flags.method is not None) + ["--moe"] * flags.moe

@@ -1,4 +1,4 @@
-"""How a flag is declared: its default, help, roles and limits, each stated once. Imports no torch.
+"""Declaration of flags: default, help, roles and limits, each stated once. Imports no torch.
 
 A program's flags are one flat frozen dataclass that inherits from its groups; a group is a dataclass of flags whose `title` heads a box of
 --help, unless the program lists it as `hidden`. Parser, checks, run folders, records and surgery read this metadata and keep no list of
@@ -20,7 +20,7 @@ class Spec:
 
     roles: see utils/flags/fields.py. low, high: inclusive limits; above, below: exclusive ones; special: a value allowed besides.
     choices: the allowed values, if they are fixed. needs: the flag without which this one has no effect. follows: the flag from which this
-    one is derived when it is not given. only: the --method values it applies to. since: what runs were made with before the flag existed.
+    one is derived when it is not given. only: the --method values it applies to. since: its value in runs made before it existed.
     """
 
     help: str
@@ -65,5 +65,5 @@ def groups(kind: type) -> dict[str, type]:
 
 
 def flags_from(values: dict[str, Any], kind: type[FlagsT]) -> FlagsT:
-    """The flags that `values` hold; other entries are ignored, missing flags have their defaults."""
+    """The flags in `values`; other entries are ignored, missing flags have their defaults."""
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})

@@ -25,7 +25,7 @@ CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the
 
 
 def method_of(flags: Flags) -> Method | None:
-    """The method given by name, or else the one that the official flags spell out."""
+    """The method given by name, or else the one that the official flags match."""
     name = flags.method or matching_method(resolve(dataclasses.replace(flags, method="custom")))
     return load(METHODS, "method", name) if name else None
 
@@ -135,7 +135,7 @@ def finetuning_k(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(flags: FlagsT) -> FlagsT:
-    """Decides every default that depends on another flag, so that config.json says what was run."""
+    """Decides every default that depends on another flag, so that config.json is explicit."""
     E = flags.moe_num_expert
     d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
     changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
@@ -147,9 +147,9 @@ def resolve(flags: FlagsT) -> FlagsT:
         router, implied = canonical_router(flags.gate_name)
         changes["gate_name"] = router
         if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
-            changes["moe_index"] = None  # all layers, which is the default
+            changes["moe_index"] = None  # all layers, the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
-            changes["moe_experts_by_layer"] = None  # all the same, which is the default
+            changes["moe_experts_by_layer"] = None  # all equal, the default
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
@@ -174,7 +174,7 @@ def training_flags(model: str, method: str | None, preset: str) -> dict[str, Any
 
 
 def usual_flags(flags: Flags) -> Flags:
-    """The flags of a run with nothing given but model, preset and method."""
+    """The flags of a run given only by model, preset and method."""
     usual = training_flags(flags.model, flags.method, flags.preset)
     return Flags(**{**usual, "model": flags.model, "preset": flags.preset, "method": flags.method})
 

@@ -1,16 +1,16 @@
 """Every flag of train.py, finetune.py, surgery.py and generate.py, declared once. Imports no torch.
 
-A new flag is one line here, and the code that uses it. Its roles say what else happens to it; `names(role=...)` answers with the flags:
+A new flag is one line here, and the code that uses it. Its roles say how else it is used; `names(role=...)` lists the flags of a role:
 
-run          where, on what and how long: says nothing about which method is trained
-model        what the weights of the dense model mean: taken from a checkpoint, always
-experts      what the weights of the experts mean: likewise
-training     how a checkpoint was trained: the default for training it further, and for fine-tuning
-continued    likewise, for --start_from only
-start        how training starts from a checkpoint; means nothing to the trained model
-surgery      what surgery.py changes
-teacher      what a teacher and its student must have in common
-derived      follows from another flag (`follows`) unless given
+run          where, on what and how long to train: not part of the identity of method or preset
+model        defines the meaning of the dense model's weights: always taken from a checkpoint
+experts      the same for the weights of the experts
+training     how a checkpoint was trained: the default when it is trained further or fine-tuned
+continued    the same, for --start_from only
+start        how training starts from a checkpoint; without meaning for the trained model
+surgery      changed by surgery.py
+teacher      must be equal for a teacher and its student
+derived      derived from another flag (`follows`) unless given
 unstored     not part of config.json: changes no number
 replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
 variant      recorded beside the method, not beside the preset
@@ -45,7 +45,7 @@ expert_flag = partial(flag, needs="moe")
 class RunFlags:
     title = "run"
 
-    method: str | None = flag(None, "training method, which sets flags. Default: what the flags spell out", "run experts", choices=METHODS)
+    method: str | None = flag(None, "training method, which sets flags. Default: the one the flags match", "run experts", choices=METHODS)
     model: str = flag("transformer_xl", "architecture; transformer_xl reads bytes, the others pieces", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
@@ -206,7 +206,7 @@ class TaskFlags:
     checkpoint: str = folder(
         "", "finished run, one of its checkpoints/step-*, folder of surgery.py or save_pretrained, or weights", "run replaceable"
     )
-    expect: str | None = flag(None, "refuse a checkpoint of another method; dense ones are alike", "run replaceable", choices=METHODS)
+    expect: str | None = flag(None, "refuse a checkpoint of another method; dense ones are equivalent", "run replaceable", choices=METHODS)
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "most positions of a row; a longer one is refused", "run", low=3)
@@ -286,5 +286,5 @@ def names(*, role: str | None = None, group: str | None = None, follows: str | N
 
 
 def defaults_before() -> dict:
-    """The values that runs made before these flags existed stand for."""
+    """The values of flags in runs made before these flags existed."""
     return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from utils.engine import Engine
     from utils.flags.fields import Flags
 
-State = tuple[Tensor, ...] | None  # what a model carries from one batch to the next: tensors with rows along dimension 0
+State = tuple[Tensor, ...] | None  # carried from one batch to the next: tensors with rows along dimension 0
 
 
 class Metric(NamedTuple):
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """Training and evaluation data of one process of a run, read as the flags say.
+    """Training and evaluation data of one process of a run.
 
     splits: those of the final test; the first is also used for validation, the last is shown in tables. selects_best: the best weights on
     validation are tested, not the last ones. vocabulary: of the word pieces, or None for bytes.
@@ -102,7 +102,7 @@ class Task(ABC):
         """Shape of a typical evaluation batch."""
 
     def measure(self, model: nn.Module, batch: Batch, state: State) -> tuple[float, int, State]:
-        """A sum over the batch, the count to divide it by, and the state to carry on; here the sum of losses and their number."""
+        """A sum over the batch, the count to divide it by, and the next state; by default the sum of losses and their number."""
         losses, state, _ = model(*batch.inputs, state)
         return losses.double().sum().item(), losses.numel(), state
 

@@ -1,4 +1,4 @@
-"""Encodes the rows of a fine-tuning task as the model reads them: bytes as in its pre-training, or word pieces."""
+"""Encodes the rows of a fine-tuning task in the units of pre-training: bytes or word pieces."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The identity of a run, as values: where it departs from preset and method, and what it started from. Imports no torch."""
+"""The identity of a run, as values: its settings that differ from preset and method, and its initial weights. Imports no torch."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ def table_of(flags: Flags, source: Source | None) -> str:
 
 
 def departures_of(flags: Flags, source: Source | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings in which a run departs from its preset, and those in which it departs from its method, or did before."""
+    """The settings of a run that differ from its preset, and those that differ from its method, now or in pre-training."""
     of_preset, of_method = departures(flags, _usual(flags, source) if source else usual_flags(flags))
     taught = {"teacher_weight": flags.teacher_weight, "teacher_temperature": flags.teacher_temperature} if flags.teacher else {}
     return of_preset, of_method | taught
@@ -37,7 +37,7 @@ def _usual(flags: Flags, source: Source) -> Flags:
 
 
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where decided flags depart from the preset, and where from the method, given the `usual` flags of preset and method."""
+    """The settings that differ from the preset, and from the method, given the `usual` flags of preset and method."""
     derived, variants = names(role="derived"), names(role="variant")
     own = [field.name for field in dataclasses.fields(flags) if field.name not in (*names(role="run"), *derived)]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
@@ -58,7 +58,7 @@ def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, An
 
 
 def training_of(source: Source) -> dict[str, Any]:
-    """The first training of a checkpoint, before anything was done to its weights. A folder of weights alone is known by its name."""
+    """The first training of a checkpoint, before any operation on its weights; only a name for a folder of weights."""
     if "method" in source.trained or "folder" in source.trained:
         return source.trained
     made = source.made
