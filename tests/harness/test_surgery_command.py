@@ -230,7 +230,8 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
             for parameter in model_.parameters():
                 torch.nn.init.normal_(parameter, 0.0, 0.3)
             rows_of_task.flags = dataclasses.replace(flags, eval_batch_size=size)
-            rows_of_task.next = rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True).__next__
+            every = list(rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True))
+            rows_of_task.next = iter(every).__next__
             count = sum(int(rows_of_task.sequences_of(batch)[1].sum()) for batch in every)
             calibration = calibrate(model_, row_passes(rows_of_task, model_, count), k=2, seed=0)
         found.append(calibration.usage)

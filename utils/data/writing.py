@@ -27,9 +27,6 @@ MOVE = "choose another --out, or move it"
 REPLACE = "choose another --out, or replace it with --force"
 
 
-# files and folders
-
-
 def require_space(folder: Path, size: int, flag: str = "--out") -> None:
     """Raise UserError unless the disk of `folder` has room for `size` bytes; the remedy is another folder by `flag`."""
     free, needed = shutil.disk_usage(folder).free, size + SPACE_MARGIN
@@ -107,9 +104,6 @@ def display_path(path: Path) -> Path:
 def describe_files(paths: list[Path]) -> str:
     """Return the names and sizes of files, as meta.json records them under "source"."""
     return " + ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in paths)
-
-
-# datasets
 
 
 class Dataset(ABC):
@@ -229,9 +223,6 @@ class TextDataset(Dataset):
         write_synced(folder / META, [(json.dumps({"schema": SCHEMA, "name": self.name, **meta}, indent=1) + "\n").encode()])
         sync(folder)
         return [f"prepared {self.out}: {meta['title']}, from {meta['source']}"]
-
-
-# the command line
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -21,9 +21,6 @@ CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the
 }
 
 
-# method and options
-
-
 def method_of(flags: Flags) -> Method | None:
     """The method given by name, or else the one that the official flags match."""
     name = flags.method or matching_method(resolve(dataclasses.replace(flags, method="custom")))
@@ -55,9 +52,6 @@ def built_options(flags: Flags) -> list[Any]:
     if values and flags.moe:
         kinds.append(load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).Options)
     return [build_options(kind, values, option_names(kinds)) for kind in kinds]
-
-
-# layers, experts and k
 
 
 def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None, list[str]]:
@@ -131,9 +125,6 @@ def finetuning_k(values: dict[str, Any]) -> dict[str, Any]:
     return {"moe_top_k": k, "dynamic_moe": False}
 
 
-# all flags
-
-
 def resolve(flags: FlagsT) -> FlagsT:
     """Decides every default that depends on another flag, so that config.json is explicit."""
     E = flags.moe_num_expert
@@ -193,9 +184,6 @@ def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
         method=method.name if method and method.layer else None,
         options=parse_options(flags.method_options),
     )
-
-
-# run folders
 
 
 def read_config(folder: Path) -> dict[str, Any]:

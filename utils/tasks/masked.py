@@ -19,7 +19,6 @@ from utils.models.registry import Shape
 from utils.tasks.base import Batch, Metric, Task
 
 ORDER, MASKS = 1, 2  # keys of the random streams
-HELD_OUT = ("valid", "test")
 HELD_OUT_SEED = 20230303  # the masks of evaluation are the same for every run
 
 
@@ -91,7 +90,7 @@ class MaskedLanguageModelling(Task):
             whole = np.arange(start, min(start + rows, sequences.count))
             own = range(len(whole)) if everything else rank_lanes(len(whole), engine.rank, engine.world_size, training=False)
             if len(own):
-                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED, HELD_OUT.index(split), MASKS), engine.device)
+                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED, self.splits.index(split), MASKS), engine.device)
                 yield Batch(inputs, self._shape(len(whole)))
 
     @property
