@@ -57,8 +57,8 @@ def forward_backward(attention: nn.Module, given: tuple[Tensor, ...], grad_BTD: 
     """Output, and gradients of the inputs that need one and of the parameters."""
     with autocast(precision, grad_BTD.device.type):
         y_BTD = attention(*given)
-    wanted = [tensor for tensor in (*given, *attention.parameters()) if tensor.requires_grad]
-    return y_BTD, *torch.autograd.grad(y_BTD, wanted, grad_BTD.to(y_BTD.dtype))
+    leaves = [tensor for tensor in (*given, *attention.parameters()) if tensor.requires_grad]
+    return y_BTD, *torch.autograd.grad(y_BTD, leaves, grad_BTD.to(y_BTD.dtype))
 
 
 def measure_row(flags: AttentionFlags, precision: Precision) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def measure_row(flags: StepFlags, precision: Precision, official: Precision) -> 
         for seed, (name, model) in enumerate(models.items())
     }
     results = compare(steps, flags, BASELINE)
-    said = precision if official == precision else f"{precision}, official {official}"
-    return {"precision": said, "k": flags.k, "bound": least_ratio(models, flags), "results": results}
+    label = precision if official == precision else f"{precision}, official {official}"
+    return {"precision": label, "k": flags.k, "bound": least_ratio(models, flags), "results": results}
 
 
 def rows(flags: StepFlags) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def load(model: nn.Module, source: Source) -> None:
             host = from_pretrained(folder).train()
             if (found := host.get_input_embeddings().weight.shape) != (expected := model.host.get_input_embeddings().weight.shape):
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
-            model.host = host  # the whole host: its configuration may differ from ours
+            model.host = host  # the host and its configuration, which may differ from ours
         else:
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
