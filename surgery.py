@@ -32,10 +32,9 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import COMPRESS
 from utils.tasks.base import Task
-from utils.tasks.choose import finetuning_task, pretraining_task
 from utils.training.run_folder import RunFolder, describe_environment, write_json
-from utils.training.setup import pretraining_run
-from utils.training.surgery_measure import as_text, measured, row_passes, since_the_first, text_passes, time_ratios
+from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
+from utils.training.surgery_measure import as_text, chained, measured, row_passes, text_passes, time_ratios
 
 
 def main(plan: Plan, engine: Engine) -> int:
@@ -68,7 +67,7 @@ def main(plan: Plan, engine: Engine) -> int:
     pairs = [(run.task, engine.prepare(model)), (run_after.task, engine.prepare(smaller))]
     surgery = plan.provenance | {"metric": metric_of(run.task)}
     surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
-    surgery |= {"time": since_the_first(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
+    surgery |= {"time": chained(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
     write_json(folder.path / SURGERY, surgery)
     print(as_text(surgery))
     print(f"done: {folder.path}")

@@ -340,7 +340,7 @@ def restore(folder, run: Run, model, optimizer, plateau: Plateau, average: Weigh
         tensors = load_file(folder / "task.safetensors")
         for callback in run.callbacks:
             callback.load_tensors(tensors)
-    run.task.load_state_dict(state.data)
+    run.task.load_state_dict(state.data | {"step": state.step})  # older runs on a text saved no step with their position
     plateau.load_state_dict(state.plateau)
     return state, storage.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
 

@@ -62,7 +62,7 @@ class AllFlags:
 
 
 def measure(flags: Common, tuned: Sequence[str]) -> dict[str, Any]:
-    """One benchmark: its record, written, and its figure, where it has one."""
+    """Runs one benchmark, and writes its record and its figure if it has one."""
     name = next(name for name, kind in FLAGS.items() if type(flags) is kind)
     torch.set_num_threads(flags.threads)
     found = record(name, flags, BENCHMARKS[name].BASELINE, BENCHMARKS[name].rows(flags), tuned)
@@ -74,7 +74,7 @@ def measure(flags: Common, tuned: Sequence[str]) -> dict[str, Any]:
 
 
 def run(settings: Sequence[Common]) -> None:
-    """One benchmark after another, and then what was found: of several the one table, of one its own."""
+    """Runs benchmarks one after another, and prints the summary of several, or the table of one."""
     tuned = smoe_dropout.tune_cpu() if settings[0].tuned else []
     records = [measure(flags, tuned) for flags in settings]
     print(summary(records) if len(records) > 1 else markdown(records[0]))

@@ -36,7 +36,7 @@ class AttentionFlags(Common):
 
 
 def contestants(flags: AttentionFlags) -> dict[str, nn.Module]:
-    """The same attention computed both ways, with equal weights of its own each."""
+    """The same attention computed both ways, each with its own copy of the weights."""
     torch.manual_seed(0)
     sizes = {name: getattr(flags, name) for name in ("n_head", "d_head", "d_model", "mem_len")}
     ours = RelativeAttention(TransformerXLConfig(n_token=1, **sizes))
@@ -57,12 +57,12 @@ def forward_backward(attention: nn.Module, given: tuple[Tensor, ...], grad_BTD: 
     """Output, and gradients of the inputs that need one and of the parameters."""
     with autocast(precision, grad_BTD.device.type):
         y_BTD = attention(*given)
-    wanted = [tensor for tensor in (*given, *attention.parameters()) if tensor.requires_grad]
-    return y_BTD, *torch.autograd.grad(y_BTD, wanted, grad_BTD.to(y_BTD.dtype))
+    leaves = [tensor for tensor in (*given, *attention.parameters()) if tensor.requires_grad]
+    return y_BTD, *torch.autograd.grad(y_BTD, leaves, grad_BTD.to(y_BTD.dtype))
 
 
 def measure_row(flags: AttentionFlags, precision: Precision) -> dict[str, Any]:
-    """Both in one precision."""
+    """Measures both in one precision."""
     modules, given = contestants(flags), inputs(flags)
     grad_BTD = torch.randn_like(given[0])
 

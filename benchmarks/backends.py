@@ -1,4 +1,4 @@
-"""Measurement of the table that the backend `auto` chooses by: up to which fraction of active experts `sorted` beats `masked`, by size."""
+"""Measures the table that the backend `auto` uses: the fraction of active experts up to which `sorted` beats `masked`, by size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class BackendFlags(Common):
 
 
 def _pass(module: nn.Module, tokens: int, d_model: int, precision: Precision, training: bool) -> Callable[[], Any]:
-    """A function that runs a forward pass over new tokens, with its backward pass in training."""
+    """Returns a function that runs a forward pass over new tokens, and in training a backward pass."""
     grad_ND, draw = torch.randn(tokens, d_model), torch.Generator().manual_seed(0)
 
     def call() -> Any:

@@ -24,7 +24,7 @@ class DataFlags(Common):
 
 
 def write_text(path: Path, size: int) -> None:
-    """A text of `size` bytes: one line again and again, its numbers counting on."""
+    """Writes a text of `size` bytes: one line repeated with increasing numbers."""
     count = 0
     with open(path, "wb") as file:
         while (left := size - file.tell()) > 0:
@@ -33,7 +33,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def process(*arguments: str, code: int = 0) -> Callable[[], None]:
-    """A function that runs Python with these arguments in the repository. RuntimeError unless it exits with `code`."""
+    """Returns a function that runs Python with these arguments in the repository. RuntimeError unless it exits with `code`."""
 
     def call() -> None:
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -55,7 +55,7 @@ def contestants(source: Path, out: Path, megabytes: float) -> dict[str, Callable
 
 
 def rows(flags: DataFlags) -> list[dict[str, Any]]:
-    """One row of processes."""
+    """One row, with a result for each process."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text"
         write_text(source, round(flags.megabytes * 1e6))

@@ -1,4 +1,4 @@
-"""An evaluation pass of the whole Transformer-XL, a batch with memory and without gradients, at every k; ours keeps keys and values."""
+"""An evaluation pass of Transformer-XL, a batch with memory and without gradients, at every k; ours caches keys and values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class EvaluationFlags(ModelFlags):
 
 
 def evaluation_pass(model: MemTransformerLM, flags: EvaluationFlags, precision: Precision, way: str, seed: int = 1) -> Callable[[], float]:
-    """A function that reads one segment and returns its mean loss. It has run once, so that there is memory."""
+    """Returns a function that reads one segment and returns its mean loss. It has run once, so that the memory is filled."""
     batches, memory = random_batches(flags, flags.tgt_len + 1, seed), None
     model.eval()
     logits = model.logits if way == OFFICIAL else model.read
@@ -43,7 +43,7 @@ def evaluation_pass(model: MemTransformerLM, flags: EvaluationFlags, precision: 
 
 
 def measure_row(flags: EvaluationFlags, precision: Precision, k: int) -> dict[str, Any]:
-    """All contestants at one k in one precision."""
+    """Measures all contestants at one k in one precision."""
     models = contestants(flags, k)
     passes = {name: evaluation_pass(model, flags, precision, name, seed) for seed, (name, model) in enumerate(models.items())}
     results = compare(passes, flags, BASELINE)

@@ -1,4 +1,4 @@
-"""Generating byte by byte, the likeliest next, with memory full: `logits`, which projects the memory anew for every byte, and `read`, which
+"""Greedy generation byte by byte with a full memory: `logits`, which projects the memory again for every byte, and `read`, which
 keeps keys and values.
 """
 
@@ -33,7 +33,7 @@ class GenerationFlags(ModelFlags):
 
 
 def generator(model: MemTransformerLM, flags: GenerationFlags, precision: Precision, way: str) -> Callable[[], Tensor]:
-    """A function that goes on generating and returns the bytes [batch_size, tokens]. It has read as much as memory holds."""
+    """Returns a function that continues generating and returns the bytes [batch_size, tokens], starting with a full memory."""
     model.eval()
     read = model.read if way == CACHED else model.logits
     with torch.no_grad(), autocast(precision, flags.device):
@@ -55,7 +55,7 @@ def generator(model: MemTransformerLM, flags: GenerationFlags, precision: Precis
 
 
 def measure_row(flags: GenerationFlags, precision: Precision, k: int) -> dict[str, Any]:
-    """Experts and dense, with and without a cache. bound: the weights that a byte has to read, over the dense model's."""
+    """Measures experts and dense, with and without a cache. bound: weights read per byte, relative to the dense model."""
     models = {name: model for name, model in contestants(flags, k).items() if name in (OURS, DENSE)}
     calls = {f"{name}, {way}": generator(model, flags, precision, way) for name, model in models.items() for way in (UNCACHED, CACHED)}
     bound = active_parameters(models[OURS], k)[0] / active_parameters(models[DENSE], None)[0]

@@ -1,4 +1,4 @@
-"""How time grows: of the expert layer with experts, their width and tokens, of the attention with memory; one size grows at a time."""
+"""Scaling of time: the expert layer by experts, their width and tokens, and the attention by memory; one size grows at a time."""
 
 from dataclasses import dataclass
 from typing import Any

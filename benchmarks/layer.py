@@ -48,7 +48,7 @@ def moe_layer(flags: LayerFlags, k: int) -> MoELayer:
 
 
 def able(layer: MoELayer, precision: Precision, device: Device) -> list[str]:
-    """Names of the contestants that can run there; the dense network is the baseline."""
+    """Names of the contestants that can run on the device; the dense network is the baseline."""
     weights = layer.experts.weights(torch.bfloat16 if precision == "bf16" else torch.float32)
     refusals = {name: load(BACKENDS, "backend", backend).refusal for name, backend in OURS.items() if backend != "auto"}
     refusals |= {name: peer.refusal for name, peer in EXPERT_PEERS.items()}
@@ -58,7 +58,7 @@ def able(layer: MoELayer, precision: Precision, device: Device) -> list[str]:
 
 
 def contestant(layer: MoELayer, name: str) -> nn.Module:
-    """One way to compute the layer, with equal weights of its own."""
+    """An implementation of the layer, with its own copy of the weights."""
     if name == BASELINE:
         return dense_ffn(layer.experts)
     if name in EXPERT_PEERS:
@@ -78,7 +78,7 @@ def forward_backward(module: nn.Module, x_ND: Tensor, grad_ND: Tensor, precision
 
 
 def measure_row(flags: LayerFlags, precision: Precision, k: int, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The named contestants (all that can run here, unless said) at one k in one precision. bound: operations over the dense network's."""
+    """Measures the named contestants (default: all that can run) at one k in one precision. bound: operations over the dense ones."""
     layer = moe_layer(flags, k)
     size = flags.tokens, flags.d_model
     grad_ND = torch.randn(size, device=flags.device)

@@ -1,5 +1,5 @@
-"""Interleaved timing. Contestants take turns in one process, in another order each round, and each is compared with the baseline of its
-own round, so that what slows the machine down for a while slows both.
+"""Interleaved timing. Contestants take turns in one process, in a different order each round, and each is compared with the baseline of its
+own round, so that a temporary slowdown of the machine affects both.
 """
 
 import os
@@ -65,7 +65,7 @@ def summarise(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[
 
 
 def peak_mib(call: Callable[[], Any], device: Device = "cpu") -> float:
-    """The most MiB that torch has allocated at once within `call`, besides what was allocated before it.
+    """Peak memory in MiB that torch allocates during `call`, without memory allocated before it.
 
     Counted at torch's allocator. The peak of a whole process on a CPU would count freed memory that the C library holds back, too.
     """
@@ -96,7 +96,7 @@ def autocast(precision: Precision, device: Device = "cpu"):
 
 
 class Host:
-    """This machine, as far as `describe_environment` asks an engine."""
+    """This machine, with the attributes that `describe_environment` reads from an engine."""
 
     world_size, accelerator = 1, SimpleNamespace(mixed_precision="no")
     device_name = Engine.device_name

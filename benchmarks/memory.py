@@ -1,4 +1,4 @@
-"""Peak memory of one training step of the whole Transformer-XL, by default at the paper's size. Nothing is timed."""
+"""Peak memory of one training step of Transformer-XL, by default at the paper's size. Nothing is timed."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Transformer-XL that whole-model benchmarks compare: with experts, ours and the official way, and dense."""
+"""The Transformer-XL models that benchmarks compare: with experts, ours and the official way, and dense."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def contestants(flags: ModelFlags, k: int) -> dict[str, MemTransformerLM]:
 
 
 def random_batches(flags: ModelFlags, length: int, seed: int = 1) -> Iterator[Tensor]:
-    """[batch_size, length] without end. New tokens in every pass and for every contestant: experts then get other numbers of tokens, as in
+    """Yields random batches [batch_size, length] endlessly. New tokens for every pass and contestant vary the load of the experts, as in
     training, and no contestant finds the kernels of its sizes built by another.
     """
     draw = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ def scatter_gemm_gather(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, we
 
 
 def boolean_masks(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """The loop of most repositories: for each expert the tokens that chose it, found by a mask, and their weighted results added up."""
+    """The loop found in most repositories: each expert processes the tokens selected by its mask, and weighted results are added."""
     y_ND = torch.zeros_like(x_ND)
     for expert, own in enumerate(zip(*_unbind(weights), strict=True)):
         token, slot = torch.where(indices_NK == expert)
@@ -56,13 +56,13 @@ def _expert(x: Tensor, up: Tensor, bias_up: Tensor, down: Tensor, bias_down: Ten
 
 
 def _transformers_experts(weights: ExpertWeights, **other) -> SimpleNamespace:
-    """Attributes of experts without a gate that the transformers library's functions read. Views: its matrices are [E, out, in]."""
+    """The attributes that transformers' functions read from an experts module without a gate. Views: its matrices are [E, out, in]."""
     matrices = {"up_proj": weights.up_EHD, "down_proj": weights.down_EHD.transpose(1, 2)}
     return SimpleNamespace(num_experts=len(weights.up_EHD), act_fn=ACTIVATIONS[weights.activation].apply, **matrices, **other)
 
 
 def transformers_eager(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Its loop over experts, as in the one model of it whose experts have two matrices (others have three)."""
+    """The library's loop over experts, as in its only model whose experts have two matrices (others have three)."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
     experts = _transformers_experts(weights, config=SimpleNamespace(_experts_implementation="eager"))
@@ -70,7 +70,7 @@ def transformers_eager(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, wei
 
 
 def transformers_grouped(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Its way by torch's grouped matrix product."""
+    """The library's implementation with torch's grouped matrix product."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     settings = {"has_gate": False, "has_bias": True, "is_transposed": False, "has_post_expert_norm": False, "_is_expert_parallel": False}
@@ -79,7 +79,7 @@ def transformers_grouped(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, w
 
 
 def scattermoe(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Two products by Triton that read and write tokens where they stand."""
+    """Two Triton kernels that read and write tokens in place, without copying them into expert order."""
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     order = flatten_sort_count(indices_NK, len(weights.up_EHD))
@@ -127,7 +127,7 @@ EXPERT_PEERS = {
 
 
 class PeerExperts(nn.Module):
-    """In place of `Experts`, with its parameters: computed by a peer."""
+    """Replaces `Experts`, with its parameters, by a peer's computation."""
 
     def __init__(self, experts: Experts, way: Callable[..., Tensor]):
         super().__init__()
@@ -142,7 +142,7 @@ class PeerExperts(nn.Module):
 
 
 def with_peer(layer: MoELayer, name: str) -> MoELayer:
-    """A copy of the layer, with equal weights of its own, whose experts are computed by a peer; biases it cannot add are 0 and frozen."""
+    """A copy of the layer whose experts are computed by a peer; biases it cannot add are 0 and frozen."""
     layer, peer = copy.deepcopy(layer), EXPERT_PEERS[name]
     if not peer.biases:
         for bias in (layer.experts.bias_up, layer.experts.bias_down):
@@ -152,7 +152,7 @@ def with_peer(layer: MoELayer, name: str) -> MoELayer:
 
 
 def dense_ffn(experts: Experts) -> nn.Sequential:
-    """The feed-forward network with the experts' weights side by side, which is the sum of all experts (gate weights 1)."""
+    """The dense feed-forward network with the concatenated weights of the experts, equal to the sum of all experts (gate weights 1)."""
     E, H, D = experts.up.shape
     ffn = nn.Sequential(nn.Linear(D, E * H), nn.ReLU(), nn.Dropout(experts.dropout), nn.Linear(E * H, D))
     values = experts.up.flatten(0, 1), experts.bias_up.flatten(), experts.down.flatten(0, 1).t(), experts.bias_down.sum(0)
@@ -197,7 +197,7 @@ class OfficialAttention(nn.Module):
 
 
 def official_style(model: MemTransformerLM) -> MemTransformerLM:
-    """A copy of the model, with equal weights of its own, whose attention is computed the published way and whose experts fastmoe's."""
+    """A copy of the model whose attention is computed the published way and whose experts fastmoe's."""
     model = copy.deepcopy(model)
     for layer in model.layers:
         layer.attention = OfficialAttention(layer.attention)

@@ -1,4 +1,4 @@
-"""One training step of the whole Transformer-XL as train.py takes it: forward, backward, clipping, Adam; memory from the step before."""
+"""One training step of Transformer-XL as in train.py: forward, backward, clipping, Adam; memory from the previous step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BASELINE = OFFICIAL
 
 @dataclass(frozen=True)
 class StepFlags(ModelFlags):
-    """Time of a whole training step over that of the same model computed the official way."""
+    """Time of a training step relative to the same model computed the official way."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
     """fp32, bf16 or both"""
@@ -26,7 +26,7 @@ class StepFlags(ModelFlags):
 
 
 def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precision, seed: int = 1) -> Callable[[], float]:
-    """A function that takes one step and returns the loss before it. It has run once, so that there is memory."""
+    """Returns a function that takes one step and returns the loss before it. It has run once, so that the memory is filled."""
     settings = Flags()
     optimizer = build_optimizer(model.train(), settings)
     batches, memory = random_batches(flags, flags.tgt_len + 1, seed), None
@@ -48,19 +48,19 @@ def training_step(model: MemTransformerLM, flags: StepFlags, precision: Precisio
 
 
 def measure_row(flags: StepFlags, precision: Precision, official: Precision) -> dict[str, Any]:
-    """All contestants in one precision, but for the official way, which has its own."""
+    """Measures all contestants in one precision, except the official way, which has its own."""
     models = contestants(flags, flags.k)
     steps = {
         name: training_step(model, flags, official if name == OFFICIAL else precision, seed)
         for seed, (name, model) in enumerate(models.items())
     }
     results = compare(steps, flags, BASELINE)
-    said = precision if official == precision else f"{precision}, official {official}"
-    return {"precision": said, "k": flags.k, "bound": least_ratio(models, flags), "results": results}
+    label = precision if official == precision else f"{precision}, official {official}"
+    return {"precision": label, "k": flags.k, "bound": least_ratio(models, flags), "results": results}
 
 
 def rows(flags: StepFlags) -> list[dict[str, Any]]:
-    """A row for each precision; and of more than one the last beside the official way in the first, which is its default."""
+    """A row for each precision, and with several, one that compares the last with the official way in the first, its default."""
     pairs = [(precision, precision) for precision in flags.precision]
     if len(pairs) > 1:
         pairs.append((flags.precision[-1], flags.precision[0]))

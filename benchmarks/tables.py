@@ -151,8 +151,8 @@ def _where(record: dict[str, Any]) -> str:
     threads = "" if record["benchmark"] == "data" else f", {env['threads']} thread{'s' if env['threads'] > 1 else ''}"
     machine = f"{env['device_name']} ({env['cores']} cores{threads})"
     tuned = f" Tuned: {'; '.join(env['tuned'])}." if env.get("tuned") else ""
-    how = "Measured" if record["benchmark"] == "memory" else f"Median of {record['sizes']['rounds']} interleaved rounds"
-    return f"{how} on {machine}, torch {env['torch']}, {code}.{tuned}"
+    statistic = "Measured" if record["benchmark"] == "memory" else f"Median of {record['sizes']['rounds']} interleaved rounds"
+    return f"{statistic} on {machine}, torch {env['torch']}, {code}.{tuned}"
 
 
 def _head(cells: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from utils.data.corpus import digest_of, read_chunks  # noqa: E402
 from utils.data.download import Unavailable, download, log  # noqa: E402
 from utils.data.rows import TASKS, Examples, kind_of, read_examples  # noqa: E402
 from utils.data.sources import ROWS, Files, Hub  # noqa: E402
-from utils.data.writing import REPLACE, Dataset, refuse_unreadable, require_space, sync_folder, write_synced  # noqa: E402
+from utils.data.writing import REPLACE, Dataset, refuse_unreadable, require_space, sync, write_synced  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 HUB_SPLITS = ("train", "validation")
@@ -147,7 +147,7 @@ class TaskRows(Dataset):
         if not source and (other := unpublished(folds)):
             raise UserError(f"{origin} holds {other}: {remedy}")
         for inner in {(folder / name).parent for name in file_names(self.name)} | {folder}:
-            sync_folder(inner)
+            sync(inner)
         return [f"prepared {self.out} from {origin}", *map(summary, folds)]
 
 

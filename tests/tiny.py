@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
@@ -49,6 +50,17 @@ ENCODER = {  # over them, a run of bert or roberta: without what only Transforme
 VOCABULARY = {"name": "tiny", "size": 40, "sha256": "0" * 64}  # pieces of words are 5 to 38
 SPECIAL = {"bert": {"pad": 0, "cls": 2, "sep": 3, "mask": 4}, "roberta": {"cls": 0, "pad": 1, "sep": 2, "mask": 39}}
 VOLATILE = ("seconds", "tokens_per_second")
+
+
+class Place(NamedTuple):
+    """As much of an engine as a task asks for."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+
+
+ALONE = Place()
 
 
 def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 200) -> Path:
@@ -233,7 +245,7 @@ def _server():
             "torch._dynamo",
             "torch.distributed.tensor",
             "utils.models.roberta",
-            "utils.tasks.choose",
+            "utils.training.setup",
             "tests.tiny",
         ]
     )

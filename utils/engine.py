@@ -39,7 +39,7 @@ class Engine:
         """
         self.parallel = self.accelerator.prepare_model(model)
         model = self.accelerator.unwrap_model(self.parallel)
-        if self.compile:  # whole graphs only: otherwise what cannot be traced would silently run uncompiled
+        if self.compile:  # full graphs only: otherwise untraceable parts would silently run uncompiled
             self.parallel = torch.compile(self.parallel, fullgraph=True)
         return model
 

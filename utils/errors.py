@@ -1,32 +1,30 @@
-"""How a run ends when it cannot go on: one sentence with the value, the place and the remedy."""
+"""Errors shown to the user: one sentence with the value, the place and the remedy."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EXIT_USER_ERROR = 2
-EXIT_TRAINING_ERROR = 1
-
 
 class UserError(Exception):
-    """A mistake in the input, not in the program. Its text is all the user is shown, without a traceback; exit code 2."""
+    """A mistake in the input, not in the program. Only its text is shown, without a traceback."""
+
+    code = 2
 
 
 class TrainingError(Exception):
-    """Training cannot go on, and what was saved is good. Its text is all the user is shown; exit code 1."""
+    """Training failed; the saved checkpoints are good. Only its text is shown."""
+
+    code = 1
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the process with one line on stderr where a `UserError` or a `TrainingError` leaves the block."""
+    """Prints a `UserError` or `TrainingError` raised in the block on one line, and exits with its code."""
     try:
         yield
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_TRAINING_ERROR)
+        sys.exit(error.code)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that prepare data: a local server, and the three programs with a data folder of their own."""
+"""Fixtures for data preparation: a local server, and the three programs with a temporary data folder."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,7 +66,7 @@ def run(data_dir, capsys, monkeypatch):
 
 @pytest.fixture
 def refused(run, data_dir):
-    """refused(program, *argv) -> the sentence that the command ends with; the data folder is as it was."""
+    """refused(program, *argv) -> the error message of the command; the data folder is unchanged."""
 
     def call(program, *argv: object) -> str:
         before = state(data_dir)
@@ -79,5 +79,5 @@ def refused(run, data_dir):
 
 
 def state(folder: Path) -> dict[Path, int]:
-    """Every file, folder and link below `folder`, with the time of the last change of all but folders."""
+    """Every file, folder and link below `folder`, with modification times except for folders."""
     return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")}

@@ -36,7 +36,7 @@ def runs_of(name: str, *more: str) -> list:
 @pytest.mark.parametrize(("name", "row"), ROWS)
 @pytest.mark.parametrize("preset", ["paper", "laptop"])
 def test_a_run_of_a_row_is_recognised(name, row, preset):
-    """By the identity that is recorded of it, at every preset of four layers, also with a flag that all rows share."""
+    """A row is found by the recorded identity of its run, at every preset of four layers, also with a flag that all rows share."""
     ablation = ABLATIONS[name]
     (one,) = (one for one in ablation.rows if one.name == row)
     for more, rest in (([], {}), (["--max_step", "9"], {"max_step": 9})):
@@ -66,7 +66,7 @@ def test_a_row_is_listed_as_words_of_a_command_line(capsys):
 
 
 def test_layers_without_experts_are_as_wide_as_requested():
-    """Official: as one expert; in the ablation of layers: of equal parameters."""
+    """Official: as wide as one expert; in the ablation of layers: with equal parameters."""
     from utils.models.build import build_model
     from utils.models.flops import parameter_counts
 
@@ -142,7 +142,7 @@ def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
 
 
 def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
-    """Under the first one, where it belongs to rows of several ablations."""
+    """A run that belongs to rows of several ablations is collected under the first."""
     monkeypatch.chdir(tmp_path)
     for name, one in runs_of("schedule")[-3:-1]:
         (tmp_path / name).mkdir()

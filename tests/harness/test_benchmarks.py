@@ -92,7 +92,7 @@ def test_scattermoe_is_called_as_it_documents(monkeypatch):
 
 
 def test_peers_that_cannot_compute_the_layer_are_left_out():
-    """Those of CUDA on a CPU, and those that have no dropout where there is some."""
+    """CUDA peers are left out on a CPU, and peers without dropout if dropout is used."""
     ours = moe_layer(2)
     everywhere = {layer.BASELINE, "ours: sorted", "ours: masked", "ours: grouped", "ours: auto", "fastmoe's way", "boolean masks"}
     without_dropout = {layer.DROPPING, *(name for name in EXPERT_PEERS if name.startswith("transformers"))}
@@ -200,7 +200,7 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_peak_memory_is_the_most_held_at_once():
-    """Memory that is freed on the way counts while it is held, memory held before does not, and the result of one pass not for the next."""
+    """Memory freed during the call counts while it is held; memory held before, such as the result of an earlier pass, does not."""
     x = torch.ones(2**18)  # 1 MiB
     assert peak_mib(lambda: x * 2) == 1
     assert peak_mib(lambda: (x * 2 + 1) * 3) == 2
@@ -248,7 +248,7 @@ def test_without_a_name_all_are_run_at_their_defaults(argv, monkeypatch):
 
 
 def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch):
-    """A line for each precision and k, the same that the page gets; with --tuned, what that did."""
+    """A line for each precision and k, as on the page, and with --tuned the changes it made."""
     monkeypatch.setattr(smoe_dropout, "tune_cpu", lambda: ["said by tune_cpu"], raising=False)
     run([replace(commands(flags, tmp_path), rounds=1, tuned=True) for flags in SMALL])
     table = capsys.readouterr().out.strip()
@@ -309,7 +309,7 @@ def test_data_command_writes_a_record_and_prints_its_table(tmp_path, capsys, mon
 
 
 def layer_record(ratio: float, **others: float) -> dict:
-    """A record of E = 4 experts at k = 1 and 2."""
+    """A record of the layer with E = 4 experts at k = 1 and 2."""
 
     def results() -> dict:
         ratios = {"dense": 1.0, "ours: auto": ratio, "ours: masked": 1.0, "fastmoe's way": 2 * ratio, **others}
@@ -329,7 +329,7 @@ def test_numbers_of_the_one_table():
 
 
 def test_a_record_without_bound_and_peak_memory_is_readable():
-    """As those of earlier versions."""
+    """Records of earlier versions have neither."""
     record = layer_record(0.4)
     for row in record["rows"]:
         del row["bound"]

@@ -1,4 +1,4 @@
-"""What a run does about checkpoints that are damaged, folders that are not its own, full disks, and numbers that are not finite."""
+"""Damaged checkpoints, folders of other runs, full disks, and values that are not finite."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ def finished(corpus, tmp_path_factory):
 
 @pytest.fixture
 def stopped(finished, tmp_path):
-    """A copy of that folder as a kill in the final test leaves it."""
+    """A copy of that folder as a kill during the final test leaves it."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     return tmp_path / "run"
@@ -50,7 +50,7 @@ def flip(path: Path) -> None:
 
 
 def refused(arguments: list[str], code: int = 2, before=None) -> str:
-    """What a run says that ends with an error, on one line and without a traceback."""
+    """The message of a run that ends with an error, on one line and without a traceback."""
     run = tiny.run(arguments, before)
     assert run.code == code and "Traceback" not in run.err and run.err.startswith("error: ") and run.err.count("\n") == 1, run
     return run.err
@@ -68,7 +68,7 @@ def second_validation_is_the_best() -> None:
 
 
 def test_the_last_two_the_best_and_the_last_validation_are_kept_and_nothing_else(corpus, finished, tmp_path):
-    """That before the end: routes there are compared with those at the end."""
+    """The validation before the last is kept because its routing is compared with the final one."""
     assert [path.name for path in tiny.checkpoints(finished)] == ["step-00000008", "step-00000012", "step-00000016"]
     for path in tiny.checkpoints(finished):
         assert sorted(file.name for file in path.iterdir()) == list(FILES)
@@ -208,12 +208,12 @@ def disk_with(free: int) -> None:
 
 def test_no_space_is_said_before_training(corpus, tmp_path):
     said = refused(tiny.flags(corpus, tmp_path / "run", **SHORT), before=partial(disk_with, 1_000_000))
-    assert re.search(r"has 1 MiB free, and checkpoints need \d+ MiB", said) and "--work_dir" in said
-    tiny.completed(tiny.flags(corpus, tmp_path / "other", **{**SHORT, "max_step": 1}), partial(disk_with, 9_000_000))
+    assert re.search(r"has 1 MB free, \d+ MB are needed", said) and "--work_dir" in said
+    tiny.completed(tiny.flags(corpus, tmp_path / "other", **{**SHORT, "max_step": 1}), partial(disk_with, 30_000_000))
 
 
 def fill_the_disk() -> None:
-    """The third checkpoint finds no space."""
+    """Fills the disk before the third checkpoint."""
     save_file, saves = storage.save_file, []
 
     def full(tensors, path):
@@ -251,6 +251,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_are_touched(c
 
 
 def test_a_validation_that_is_not_finite_is_a_training_error_too(corpus, tmp_path):
-    """The last update ruins the model, so that there is no best one to test."""
+    """The last update ruins the model, so no best checkpoint remains to be tested."""
     said = refused(tiny.flags(corpus, tmp_path, **{**SHORT, "lr": 1e38, "max_step": 1}), code=1)
     assert "not finite" in said and "step-00000000" not in said

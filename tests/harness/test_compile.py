@@ -1,4 +1,4 @@
-"""--compile: whole graphs, one for every k, and the same training."""
+"""--compile: full graphs, one for every k, and the same training."""
 
 from functools import partial
 
@@ -60,6 +60,6 @@ def test_there_is_one_graph_for_every_k_and_nothing_runs_outside_it(precision, t
 
 
 def test_what_cannot_be_one_graph_is_refused():
-    """A competition is thrown for by a coin whose side decides what is computed."""
+    """Competition is drawn at random, so the computation depends on data."""
     with pytest.raises(UserError, match=r"--compile: this model cannot be compiled into one graph \(.*\): leave the flag out"):
         trained([2], method="competesmoe", compile=True)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import ALONE
 from utils.data.corpus import Corpus
-from utils.data.lanes import LaneIterator, rank_lanes
+from utils.data.lanes import Lanes, rank_lanes
 from utils.errors import UserError
+from utils.flags.fields import Flags
+from utils.tasks.language_modelling import LanguageModelling
 
 SPLITS = {"train": bytes(range(256)) * 4, "valid": b"valid" * 11, "test": b"test" * 7}
 
@@ -137,128 +140,75 @@ def test_opening_a_corpus_does_not_import_torch(tmp_path):
 )
 def test_lanes_equal_a_slow_transcription(size, batch_size, tgt_len):
     data = text(size)
-    lanes, expected = LaneIterator(data, batch_size, tgt_len), slow_lanes(data, batch_size, tgt_len)
-    assert lanes.segments_per_epoch == len(expected)
-    passes = [list(lanes.one_pass()), [next(lanes) for _ in expected], [next(lanes) for _ in expected]]
-    assert (lanes.epoch, lanes.position) == (2, 0)
-    for segments in passes:
-        assert [(s.tokens.tolist(), s.targets.tolist()) for s in segments] == expected
-        assert [s.first for s in segments] == [True] + [False] * (len(expected) - 1)
-        assert all(t.dtype == torch.int64 and t.is_contiguous() and t.device.type == "cpu" for s in segments for t in s[:2])
+    lanes, expected = Lanes(data, batch_size, tgt_len), slow_lanes(data, batch_size, tgt_len)
+    segments = [lanes[index] for index in range(len(lanes))]
+    assert [(tokens.tolist(), targets.tolist()) for tokens, targets in segments] == expected
+    assert all(t.dtype == torch.int64 and t.is_contiguous() and t.device.type == "cpu" for segment in segments for t in segment)
 
 
 def test_a_pass_reads_every_byte_of_every_lane_once():
     data = text(10 * 37 + 3)
-    segments = list(LaneIterator(data, 10, 5).one_pass())
-    read = torch.cat([s.tokens for s in segments] + [segments[-1].targets[:, -1:]], dim=1)
+    segments = list(Lanes(data, 10, 5))
+    read = torch.cat([tokens for tokens, _ in segments] + [segments[-1][1][:, -1:]], dim=1)
     assert np.array_equal(read.numpy().astype(np.uint8).ravel(), data[:370])  # the remaining 3 are in no lane
-
-
-def test_training_is_endless_and_marks_each_epoch():
-    lanes = LaneIterator(text(90), 3, 10)  # 30 bytes per lane: segments of 10, 10, 9
-    segments = [next(lanes) for _ in range(7)]
-    assert iter(lanes) is lanes
-    assert [s.first for s in segments] == [True, False, False, True, False, False, True]
-    assert [s.tokens.shape[1] for s in segments] == [10, 10, 9, 10, 10, 9, 10]
-    assert torch.equal(segments[0].tokens, segments[3].tokens) and (lanes.epoch, lanes.position) == (2, 10)
-
-
-def test_one_pass_changes_nothing():
-    lanes = LaneIterator(text(90), 3, 10)
-    next(lanes)
-    before = lanes.state_dict()
-    assert len(list(lanes.one_pass())) == 3 and lanes.state_dict() == before
 
 
 def test_segments_own_their_memory():
     data = text(90)
     before = data.copy()
-    next(LaneIterator(data, 3, 10)).tokens.zero_()
+    Lanes(data, 3, 10)[0][0].zero_()
     assert np.array_equal(data, before)
 
 
 def test_a_memory_mapped_split_works(tmp_path):
     corpus = Corpus.open(write_corpus(tmp_path / "c"))
-    segment = next(LaneIterator(corpus.train, 4, 6, fingerprint=corpus.fingerprint))
-    assert segment.tokens.tolist() == [list(range(6))] * 4 and segment.targets.tolist() == [list(range(1, 7))] * 4
-
-
-@pytest.mark.parametrize("done", range(8))
-def test_resume_is_bit_identical(done):
-    data = text(200)
-    whole, lanes = LaneIterator(data, 4, 16), LaneIterator(data, 4, 16, fingerprint="f")
-    expected = [next(whole) for _ in range(15)]
-    for _ in range(done):
-        next(lanes)
-    resumed = LaneIterator(data, 4, 16, fingerprint="f")
-    resumed.load_state_dict(json.loads(json.dumps(lanes.state_dict())))
-    for one in expected[done:]:
-        other = next(resumed)
-        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.targets, other.targets) and one.first == other.first
-    assert resumed.state_dict() == {**whole.state_dict(), "fingerprint": "f"}
-
-
-def test_state_may_be_loaded_with_another_number_of_ranks():
-    data = text(400)
-    whole = LaneIterator(data, 8, 16)
-    next(whole)
-    half = LaneIterator(data, 8, 16, lanes=range(4, 8))
-    half.load_state_dict(whole.state_dict())
-    assert torch.equal(next(half).tokens, next(whole).tokens[4:])
-
-
-@pytest.mark.parametrize(
-    "other, message",
-    [
-        (LaneIterator(text(200), 5, 16), "--batch_size 4, this run has 5"),
-        (LaneIterator(text(200), 4, 8), "--tgt_len 16, this run has 8"),
-        (LaneIterator(text(201), 4, 16), "with 200 bytes of text, this run has 201"),
-        (LaneIterator(text(200), 4, 16, fingerprint="g"), "the text f, this run has g"),
-    ],
-)
-def test_the_state_of_another_run_is_refused(other, message):
-    state = LaneIterator(text(200), 4, 16, fingerprint="f").state_dict()
-    with pytest.raises(UserError, match=message):
-        other.load_state_dict(state)
-    assert (other.epoch, other.position) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    "change", [{"position": 7}, {"position": 64}, {"position": -16}, {"position": None}, {"epoch": -1}, {"epoch": "1"}]
-)
-def test_a_damaged_state_is_refused(change):
-    lanes = LaneIterator(text(200), 4, 16)
-    with pytest.raises(UserError, match="damaged"):
-        lanes.load_state_dict({**lanes.state_dict(), **change})
-    with pytest.raises(UserError):
-        lanes.load_state_dict({})
+    tokens, targets = Lanes(corpus.train, 4, 6)[0]
+    assert tokens.tolist() == [list(range(6))] * 4 and targets.tolist() == [list(range(1, 7))] * 4
 
 
 def test_a_split_that_is_too_short_is_refused_with_sizes_and_remedy():
-    assert LaneIterator(text(10), 5, 4).segments_per_epoch == 1
+    assert len(Lanes(text(10), 5, 4)) == 1
     with pytest.raises(UserError, match=r"10 bytes is too short for --batch_size 6 .* use --batch_size 5 or smaller"):
-        LaneIterator(text(10), 6, 4)
+        Lanes(text(10), 6, 4)
     with pytest.raises(UserError, match="use a longer text"):
-        LaneIterator(text(1), 1, 4)
+        Lanes(text(1), 1, 4)
 
 
-@pytest.mark.parametrize("batch_size, tgt_len", [(0, 4), (4, 0), (-1, 4)])
-def test_sizes_must_be_positive(batch_size, tgt_len):
-    with pytest.raises(UserError, match=f"--batch_size {batch_size} and --tgt_len {tgt_len}"):
-        LaneIterator(text(100), batch_size, tgt_len)
+def reader(tmp_path: Path) -> LanguageModelling:
+    """Language modelling over 90 bytes in 3 lanes, 10 at a time: segments of 10, 10 and 9 bytes."""
+    corpus = Corpus.open(write_corpus(tmp_path / "c", {split: bytes(text(90)) for split in SPLITS}))
+    return LanguageModelling(Flags(batch_size=3, tgt_len=10, eval_batch_size=3, eval_tgt_len=10), corpus, ALONE)
 
 
-def test_programming_mistakes_are_value_errors():
-    for make in (
-        lambda: LaneIterator(text(100).astype(np.int64), 4, 4),
-        lambda: LaneIterator(text(100).reshape(2, 50), 4, 4),
-        lambda: LaneIterator(text(100), 4, 4, lanes=range(2, 5)),
-        lambda: LaneIterator(text(100), 4, 4, lanes=range(0, 4, 2)),
-        lambda: rank_lanes(4, 2, 2),
-        lambda: rank_lanes(4, -1, 2),
-    ):
-        with pytest.raises(ValueError):
-            make()
+def test_training_is_endless_and_marks_each_epoch(tmp_path):
+    task = reader(tmp_path)
+    batches = [task.next() for _ in range(7)]
+    assert [batch.first for batch in batches] == [True, False, False, True, False, False, True]
+    assert [batch.inputs[0].shape[1] for batch in batches] == [10, 10, 9, 10, 10, 9, 10]
+    assert torch.equal(batches[0].inputs[0], batches[3].inputs[0])
+
+
+def test_an_evaluation_changes_nothing_in_training(tmp_path):
+    task = reader(tmp_path)
+    task.next()
+    before = task.state_dict()
+    assert len(list(task.held_out("valid"))) == 3 and task.state_dict() == before
+
+
+@pytest.mark.parametrize("done", range(5))
+def test_resume_is_bit_identical(done, tmp_path):
+    whole, resumed = reader(tmp_path), reader(tmp_path)
+    batches = [whole.next() for _ in range(8)]
+    resumed.load_state_dict(whole.state_dict() | {"step": done})
+    for one in batches[done:]:
+        other = resumed.next()
+        assert all(map(torch.equal, one.inputs, other.inputs)) and one.first == other.first
+
+
+def test_the_state_of_another_text_is_refused(tmp_path):
+    task = reader(tmp_path)
+    with pytest.raises(UserError, match="other data"):
+        task.load_state_dict(task.state_dict() | {"fingerprint": "other"})
 
 
 # ranks
@@ -273,10 +223,10 @@ def test_rank_lanes_cover_all_lanes_evenly(batch_size, world_size):
 
 def test_ranks_together_read_what_one_process_reads():
     data = text(500)
-    ranks = [LaneIterator(data, 7, 9, lanes=rank_lanes(7, rank, 3)) for rank in range(3)]
-    for whole in LaneIterator(data, 7, 9).one_pass():
-        parts = [next(rank) for rank in ranks]
-        assert torch.equal(whole.tokens, torch.cat([p.tokens for p in parts])) and {p.first for p in parts} == {whole.first}
+    ranks = [Lanes(data, 7, 9, lanes=rank_lanes(7, rank, 3)) for rank in range(3)]
+    for whole, *parts in zip(Lanes(data, 7, 9), *ranks, strict=True):
+        for together, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(together, torch.cat(pieces))
 
 
 def test_fewer_lanes_than_ranks_is_for_evaluation_only():
@@ -284,5 +234,5 @@ def test_fewer_lanes_than_ranks_is_for_evaluation_only():
         rank_lanes(2, 0, 3)
     ranges = [rank_lanes(2, rank, 3, training=False) for rank in range(3)]
     assert sorted(map(len, ranges)) == [0, 1, 1]
-    idle = LaneIterator(text(40), 2, 5, lanes=ranges[0])
-    assert len(list(idle.one_pass())) == idle.segments_per_epoch and next(idle).tokens.shape == (0, 5)
+    idle = Lanes(text(40), 2, 5, lanes=ranges[0])
+    assert len(list(idle)) == len(idle) and idle[0][0].shape == (0, 5)

@@ -1,4 +1,4 @@
-"""A method is one deletable file and a registry line: without them all else goes on."""
+"""A method is one deletable file and a registry line: without them everything else works."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def without(method: str, folder: Path) -> Path:
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Python in the tree, knowing nothing of the one the tests are of, nor that it is started by a test."""
+    """Runs Python in the tree, with no path to the tested tree and no environment of pytest."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""Equations of word problems have the values computed by hand, by a slow transcription, and by those who made the data."""
+"""Values of equations against results by hand, a slow transcription, and the answers in the published data."""
 
 import csv
 import math
@@ -225,7 +225,7 @@ def exact(equation: str, numbers: list[Fraction]) -> Fraction | None:
 
 
 def random_equation(rng: random.Random, operators: int, operands: list[str]) -> list[str]:
-    """Well formed, with so many operators."""
+    """A well-formed equation with the given number of operators."""
     if operators == 0:
         return [rng.choice(operands)]
     left = rng.randrange(operators)
@@ -233,7 +233,7 @@ def random_equation(rng: random.Random, operators: int, operands: list[str]) -> 
 
 
 def corrupted(rng: random.Random, words: list[str], operands: list[str]) -> list[str]:
-    """With one word dropped, added, replaced or moved, or cut off at the end; now and then it is still an equation."""
+    """The equation with one word dropped, added, replaced or moved, or truncated; occasionally still an equation."""
     words, at = list(words), rng.randrange(len(words))
     kind = rng.randrange(6)
     if kind == 0:
@@ -358,7 +358,7 @@ def data(request) -> tuple[str, list[Problem]]:
 
 
 def listed(name: str, problems: set[Problem]) -> dict[Problem, str]:
-    """The reason by problem, for the entries of DISAGREEING that belong to a set; each of them is exactly one problem."""
+    """The reason by problem, for the entries of DISAGREEING in a set; each matches exactly one problem."""
     assert {entry[0] for entry in DISAGREEING} == {"asdiv-a", "mawps"}
     found = {}
     for kept_in, question, numbers, reason in DISAGREEING:

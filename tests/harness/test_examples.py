@@ -1,4 +1,4 @@
-"""utils/examples.py: every row of the five tasks as it is in the files, and what is refused, with its place and the remedy."""
+"""utils/data/rows.py: every row of the five tasks as in the files, and refusals with place and remedy."""
 
 import csv
 import hashlib
@@ -24,7 +24,7 @@ COLUMNS = ("Question", "Numbers", "Equation", "Answer")
 
 
 def question(number: int, **changes: object) -> str:
-    """A line of CommonsenseQA; `changes` of the row itself or, where it has no such key, of its question."""
+    """A line of CommonsenseQA; `changes` apply to the row or, for keys it does not have, to its question."""
     choices = [{"label": label, "text": f"{label.lower()}{number}"} for label in "ABCDE"]
     row = {"answerKey": "ABCDE"[number % 5], "id": f"id{number}", "question": {"stem": f"What is {number}?", "choices": choices}}
     for key, value in changes.items():

@@ -148,12 +148,12 @@ class Extension:
 
     @property
     def files(self) -> int:
-        """Files touched: its own, and the one with the registry."""
+        """Files touched: its own and the registry's."""
         return len(list(self.folder.glob("*.py"))) + 1
 
 
 def run(extensions: list[Extension], program: str, arguments: list[str]) -> subprocess.CompletedProcess:
-    """Runs a program in a process where the registries have the lines, from the start."""
+    """Runs a program in a process whose registries have the added lines."""
     code = f"import sys, runpy; sys.path[:0] = {[str(ROOT), *(str(one.folder) for one in extensions)]}\n"
     code += "from smoe_dropout.registry import ROUTERS\nfrom utils.data.rows import TASKS\nfrom utils.flags.models import MODELS, Model\n"
     code += "\n".join(one.line for one in extensions)
@@ -248,13 +248,13 @@ def test_a_registered_task_has_files_counts_and_a_task(name):
 
 
 def test_interfaces_are_small():
-    """A task says batches, loss and metric; a callback has hooks only."""
+    """A task defines batches, loss and metric; a callback has hooks only."""
     assert len([name for name in vars(Task) if not name.startswith("_")]) <= 12
     assert len([name for name in vars(Callback) if not name.startswith("_")]) <= 12
 
 
 def imported(folder: str) -> set[str]:
-    """Rooms of utils that the files of a room import, at any place but for type checkers alone."""
+    """Rooms of utils that the files of a room import, except for type checking only."""
     found = set()
     for path in (ROOT / "utils" / folder).rglob("*.py"):
         tree = ast.parse(path.read_text())

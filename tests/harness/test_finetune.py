@@ -1,4 +1,4 @@
-"""Fine-tuning: tiny runs of finetune.py from tiny runs of train.py: what is handed over and scored, that runs go on, what is refused."""
+"""Tiny runs of finetune.py from tiny runs of train.py: transferred weights, scores, resuming and refusals."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def command(task: str, rows: dict[str, Path], checkpoint: Path, **changes: objec
 
 
 def run_of(arguments: list[str]) -> tuple[Run, torch.nn.Module]:
-    """The run of a command line, and its model as it is before training."""
+    """The run of a command line, and its model before training."""
     flags, source = parse(arguments)
     run = finetuning_run(flags, read_examples(flags.task, Path(flags.data), flags.fold), Engine(flags), source)
     torch.manual_seed(flags.seed)
@@ -89,7 +89,7 @@ def run_of(arguments: list[str]) -> tuple[Run, torch.nn.Module]:
 
 
 def made(arguments: list[str]):
-    """The task of a command line, and its model as it is before training."""
+    """The task of a command line, and its model before training."""
     run, model = run_of(arguments)
     return run.task, model
 
@@ -133,7 +133,7 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
 
 
 def test_what_stands_in_the_text_is_learned(rows, pretrained, tmp_path):
-    """The label of a sentence is its last word: a model that reads it is always right."""
+    """The label of a sentence is its last word, so a model that reads it scores 100 %."""
     folder = tmp_path / "run"
     arguments = command("sst2", rows, pretrained("smoe_dropout"), work_dir=folder, max_step=200, eval_interval=100, dropout=0.0)
     tiny.completed(arguments, program="finetune.py")
@@ -144,7 +144,7 @@ def test_what_stands_in_the_text_is_learned(rows, pretrained, tmp_path):
 @pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
 @pytest.mark.parametrize("method", METHODS_OF_TABLE)
 def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model, rows, pretrained):
-    """Each row alone, all together, and in another order. THOR draws experts for a row by where it stands, unless it takes all."""
+    """Rows one by one, all together, and in another order. THOR draws experts by position in the batch unless it uses all."""
     made_task, network = made(command(task, rows, pretrained(method, model)))
     split = made_task.splits[0]
     encoded = made_task.read(made_task.corpus.held_out)
@@ -172,7 +172,7 @@ def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model
 
 @pytest.mark.parametrize("method", [method for method in ("dense", "smoe", "similarity") if method in METHODS])
 def test_the_equation_that_is_written_is_the_likeliest_continuation(method, rows, pretrained, tmp_path):
-    """Token by token without memory gives the same; after training, the rate is that of the equations which solve their problem."""
+    """Decoding without memory gives the same; after training, the score is the share of equations that solve their problem."""
     folder = tmp_path / "run"
     arguments = command("svamp", rows, pretrained(method), work_dir=folder, max_step=60, eval_interval=60)
     tiny.completed(arguments, program="finetune.py")
@@ -195,7 +195,7 @@ def test_the_equation_that_is_written_is_the_likeliest_continuation(method, rows
 
 
 def test_the_weights_are_those_of_the_checkpoint(rows, pretrained):
-    """All that the task uses, router included, and none of them with --from_scratch."""
+    """All weights that the task uses, router included, and none with --from_scratch."""
     run = pretrained("smoe_dropout")
     tuning, network = run_of(command("sst2", rows, run))
     best = tiny.read_json(run / "result.json")["best_step"]
@@ -257,7 +257,7 @@ def test_eval_only_scores_again(rows, pretrained, tmp_path):
 
 
 def test_two_processes_score_what_one_does(rows, pretrained, tmp_path):
-    """Without dropout, and with rows that cannot be halved."""
+    """Without dropout, and with an odd number of rows."""
     start, how = pretrained("smoe_dropout"), {"dropout": 0.0, "yes": True}
     both = run_two(command("sst2", rows, start, work_dir=tmp_path / "two", **how), program="finetune.py")
     assert [run.code for run in both] == [0, 0], both[0].err + both[1].err

@@ -15,7 +15,7 @@ from utils.checkpoints.origin import open_source
 from utils.cli.finetune import parse
 from utils.errors import UserError
 from utils.models.build import build_model
-from utils.training.identity import finetuning_departures as departures
+from utils.training.identity import departures_of as departures
 from utils.training.identity import training_of
 
 
@@ -27,7 +27,7 @@ def run(pretrained, tmp_path) -> Path:  # noqa: F811
 
 @pytest.fixture
 def refused(rows):  # noqa: F811
-    """Gives the sentence that a command line is refused with."""
+    """Returns the message that refuses a command line."""
 
     def of(checkpoint: Path, task: str = "sst2", **changes) -> str:
         with pytest.raises(UserError) as error:
@@ -59,7 +59,7 @@ def test_weights_alone_need_the_sizes(run, rows, refused, tmp_path):  # noqa: F8
     tuning, network = run_of(command("sst2", rows, tmp_path / "weights", **sizes))
     assert same_weights(network, run) and tuning.source.trained == {"folder": "weights"}
     text = refused(tmp_path / "weights", **{**sizes, "d_model": 48})
-    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "the model expects shape (256, 48)" in text
+    assert "cannot be loaded" in text and "has shape (256, 32)" in text and "expects shape (256, 48)" in text
     assert "d_head" not in text
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
         made(command("sst2", rows, tmp_path / "ours", method="smoe_dropout", preset="quick"))
     other = moefy(BertForSequenceClassification(config), SMoEConfig(num_experts=4, top_k=2))
     save_pretrained(other, tmp_path / "other")
-    with pytest.raises(UserError, match="BertForSequenceClassification, and only bert and roberta for masked language modelling"):
+    with pytest.raises(UserError, match="BertForSequenceClassification: only bert and roberta for masked language modelling"):
         made(command("sst2", rows, tmp_path / "other", tokenizer=words))
     BertForMaskedLM(config).save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="without experts"):
@@ -97,7 +97,7 @@ def test_a_model_of_the_library_is_a_start(rows, pretrained, tmp_path):  # noqa:
 def test_no_checkpoint(refused, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    assert "is not there" in refused(tmp_path / "nothing")
+    assert "does not exist" in refused(tmp_path / "nothing")
     assert "is a file" in refused(tmp_path / "file")
     assert "holds no checkpoint" in refused(tmp_path / "empty")
     with pytest.raises(UserError, match="--checkpoint is missing"):
@@ -117,13 +117,13 @@ def test_a_damaged_run(run, refused):
     weights.write_bytes(content)
     assert f"{weights} is damaged" in refused(run)
     weights.unlink()
-    assert "is missing or not whole" in refused(run)
+    assert "is missing or incomplete" in refused(run)
     (run / "result.json").write_text("{")
     assert "result.json is damaged" in refused(run)
     config = tiny.read_json(run / "config.json")
     del config["d_model"]
     (run / "config.json").write_text(json.dumps(config))
-    assert "of another version, without d_model" in refused(run)
+    assert "belongs to another version, without d_model" in refused(run)
     (run / "config.json").write_text("[]")
     assert "config.json is damaged" in refused(run)
 
@@ -131,15 +131,15 @@ def test_a_damaged_run(run, refused):
 def test_a_fine_tuned_run_is_no_start(rows, pretrained, refused, tmp_path):  # noqa: F811
     folder = tmp_path / "fine-tuned"
     tiny.completed(command("sst2", rows, pretrained("dense"), work_dir=folder), program="finetune.py")
-    assert "is itself a fine-tuned run, of sst2" in refused(folder)
+    assert "is a fine-tuned run of sst2" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("method", "expect", "said"),
     [
-        ("dense", "smoe_dropout", "of --method dense, without experts, and this needs one of smoe_dropout"),
-        ("smoe_dropout", "dense", "of --method smoe_dropout, with experts, and this needs one without experts"),
-        ("smoe", "smoe_dropout", "of --method smoe, with experts, and this needs one of smoe_dropout"),
+        ("dense", "smoe_dropout", "of --method dense, without experts, not of --method smoe_dropout"),
+        ("smoe_dropout", "dense", "of --method smoe_dropout, with experts, not of a dense method"),
+        ("smoe", "smoe_dropout", "of --method smoe, with experts, not of --method smoe_dropout"),
         ("smoe", "smoe_dropuot", "unknown value 'smoe_dropuot'; "),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_method(method, expect, said, pretrained, refuse
 
 
 def test_any_dense_checkpoint_is_dense(rows, pretrained):  # noqa: F811
-    """That of the script directly_dense_training.sh is one; its dropout goes on."""
+    """The checkpoint of directly_dense_training.sh is dense; its dropout is used in fine-tuning."""
     flags, source = parse(command("sst2", rows, pretrained("dense_dropout"), expect="dense"))
     assert (flags.method, flags.dropout) == ("dense_dropout", 0.1)
     assert departures(flags, source)[1] == {}
@@ -172,8 +172,8 @@ def test_another_model_than_the_checkpoint(pretrained, refused):  # noqa: F811
         ({"task": "sst3"}, "unknown value 'sst3'; "),
         ({"fold": 5}, "--fold 5 must be from 0 to 4"),
         ({"fold": 1}, "has no folds"),
-        ({"max_eval_steps": 3}, "a score covers all rows"),
-        ({"scheduler": "dev_perf"}, "tune on the rows that the score is reported on"),
+        ({"max_eval_steps": 3}, "the score covers all rows"),
+        ({"scheduler": "dev_perf"}, "tune on the rows the score is reported on"),
         ({"max_length": 20}, "and --max_length is 20: raise it"),
         ({"batch_size": 31}, "has 30 rows, and --batch_size is 31"),
         ({"lr": -1}, "--lr -1.0 must be above 0"),
@@ -228,7 +228,7 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
 
 
 def test_what_departs_in_pre_training_is_another_row(rows, tmp_path):  # noqa: F811
-    """It is not averaged with what does not."""
+    """It is not averaged with runs of the plain method."""
     words = tiny.write_corpus(tmp_path / "words")
     changes = {"max_step": 2, "eval_interval": 2, "method": "smoe_dropout", "moe_top_k_min": 1, "output_scale": "dense"}
     tiny.completed(tiny.flags(words, tmp_path / "run", **changes))

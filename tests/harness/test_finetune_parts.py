@@ -1,4 +1,4 @@
-"""Fine-tuning in parts: batches in chunks, two processes, and BERT after a kill give what a whole run gives; folds."""
+"""Fine-tuning in chunks, with two processes, and resumed after a kill gives the same results; folds."""
 
 import random
 import signal
@@ -24,7 +24,7 @@ PLAIN = {"dropout": 0.0, "log_interval": 1, "yes": True}
 
 @pytest.fixture(scope="module")
 def uneven(rows, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
-    """The rows; those of SVAMP have equations of 1, 3 and 5 symbols, one answer in two is theirs."""
+    """The rows; those of SVAMP have equations of 1, 3 and 5 symbols, and about half of the equations give the answer."""
     folder, draw = tmp_path_factory.mktemp("uneven"), random.Random(2)
 
     def problem() -> str:
@@ -62,7 +62,7 @@ def test_chunks_of_a_batch_give_its_gradients(method, k, task, model, uneven, pr
 
 @pytest.mark.parametrize(("method", "model", "lr"), [("dense", "transformer_xl", 3e-2), ("smoe_dropout", "bert", 1e-2)])
 def test_two_processes_solve_the_problems_that_one_solves(method, model, lr, uneven, pretrained, tmp_path):  # noqa: F811
-    """Batches of 5 rows, of which one process has 2; what is counted is the same too."""
+    """Batches of 5 rows, of which one process has 2; token and operation counts are equal too."""
     changes = {**PLAIN, "lr": lr, "max_step": 20, "eval_interval": 20}
     one, two = (command("svamp", uneven, pretrained(method, model), work_dir=tmp_path / name, **changes) for name in ("one", "two"))
     tiny.completed(one, program="finetune.py")
@@ -87,7 +87,7 @@ def test_bert_killed_and_resumed_is_unbroken(task, rows, pretrained, tmp_path): 
 
 
 def test_runs_of_two_folds_are_one_row(rows, pretrained, tmp_path, capsys):  # noqa: F811
-    """Each is trained and scored on rows of its own."""
+    """Each is trained and scored on different rows."""
     for fold in (0, 4):
         changes = {"work_dir": tmp_path / str(fold), "fold": fold, "max_step": 4, "eval_interval": 4}
         tiny.completed(command("mawps", rows, pretrained("dense"), **changes), program="finetune.py")

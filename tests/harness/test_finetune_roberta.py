@@ -1,4 +1,4 @@
-"""Fine-tuning RoBERTa, whose pieces are of bytes: its runs, its rows, and its predictions."""
+"""Fine-tuning RoBERTa, which has byte-level pieces: runs, rows and predictions."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from utils.data.tokenizer import load_tokenizer, vocabulary_of
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Gives the folder of a finished pre-training run, as the fixture of that name does of other models."""
+    """Returns the folder of a finished pre-training run, like the fixture of that name for other models."""
     root = tmp_path_factory.mktemp("pretrained")
     pieces = tiny.write_pieces(root / "pieces", "roberta")
     folder = write_byte_tokenizer(pieces / "tokenizer")
@@ -34,7 +34,7 @@ def pretrained(tmp_path_factory):
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer of the 256 bytes and of what is frequent in WORDS, in RoBERTa's files."""
+    """Writes a tokenizer with the 256 bytes and the frequent pieces of WORDS, in RoBERTa's file format."""
     folder.mkdir()
     tokenizer = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -56,7 +56,7 @@ def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, rows,
 
 @pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
 def test_a_row_is_whole_between_its_marks(task, rows, pretrained):  # noqa: F811
-    """<s> text </s>, and of two texts <s> text </s></s> text </s>; what a row says is in it to the byte."""
+    """<s> text </s>, or <s> text </s></s> text </s> for two texts; decoding gives the text back byte for byte."""
     made_task, _ = made(command(task, rows, pretrained("dense")))
     vocabulary, tokenizer = made_task.vocabulary, load_tokenizer(str(pretrained("dense").parent / "pieces" / "tokenizer"))
     for example, row in zip(made_task.corpus.held_out, made_task.read(made_task.corpus.held_out), strict=True):

@@ -303,7 +303,7 @@ def test_a_flag_is_declared_once(kind):
 
 
 def test_a_new_flag_needs_one_declaration():
-    """It is parsed under its box of --help, checked, and read from a run folder made before it."""
+    """It is listed in its group of --help, checked, and read from a run folder made before it existed."""
 
     @fields.group
     class MoreFlags:
@@ -321,7 +321,7 @@ def test_a_new_flag_needs_one_declaration():
 
 
 def test_no_other_module_lists_flags():
-    """Except for the models' entries and files, which say what they read."""
+    """Except for the models' entries and files, which list the flags they read."""
     declared = specs(FinetuneFlags).keys()
     for path in (ROOT / "utils").rglob("*.py"):
         if "models" in (path.parent.name, path.stem) or path == Path(fields.__file__):

@@ -15,7 +15,7 @@ FOLDS, SEEDS = range(5), (1, 2)
 
 
 def of_fold(fold: int, seed: int = 1, **changes) -> dict:
-    """A record of SMoE-Dropout on a fold: each solves 10 % more than the one before, and each seed 2 %. What of the model depends on what
+    """A record of SMoE-Dropout on a fold: quality grows by 10 % with each fold and 2 % with each seed. Model sizes that depend on what
     occurs in training has another size in every fold.
     """
     solved = 40.0 + 10 * fold + seed * 2
@@ -66,7 +66,7 @@ def test_one_fold_is_said_to_be_one(seeds, said, folder, capsys):  # noqa: F811
 
 @pytest.mark.parametrize("other", [of_fold(3, seed=3), dense(3)], ids=["another seed", "another method"])
 def test_a_fold_of_other_rows_is_refused(other, folder, capsys):  # noqa: F811
-    """All folds have rows of their own; those of one fold are the same for every seed and method."""
+    """All folds have different rows; those of one fold are the same for every seed and method."""
     store(*ALL, other, where="results/table2")
     main(["table2"])
     other = other | {"dataset": other["dataset"] | {"fingerprint": "other rows"}}

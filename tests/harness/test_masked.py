@@ -1,10 +1,9 @@
-"""Masked language modelling in this process: masks and their order, what is refused, the models, their operations and parameters."""
+"""Masked language modelling without whole runs: masks and their order, refusals, models, operations and parameters."""
 
 import json
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import smoe_dropout as sd
 from smoe_dropout import moe_layers
 from tests import tiny
-from tests.tiny import parse
+from tests.tiny import ALONE, Place, parse
 from utils.data.corpus import Corpus
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError, exit_on_user_error
@@ -22,8 +21,8 @@ from utils.models.build import build_model
 from utils.models.flops import active_parameters, parameter_counts
 from utils.models.registry import Shape, architecture
 from utils.tasks.base import Batch
-from utils.tasks.choose import pretraining_task
 from utils.tasks.masked import MaskedSequences
+from utils.training.setup import pretraining_task
 
 pytest.importorskip("transformers")
 
@@ -31,20 +30,9 @@ T, SEQUENCES, HELD_OUT = 10, 60, 7  # tiny.write_pieces gives so many sequences 
 VOCABULARY = Vocabulary(**tiny.VOCABULARY, **tiny.SPECIAL["bert"])
 
 
-class Place(NamedTuple):
-    """As much of an engine as a task asks for."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-
-
-ALONE = Place()
-
-
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory) -> dict[str, Corpus]:
-    """For each model a text without repetitions, so that every sequence is known by its pieces."""
+    """For each model a text without repetitions, so that every sequence is identified by its pieces."""
     root = tmp_path_factory.mktemp("pieces")
     return {model: Corpus.open(tiny.write_pieces(root / model, model, run=1)) for model in tiny.SPECIAL}
 
@@ -68,7 +56,7 @@ def whole(batches: list[Batch]) -> torch.Tensor:
 
 
 def numbers(batches: list[Batch], pieces: np.ndarray) -> list[int]:
-    """Which sequences of the text these are, once what is hidden has been put back."""
+    """Indices of these sequences in the text, after restoring the masked pieces."""
     known = {tuple(row): index for index, row in enumerate(pieces[: len(pieces) // 8 * 8].reshape(-1, 8).tolist())}
     assert len(known) == len(pieces) // 8
     restored = torch.cat([tokens.scatter(1, places, targets) for tokens, places, targets in (batch.inputs for batch in batches)])
@@ -183,7 +171,7 @@ def test_looking_ahead_goes_nowhere(model, corpora):
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_held_out_sequences_are_read_once_with_the_same_masks_always(model, processes, corpora):
-    """3, 3 and 1 of them, so that of five processes some have none."""
+    """Batches of 3, 3 and 1 sequences, so that some of five processes have none."""
     corpus, changes = corpora[model], {"batch_size": 5, "eval_batch_size": 3, "mask_rate": 0.5}
     alone = task_of(model, corpus, **changes)
     for split in ("valid", "test"):
@@ -303,7 +291,7 @@ MISTAKES = {
 
 
 def said_of(argv: list[str], capsys) -> str:
-    """The one line that a command line ends with, whose exit code is 2."""
+    """The one-line error of a command line, which exits with code 2."""
     with pytest.raises(SystemExit) as stop, exit_on_user_error():
         parse(argv)
     out, err = capsys.readouterr()
@@ -331,7 +319,7 @@ def test_mask_rate_has_no_effect_with_transformer_xl_and_unknown_models_are_refu
 
 
 def built(model: str, sparse: dict | None = None, **changes):
-    """With weights large enough that every path shows in the loss."""
+    """The model with weights large enough that every path affects the loss."""
     flags = parse(command(model, **{"n_layer": 3, "dropout": 0.0, "init_std": 0.3, **changes}))
     torch.manual_seed(0)
     made = architecture(model).build(flags, Vocabulary(**tiny.VOCABULARY, **tiny.SPECIAL[model])).eval()

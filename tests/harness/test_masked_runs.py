@@ -1,4 +1,4 @@
-"""Whole tiny runs of train.py with BERT and RoBERTa: what they record, that they go on after a kill, in parts and as two processes."""
+"""Tiny runs of train.py with BERT and RoBERTa: records, resuming after a kill, chunks, and two processes."""
 
 import math
 import signal
@@ -41,7 +41,7 @@ def arguments(corpora):
 
 @pytest.fixture(scope="module")
 def finished(arguments, tmp_path_factory):
-    """Gives the folder of a run that nothing happened to; it is run once."""
+    """Returns the folder of an uninterrupted run, which is made once."""
     root = tmp_path_factory.mktemp("runs")
 
     @cache
@@ -54,7 +54,7 @@ def finished(arguments, tmp_path_factory):
 
 
 def refusal(run: tiny.Finished) -> str:
-    """The one line that a refused run ends with."""
+    """The one-line error of a refused run."""
     assert run.code == 2 and run.err.startswith("error: ") and run.err.count("\n") == 1, run
     return run.err
 
@@ -95,7 +95,7 @@ def test_every_method_completes_with_a_record(model, method, finished, corpora):
 
 @pytest.mark.parametrize(("model", "method"), [("bert", "smoe_dropout"), ("roberta", "dense"), ("bert", "thor")])
 def test_killed_and_resumed_is_unbroken(model, method, arguments, finished, tmp_path):
-    """Killed in the second epoch, of which the checkpoint of step 8 knows nothing."""
+    """Killed in the second epoch, after a checkpoint at step 8 of the first."""
     line = arguments(model, tmp_path, method=method)
     assert tiny.run(line, partial(die, "step", 13, False)).code == -signal.SIGKILL
     assert "resumed at step 8" in tiny.completed(line).out
@@ -159,7 +159,7 @@ def test_the_mean_of_the_weights_is_tested_too(arguments, tmp_path):
 
 @pytest.mark.parametrize("model", tiny.SPECIAL)
 def test_the_loss_falls_where_there_is_something_to_learn(model, arguments, tmp_path):
-    """A sequence is one piece over and over: who looks around knows it. Without looking, none of 34 is likelier than the others."""
+    """A sequence repeats one piece, so context determines it; without context all 34 pieces are equally likely."""
     changes = {"max_step": 80, "eval_interval": 80, "lr": 2e-2, "clip": 1.0, "batch_size": 16, "dropout": 0.0, "yes": True}
     tiny.completed(arguments(model, tmp_path, method="dense", **changes, log_interval=8))
     losses = [line["loss"] for line in tiny.metrics(tmp_path, "train")]

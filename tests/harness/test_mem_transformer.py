@@ -1,4 +1,4 @@
-"""Transformer-XL against a slow transcription of its equations, and what may never happen: seeing the future, training the memory."""
+"""Transformer-XL against a slow transcription of its equations; no attention to the future, no gradient into the memory."""
 
 import math
 
@@ -16,7 +16,7 @@ EMBEDDINGS = {"plain": {}, "same_length": {"same_length": True}, "clamp": {"clam
 
 @pytest.fixture
 def float64():
-    """Everything is made in float64 (memory is kept in float32 all the same)."""
+    """Makes float64 the default dtype (memory is still kept in float32)."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -149,7 +149,7 @@ def test_same_length_sees_mem_len_positions(T, mem_len, float64):
 
 
 def test_same_length_without_memory_is_refused():
-    """mem_len = 0 leaves a position nothing to see, not even itself."""
+    """With mem_len = 0 a position would attend to nothing, not even itself."""
     with pytest.raises(ValueError, match="mem_len must not be 0"):
         build(same_length=True, mem_len=0)
 
@@ -195,7 +195,7 @@ def test_memory_is_detached_float32_and_never_longer_than_mem_len(mem_len):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_reading_on_is_the_same_with_keys_and_values_kept(precision):
-    """Also byte by byte for longer than any buffer, and in segments of changing length."""
+    """Also byte by byte beyond the length of any buffer, and in segments of varying length."""
     model, memory, cache = build(mem_len=6), None, None
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         for index, length in enumerate([3, *[1] * 60, 20, 2, 1, 9]):

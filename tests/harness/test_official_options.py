@@ -1,4 +1,4 @@
-"""The official script's further options, and --method_options: each does what it says in whole tiny runs, resumes, or is refused."""
+"""Further options of the official script, and --method_options: each works as documented in tiny runs, resumes, or is refused."""
 
 import os
 import shlex
@@ -23,9 +23,9 @@ from utils.errors import UserError
 from utils.flags.fields import Flags
 from utils.flags.official import REFUSED
 from utils.models.build import build_model
-from utils.tasks.choose import pretraining_task
 from utils.training.averaging import WeightAverage
 from utils.training.evaluation import evaluate_all
+from utils.training.setup import pretraining_task
 
 STEPS = 24
 BASE = {"max_step": STEPS, "eval_interval": 6, "save_interval": 4, "log_interval": 3, "dropout": 0.2}
@@ -59,7 +59,7 @@ def record_weights(folder: str) -> None:
 
 
 def die_after(updates: int) -> None:
-    """Kills the process at its so many-th update, before anything is recorded of it."""
+    """Kills the process at the given update, before anything is recorded of it."""
     step, left = torch.optim.Adam.step, updates
 
     def watched(*args, **kwargs):
@@ -79,7 +79,7 @@ def run(corpus: Path, folder: Path, **changes) -> Path:
 
 
 def goes_on_after_kills(corpus: Path, unbroken: Path, work_dir: Path, kills: tuple[int, ...], **changes) -> None:
-    """Kills the same run at so many updates of each of its processes, lets it end, and compares."""
+    """Kills the same run after the given numbers of updates, lets it finish, and compares."""
     arguments = tiny.flags(corpus, work_dir, **{**BASE, **changes})
     for updates in kills:
         assert tiny.run(arguments, partial(die_after, updates)).code == -signal.SIGKILL
@@ -176,7 +176,7 @@ def test_averaging_changes_nothing_of_the_training(averaged, corpus, tmp_path):
 
 
 def test_a_killed_run_has_the_same_mean(averaged, corpus, tmp_path):
-    """Killed before anything is in (6 updates), in the midst of the stretch (4 + 7), and behind it (8 + 9)."""
+    """Killed before the averaged range (6 updates), inside it (4 + 7), and after it (8 + 9)."""
     method, work_dir = averaged
     goes_on_after_kills(corpus, work_dir, tmp_path, (6, 7, 9), method=method, **SWAD)
     found = [tiny.read_json(folder / "result.json")["training"]["averaged"] for folder in (work_dir, tmp_path)]
@@ -203,7 +203,7 @@ def test_the_mean_is_lent_and_the_models_own_weights_come_back():
 
 
 def slow(module: ExpertQueryKeyValue, x: torch.Tensor) -> torch.Tensor:
-    """Token by token: the expert of the largest logit, alone and unweighed."""
+    """Token by token: the expert with the largest logit, unweighted."""
     rows = []
     for token in x.flatten(0, 1):
         expert = (module.router.weight @ token + module.router.bias).argmax()

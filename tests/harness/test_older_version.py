@@ -34,7 +34,7 @@ ON_CPU = ["--device", "cpu", "--threads", "1"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the data, in which relative paths of the runs are valid."""
+    """A copy of the data in which the relative paths of the runs are valid."""
     return shutil.copytree(DATA, tmp_path / "data")
 
 

@@ -1,4 +1,4 @@
-"""Two processes compute what one does, and resume as two.
+"""Two processes compute the same as one, and resume as two.
 
 Most runs here are two forked processes with the environment that torchrun would give them; torchrun and accelerate are started once.
 """
@@ -44,7 +44,7 @@ def start_two(arguments: list[str], program: str = "train.py") -> list[tiny.Runn
 
 
 def run_two(arguments: list[str], timeout: float = 60.0, program: str = "train.py") -> list[tiny.Finished]:
-    """Both to their end; a process whose partner failed is killed, as torchrun does."""
+    """Runs both to their end; a process whose partner failed is killed, as torchrun does."""
     runs = start_two(arguments, program)
     try:
         runs[0].wait_until(lambda: not runs[1].process.is_alive(), timeout)
@@ -93,7 +93,7 @@ def test_two_processes_give_the_losses_and_qualities_of_one(method, corpus, tmp_
 
 @pytest.mark.parametrize("method", [method for method in EXACT if method not in OF_EACH_PART])
 def test_two_processes_with_lanes_in_parts(method, corpus, tmp_path):
-    """2 and 3 lanes in as many parts on both sides, or a router that counts over all processes would wait for one that is not there."""
+    """2 and 3 lanes are split into equally many chunks: a router that counts over all processes would otherwise wait forever."""
     changes = {**SETTINGS, "batch_chunk": 3, "max_step": 6}
     if load(METHODS, "method", method).flags.get("gate_name") == "learned":
         changes["load_balance"] = 0.0  # of each part, so that only without it parts change nothing
@@ -127,7 +127,7 @@ def test_fewer_lanes_than_processes_are_refused(corpus, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_launchers_start_it(launcher, corpus, tmp_path):
-    """The whole command, as the README gives it; of a run by two processes, one alone is refused."""
+    """The full command of the README; resuming a run of two processes with one is refused."""
     changes = {**SETTINGS, "method": "dense", "max_step": 4, "eval_interval": 4}
     port = (
         ["--nproc_per_node", "2", "--master_port"] if launcher == "torchrun" else ["--cpu", "--num_processes", "2", "--main_process_port"]

@@ -1,4 +1,4 @@
-"""The contract of data/prepare.py, prepare_pieces.py and prepare_task.py: each builds a folder, never touches anything else, and leaves
+"""The contract of data/prepare.py, prepare_pieces.py and prepare_task.py: each builds a folder, touches nothing else, and leaves
 nothing behind when it fails.
 """
 

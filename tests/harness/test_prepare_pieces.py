@@ -33,7 +33,7 @@ LINES = random_lines()
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """Nothing is asked of the hub."""
+    """Disables access to the hub."""
     from huggingface_hub import constants
 
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +89,7 @@ def tokenizer(inputs):
 
 
 def expected(tokenizer, lines: list[str]) -> list[int]:
-    """Each line tokenized by itself, and one separator for any blank lines between two that are not blank."""
+    """Each line tokenized separately, and one separator for consecutive blank lines between two others."""
     pieces, separated = [], True
     for line in lines:
         if line.strip():

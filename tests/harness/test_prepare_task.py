@@ -1,4 +1,4 @@
-"""data/prepare_task.py: the files it takes from a folder, a server or the hub, and what it refuses."""
+"""data/prepare_task.py: files from a folder, a server or the hub, and refusals."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def published(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replaces load_dataset. `rows`: what it gives by split, an exception, or None for the small files. `asked`: its calls."""
+    """Replaces load_dataset. `rows`: its result by split, an exception, or None for the small files. `asked`: its calls."""
     datasets = pytest.importorskip("datasets")
     hub = SimpleNamespace(rows=None, asked=[])
 
@@ -289,7 +289,7 @@ def test_a_folder_is_replaced_even_where_the_last_step_is_interrupted(run, data_
     def interrupted(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "sync_folder", interrupted)
+    monkeypatch.setattr(writing, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(prepare_task, "svamp", "--source", write(tmp_path / "mine", contents("svamp")), "--force")
     assert [path.name for path in data_dir.iterdir()] == ["svamp"] and files_of(data_dir / "svamp") == contents("svamp")

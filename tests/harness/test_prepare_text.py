@@ -38,7 +38,7 @@ def sha256(content: bytes) -> str:
 
 
 def publish(monkeypatch, name: str = "enwik8", url: str = "http://127.0.0.1:9/enwik8.zip", archive: bytes | None = ZIP) -> None:
-    """Add or replace the one entry that makes TEXT a published text."""
+    """Add or replace the entry that makes TEXT a published text."""
     entry = sources.Text(url, len(TEXT), sha256(TEXT), archive and sha256(archive))
     monkeypatch.setitem(sources.TEXTS, name, entry)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from utils.errors import EXIT_USER_ERROR, UserError, run_main
+from utils.errors import UserError, run_main
 from utils.formatting import short_number
 from utils.reporting.__main__ import main
 from utils.reporting.groups import Row, method_groups
@@ -95,7 +95,7 @@ def refusal(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: main(argv))
     error = capsys.readouterr().err
-    assert stop.value.code == EXIT_USER_ERROR
+    assert stop.value.code == UserError.code
     last = error.splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in error
     return last
@@ -367,7 +367,7 @@ def test_user_errors_are_user_errors():
 
 
 def test_routing_has_a_column_where_it_was_measured(folder):
-    """Means over the seeds; methods without it, and tables without any, go without."""
+    """Means over the seeds; empty for methods without it, and omitted if no method has it."""
     found = [{"load_entropy": entropy, "fluctuation": share} for entropy, share in ((0.9, 0.2), (0.8, 0.1))]
     store(dense(), *(record(seed=seed, routing=routing) for seed, routing in enumerate(found, 1)))
     main(["table1", "--page", "page.md"])
@@ -381,7 +381,7 @@ def test_routing_has_a_column_where_it_was_measured(folder):
 
 
 def test_methods_of_the_frozen_router_get_figures_of_their_own(folder):
-    """Where there are several of them beside others."""
+    """If there are several of them beside others."""
     fixed = [record(name, model__router="random") for name in ("a", "b")]
     store(dense(), *fixed)
     main(["table1", "--figs", "Figs"])

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted or cut short goes on to the same numbers, bit for bit, as one that never was."""
+"""A killed or interrupted run resumes to the same numbers, bit for bit, as an uninterrupted one."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
-    """Gives the folder of a run of a method that nothing happened to."""
+    """Returns the folder of an uninterrupted run of a method."""
     root = tmp_path_factory.mktemp("unbroken")
 
     @cache
@@ -41,7 +41,7 @@ def unbroken(corpus, tmp_path_factory):
 
 
 def die(kind: str, number: int, half: bool) -> None:
-    """Kills the process at its so many-th "write", "step" of the optimiser, or "validation": before it, or with `half` in the midst.
+    """Kills the process at the given "write", "step" of the optimiser, or "validation": before it, or with `half` halfway.
 
     A write is any operation on the files of a run but a line of metrics; the middle of writing or removing is a half-written file and a
     folder whose first files are gone, of a step its end before anything is recorded.
@@ -87,14 +87,14 @@ def die(kind: str, number: int, half: bool) -> None:
 
 
 def last_step(work_dir: Path) -> int:
-    """The newest step that metrics.jsonl tells of."""
+    """The newest step in metrics.jsonl."""
     path = work_dir / "metrics.jsonl"
     lines = path.read_text().splitlines()[:-1] if path.exists() else []
     return max((int(line.partition('"step": ')[2].partition(",")[0]) for line in lines), default=0)
 
 
 def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(corpus, unbroken, tmp_path):
-    """Half the kills are at a file operation, mostly of a checkpoint in the making; the others at a step or in a validation."""
+    """Half the kills hit a file operation, mostly of an unfinished checkpoint; the others a step or a validation."""
     draw, moments = random.Random(2303), []
     arguments = tiny.flags(corpus, tmp_path / "run", method="smoe_dropout", **LONG)
     for kill in range(KILLS):
@@ -165,7 +165,7 @@ def test_a_signal_saves_at_the_step_and_says_how_to_go_on(number, code, corpus, 
 
 
 def stop_in_the_final_test() -> None:
-    """SIGTERM comes when training is over and the test at every k begins."""
+    """SIGTERM arrives after training, when the final test begins."""
     import utils.training.evaluation
 
     whole = utils.training.evaluation.evaluate_all
@@ -183,7 +183,7 @@ def test_a_signal_during_the_final_test_is_not_swallowed(corpus, tmp_path):
 
 
 def test_as_a_plain_process_sigterm_ends_with_143_and_tensorboard_keeps_every_step(corpus, tmp_path):
-    """Not forked from a prepared process: what happens at the end of an interpreter happens here."""
+    """Not forked from a prepared process, so that the interpreter's shutdown is tested too."""
     arguments = tiny.flags(corpus, tmp_path / "run", method="dense", max_step=3000, log_interval=1, eval_interval=1000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", *arguments]

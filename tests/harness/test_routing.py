@@ -1,6 +1,5 @@
-"""How evenly experts are used and how much routes change late, against counts made by hand from the same checkpoints."""
+"""Load entropy and fluctuation of routing against counts by hand from the same checkpoints."""
 
-import json
 import math
 
 import numpy as np
@@ -11,13 +10,11 @@ from smoe_dropout import moe_layers, set_top_k
 from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.tiny import parse
-from utils.cli import measure_routing
 from utils.data.corpus import Corpus
 from utils.engine import Engine
-from utils.errors import UserError
 from utils.models.build import build_model
-from utils.tasks.choose import pretraining_task
 from utils.training import routing
+from utils.training.setup import pretraining_task
 
 E = 4
 
@@ -66,17 +63,8 @@ def test_of_a_run_against_counts_by_hand(run):
         assert entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(E), abs=1e-6)
 
 
-def test_measured_anew_it_is_the_same(run, capsys):
-    folder, _ = run
-    before = tiny.read_json(folder / "result.json")
-    assert before["routing"] is not None
-    (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
-    measure_routing.main([str(folder)])
-    assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
-
-
 def test_other_checkpoints_change_nothing(run, tmp_path):
-    """Those of --save_interval, or of a run that was stopped between two validations."""
+    """Checkpoints of --save_interval, or of a run stopped between two validations."""
     folder, arguments = run
     again = [*arguments[: arguments.index("--work_dir")], "--work_dir", str(tmp_path), "--save_interval", "5"]
     again += arguments[arguments.index("--work_dir") + 2 :]
@@ -91,13 +79,6 @@ def test_a_frozen_hash_route_never_changes_and_a_dense_model_has_none(tmp_path):
     assert tiny.read_json(tmp_path / "hash" / "result.json")["routing"]["fluctuation"] == 0
     tiny.completed(tiny.flags(corpus, tmp_path / "dense", method="dense"))
     assert tiny.read_json(tmp_path / "dense" / "result.json")["routing"] is None
-
-
-def test_unfinished_runs_are_refused(tmp_path):
-    with pytest.raises(UserError, match="only a finished run"):
-        measure_routing.main([str(tmp_path)])
-    with pytest.raises(UserError, match="usage"):
-        measure_routing.main([])
 
 
 def test_one_checkpoint_has_no_fluctuation(run):

@@ -1,4 +1,4 @@
-"""train.py --start_from: pre-training that goes on from the weights of a finished run, which say what the model is."""
+"""train.py --start_from: pre-training continued from the weights of a finished run, which sets the model's flags."""
 
 import json
 import shutil
@@ -111,7 +111,7 @@ def test_it_goes_on_without_the_weights_in_evaluation_and_with_the_same_ones_in_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"start_from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"start_from": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"moe_num_expert": 8}, "--moe_num_expert 8, but the checkpoint"),
         ({"method": "dense"}, "has method = smoe_dropout: leave it out"),
         ({"d_model": 16}, "has d_model = 32: leave it out"),
@@ -126,7 +126,7 @@ def test_what_contradicts_the_weights_is_refused(changes, said, run, tmp_path):
 
 
 def test_a_text_of_other_pieces_is_refused(tmp_path):
-    """They are as many, so that all weights would fit."""
+    """The vocabularies have the same size, so that all weights would fit."""
     sizes = {**tiny.ENCODER, "model": "bert", "method": "smoe_dropout", "max_step": 2, "eval_interval": 2}
     tiny.completed(tiny.flags(tiny.write_pieces(tmp_path / "pieces"), tmp_path / "first", **sizes))
     other = tiny.write_pieces(tmp_path / "other")
@@ -157,7 +157,7 @@ def test_a_run_made_before_these_flags_is_read_as_one_without_them(run, tmp_path
 
 
 def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
-    """A model is as far from itself as k makes it; the run is resumed exactly, the memories of both kept."""
+    """A model taught by itself differs only by k; the run resumes exactly, with the memory of both."""
     with Engine(parse(command(run))[0]) as engine:
         flags, source = parse(command(run, teacher=run, dropout=0.0))
         learning = pretraining_run(flags, Corpus.open(flags.data), engine, source)
@@ -190,7 +190,7 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"teacher": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"teacher": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"teacher_weight": 0.3}, "--teacher_weight needs --teacher"),
         ({"teacher_temperature": 0.0}, "--teacher_temperature 0.0 must be above 0"),
         ({"start_from": None, "teacher": "nowhere"}, "--teacher needs --start_from"),

@@ -1,4 +1,4 @@
-"""surgery.py on tiny trained models: what it makes, measures and refuses, and that the programs of a trained model take what it made."""
+"""surgery.py on tiny trained models: results, measurements and refusals, and other programs reading its folder."""
 
 import dataclasses
 import json
@@ -27,13 +27,11 @@ from utils.cli.train import parse as parse_training
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.engine import Engine
-from utils.flags.derive import stored_flags
 from utils.flags.fields import SCORES, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
-from utils.tasks.choose import finetuning_task
 from utils.training.evaluation import evaluate_all
-from utils.training.setup import pretraining_run
+from utils.training.setup import finetuning_task, pretraining_run
 from utils.training.surgery_measure import row_passes
 
 HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
@@ -52,7 +50,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(words, tmp_path_factory):
-    """Gives the folder of a finished run of a method, with four experts in each of its two layers where it has any."""
+    """Returns the folder of a finished run of a method; sparse ones have two layers of four experts."""
     root = tmp_path_factory.mktemp("runs")
 
     @cache
@@ -69,7 +67,7 @@ def trained(words, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def operated(trained, tmp_path_factory):
-    """Gives the folder of an operation that leaves two of four experts, and what the program printed."""
+    """Returns the folder of an operation that keeps two of four experts, and the program's output."""
     root = tmp_path_factory.mktemp("operated")
 
     @cache
@@ -110,14 +108,14 @@ def refusal(arguments: list[str], program: str = "surgery.py") -> str:
     [*((method, "transformer_xl", "smoe") for method in SURGERIES), ("drop", "transformer_xl", "smoe_dropout"), ("merge", "bert", "smoe")],
 )
 def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, model, run, operated, trained):
-    """Strictly: the flags in it give a model that the weights fit, with every tensor outside the MoE layers as it was."""
+    """Its flags build a model that the weights fit, with every tensor outside the MoE layers unchanged."""
     out, printed = operated(method, model, run)
     surgery, source = tiny.read_json(out / "surgery.json"), open_source(out)
     before, after = surgery["before"], surgery["after"]
     assert before["experts"] == [4, 4] and sum(after["experts"]) == 4 and after["parameters"] < before["parameters"]
     assert [row["k"] for row in before["quality"]] == [1, 2, 4]
     assert [row["k"] for row in after["quality"]][-1] == max(after["experts"])
-    flags = stored_flags(out)
+    flags = source.made
     with Engine(flags) as engine:
         reopened = pretraining_run(flags, Corpus.open(flags.data), engine)
         network = load_weights(reopened.build(), source.weights.parent)
@@ -194,7 +192,7 @@ def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_
 
 
 def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
-    """The rows of the fold to hold out are not read, and another fold cannot be held out afterwards."""
+    """The rows of the held-out fold are not read, and no other fold can be held out afterwards."""
     rows = tiny.write_rows(tmp_path / "rows", "mawps")
     how = {"method": "uncurl", "task": "mawps", "fold": 1, "calibrate": rows, "out": tmp_path / "out"}
     arguments = command(trained("smoe"), **how)
@@ -205,14 +203,14 @@ def test_rows_that_are_held_out_later_decide_nothing(trained, tmp_path):
     assert surgery["operations"][0]["read"]["fold"] == 1
     tuned = {"task": "mawps", "data": rows, "checkpoint": tmp_path / "out", "work_dir": tmp_path / "run"}
     said = refusal(words_of({**tuned, "fold": 0}), "finetune.py")
-    assert f"--fold 0: its rows were read when {tmp_path / 'out'} was made" in said and "surgery.py --task mawps --fold 0" in said
+    assert f"--fold 0: its rows were used to make {tmp_path / 'out'}" in said and "surgery.py --task mawps --fold 0" in said
     assert parse_finetuning(words_of({**tuned, "fold": 1}))[0].fold == 1
 
 
 @pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
 @pytest.mark.parametrize("model", ["transformer_xl", "bert"])
 def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
-    """Usage is the same for rows read one by one, which have no padding, and side by side."""
+    """Usage is the same for rows read one by one, without padding, and in batches."""
     run, data = trained("smoe", model), tiny.write_rows(tmp_path / task, task)
     if model == "bert":
         tiny.write_tokenizer(tmp_path / "tokenizer")
@@ -231,10 +229,9 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
             torch.manual_seed(0)
             for parameter in model_.parameters():
                 torch.nn.init.normal_(parameter, 0.0, 0.3)
-            every = [batch for batch in rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True)]
-            rows_of_task.next = iter(
-                [rows_of_task._batch([row], 1) for batch in every for row in batch.rows] if size == 1 else every
-            ).__next__
+            rows_of_task.flags = dataclasses.replace(flags, eval_batch_size=size)
+            every = list(rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True))
+            rows_of_task.next = iter(every).__next__
             count = sum(int(rows_of_task.sequences_of(batch)[1].sum()) for batch in every)
             calibration = calibrate(model_, row_passes(rows_of_task, model_, count), k=2, seed=0)
         found.append(calibration.usage)
@@ -262,10 +259,10 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"method": "keep_best", "score": "usual"}, "--score: unknown value 'usual'; nearest: usage"),
         ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task has no effect with --score router_norm: leave it out"),
         ({"method": "compress", "rank": 4, "kept": 0.5}, "--keep has no effect with --method compress: leave it out"),
-        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank is missing: give one from 1 to 16"),
+        ({"method": "compress", "keep": None, "kept": 0.5}, "--rank is missing: it must be from 1 to 16"),
         ({"method": "compress", "keep": None, "rank": 17, "kept": 0.5}, "--rank 17 must be from 1 to 16"),
         ({"method": "compress", "keep": None, "rank": 16, "kept": 0.0}, "--kept 0.0 must be above 0 and at most 1"),
-        ({"from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"from": "nowhere"}, "the checkpoint nowhere does not exist"),
         ({"calibrate": "nowhere"}, "nowhere is not a prepared text"),
         ({"data": "nowhere"}, "nowhere is not a prepared text"),
         ({"task": "sst2", "calibrate": "nowhere"}, "nowhere"),
@@ -277,7 +274,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, said, trained, tmp_pat
 
 
 def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_path):
-    """The best two of each layer by it, and no calibration beside them."""
+    """The two experts with the largest norm are kept in each layer, and no calibration is stored."""
     run, out = trained("smoe_dropout"), tmp_path / "out"
     tiny.completed(command(run, method="keep_best", score="router_norm", out=out), program="surgery.py")
     surgery = tiny.read_json(out / "surgery.json")
@@ -297,7 +294,7 @@ def test_refusals_do_not_wait_for_torch(trained):
 
 def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp_path):
     out = {"out": tmp_path / "out"}
-    assert "without experts: there are none to remove" in refusal(command(trained("dense"), **out))
+    assert "without experts: it has no experts to remove" in refusal(command(trained("dense"), **out))
     pieces = tiny.write_pieces(tmp_path / "pieces")
     assert "does not hold bytes that" in refusal(command(trained("smoe"), calibrate=pieces, **out))
     (tmp_path / "folder").mkdir()
@@ -308,7 +305,7 @@ def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp
     tiny.completed(
         words_of({"task": "sst2", "data": rows, "checkpoint": trained("smoe"), "work_dir": tuned, **TRAINING}), program="finetune.py"
     )
-    assert "is itself a fine-tuned run, of sst2" in refusal(command(tuned, **out))
+    assert "is a fine-tuned run of sst2" in refusal(command(tuned, **out))
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine.txt"] and not (tmp_path / "out").exists()
 
 
@@ -327,7 +324,7 @@ def test_a_text_of_another_tokenizer_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize(("sizes", "by_layer"), [((2, 2), None), ((3, 1), "3,1")])
 def test_flags_afterwards_say_experts_and_their_width(sizes, by_layer, trained):
-    """k is what the method has at that size."""
+    """k is the method's default for that number of experts."""
     plan = parse(command(trained("smoe_dropout")))
     made, flags = plan.made, flags_after(plan, sizes)
     assert (flags.moe_num_expert, flags.moe_experts_by_layer, flags.d_inner) == (max(sizes), by_layer, made.d_inner)
@@ -337,7 +334,7 @@ def test_flags_afterwards_say_experts_and_their_width(sizes, by_layer, trained):
 
 
 def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_pruned(trained, tmp_path):
-    """U V + S computes what the experts did; killed on the way, a run prunes the same; what it leaves is smaller, and as good as it was."""
+    """U V + S equals the experts; a killed run prunes the same; the result is smaller and of equal quality."""
     run, out = trained("smoe"), tmp_path / "out"
     arguments = words_of({"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
     tiny.completed(arguments, program="surgery.py")
@@ -368,7 +365,7 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
 
 
 def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_others(words, tmp_path):
-    """They are as wide as all experts of a layer together, and compressing leaves as many."""
+    """They are as wide as all experts of a layer together, and compression keeps the number of experts."""
     run, out = tmp_path / "run", tmp_path / "out"
     tiny.completed(tiny.flags(words, run, method="smoe", moe_index="0", dense_width="all", max_step=2, eval_interval=2))
     assert "their width would be lost" in refusal(command(run, out=out))
@@ -384,7 +381,7 @@ def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_
 
 
 def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(trained, operated, tmp_path):
-    """Merged, and compressed: the table has what the trained model was, and what is left in the end."""
+    """Merged, then compressed: the table compares the trained model with the final one."""
     merged, out = operated("merge")[0], tmp_path / "out"
     then = words_of({"from": merged, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
     printed = tiny.completed(then, program="surgery.py").out
@@ -416,7 +413,7 @@ def test_what_taught_a_run_is_not_needed_to_operate_on_it(trained, tmp_path):
 
 
 def test_settings_from_a_run_differ_in_the_experts_only(trained, tmp_path):
-    """Sizes, text and training are those of the run; k has the defaults of the new number of experts, its schedule the new length."""
+    """Sizes, text and training are the run's; k has the defaults for the new number of experts, its schedule the new length."""
     run = trained("smoe")
     how = {"settings_from": run, "moe_num_expert": 2, "work_dir": tmp_path, "max_step": 7}
     made, (flags, source) = open_source(run).made, parse_training(words_of(how))
@@ -436,7 +433,7 @@ def test_settings_from_a_run_differ_in_the_experts_only(trained, tmp_path):
         ({"preset": "laptop"}, "--preset laptop, but the checkpoint"),
         ({"method": "dense"}, "--method dense, but the checkpoint"),
         ({"start_from": "RUN"}, "leave one out"),
-        ({"settings_from": "nowhere"}, "the checkpoint nowhere is not there"),
+        ({"settings_from": "nowhere"}, "the checkpoint nowhere does not exist"),
     ],
 )
 def test_contradictions_of_settings_from_are_refused(changes, refused, trained, tmp_path):

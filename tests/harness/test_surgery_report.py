@@ -49,7 +49,7 @@ def measured(after: float, experts=(8, 8), seed: int = 1) -> dict:
 
 
 def went_on(operation: dict, after: float, recovered: float, seed: int = 1, experts=(8, 8), **changes) -> dict:
-    """The record of a run that went on from surgery."""
+    """The record of a run trained further after surgery."""
     operated = measured(after, experts, seed)
     size = max(experts)
     more = {"parameters__total": operated["after"]["parameters"], "training__steps": 500, **changes}
@@ -73,7 +73,7 @@ def test_row_has_quality_before_directly_after_and_after_further_training():
 
 
 def test_the_time_of_compressed_experts_is_that_of_pruned_ones():
-    """Directly after compressing S is whole, which a note says."""
+    """Directly after compression S is complete, as a note says."""
     old, new = (went_on(COMPRESS | {"options": {"rank": rank}}, 2.0, 2.1) for rank in (4, 8))
     new["pretrained"]["surgery"] |= {"pruned_to": 0.1, "time": [{"k": [16, 8], "ratio": 0.25}]}
     (group,) = groups_of([old, new])
@@ -121,7 +121,7 @@ def test_further_training_without_surgery_is_a_note():
 
 
 def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
-    """The operated one has no quality on the task until it is trained on it."""
+    """The smaller model has no quality on the task before it is fine-tuned."""
     task = {
         "metric": {"name": "accuracy", "lower_is_better": False, "split": "dev"},
         "dataset__title": "SST-2",
@@ -147,7 +147,7 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
 
 
 def test_on_a_task_it_is_held_against_what_was_fine_tuned_alike():
-    """From trained weights, and for as long."""
+    """It is compared with runs fine-tuned from trained weights for as many steps."""
     task = {"metric": {"name": "accuracy", "lower_is_better": False, "split": "test"}, "dataset__title": "SST-2"}
     operated = went_on(UNCURL, 2.4, 80.0, **task)
 
@@ -213,7 +213,7 @@ def test_a_figure_is_drawn_and_is_the_same_again(tmp_path):
 
 
 def test_a_curve_is_named_after_all_operations_of_its_rows():
-    """Not after the training between them."""
+    """The training between operations is not named."""
     both = went_on(MERGE, 2.4, 2.1)
     both["pretrained"]["operations"] += [{"method": "train", "steps": 500}, COMPRESS]
     (group,) = groups_of([both, went_on(UNCURL, 2.3, 2.2)])

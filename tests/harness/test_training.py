@@ -1,4 +1,4 @@
-"""Whole tiny runs of every registered method: what they record, what they train, and what they leave alone."""
+"""Tiny runs of every registered method: records, trained parameters, and parameters left unchanged."""
 
 import math
 from collections import Counter
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, corpus, tmp_path_factory):
-    """One finished run of each method, with a log line for every step: its method and its folder."""
+    """A finished run of each method, with a log line for every step: its method and its folder."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     finished = tiny.completed(tiny.flags(corpus, folder, method=request.param, log_interval=1, save_interval=1, dropout=0.0, lr=1e-2))
     assert "done: " in finished.out and finished.err == ""
@@ -182,7 +182,7 @@ DRAW_FOR_EACH_PASS = {"concrete_dropout", "dropblock", "block_dropout", "thor"}
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in DRAW_FOR_EACH_PASS])
 def test_batch_chunk_gives_the_same_losses(method, corpus, tmp_path):
-    """3 chunks of 5 lanes are of 2, 2 and 1. A balance loss is off: it is taken of each chunk, as --help says."""
+    """3 chunks of 5 lanes have 2, 2 and 1. No balance loss, which would be computed per chunk."""
     balance = {"load_balance": 0.0} if load(METHODS, "method", method).sparse else {}
     for chunks in (1, 3):
         changes = {"method": method, "batch_size": 5, "batch_chunk": chunks, "dropout": 0.0, "log_interval": 1, "max_step": 12} | balance
@@ -223,7 +223,7 @@ def test_memory_is_dropped_where_the_text_starts_again_and_k_is_put_back_after_v
 
 @pytest.mark.parametrize("optim", ["sgd", "adagrad"])
 def test_other_optimisers_and_plateau_run(optim, corpus, tmp_path):
-    """The smallest change of a validation is none at all, so with a rate of nearly 0 the plateau halves it every time."""
+    """With a learning rate of nearly 0 validation never improves, so the plateau halves it every time."""
     scheduler = {"scheduler": "dev_perf", "decay_rate": 0.5, "lr_min": 1e-13, "lr": 1e-12} if optim == "sgd" else {"lr": 1e-2}
     changes = {"optim": optim, "mom": 0.9 if optim == "sgd" else None, "method": "dense", "log_interval": 1, "dropout": 0.0, **scheduler}
     tiny.completed(tiny.flags(corpus, tmp_path, **changes))
@@ -245,7 +245,7 @@ def test_a_schedule_that_ends_early_keeps_its_last_k(corpus, tmp_path):
 
 
 def test_predrawn_competition_is_timed_and_trained(corpus, tmp_path):
-    """The step timed beforehand, too, is told where training stands."""
+    """The step timed before training also gets the progress of training."""
     finished = tiny.completed(tiny.flags(corpus, tmp_path, method="competesmoe", method_options="predrawn=true,flip_rate=0.5"))
     shares = [value for name, value in tiny.metrics(tmp_path, "train")[-1].items() if name.endswith("competition_share")]
     assert "predrawn" in str(tiny.read_json(tmp_path / "result.json")["settings"]) and len(shares) == 2 and 0 < sum(shares) < 2

@@ -113,7 +113,7 @@ def test_generate(runs, precision, tmp_path):
             "--length 0 must be at least 1; --temperature -1.0 must",
         ),
         ("smoe_dropout", ["--precision", "fp8"], "--precision: unknown value 'fp8'; nearest: fp32"),
-        ("nothing", [], "is not there"),
+        ("nothing", [], "does not exist"),
     ],
 )
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):

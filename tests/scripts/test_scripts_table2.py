@@ -48,7 +48,7 @@ def test_a_missing_checkpoint_is_refused(task, tmp_path):
         done = bash(path, *words, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: usage: bash ") and "CHECKPOINT" in done.stderr
     done = bash(path, tmp_path / "missing", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: the checkpoint {tmp_path / 'missing'} is not there")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: the checkpoint {tmp_path / 'missing'} does not exist")
 
 
 @pytest.mark.parametrize(("model", "task"), [("transformer_xl", "sst2"), ("transformer_xl", "mawps"), ("bert", "sst2")])

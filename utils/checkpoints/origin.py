@@ -1,11 +1,10 @@
-"""The checkpoint that training starts from: what it was made with, and where its weights are. Imports no torch.
+"""The checkpoint that training starts from: its weights, its flags and its history. Imports no torch.
 
 A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of surgery.py or of smoe_dropout.save_pretrained, or
-weights alone: a folder of smoe_dropout.save_model, whose sizes the command line has to say.
+weights only: a folder of smoe_dropout.save_model, whose sizes must be given as flags.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,11 @@ from utils.checkpoints.schema_1 import TRAINED
 from utils.data.corpus import digest_of, read_chunks
 from utils.errors import UserError
 from utils.flags.declare import flags_from
-from utils.flags.derive import read_config
+from utils.flags.derive import CONFIG_FIELDS, read_config
 from utils.flags.fields import Flags, names
-from utils.flags.models import MODELS
+from utils.flags.models import MODELS, TRANSFORMERS_FIELDS
 
-WEIGHTS, OF_EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
+WEIGHTS, EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
 SURGERY = "surgery.json"
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
 
@@ -32,7 +31,7 @@ class Source:
     """A checkpoint.
 
     path: as given. weights: the file. flags: those of train.py that made it, as far as they are known. trained: what it was trained on and
-    for how long, as values. operations: what was done to the weights afterwards, surgery and training, in order. of_transformers:
+    for how long, as values. operations: what was done to the weights afterwards, surgery and training, in order. from_transformers:
     smoe_dropout.from_pretrained reads it. surgery: what surgery.py measured, where the weights went through it.
     """
 
@@ -41,7 +40,7 @@ class Source:
     flags: dict[str, Any]
     trained: dict[str, Any]
     operations: tuple[dict[str, Any], ...] = ()
-    of_transformers: bool = False
+    from_transformers: bool = False
     surgery: dict[str, Any] | None = None
 
     @property
@@ -65,18 +64,16 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """UserError for a folder that is not there, is none of the five, or is of a run that has not ended."""
+    """UserError for a folder that does not exist, holds no checkpoint, or belongs to an unfinished run."""
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "is not there"
+        kind = "is a file" if path.exists() else "does not exist"
         raise UserError(f"the checkpoint {path} {kind}: give the folder of a finished run of train.py, or of weights")
-    kinds: dict[str, Callable[[Path], Source]] = {SURGERY: operation, "config.json": _run, "state.json": _step}
-    kinds |= {OF_EXPERTS: _weights, WEIGHTS: _weights}
     if (path / TRANSFORMERS_WEIGHTS).exists() or "model_type" in _json(path / "config.json"):
         return _transformers(path)
-    for name, open_it in kinds.items():
+    for name, opener in ((SURGERY, operation), ("config.json", _run), ("state.json", _step), (EXPERTS, _weights), (WEIGHTS, _weights)):
         if (path / name).exists():
-            return open_it(path)
-    raise UserError(f"{path} holds no checkpoint: neither config.json of a run, nor {WEIGHTS}, nor {TRANSFORMERS_WEIGHTS} is in it")
+            return opener(path)
+    raise UserError(f"{path} holds no checkpoint: it has neither config.json of a run, nor {WEIGHTS}, nor {TRANSFORMERS_WEIGHTS}")
 
 
 def open_run(path: Path) -> Source:
@@ -88,30 +85,27 @@ def open_run(path: Path) -> Source:
 
 
 def _run(path: Path) -> Source:
-    """The weights that its table shows."""
-    flags = _flags_of_run(path)
-    try:
-        step = json.loads((path / "result.json").read_text())["best_step"]
-    except FileNotFoundError:
-        raise UserError(
-            f"the run {path} has not ended, it has no result.json: finish it, or give one of its folders checkpoints/step-*"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path / 'result.json'} is damaged: give one of the folders {path}/checkpoints/step-*") from None
-    return _of_run(path, path / "checkpoints" / f"step-{step:08d}", flags, _json(path / "result.json"))
+    """The weights whose test is in the run's record."""
+    result = path / "result.json"
+    if not result.exists():
+        raise UserError(f"the run {path} has not ended, it has no {result.name}: finish it, or give one of its folders checkpoints/step-*")
+    flags, record = _flags_of_run(path), _json(result)
+    if not isinstance(record.get("best_step"), int):
+        raise UserError(f"{result} is damaged: give one of the folders {path}/checkpoints/step-*")
+    return _of_run(path, path / "checkpoints" / f"step-{record['best_step']:08d}", flags, record)
 
 
 def operation(path: Path) -> Source:
-    """A folder of surgery.py. UserError for one that is not whole."""
+    """A folder of surgery.py. UserError if it is incomplete."""
     flags, stored, folder = _flags_of_run(path), read_surgery(path), path / "checkpoints" / "step-00000000"
     if not stored.keys() >= {"trained", "operations", "source_sha256"}:
         raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
     trained, operations = stored.pop("trained"), tuple(stored.pop("operations"))
-    return Source(path, _whole(folder), flags, trained, operations, surgery=stored)
+    return Source(path, _weights_of(folder), flags, trained, operations, surgery=stored)
 
 
 def read_surgery(path: Path) -> dict[str, Any]:
-    """The content of a folder's surgery.json; empty where there is none."""
+    """The content of a folder's surgery.json; empty if it has none."""
     return schema_1.surgery(_json(path / SURGERY))
 
 
@@ -129,97 +123,80 @@ def _flags_of_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
     needed = set(names(kind=Flags)) - {*names(role="run")} | {*names(role="model"), *names(role="experts"), "preset", "dataset"}
     if absent := sorted(needed - config.keys()):
-        raise UserError(f"{run / 'config.json'} is of a run of another version, without {', '.join(absent[:4])}: train it again")
+        raise UserError(f"{run / 'config.json'} belongs to another version, without {', '.join(absent[:4])}: train it again")
     if "task" in config:
-        raise UserError(f"{run} is itself a fine-tuned run, of {config['task']}: give the pre-trained one it started from")
+        raise UserError(f"{run} is a fine-tuned run of {config['task']}: give the pre-trained run it started from")
     return config
 
 
 def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], at: dict[str, int] | None = None) -> Source:
-    """A run of train.py. record: empty where it has not ended. at: the checkpoint, if it is not the one that the record is of."""
+    """A run of train.py. record: empty for an unfinished run. at: the checkpoint, if it is not the one the record describes."""
     steps = {"steps": flags["max_step"]} | (at or {})
     start = schema_1.pretrained(record.get("pretrained", {}))
     if start:
         more = {"taught": True} if flags["teacher"] else {}
         trained = {name: start[name] for name in TRAINED if name in start}
         operations = (*start["operations"], {"method": "train", **steps, **more})
-        return Source(path, _whole(folder), flags, trained, operations, surgery=start.get("surgery"))
+        return Source(path, _weights_of(folder), flags, trained, operations, surgery=start.get("surgery"))
     known = record.get("dataset", {"name": flags["dataset"], "fingerprint": flags.get("data_fingerprint")})
     dataset = {name: known[name] for name in ("name", "title", "fingerprint") if name in known}
-    return Source(path, _whole(folder), flags, {"dataset": dataset, **steps})
+    return Source(path, _weights_of(folder), flags, {"dataset": dataset, **steps})
 
 
-def _whole(folder: Path) -> Path:
+def _weights_of(folder: Path) -> Path:
     """The weights of a checkpoint."""
     if not (folder / WEIGHTS).exists() or not (folder / MANIFEST).exists():
-        raise UserError(f"the checkpoint {folder} is missing or not whole: give another of {folder.parent}, or train again")
+        raise UserError(f"the checkpoint {folder} is missing or incomplete: give another of {folder.parent}, or train again")
     return folder / WEIGHTS
 
 
 def _weights(path: Path) -> Source:
     if not (path / WEIGHTS).exists():
-        raise UserError(f"{path / WEIGHTS} is missing: the folder was not saved whole")
+        raise UserError(f"{path / WEIGHTS} is missing: the folder is incomplete")
     flags: dict[str, Any] = {}
-    if (path / OF_EXPERTS).exists():
+    if (path / EXPERTS).exists():
         try:
-            flags = flags_of_experts(SMoEConfig.from_json((path / OF_EXPERTS).read_text()))
+            flags = flags_of_experts(SMoEConfig.from_json((path / EXPERTS).read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path / OF_EXPERTS} is damaged: {error}") from None
+            raise UserError(f"{path / EXPERTS} is damaged: {error}") from None
     return Source(path, path / WEIGHTS, flags, {"folder": path.name})
 
 
 def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
-    """The flags of train.py that say the same as a configuration of the library."""
-    frozen = experts.router == "random" if experts.freeze_router is None else experts.freeze_router  # None: as the router's file has it
-    return {
+    """The flags of train.py that correspond to a configuration of the library."""
+    frozen = experts.router == "random" if experts.freeze_router is None else experts.freeze_router  # None: the default of the router
+    return {name: getattr(experts, field) for name, field in CONFIG_FIELDS.items()} | {
         "moe": True,
-        "moe_num_expert": experts.num_experts,
-        "gate_name": experts.router,
         "freeze_gate": frozen,
-        "gate_weight": experts.gate_weight,
-        "output_scale": experts.output_scale,
-        "load_balance": experts.balance_loss,
         "moe_index": None if experts.layers is None else ",".join(map(str, experts.layers)),
         "method_options": ",".join(f"{name}={value}" for name, value in experts.options.items()) or None,
         **({"method": experts.method} if experts.method in METHODS else {}),
         "moe_experts_by_layer": ",".join(map(str, experts.experts_by_layer)) if experts.experts_by_layer else None,
-        "moe_expert_rank": experts.expert_rank,
-        "moe_sparse_share": experts.sparse_share,
         **({"d_inner": experts.d_expert} if experts.d_expert else {}),
     }
 
 
 def _transformers(path: Path) -> Source:
     """A folder of smoe_dropout.save_pretrained: sizes from the host's settings."""
-    told = _json(path / "config.json")
-    if told.get("model_type") != LIBRARY:
+    config = _json(path / "config.json")
+    if config.get("model_type") != LIBRARY:
         raise UserError(f"{path} holds a model of transformers without experts: make it one with smoe_dropout.moefy and save_pretrained")
     try:
-        host, kind, experts = told["host"], told["host_model_type"], SMoEConfig.from_dict(told[LIBRARY])
+        host, kind, experts = config["host"], config["host_model_type"], SMoEConfig.from_dict(config[LIBRARY])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
-    classes = [str(name) for name in told.get("architectures") or [kind]]
+    classes = [str(name) for name in config.get("architectures") or [kind]]
     known = [name for name, model in MODELS.items() if model.reads == "pieces"]
     if kind not in known or not classes[0].endswith("ForMaskedLM"):
-        raise UserError(
-            f"{path} holds a {', '.join(classes)}, and only {' and '.join(known)} for masked language modelling can be fine-tuned"
-        )
-    sizes = {
-        "model": kind,
-        "n_layer": host.get("num_hidden_layers", 12),
-        "d_model": host.get("hidden_size", 768),
-        "n_head": host.get("num_attention_heads", 12),
-        "d_ff": host.get("intermediate_size", 3072),
-        "tgt_len": host.get("max_position_embeddings", 512) - (2 if kind == "roberta" else 0),
-        "dropout": host.get("hidden_dropout_prob", 0.1),
-        "dropatt": host.get("attention_probs_dropout_prob", 0.1),
-    }
+        raise UserError(f"{path} holds a {', '.join(classes)}: only {' and '.join(known)} for masked language modelling can be fine-tuned")
+    sizes = {name: host.get(field, default) for name, (field, default) in TRANSFORMERS_FIELDS.items()}
+    sizes |= {"model": kind, "tgt_len": host.get("max_position_embeddings", 512) - MODELS[kind].first_position}
     weights = next(path / name for name in (TRANSFORMERS_WEIGHTS, WEIGHTS) if (path / name).exists() or name == WEIGHTS)
-    return Source(path, weights, sizes | flags_of_experts(experts), {"folder": path.name}, of_transformers=True)
+    return Source(path, weights, sizes | flags_of_experts(experts), {"folder": path.name}, from_transformers=True)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

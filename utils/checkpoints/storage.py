@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: a folder of safetensors, made under another name, synced, then renamed.
+"""Atomic checkpoints: a folder of safetensors, written under another name, synced, then renamed.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  rank0.safetensors ...  state.json  manifest.json
 
-manifest.json, written last, holds size and sha256 of every file; a folder without it, or one that it contradicts, is no checkpoint.
+manifest.json, written last, holds size and sha256 of every file; a folder without it, or with other files, is not a checkpoint.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils.data import writing
 from utils.data.corpus import digest_of, read_chunks
 from utils.errors import UserError
 
@@ -27,13 +28,13 @@ def name_of(step: int) -> str:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of which there is a finished checkpoint folder, ascending."""
+    """The steps with a finished checkpoint, ascending."""
     found = [re.fullmatch(r"step-(\d+)", entry.name) for entry in root.glob("step-*")] if root.exists() else []
     return sorted(int(match.group(1)) for match in found if match and (root / match.group(0) / MANIFEST).exists())
 
 
 class Writer:
-    """One checkpoint in the making. Every process may `add` files to it; the main one calls `finish`, after all have added theirs."""
+    """Writes a checkpoint. Every process may `add` files; the main process calls `finish` when all have."""
 
     def __init__(self, root: Path, step: int, is_main: bool):
         self.final, self.partial = root / name_of(step), root / f".{name_of(step)}.partial"
@@ -52,19 +53,10 @@ class Writer:
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
         (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*files, self.partial / MANIFEST, self.partial]:
-            sync(path)
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged one of the same step
+            writing.sync(path)
+        shutil.rmtree(self.final, ignore_errors=True)  # a damaged checkpoint of the same step
         os.replace(self.partial, self.final)
-        sync(self.final.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        writing.sync(self.final.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -72,55 +64,52 @@ def read_json(path: Path) -> Any:
 
 
 def verify(folder: Path) -> None:
-    """Raises UserError naming the first file that is missing or is not as the manifest says."""
+    """Raises UserError naming the first file that is missing or contradicts the manifest."""
     try:
         manifest = read_json(folder / MANIFEST)
         expectations = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         expectations = {}
     if "state.json" not in expectations:
-        raise UserError(f"{folder / MANIFEST} is missing or damaged, so {folder} is no whole checkpoint")
+        raise UserError(f"{folder / MANIFEST} is missing or damaged, so {folder} is not a complete checkpoint")
     for name, (size, digest) in expectations.items():
         path = folder / name
         if not path.exists():
             raise UserError(f"{path} is missing from the checkpoint")
         if path.stat().st_size != size or _sha256(path) != digest:
-            raise UserError(f"{path} is damaged: its contents are not those that were saved")
+            raise UserError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
 
 
 def latest(root: Path, warn) -> Path | None:
-    """The newest undamaged checkpoint. A damaged newer one is passed over with `warn(sentence)`; UserError if all are damaged."""
+    """The newest undamaged checkpoint, after `warn(sentence)` for each newer damaged one. UserError if all are damaged."""
     candidates = [root / name_of(step) for step in reversed(steps(root))]
     for folder in candidates:
         try:
             verify(folder)
             return folder
         except UserError as error:
-            warn(f"WARNING: {error}; falling back to the checkpoint before it")
+            warn(f"WARNING: {error}; falling back to the previous checkpoint")
     if candidates:
         raise UserError(f"no checkpoint in {root} is undamaged; remove the folder, or choose another --work_dir, to start from step 0")
     return None
 
 
 def prune(root: Path, keep: set[int]) -> None:
-    """Removes checkpoints but the last two and those of the steps to keep, and leftovers of unfinished ones."""
+    """Removes all checkpoints but the last two and those of the steps to keep, and the remains of unfinished ones."""
     for step in steps(root)[:-2]:
         if step not in keep:
-            (root / name_of(step) / MANIFEST).unlink()  # first, so that what a kill leaves is no checkpoint
+            (root / name_of(step) / MANIFEST).unlink()  # first, so that a kill never leaves half a checkpoint
             shutil.rmtree(root / name_of(step))
-    unfinished = [folder for folder in root.glob("step-*") if not (folder / MANIFEST).exists()]  # a removal cut short
+    unfinished = [folder for folder in root.glob("step-*") if not (folder / MANIFEST).exists()]  # an interrupted removal
     for leftover in [*root.glob(".step-*.partial"), *unfinished]:
         shutil.rmtree(leftover)
 
 
 def require_space(root: Path, tensors: list[Tensor], copies: int) -> None:
-    """Raises UserError unless the disk has room for so many copies of the tensors, and a tenth more."""
-    needed = int(1.1 * copies * sum(tensor.numel() * tensor.element_size() for tensor in tensors)) + 2**20
+    """Raises UserError unless the disk has room for `copies` copies of the tensors and 10 % more."""
     root.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(root).free) < needed:
-        raise UserError(
-            f"{root} has {free / 2**20:.0f} MiB free, and checkpoints need {needed / 2**20:.0f} MiB: free some or choose another --work_dir"
-        )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    writing.require_space(root, int(1.1 * copies * size), "--work_dir")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -138,7 +127,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def rank_tensors(memory: tuple[Tensor, ...] | None, device: torch.device) -> dict[str, Tensor]:
-    """What one process alone knows: the memory of its lanes, and its random generators."""
+    """The state of one process: the memory of its rows, and its random generators."""
     tensors = {f"memory.{index}": tensor for index, tensor in enumerate(memory or ())}
     tensors["rng.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
@@ -149,7 +138,7 @@ def rank_tensors(memory: tuple[Tensor, ...] | None, device: torch.device) -> dic
 def load_rank(path: Path, device: torch.device) -> tuple[Tensor, ...] | None:
     """Sets the random generators and returns the memory. UserError if the run had fewer processes."""
     if not path.exists():
-        raise UserError(f"{path} is missing: the run was made with fewer processes; resume it with the same number")
+        raise UserError(f"{path} is missing: the run had fewer processes; resume it with the same number")
     tensors = load_file(path)
     torch.set_rng_state(tensors["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in tensors:

@@ -19,11 +19,11 @@ def load(model: nn.Module, source: Source) -> None:
     try:
         if source.weights.name == WEIGHTS and (folder / storage.MANIFEST).exists():
             storage.verify(folder)
-        if source.of_transformers:
+        if source.from_transformers:
             host = from_pretrained(folder).train()
-            if (found := host.get_input_embeddings().weight.shape) != (wanted := model.host.get_input_embeddings().weight.shape):
-                raise ConfigError(f"its embedding has shape {tuple(found)}, and {tuple(wanted)} goes with the tokenizer")
-            model.host = host  # the whole host: its configuration may differ from ours
+            if (found := host.get_input_embeddings().weight.shape) != (expected := model.host.get_input_embeddings().weight.shape):
+                raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
+            model.host = host  # the host and its configuration, which may differ from ours
         else:
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
@@ -49,9 +49,9 @@ class HandedOver(NamedTuple):
 def handed_over(stored: dict[str, nn.Parameter], model: nn.Module) -> HandedOver:
     """Compares a model with the parameters `stored` of the pre-trained model it was made from."""
     ours, theirs = dict(model.named_parameters()), {id(parameter) for parameter in stored.values()}
-    there = {id(parameter) for parameter in ours.values()}
+    used = {id(parameter) for parameter in ours.values()}
     return HandedOver(
-        sum(parameter.numel() for parameter in stored.values() if id(parameter) in there),
+        sum(parameter.numel() for parameter in stored.values() if id(parameter) in used),
         [name for name, parameter in ours.items() if id(parameter) not in theirs],
-        [name for name, parameter in stored.items() if id(parameter) not in there],
+        [name for name, parameter in stored.items() if id(parameter) not in used],
     )

@@ -1,4 +1,4 @@
-"""The argument vector of a program: single values before it is parsed, then all of it by tyro. Imports no torch."""
+"""Reads the argument vector of a program: single values before parsing, then all flags with tyro. Imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from utils.flags.declare import FlagsT, Spec, groups, option_name, specs
+from utils.flags.declare import FlagsT, Spec, groups, specs
 
 METAVARS = {"int": "INT", "float": "FLOAT", "str": "TEXT"}
-LISTED = 16  # as many choices are listed in --help
+MAX_LISTED = 16  # most choices listed in --help
 
 
 class Arguments:
-    """A command line. refused: flags with the reason why each is refused. mistakes: these reasons; the flags are left out of `words`."""
+    """A command line. refused: flags with the reason. mistakes: reasons for the refused flags given, which are left out of `words`."""
 
     def __init__(self, program: str, words: Sequence[str], refused: Mapping[str, str]):
         self.program, self.words, self.mistakes, skipped = program, [], [], False
@@ -27,7 +27,7 @@ class Arguments:
                 self.words.append(word)
 
     def get(self, name: str) -> str | None:
-        """The last value given for a flag, before the whole command line can be parsed."""
+        """The last value given for a flag, readable before the defaults for parsing are known."""
         value = None
         for word, following in zip(self.words, [*self.words[1:], ""], strict=False):
             flag, sign, rest = word.partition("=")
@@ -44,7 +44,7 @@ class Arguments:
         return bool({"-h", "--help"} & set(self.words))
 
     def over(self, kind: type[FlagsT], defaults: dict[str, Any]) -> FlagsT:
-        """The flags given, all others from `defaults` or as declared. A flag that cannot be parsed ends the process with exit code 2."""
+        """The given flags, all others from `defaults` or as declared. A flag that cannot be parsed ends the process with exit code 2."""
         boxes, declared, hidden = groups(kind), specs(kind), getattr(kind, "hidden", ())
         nested = dataclasses.make_dataclass(
             kind.__name__, [_box(title, group, declared, defaults, title in hidden) for title, group in boxes.items()]
@@ -80,7 +80,7 @@ def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str,
             continue
         spec, default = declared[field.name], defaults.get(field.name, field.default)
         option = tyro.conf.arg(
-            name=option_name(field.name, spec),
+            name=spec.name or field.name,
             help=f"{', '.join(spec.only)}: {spec.help}" if spec.only else spec.help,
             metavar=_metavar(field.type, spec),
             help_behavior_hint="" if default is None or default is False or default == "" else None,
@@ -94,7 +94,7 @@ def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str,
 
 
 def _metavar(kind: Any, spec: Spec) -> str | None:
-    if spec.choices is not None and len(spec.choices) <= LISTED:
+    if spec.choices is not None and len(spec.choices) <= MAX_LISTED:
         return "{" + ",".join(spec.choices) + "}"
     if kind is bool:
         return None

@@ -23,17 +23,8 @@ from utils.flags.official import REFUSED
 from utils.flags.presets import PRESET_NAMES, finetuning
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[FinetuneFlags, Source]:
-    """The flags of a command line, and the checkpoint. Raises UserError listing all mistakes."""
-    return _with_source(argv)
-
-
-def finetune_flags(**values: Any) -> FinetuneFlags:
-    """The flags of a fine-tuning run given by values, as `parse` decides them."""
-    return _with_source(Values({name: value for name, value in values.items() if value is not None}))[0]
-
-
-def _with_source(given: Sequence[str] | Values | None) -> tuple[FinetuneFlags, Source]:
+def parse(given: Sequence[str] | Values | None = None) -> tuple[FinetuneFlags, Source]:
+    """The flags of a command line, or of values, and the checkpoint. Raises UserError listing all mistakes."""
     flags, source = decide(PROGRAM, given)
     return flags, source or open_source(Path(flags.checkpoint))
 
@@ -49,13 +40,13 @@ def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:
     values = {name: value for name, value in inherited(command, source).items() if name in kept}
     task, preset = command.get("task") or FinetuneFlags.task, values["preset"]
     known = preset in PRESET_NAMES and values["model"] in MODELS
-    how = finetuning(task, preset, values["model"]) if known else {}
-    return {**values, **how, **finetuning_k(values), "task": task, "dataset": task}
+    tuning = finetuning(task, preset, values["model"]) if known else {}
+    return {**values, **tuning, **finetuning_k(values), "task": task, "dataset": task}
 
 
 def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     found = [
-        f"--{name} {value}: a score covers all rows, leave it out"
+        f"--{name} {value}: the score covers all rows; leave it out"
         for name in ("max_eval_steps", "max_test_steps")
         if (value := getattr(flags, name)) != -1
     ]
@@ -65,7 +56,7 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     if flags.fold >= folds:
         found.append(f"--fold {flags.fold} must be from 0 to {folds - 1}")
     if flags.scheduler == "dev_perf":
-        found.append("--scheduler dev_perf would tune on the rows that the score is reported on: use another")
+        found.append("--scheduler dev_perf would tune on the rows the score is reported on: choose another")
     longest = max(512, flags.tgt_len)
     if flags.model in MODELS and MODELS[flags.model].reads == "pieces" and flags.max_length > longest:
         found.append(f"--max_length {flags.max_length} must be at most the {longest} positions of the model")
@@ -75,12 +66,12 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
 
 
 def _check_fold(flags: FinetuneFlags, source: Source) -> list[str]:
-    """Rows that are held out must not have decided which experts the model has."""
+    """The rows held out must not have been used to choose the experts."""
     read = [operation.get("read") or {} for operation in source.operations]
     if all(one.get("task") != flags.task or one.get("fold", flags.fold) == flags.fold for one in read):
         return []
     remedy = f"make one with surgery.py --task {flags.task} --fold {flags.fold}"
-    return [f"--fold {flags.fold}: its rows were read when {source.path} was made; {remedy}"]
+    return [f"--fold {flags.fold}: its rows were used to make {source.path}; {remedy}"]
 
 
 def _check_method(flags: FinetuneFlags, source: Source) -> list[str]:
@@ -90,13 +81,12 @@ def _check_method(flags: FinetuneFlags, source: Source) -> list[str]:
     dense = not load(METHODS, "method", flags.expect).sparse
     if not flags.moe if dense else flags.method == flags.expect:
         return []
-    wanted = "one without experts" if dense else f"one of {flags.expect}"
-    return [f"the checkpoint {source.path} is of {kind_of(source)}, and this needs {wanted}"]
+    expected = "a dense method" if dense else f"--method {flags.expect}"
+    return [f"the checkpoint {source.path} is of {kind_of(source)}, not of {expected}: choose another"]
 
 
-NOT_HERE = REFUSED | dict.fromkeys(names(group="initialisation"), "fine-tuning starts from --checkpoint, and has no teacher")
-MISSING = "give the folder of a finished run of train.py"
-PROGRAM = Program("finetune.py", FinetuneFlags, "checkpoint", MISSING, defaults=_defaults, mistakes=_mistakes, refused=NOT_HERE)
+REFUSED_HERE = REFUSED | dict.fromkeys(names(group="initialisation"), "fine-tuning starts from --checkpoint, and has no teacher")
+PROGRAM = Program("finetune.py", FinetuneFlags, "checkpoint", True, defaults=_defaults, mistakes=_mistakes, refused=REFUSED_HERE)
 
 if __name__ == "__main__":
     with exit_on_user_error():

@@ -25,5 +25,4 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
     return found
 
 
-MISSING = "give the folder of a finished run of train.py"
-PROGRAM = Program("generate.py", GenerateFlags, "checkpoint", MISSING, open_run, mistakes=_mistakes)
+PROGRAM = Program("generate.py", GenerateFlags, "checkpoint", True, open_run, mistakes=_mistakes)

@@ -9,7 +9,7 @@ Precedence, highest first:
 4. the preset (utils/flags/presets.py), for pre-training or for fine-tuning
 5. the declared default (utils/flags/fields.py)
 
-Flags that say what the checkpoint's weights mean cannot be given otherwise (`contradictions`). `-` and `_` are the same in names.
+Flags that define the meaning of the checkpoint's weights cannot be changed (`contradictions`). `-` and `_` are the same in names.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ CHECKPOINT_FLAGS = names(role="model") + names(role="experts")  # what the weigh
 class Program(NamedTuple):
     """A program as the pipeline sees it.
 
-    source_flag: the flag that names a checkpoint. missing: what to give if it is required. open: opens the checkpoint. defaults: values for
+    source_flag: the flag that names a checkpoint. required: refuse to run without it. open: opens the checkpoint. defaults: values for
     the flags that are not given. mistakes: checks of this program only; their source is None without a checkpoint, and with --eval_only.
     refused: flags with the reason why they are refused.
     """
@@ -43,7 +43,7 @@ class Program(NamedTuple):
     name: str
     flags: type
     source_flag: str
-    missing: str | None = None
+    required: bool = False
     open: Callable[[Path], Source] = open_source
     defaults: Callable[[Any, Source | None], dict[str, Any]] = lambda command, source: {}
     mistakes: Callable[[Any, Source | None], list[str]] = lambda flags, source: []
@@ -57,21 +57,21 @@ def decide(program: Program, given: Sequence[str] | Values | None = None) -> tup
     """
     argv = sys.argv[1:] if given is None else given
     command = given if isinstance(given, Values) else Arguments(program.name, argv, program.refused)
-    if command.asks_for_help and program.missing:
+    if command.asks_for_help and program.required:
         command.over(program.flags, {})
     trains = issubclass(program.flags, Flags)
     if trains and command.has("eval_only"):
         return _stored_run(program, command), None
     path = command.get(program.source_flag)
-    if path is None and program.missing:
-        raise UserError(f"--{program.source_flag} is missing: {program.missing}")
+    if path is None and program.required:
+        raise UserError(f"--{program.source_flag} is missing: give the folder of a finished run of train.py")
     source = None if path is None else program.open(Path(path))
     flags = command.over(program.flags, program.defaults(command, source))
     refuse([*command.mistakes, *(check if trains else check_limits)(flags), *program.mistakes(flags, source)])
     if not trains:
         return flags, source
     flags = resolve(flags)
-    if source and source.flags.get("method", "") is None:  # a custom run stays one, whatever method its flags spell out
+    if source and source.flags.get("method", "") is None:  # a custom run stays custom even if its flags match a method
         flags = dataclasses.replace(flags, method=None)
     return flags, source
 
@@ -95,7 +95,7 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
 
 
 def inherited(command: Arguments | Values, source: Source | None) -> dict[str, Any]:
-    """Preset and method of pre-training, under what the checkpoint says of its model, its experts and its training.
+    """Preset and method of pre-training, overridden by the flags of the checkpoint for its model, experts and training.
 
     Unknown names stay as they are, for `check` to report.
     """

@@ -1,4 +1,4 @@
-"""The command line of surgery.py: which trained model is made smaller, how, and on which calibration data. Imports no torch."""
+"""The command line of surgery.py: the trained model, the operation, and the calibration data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints.origin import SURGERY, Source, kind_of, open_run, read_surgery
-from utils.cli.finetune import finetune_flags
+from utils.cli import finetune
+from utils.cli.arguments import Values
 from utils.cli.pipeline import Program, decide, lost_width
 from utils.data.corpus import Corpus
 from utils.data.rows import TASKS, Examples, read_examples
@@ -26,7 +27,7 @@ from utils.training.identity import training_of
 class Plan:
     """An operation, its inputs opened.
 
-    flags: decided flags of the command line. source: the trained model. made: the flags that describe it. text: what it is tested on.
+    flags: decided flags of the command line. source: the trained model. made: the flags that describe it. text: the test text.
     material: calibration data, a text or the rows of a task; rows: the flags to read rows with; both None if there are none.
     """
 
@@ -68,7 +69,7 @@ class Plan:
 
 
 def parse(argv: Sequence[str] | None = None) -> Plan:
-    """A command line and what it names, opened. Raises UserError for every mistake, before anything is written."""
+    """The plan of a command line, its inputs opened. Raises UserError for every mistake, before anything is written."""
     flags, source = decide(PROGRAM, argv)
     made = source.made
     if flags.task is not None and task_kind(flags.task).folds > 1:
@@ -90,8 +91,8 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:
         return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
-    how = {"task": flags.task, "checkpoint": flags.source, "data": flags.calibrate, "fold": flags.fold or 0}
-    rows = finetune_flags(**how, threads=flags.threads, device=flags.device)
+    given = {"task": flags.task, "checkpoint": flags.source, "fold": flags.fold or 0, "threads": flags.threads, "device": flags.device}
+    rows, _ = finetune.parse(Values(given | ({"data": flags.calibrate} if flags.calibrate else {})))
     return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data), rows.fold), rows)
 
 
@@ -102,7 +103,7 @@ def reads(flags: SurgeryFlags) -> bool:
 
 def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     if not source.flags["moe"]:
-        return [f"the checkpoint {source.path} is of {kind_of(source)}: there are none to remove"]
+        return [f"the checkpoint {source.path} is of {kind_of(source)}: it has no experts to remove"]
     made, found = source.made, []
     E = made.moe_num_expert
     if made.moe_expert_rank is not None:
@@ -112,10 +113,9 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
         found += [no_effect(name, cause) for name in names(role="calibration", kind=SurgeryFlags) if is_given(flags, name)]
     if flags.method == COMPRESS:
         largest = min(made.d_model, made.d_inner)
-        if flags.rank is None:
-            found.append(f"--rank is missing: give one from 1 to {largest}, the largest of an expert's weight matrices")
-        elif not 1 <= flags.rank <= largest:
-            found.append(f"--rank {flags.rank} must be from 1 to {largest}, the largest of an expert's weight matrices")
+        if not 1 <= (flags.rank or 0) <= largest:
+            fault = "is missing: it" if flags.rank is None else str(flags.rank)
+            found.append(f"--rank {fault} must be from 1 to {largest}, the full rank of an expert's weight matrices")
         if flags.kept is None:
             found.append("--kept is missing: give the share of the hidden units to leave in S")
     elif flags.keep is None:
@@ -134,8 +134,7 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
     return found + (lost_width(source) if flags.method != COMPRESS else [])
 
 
-MISSING = "give the folder of a finished run of train.py"
-PROGRAM = Program("surgery.py", SurgeryFlags, "from", MISSING, open_run, mistakes=_mistakes)
+PROGRAM = Program("surgery.py", SurgeryFlags, "from", True, open_run, mistakes=_mistakes)
 
 
 def _default_folder(flags: SurgeryFlags, source: Source) -> str:
@@ -155,8 +154,8 @@ def refuse_occupied(out: Path) -> None:
 def open_text(folder: str, source: Source) -> Corpus:
     """Raises UserError for a text that is missing, damaged, or not in the model's vocabulary."""
     corpus = Corpus.open(folder, MODELS[source.made.model].reads)
-    known, there = source.flags.get("vocabulary_sha256"), corpus.vocabulary
-    if (there and there.sha256) != known:
+    known, found = source.flags.get("vocabulary_sha256"), corpus.vocabulary
+    if (found and found.sha256) != known:
         units = "bytes" if known is None else "the word pieces"
         raise UserError(f"{folder} does not hold {units} that {source.path} was trained on: give another text")
     corpus.verify()
@@ -169,8 +168,8 @@ def is_complete(plan: Plan) -> bool:
     if not (out / SURGERY).exists():
         return False
     stored, asked = read_surgery(out), plan.provenance
-    (*_, found), (*_, wanted) = stored["operations"], asked["operations"]
-    different = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
+    (*_, found), (*_, expected) = stored["operations"], asked["operations"]
+    different = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     different += [name for name in ("tested_on", "max_test_steps") if stored.get(name) != asked[name]]
     if different:
         raise UserError(f"--out {out} holds another operation, of other {', '.join(different)}: choose another folder")

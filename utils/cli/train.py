@@ -30,7 +30,7 @@ def _defaults(command: Arguments, source: Source | None) -> dict[str, Any]:
 
 
 def _settings(run: Source, command: Arguments) -> dict[str, Any]:
-    """All flags of a finished run; those that follow from a flag on the command line are derived anew."""
+    """All flags of a finished run; those that follow from a flag on the command line are derived again."""
     stored = dataclasses.asdict(run.made)
     dropped = {*names(role="start"), *names(role="unstored")}
     dropped |= {name for name in names(follows="max_step") if stored[name] == stored["max_step"]}  # to the end of training

@@ -1,4 +1,4 @@
-"""CommonsenseQA (Talmor et al. 2019): a question with five choices, one of them right. Imports no torch."""
+"""CommonsenseQA (Talmor et al. 2019): a question with five choices, one of them correct. Imports no torch."""
 
 import json
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ def _question(file: File, line: str, row: Any) -> Choice:
         file.refuse(f"{line}, question", f"{shown(row)} has no question with its stem and choices")
     stem, choices = text(question, "stem", "question.stem"), question.get("choices")
     if not isinstance(choices, list) or len(choices) != len(LETTERS):
-        there = f"{len(choices)} choices" if isinstance(choices, list) else shown(choices)
-        file.refuse(f"{line}, question.choices", f"{there}, expected {len(LETTERS)} choices")
+        found = f"{len(choices)} choices" if isinstance(choices, list) else shown(choices)
+        file.refuse(f"{line}, question.choices", f"{found}, expected {len(LETTERS)} choices")
     labels = tuple(choice.get("label") if isinstance(choice, dict) else choice for choice in choices)
     if labels != LETTERS:
         file.refuse(f"{line}, question.choices", f"the labels are {shown(labels)}, not {', '.join(LETTERS)}")

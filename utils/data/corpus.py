@@ -106,9 +106,9 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
     path, expected, dtype = split_file(folder, split), meta["splits"][split]["bytes"], UNITS[_unit(meta)].dtype
     found = path.stat().st_size if path.is_file() else None
     if found != expected or not found or found % dtype.itemsize:
-        there = "is missing" if found is None else f"has {found:,} bytes"
+        fault = "is missing" if found is None else f"has {found:,} bytes"
         each = f", {dtype.itemsize} for each symbol" if dtype.itemsize > 1 else ""
-        _refuse(f"{path} {there}, {META} says {expected:,} bytes{each}", meta["name"], _unit(meta))
+        _refuse(f"{path} {fault}, {META} says {expected:,} bytes{each}", meta["name"], _unit(meta))
     return np.memmap(path, dtype, mode="r")
 
 
@@ -127,8 +127,8 @@ class Corpus:
     def open(cls, path: str | Path, unit: str = "bytes") -> Corpus:
         """Open the folder `path` after checking meta.json and the size of each split, without reading the text.
 
-        `unit` is what the caller reads, "bytes" or "pieces": it decides which command is recommended where there is no text at all.
-        Raises UserError where a file is missing, damaged, or not of the size recorded in meta.json.
+        `unit` is what the caller reads, "bytes" or "pieces": it decides which command is recommended if there is no text.
+        Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json.
         """
         folder = Path(path)
         try:
@@ -168,7 +168,7 @@ class Corpus:
         return hashlib.sha256("".join(self.meta["splits"][split]["sha256"] for split in SPLITS).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every byte. Raises UserError where the sha256 of a split is not the recorded one."""
+        """Read every byte. Raises UserError if the sha256 of a split is not the recorded one."""
         for split in SPLITS:
             path, expected = split_file(self.path, split), self.meta["splits"][split]["sha256"]
             _, found = digest_of(read_chunks(path), "sha256")

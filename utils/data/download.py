@@ -31,7 +31,7 @@ def log(line: str) -> None:
 
 
 def _append(url: str, part: Path) -> bool:
-    """Append to `part` what it lacks of `url`; return whether it is complete. Raises one of NETWORK_ERRORS."""
+    """Append the missing bytes of `url` to `part`; return whether it is complete. Raises one of NETWORK_ERRORS."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -41,7 +41,7 @@ def _append(url: str, part: Path) -> bool:
             return True  # the server has no further bytes; the content is checked by the caller
         raise
     with response:
-        have = have if response.status == 206 else 0  # a server without ranges starts again
+        have = have if response.status == 206 else 0  # a server without ranges starts from 0
         length = response.headers["Content-Length"]
         total = have + int(length) if length else None
         log(f"downloading {url}: {have:,} of {f'{total:,}' if total else 'unknown'} bytes received")
@@ -74,7 +74,7 @@ def download(url: str, target: Path, check: Callable[[Path], None], remedy: str)
         check(part)
     except UserError as error:
         part.unlink()
-        if resumed:  # the old part may be what is wrong: try once from the start
+        if resumed:  # the old part may be wrong: try once from the start
             return download(url, target, check, remedy)
         raise Unavailable(f"{url} returned unexpected content ({error})", remedy) from None
     os.replace(part, target)

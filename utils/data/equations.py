@@ -20,12 +20,12 @@ CONSTANT = re.compile(r"(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?")
 
 
 def tokens(equation: str) -> list[str]:
-    """Splits an equation into operators, slots and constants; accepts malformed equations and unknown slots."""
+    """Split an equation into operators, slots and constants; accepts malformed equations and unknown slots."""
     return [word for word in equation.split(" ") if word]
 
 
 def value(equation: str, numbers: Sequence[float]) -> float | None:
-    """Evaluates the equation with the numbers of the problem; None if it has no finite value.
+    """Evaluate the equation with the numbers of the problem; None if it has no finite value.
 
     Division by zero, a malformed equation, an unknown slot, and an equation of more than LONGEST characters give None, never an error.
     """
@@ -33,8 +33,16 @@ def value(equation: str, numbers: Sequence[float]) -> float | None:
         return None
     stack: list[float] = []
     for token in reversed(tokens(equation)):
-        found = _applied(token, stack) if token in OPERATORS else _operand(token, numbers)
-        if found is None or not math.isfinite(found):
+        try:
+            if token in OPERATORS:
+                found = OPERATORS[token](stack.pop(), stack.pop())
+            elif slot := SLOT.fullmatch(token):
+                found = float(numbers[int(slot[1])])
+            else:
+                found = float(token) if CONSTANT.fullmatch(token) else math.nan
+        except (IndexError, ZeroDivisionError):
+            return None
+        if not math.isfinite(found):
             return None
         stack.append(found)
     return stack[0] if len(stack) == 1 else None
@@ -44,18 +52,3 @@ def solves(equation: str, numbers: Sequence[float], answer: float) -> bool:
     """Whether the equation has a value, and it is within TOLERANCE of the answer."""
     found = value(equation, numbers)
     return found is not None and abs(found - answer) <= TOLERANCE
-
-
-def _applied(token: str, stack: list[float]) -> float | None:
-    """The operator applied to the two operands on top of the stack, which it takes; None where there are not two, or the divisor is 0."""
-    if len(stack) < 2:
-        return None
-    left, right = stack.pop(), stack.pop()
-    return None if token == "/" and right == 0 else OPERATORS[token](left, right)
-
-
-def _operand(token: str, numbers: Sequence[float]) -> float | None:
-    if slot := SLOT.fullmatch(token):
-        index = int(slot[1])
-        return float(numbers[index]) if index < len(numbers) else None
-    return float(token) if CONSTANT.fullmatch(token) else None

@@ -1,6 +1,6 @@
 """Labelled rows for fine-tuning, and the registry of fine-tuning tasks. Imports no torch.
 
-Adding a task: a file with its `Kind`, and a line in TASKS. Presets of its own, if it wants any, go to utils/flags/presets.py.
+Adding a task: a file with its `Kind`, and a line in TASKS. Its own presets, if any, go to utils/flags/presets.py.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Kind(NamedTuple):
     """A fine-tuning task: its files and how they are read.
 
     names: the train and the held-out file. counts: their published numbers of rows, for each fold. rows: reads one file; a row is a tuple
-    whose first element is its text. labels: classes or choices, 0 for none. task: place of what makes the Task of it,
-    called as task(flags, examples, engine, encoder).
+    whose first element is its text. labels: classes or choices, 0 for none. task: place of its Task, called as
+    task(flags, examples, engine, encoder).
     """
 
     title: str
@@ -98,7 +98,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """A file, read once, so that the bytes hashed are the bytes parsed. trains: it is the train file."""
+    """A file, read once, so that the hashed bytes are the parsed bytes. trains: whether it is the train file."""
 
     path: Path
     task: str
@@ -123,9 +123,9 @@ class File:
         return text
 
 
-def table(file: File, columns: tuple[str, ...], **how: Any) -> Iterator[tuple[int, dict[str, str]]]:
+def table(file: File, columns: tuple[str, ...], **dialect: Any) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields each row of a CSV file by column, with the line it ends on. UserError for broken quoting and for other columns."""
-    reader, start = csv.reader(io.StringIO(file.text, newline=""), strict=True, **how), 1
+    reader, start = csv.reader(io.StringIO(file.text, newline=""), strict=True, **dialect), 1
     try:
         header = next(reader)
         if lacking := [name for name in columns if header.count(name) != 1]:
@@ -166,10 +166,13 @@ def read_examples(task: str, folder: Path, fold: int = 0) -> Examples:
     """
     kind, folder = kind_of(task), Path(folder)
     if fold not in range(kind.folds):
-        there = f"has the folds 0 to {kind.folds - 1}" if kind.folds > 1 else "has no folds, leave it out"
-        raise UserError(f"--fold {fold}: {kind.title} {there}")
+        folds = f"has the folds 0 to {kind.folds - 1}" if kind.folds > 1 else "has no folds, leave it out"
+        raise UserError(f"--fold {fold}: {kind.title} {folds}")
     files = [_read(task, folder, name, trains=index == 0) for index, name in enumerate(kind.files(fold))]
-    train, held_out = (_rows(kind, file) for file in files)
+    train, held_out = (list(kind.rows(file)) for file in files)
+    for file, rows in zip(files, (train, held_out), strict=True):
+        if not rows:
+            file.refuse("", "has a header and no rows")
     if train == held_out:
         raise UserError(f"{files[0].path} and {files[1].path.name} hold the same rows; {_remedy(task)}")
     if len(train) < len(held_out):
@@ -193,13 +196,6 @@ def _read(task: str, folder: Path, name: str, trains: bool) -> File:
         raise UserError(f"{path} cannot be read ({error.strerror}): name another folder with --data DIR") from None
 
 
-def _rows(kind: Kind, file: File) -> list:
-    rows = list(kind.rows(file))
-    if not rows:
-        file.refuse("", "has a header and no rows")
-    return rows
-
-
 def _title(kind: Kind, fold: int, train: int, held_out: int) -> str:
     """The task's title, with the numbers of rows if incomplete, so a subset is never labelled as the full set."""
     published = kind.counts[fold]
@@ -209,7 +205,7 @@ def _title(kind: Kind, fold: int, train: int, held_out: int) -> str:
 
 
 def _notes(kind: Kind, train: list, held_out: list) -> str:
-    """Counts held-out rows that measure no generalisation: those seen in training, and those whose own equation misses the answer."""
+    """Counts held-out rows that do not measure generalisation: those seen in training, and those whose equation misses the answer."""
     seen = {row[0] for row in train}
     repeated, of_all = sum(row[0] in seen for row in held_out), f"of {len(held_out):,} {kind.split} rows"
     missed = sum(isinstance(row, Problem) and not solves(row.equation, row.numbers, row.answer) for row in held_out)

@@ -1,4 +1,4 @@
-"""Write the folder of a dataset: built beside its place, installed as a whole, and left alone where it is already there."""
+"""Write the folder of a dataset: built under another name, installed by renaming, and kept if it is already prepared."""
 
 from __future__ import annotations
 
@@ -27,14 +27,11 @@ MOVE = "choose another --out, or move it"
 REPLACE = "choose another --out, or replace it with --force"
 
 
-# files and folders
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for `size` bytes."""
+def require_space(folder: Path, size: int, flag: str = "--out") -> None:
+    """Raise UserError unless the disk of `folder` has room for `size` bytes; the remedy is another folder by `flag`."""
     free, needed = shutil.disk_usage(folder).free, size + SPACE_MARGIN
     if free < needed:
-        raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed: make room, or choose another --out")
+        raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed: make room, or choose another {flag}")
 
 
 @contextmanager
@@ -58,10 +55,10 @@ def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames within `folder` durable, where the system can (Windows cannot open a folder)."""
+def sync(path: Path) -> None:
+    """Flush a file, or the renames within a folder, to disk, where the system can (Windows cannot open a folder)."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -69,22 +66,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def install(built: Path, out: Path) -> None:
-    """Move the finished folder to `out`. Whoever reads `out` finds the old files, none, or the new ones, never a mixture.
+    """Move the finished folder to `out`. A reader of `out` finds the old files, none, or the new ones, never a mixture.
 
-    Entries of a prepared text are replaced one by one, so that other files in its folder stay: meta.json, without which no text is
-    accepted, is removed first and written last. Any other folder is replaced as a whole.
+    Entries of a prepared text are replaced one by one, so that other files in its folder stay: meta.json, without which the text is
+    refused, is removed first and written last. Any other folder is replaced entirely.
     """
     if not out.exists():
         os.rename(built, out)
-        sync_folder(out.parent)
+        sync(out.parent)
     elif (built / META).exists():
         (out / META).unlink(missing_ok=True)
-        sync_folder(out)
+        sync(out)
         for path in sorted(built.iterdir(), key=lambda path: path.name == META):
             if path.is_dir():
                 shutil.rmtree(out / path.name, ignore_errors=True)
             os.replace(path, out / path.name)
-        sync_folder(out)
+        sync(out)
     elif Path.cwd().is_relative_to(out):
         raise UserError(f"{out} is the working folder, which cannot be replaced: start the program from another")
     else:
@@ -92,7 +89,7 @@ def install(built: Path, out: Path) -> None:
         try:
             os.rename(out, old)
             os.rename(built, out)
-            sync_folder(out.parent)
+            sync(out.parent)
         finally:
             if old.exists() and not out.exists():
                 os.rename(old, out)
@@ -100,7 +97,7 @@ def install(built: Path, out: Path) -> None:
 
 
 def display_path(path: Path) -> Path:
-    """Return `path` relative to the working folder where it lies below it."""
+    """Return `path` relative to the working folder if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -109,11 +106,8 @@ def describe_files(paths: list[Path]) -> str:
     return " + ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in paths)
 
 
-# datasets
-
-
 class Dataset(ABC):
-    """A folder to prepare, as a command line asks for it."""
+    """A folder to prepare, as the command line describes it."""
 
     inputs: frozenset[str] = frozenset()  # files in the folder that the dataset is made from
 
@@ -126,7 +120,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def owns(self, name: str) -> bool:
-        """Whether the file `name`, relative to the folder, may be there: `--force` never touches a folder with any other."""
+        """Whether the file `name`, relative to the folder, belongs to it: `--force` never touches a folder with other files."""
 
     @abstractmethod
     def check(self, found: list[str]) -> None:
@@ -137,7 +131,7 @@ class Dataset(ABC):
         """Write everything into the empty `folder` and return the lines to report. Raises UserError for unusable input."""
 
     def is_ready(self) -> bool:
-        """Whether the dataset is already there. Raises UserError where its folder holds something else."""
+        """Whether the dataset is already prepared. Raises UserError if its folder holds something else."""
         if not self.out.exists():
             return False
         if not self.out.is_dir():
@@ -155,7 +149,7 @@ class Dataset(ABC):
         return True
 
     def prepare(self) -> Path:
-        """Build and install the dataset unless it is already there; return its folder. A failure leaves nothing behind."""
+        """Build and install the dataset unless it is already prepared; return its folder. A failure leaves nothing behind."""
         try:
             log("\n".join([f"already prepared: {self.out}"] if self.is_ready() else self._install()))
         except OSError as error:
@@ -163,7 +157,7 @@ class Dataset(ABC):
         return self.out
 
     def _install(self) -> list[str]:
-        out = self.out.resolve()  # the place behind a link, so that the folder is built on the same disk
+        out = self.out.resolve()  # behind a link, so that the folder is built on the same disk
         created = [folder for folder in out.parents if not folder.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         building = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -193,7 +187,7 @@ class TextDataset(Dataset):
         """Return the entries of meta.json by which a prepared folder is recognised."""
 
     def owns(self, name: str) -> bool:
-        """Other files are kept beside a prepared text; a folder without meta.json is one only if it holds nothing else."""
+        """Other files may be kept beside a prepared text, but not in a folder without meta.json."""
         known = {META, "tokenizer", *(split_file(self.out, split).name for split in SPLITS)}
         return name.partition("/")[0] in known or (self.out / META).exists()
 
@@ -201,11 +195,11 @@ class TextDataset(Dataset):
         if not (self.out / META).exists():
             raise UserError(f"{self.out} holds {found[0]} but no {META}: {REPLACE}")
         corpus = Corpus.open(self.out)
-        there = corpus.meta | {"unit": corpus.unit, "tokenizer": corpus.vocabulary and corpus.vocabulary.name}
+        found_meta = corpus.meta | {"unit": corpus.unit, "tokenizer": corpus.vocabulary and corpus.vocabulary.name}
         title = {"title": self.args.title} if self.args.title else {}
         for key, value in ({"name": self.name, "unit": self.unit} | self.settings() | title).items():
-            if there.get(key) != value:
-                raise UserError(f"{self.out} has {key} {there.get(key)!r}, not {value!r}: {REPLACE}")
+            if found_meta.get(key) != value:
+                raise UserError(f"{self.out} has {key} {found_meta.get(key)!r}, not {value!r}: {REPLACE}")
 
     def split(self, whole: Path, held_out: int, edit: Callable[[bytes], bytes] = bytes) -> dict[str, dict[str, Any]]:
         """Replace the file `whole` by train, valid and test, in the order of the text, and return their entries for meta.json.
@@ -227,15 +221,12 @@ class TextDataset(Dataset):
     def write_meta(self, folder: Path, meta: dict[str, Any]) -> list[str]:
         """Complete the folder with meta.json and return the line to report."""
         write_synced(folder / META, [(json.dumps({"schema": SCHEMA, "name": self.name, **meta}, indent=1) + "\n").encode()])
-        sync_folder(folder)
+        sync(folder)
         return [f"prepared {self.out}: {meta['title']}, from {meta['source']}"]
 
 
-# the command line
-
-
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add --out and --force; `name`: what the folder is named after."""
+    """Add --out and --force; `name`: the argument that names the folder."""
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write (default: {name} in the folder of this program)")
     parser.add_argument("--force", action="store_true", help="replace a folder that holds something else")
 

@@ -1,16 +1,19 @@
 """Validates flags: one sentence per mistake, with flag, value and remedy. Imports no torch."""
 
+from operator import ge, gt, le, lt
 from typing import Any
 
 from smoe_dropout.methods.base import refused
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import ROUTERS, canonical_router, load, unknown
 from utils.errors import UserError
-from utils.flags.declare import Spec, option_name, specs
-from utils.flags.derive import built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
+from utils.flags.declare import Spec, specs
+from utils.flags.derive import CONFIG_FIELDS, built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
 from utils.flags.fields import Flags, names
 from utils.flags.models import MODELS, presets_of
 from utils.flags.presets import PRESET_NAMES
+
+LIMITS = {"low": ("at least", ge), "above": ("above", gt), "high": ("at most", le), "below": ("below", lt)}
 
 
 def refuse(mistakes: list[str]) -> None:
@@ -20,18 +23,18 @@ def refuse(mistakes: list[str]) -> None:
 
 
 def check_limits(flags: Any) -> list[str]:
-    """Mistakes that the declaration of each flag tells, in any program: choices, ranges, and flags without the one they need."""
+    """Mistakes against the declarations of the flags, in any program: choices, limits, and flags without the one they need."""
     found, declared = [], specs(type(flags))
     for name, spec in declared.items():
-        value, option = getattr(flags, name), option_name(name, spec)
+        value, option = getattr(flags, name), spec.name or name
         if value is None:
             continue
         if spec.choices is not None and value not in spec.choices:
             found.append(f"--{option}: " + unknown("value", str(value), list(spec.choices)))
-        elif not _within(value, spec):
-            found.append(f"--{option} {value} must be {_limits(spec)}")
+        elif limits := _broken_limits(value, spec):
+            found.append(f"--{option} {value} must be {limits}")
         if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name):
-            found.append(f"--{option} needs --{option_name(spec.needs, declared[spec.needs])}")
+            found.append(f"--{option} needs --{declared[spec.needs].name or spec.needs}")
         if spec.only and flags.method not in spec.only and is_given(flags, name):
             found.append(no_effect(option, f"--method {flags.method}"))
     return found
@@ -43,22 +46,16 @@ def is_given(flags: Any, name: str) -> bool:
 
 
 def no_effect(flag: str, where: str) -> str:
-    """The refusal of a flag that would be ignored."""
+    """The message that refuses a flag without effect."""
     return f"--{flag} has no effect with {where}: leave it out"
 
 
-def _within(value: Any, spec: Spec) -> bool:
-    """Whether a value obeys its limits; NaN does not."""
-    if spec.special is not None and value == spec.special:
-        return True
-    lower = (spec.low is None or value >= spec.low) and (spec.above is None or value > spec.above)
-    return lower and (spec.high is None or value <= spec.high) and (spec.below is None or value < spec.below)
-
-
-def _limits(spec: Spec) -> str:
-    lower = [f"at least {spec.low}"] * (spec.low is not None) + [f"above {spec.above}"] * (spec.above is not None)
-    upper = [f"at most {spec.high}"] * (spec.high is not None) + [f"below {spec.below}"] * (spec.below is not None)
-    return " and ".join(lower + upper) + (f", or {spec.special}" if spec.special is not None else "")
+def _broken_limits(value: Any, spec: Spec) -> str | None:
+    """The limits of a flag in words, if its value is outside them; NaN always is."""
+    limits = [(word, limit, holds) for name, (word, holds) in LIMITS.items() if (limit := getattr(spec, name)) is not None]
+    if value == spec.special or all(holds(value, limit) for _, limit, holds in limits):
+        return None
+    return " and ".join(f"{word} {limit}" for word, limit, _ in limits) + (f", or {spec.special}" if spec.special is not None else "")
 
 
 def check(flags: Flags) -> list[str]:
@@ -120,9 +117,7 @@ def _check_experts(flags: Flags) -> list[str]:
     if low > high:
         found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")
     if flags.dynamic_router_start > 0 and flags.freeze_gate:
-        found.append(
-            f"--dynamic_router_start {flags.dynamic_router_start} trains the router up to that step, --freeze_gate never: leave one out"
-        )
+        found.append(f"--dynamic_router_start {flags.dynamic_router_start} trains the router at first, --freeze_gate never: leave one out")
     layers, mistakes = parse_layers(flags.moe_index, flags.n_layer)
     found += [f"--moe_index {flags.moe_index}: {mistake}" for mistake in mistakes]
     if flags.moe_experts_by_layer is not None:
@@ -149,7 +144,7 @@ def _check_experts_by_layer(flags: Flags, layers: int) -> list[str]:
 
 
 def _check_method(flags: Flags) -> list[str]:
-    """Mistakes of the method, its options and its router, on a command line that is right otherwise."""
+    """Mistakes of the method, its options and its router, if there are no others."""
     method = method_of(flags)
     if flags.dense_drop and not (method and method.flags.get("dense_drop")):
         others = [f"--method {flags.method}"] * (flags.method is not None) + ["--moe"] * flags.moe
@@ -169,8 +164,7 @@ def _check_method(flags: Flags) -> list[str]:
 
 def _ignored_by_router(flags: Flags) -> list[str]:
     """Given flags that the router ignores."""
-    settings = {"load_balance": "balance_loss", "gate_weight": "gate_weight"}  # by their names in the library
-    given = [name for name in settings if flags.moe and is_given(flags, name)]
+    given = [name for name in ("load_balance", "gate_weight") if flags.moe and is_given(flags, name)]
     uses = load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).uses if given else ()
-    ignored = [name for name in given if settings[name] not in uses]
+    ignored = [name for name in given if CONFIG_FIELDS[name] not in uses]
     return [no_effect(f"{name} {getattr(flags, name)}", f"router {flags.gate_name!r}") for name in ignored]

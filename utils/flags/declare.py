@@ -1,4 +1,4 @@
-"""How a flag is declared: its default, help, roles and limits, each stated once. Imports no torch.
+"""Declaration of flags: default, help, roles and limits, each stated once. Imports no torch.
 
 A program's flags are one flat frozen dataclass that inherits from its groups; a group is a dataclass of flags whose `title` heads a box of
 --help, unless the program lists it as `hidden`. Parser, checks, run folders, records and surgery read this metadata and keep no list of
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 FlagsT = TypeVar("FlagsT")
-ABSENT = object()  # of a flag as old as any run folder
+ABSENT = object()  # `since` of a flag that every run folder has
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Spec:
 
     roles: see utils/flags/fields.py. low, high: inclusive limits; above, below: exclusive ones; special: a value allowed besides.
     choices: the allowed values, if they are fixed. needs: the flag without which this one has no effect. follows: the flag from which this
-    one is derived when it is not given. only: the --method values it applies to. since: what runs were made with before the flag existed.
+    one is derived when it is not given. only: the --method values it applies to. since: its value in runs made before it existed.
     """
 
     help: str
@@ -36,7 +36,7 @@ class Spec:
     only: tuple[str, ...] | None = None
     since: Any = ABSENT
     metavar: str | None = None
-    name: str | None = None  # on the command line, where the field's name is not it
+    name: str | None = None  # on the command line, if not the field's
 
 
 def flag(default: Any, help: str, role: str = "", **metadata: Any) -> Any:
@@ -64,11 +64,6 @@ def groups(kind: type) -> dict[str, type]:
     return {vars(base)["title"]: base for base in reversed(kind.__mro__) if "title" in vars(base)}
 
 
-def option_name(name: str, spec: Spec) -> str:
-    """The flag as it is typed, without dashes."""
-    return spec.name or name
-
-
 def flags_from(values: dict[str, Any], kind: type[FlagsT]) -> FlagsT:
-    """The flags that `values` hold; other entries are ignored, missing flags have their defaults."""
+    """The flags in `values`; other entries are ignored, missing flags have their defaults."""
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})

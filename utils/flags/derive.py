@@ -11,15 +11,18 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, option_n
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
-from utils.flags.declare import FlagsT, flags_from
+from utils.flags.declare import FlagsT
 from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.models import presets_of
 
-# method and options
+CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the same values
+    **{"moe_num_expert": "num_experts", "moe_expert_rank": "expert_rank", "moe_sparse_share": "sparse_share"},
+    **{"gate_name": "router", "gate_weight": "gate_weight", "load_balance": "balance_loss", "output_scale": "output_scale"},
+}
 
 
 def method_of(flags: Flags) -> Method | None:
-    """The method given by name, or else the one that the official flags spell out."""
+    """The method given by name, or else the one that the official flags match."""
     name = flags.method or matching_method(resolve(dataclasses.replace(flags, method="custom")))
     return load(METHODS, "method", name) if name else None
 
@@ -31,10 +34,7 @@ def method_flags(name: str | None) -> dict[str, Any]:
 
 def matching_method(flags: Flags) -> str | None:
     """The first method in the registry whose flags all have these values."""
-    for name in METHODS:
-        if all(getattr(flags, key) == value for key, value in method_flags(name).items()):
-            return name
-    return None
+    return next((name for name in METHODS if all(getattr(flags, key) == value for key, value in method_flags(name).items())), None)
 
 
 def parse_options(text: str | None) -> dict[str, str]:
@@ -45,11 +45,6 @@ def parse_options(text: str | None) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def method_options(flags: Flags) -> Any:
-    """The options of the method."""
-    return built_options(flags)[0]
-
-
 def built_options(flags: Flags) -> list[Any]:
     """The options of the method and, if any are given, of the router. Raises ConfigError for an unknown option or a wrong value."""
     values, method = parse_options(flags.method_options), method_of(flags)
@@ -57,9 +52,6 @@ def built_options(flags: Flags) -> list[Any]:
     if values and flags.moe:
         kinds.append(load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).Options)
     return [build_options(kind, values, option_names(kinds)) for kind in kinds]
-
-
-# layers, experts and k
 
 
 def parse_layers(text: str | None, n_layer: int) -> tuple[tuple[int, ...] | None, list[str]]:
@@ -133,11 +125,8 @@ def finetuning_k(values: dict[str, Any]) -> dict[str, Any]:
     return {"moe_top_k": k, "dynamic_moe": False}
 
 
-# all flags
-
-
 def resolve(flags: FlagsT) -> FlagsT:
-    """Decides every default that depends on another flag, so that config.json says what was run."""
+    """Decides every default that depends on another flag, so that config.json is explicit."""
     E = flags.moe_num_expert
     d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
     changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
@@ -149,9 +138,9 @@ def resolve(flags: FlagsT) -> FlagsT:
         router, implied = canonical_router(flags.gate_name)
         changes["gate_name"] = router
         if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
-            changes["moe_index"] = None  # all layers, which is the default
+            changes["moe_index"] = None  # all layers, the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
-            changes["moe_experts_by_layer"] = None  # all the same, which is the default
+            changes["moe_experts_by_layer"] = None  # all equal, the default
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)
@@ -176,7 +165,7 @@ def training_flags(model: str, method: str | None, preset: str) -> dict[str, Any
 
 
 def usual_flags(flags: Flags) -> Flags:
-    """The flags of a run with nothing given but model, preset and method."""
+    """The flags of a run given only by model, preset and method."""
     usual = training_flags(flags.model, flags.method, flags.preset)
     return Flags(**{**usual, "model": flags.model, "preset": flags.preset, "method": flags.method})
 
@@ -184,26 +173,17 @@ def usual_flags(flags: Flags) -> Flags:
 def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
     """The library's configuration of the experts, with the method's layer. Raises ConfigError."""
     return SMoEConfig(
-        num_experts=flags.moe_num_expert,
+        **{field: getattr(flags, name) for name, field in CONFIG_FIELDS.items()},
         top_k=flags.moe_top_k or max(1, flags.moe_num_expert // 2),
         d_expert=flags.d_inner,
-        router=flags.gate_name,
         freeze_router=flags.freeze_gate,
-        gate_weight=flags.gate_weight,
-        output_scale=flags.output_scale,
-        balance_loss=flags.load_balance,
         layers=parse_layers(flags.moe_index, flags.n_layer)[0],
         experts_by_layer=parse_counts(flags.moe_experts_by_layer),
-        expert_rank=flags.moe_expert_rank,
-        sparse_share=flags.moe_sparse_share,
         backend=flags.expert_backend,
         init_std=flags.init_std,
         method=method.name if method and method.layer else None,
         options=parse_options(flags.method_options),
     )
-
-
-# run folders
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -218,8 +198,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it is not a JSON object; choose another --work_dir")
     return defaults_before() | config
-
-
-def stored_flags(folder: Path, kind: type[FlagsT] = Flags) -> FlagsT:
-    """The flags a run was made with, and its folder as --work_dir. Raises UserError as `read_config`."""
-    return flags_from(read_config(folder) | {"work_dir": str(folder)}, kind)

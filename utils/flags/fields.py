@@ -1,16 +1,16 @@
 """Every flag of train.py, finetune.py, surgery.py and generate.py, declared once. Imports no torch.
 
-A new flag is one line here, and the code that uses it. Its roles say what else happens to it; `names(role=...)` answers with the flags:
+A new flag is one line here, and the code that uses it. Its roles say how else it is used; `names(role=...)` lists the flags of a role:
 
-run          where, on what and how long: says nothing about which method is trained
-model        what the weights of the dense model mean: taken from a checkpoint, always
-experts      what the weights of the experts mean: likewise
-training     how a checkpoint was trained: the default for training it further, and for fine-tuning
-continued    likewise, for --start_from only
-start        how training starts from a checkpoint; means nothing to the trained model
-surgery      what surgery.py changes
-teacher      what a teacher and its student must have in common
-derived      follows from another flag (`follows`) unless given
+run          where, on what and how long to train: not part of the identity of method or preset
+model        defines the meaning of the dense model's weights: always taken from a checkpoint
+experts      the same for the weights of the experts
+training     how a checkpoint was trained: the default when it is trained further or fine-tuned
+continued    the same, for --start_from only
+start        how training starts from a checkpoint; without meaning for the trained model
+surgery      changed by surgery.py
+teacher      must be equal for a teacher and its student
+derived      derived from another flag (`follows`) unless given
 unstored     not part of config.json: changes no number
 replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
 variant      recorded beside the method, not beside the preset
@@ -45,10 +45,8 @@ expert_flag = partial(flag, needs="moe")
 class RunFlags:
     title = "run"
 
-    method: str | None = flag(None, "training method, which sets flags. Default: what the flags spell out", "run experts", choices=METHODS)
-    model: str = flag(
-        "transformer_xl", "architecture: Transformer-XL reads bytes, the others word pieces", "run model teacher", choices=MODELS
-    )
+    method: str | None = flag(None, "training method, which sets flags. Default: the one the flags match", "run experts", choices=METHODS)
+    model: str = flag("transformer_xl", "architecture; transformer_xl reads bytes, the others pieces", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
         None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored"
@@ -120,19 +118,13 @@ class ExpertFlags:
     moe: bool = flag(False, "replace feed-forward layers by mixtures of experts", "experts")
     moe_num_expert: int = flag(16, "experts per layer, E", "experts surgery", low=1)
     moe_experts_by_layer: str | None = expert_flag(None, "experts of each MoE layer, such as 8,6,10,8", "experts surgery", since=None)
-    moe_expert_rank: int | None = expert_flag(
-        None, "rank of experts compressed by surgery.py to U V + S", "experts surgery", low=1, since=None
-    )
+    moe_expert_rank: int | None = expert_flag(None, "rank of compressed experts U V + S", "experts surgery", low=1, since=None)
     moe_sparse_share: float = expert_flag(1.0, "share of the hidden units in S", "experts surgery", above=0, high=1, since=1.0)
     moe_prune_to: float | None = expert_flag(
         None, "with --start_from: share of the hidden units to prune S to", "start continued", above=0, high=1, since=None
     )
     dense_width: str = expert_flag(
-        "expert",
-        "width of layers without experts: that of one expert (official), or of all",
-        "experts",
-        choices=("expert", "all"),
-        since="expert",
+        "expert", "width of dense layers: of one expert (official), or of all", "experts", choices=("expert", "all"), since="expert"
     )
     moe_top_k: int | None = expert_flag(None, "active experts per token, k, if constant. Default: E/2", follows="moe_num_expert")
     gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS))
@@ -149,9 +141,7 @@ class ExpertFlags:
     output_scale: str = expert_flag(
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
-    gate_weight: str = expert_flag(
-        "softmax", "expert weights: softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight)
-    )
+    gate_weight: str = expert_flag("softmax", "softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight))
     expert_backend: str = expert_flag("auto", "implementation of the experts; all give the same result", "run", choices=("auto", *BACKENDS))
     attn_moe: bool = expert_flag(False, "official: queries, keys and values from 16 top-1 experts, in MoE layers", "experts")
     freeze_main_network: bool = expert_flag(False, "official: do not train the experts")
@@ -216,9 +206,7 @@ class TaskFlags:
     checkpoint: str = folder(
         "", "finished run, one of its checkpoints/step-*, folder of surgery.py or save_pretrained, or weights", "run replaceable"
     )
-    expect: str | None = flag(
-        None, "refuse a checkpoint of another method (dense ones pass for each other)", "run replaceable", choices=METHODS
-    )
+    expect: str | None = flag(None, "refuse a checkpoint of another method; dense ones are equivalent", "run replaceable", choices=METHODS)
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "most positions of a row; a longer one is refused", "run", low=3)
@@ -298,5 +286,5 @@ def names(*, role: str | None = None, group: str | None = None, follows: str | N
 
 
 def defaults_before() -> dict:
-    """The values that runs made before these flags existed stand for."""
+    """The values of flags in runs made before these flags existed."""
     return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}

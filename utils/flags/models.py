@@ -11,7 +11,7 @@ class Model(NamedTuple):
     """An architecture as flags and tables know it, without its code.
 
     title: as in tables. reads: units of its text, which decide what it is pre-trained on. module: its file. presets: place of its
-    pre-training presets, flags by preset name. unknown_flags: flags it has no use for, refused when given. causal: whether it can continue
+    pre-training presets, flags by preset name. unknown_flags: flags it does not use, refused when given. causal: whether it can continue
     a text. first_position: index of the first position embedding in the transformers library's configuration.
     """
 
@@ -32,6 +32,14 @@ MODELS: dict[str, Model] = {
     ),
     "bert": Model("BERT", "pieces", "utils.models.bert", "utils.flags.presets:BERT", _XL_FLAGS, causal=False),
     "roberta": Model("RoBERTa", "pieces", "utils.models.roberta", "utils.flags.presets:ROBERTA", _XL_FLAGS, causal=False, first_position=2),
+}
+TRANSFORMERS_FIELDS = {  # fields of a configuration of the transformers library, with their defaults, by flag
+    "n_layer": ("num_hidden_layers", 12),
+    "d_model": ("hidden_size", 768),
+    "n_head": ("num_attention_heads", 12),
+    "d_ff": ("intermediate_size", 3072),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "dropatt": ("attention_probs_dropout_prob", 0.1),
 }
 
 

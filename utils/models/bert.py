@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, PretrainedConfig, PreTrain
 from utils.data.tokenizer import Vocabulary
 from utils.flags.derive import method_of
 from utils.flags.fields import Flags
+from utils.flags.models import TRANSFORMERS_FIELDS
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
@@ -32,14 +33,8 @@ class MaskedLM(nn.Module):
 
 def sizes(flags: Flags, vocabulary: Vocabulary) -> dict:
     """The settings of the transformers configuration."""
-    return {
+    return {field: getattr(flags, name) for name, (field, _) in TRANSFORMERS_FIELDS.items()} | {
         "vocab_size": vocabulary.size,
-        "hidden_size": flags.d_model,
-        "num_hidden_layers": flags.n_layer,
-        "num_attention_heads": flags.n_head,
-        "intermediate_size": flags.d_ff,
-        "hidden_dropout_prob": flags.dropout,
-        "attention_probs_dropout_prob": flags.dropatt,
         "initializer_range": flags.init_std,
         "pad_token_id": vocabulary.pad,
         "attn_implementation": attention(flags),

@@ -8,7 +8,7 @@ from smoe_dropout.methods.base import Settings
 from smoe_dropout.options import ConfigError
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
-from utils.flags.derive import method_of, method_options, parse_layers, smoe_config, top_k_schedule
+from utils.flags.derive import built_options, method_of, parse_layers, smoe_config, top_k_schedule
 from utils.flags.fields import Flags
 from utils.models.registry import architecture
 
@@ -24,7 +24,7 @@ def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module
         if flags.moe:
             model = moefy(model, smoe_config(flags, method))
         elif method and method.convert:
-            model = method.convert(model, method_options(flags))
+            model = method.convert(model, built_options(flags)[0])
     except ConfigError as error:
         raise UserError(f"--method {flags.method} cannot be used with --model {flags.model}: {error}") from None
     if flags.attn_moe:
@@ -60,4 +60,4 @@ def training_settings(flags: Flags, train_tokens: int) -> Settings:
     """The settings of the run that are passed to a method's objective."""
     schedule = top_k_schedule(flags)
     ks = (schedule.k_min, schedule.k_max) if schedule else (1, 1)
-    return Settings(*ks, method_options(flags), train_tokens)
+    return Settings(*ks, built_options(flags)[0], train_tokens)

@@ -8,7 +8,6 @@ from torch import nn
 
 from smoe_dropout import moe_layers
 from smoe_dropout.attention import ExpertQueryKeyValue
-from smoe_dropout.experts import Experts
 from smoe_dropout.experts.compressed import CompressedExperts
 from utils.models.registry import Shape, architecture
 
@@ -30,15 +29,10 @@ def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, den
     for _, layer in sparse:
         one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
         active = min(k, layer.num_experts) if k else layer.computed_experts
-        total += 2 * tokens * one * active + layer.routing_flops(shape.rows, shape.positions) + composing_flops(layer.experts)
+        total += 2 * tokens * one * active + layer.routing_flops(shape.rows, shape.positions)
+        if isinstance(experts := layer.experts, CompressedExperts):  # composes the weights from their factors, once a pass
+            total += 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
     return total
-
-
-def composing_flops(experts: Experts) -> int:
-    """Operations that compose the weights of compressed experts from their factors, once a pass."""
-    if not isinstance(experts, CompressedExperts):
-        return 0
-    return 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -48,7 +48,7 @@ class Continuation(nn.Module):
     @torch.no_grad()
     def write(self, questions: list[Tensor], end: int, limit: int) -> list[list[int]]:
         """Decodes greedily up to `end`, which is left out, or `limit` tokens. Rows of equal length are decoded together, without padding.
-        What was read is kept as memory, except where the text has to be read again: see `_continue`.
+        Read tokens are kept as memory, unless the text has to be reread: see `_continue`.
         """
         written: list[list[int]] = [[] for _ in questions]
         by_length: dict[int, list[int]] = {}
@@ -64,25 +64,25 @@ class Continuation(nn.Module):
         return written
 
     def _continue(self, tokens_BT: Tensor, written: list[list[int]], end: int, limit: int) -> None:
-        # a token on its own would see less, or be routed differently, than within its text
-        again = self.backbone.config.same_length or any(layer.needs for _, layer in moe_layers(self.backbone))
+        # read alone, a token would attend to less, or be routed differently, than within its text
+        reread = self.backbone.config.same_length or any(layer.needs for _, layer in moe_layers(self.backbone))
         cache, ended = None, torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         for _ in range(limit):
-            logits, cache = self.backbone.read(tokens_BT, None if again else cache)
+            logits, cache = self.backbone.read(tokens_BT, None if reread else cache)
             next_B1 = logits[:, -1:].argmax(-1)
-            tokens_BT = torch.cat([tokens_BT, next_B1], 1) if again else next_B1
+            tokens_BT = torch.cat([tokens_BT, next_B1], 1) if reread else next_B1
             ended |= next_B1[:, 0] == end
             if ended.all():
                 return
-            for row, token, over in zip(written, next_B1[:, 0].tolist(), ended.tolist(), strict=True):
-                if not over:
+            for row, token, has_ended in zip(written, next_B1[:, 0].tolist(), ended.tolist(), strict=True):
+                if not has_ended:
                     row.append(token)
 
 
 class Decoder(nn.Module):
     """A small Transformer decoder that writes the equation from an encoder's states of the question. END starts and ends an equation.
 
-    symbols: size of the vocabulary, with END. longest: positions of an equation.
+    symbols: size of the vocabulary, including END. longest: most symbols of an equation.
     """
 
     END = 0
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def write(self, tokens_BT: Tensor, lengths_B: Tensor) -> list[list[int]]:
-        """Decodes greedily up to END, which is left out, or the longest equation there are positions for."""
+        """Decodes greedily up to END, which is left out, or the number of positions."""
         read, written_BL = self._read(tokens_BT, lengths_B), torch.full((len(tokens_BT), 1), self.END, device=tokens_BT.device)
         for _ in range(self.places.num_embeddings):
             written_BL = torch.cat([written_BL, self._logits(read, written_BL)[:, -1:].argmax(-1)], 1)
@@ -127,10 +127,10 @@ class Decoder(nn.Module):
 
 def row_losses(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, None, Tensor]:
     """The mean loss over each row's targets [B, 1], and the logits at the targets [targets, V]."""
-    asked_BL = targets_BL != IGNORED
+    scored_BL = targets_BL != IGNORED
     logits = logits_BLV.float()
     losses_BL = F.cross_entropy(logits.flatten(0, 1), targets_BL.flatten(), ignore_index=IGNORED, reduction="none").view_as(targets_BL)
-    return losses_BL.sum(1, keepdim=True) / asked_BL.sum(1, keepdim=True), None, logits[asked_BL]
+    return losses_BL.sum(1, keepdim=True) / scored_BL.sum(1, keepdim=True), None, logits[scored_BL]
 
 
 def initialise(module: nn.Module, std: float) -> None:

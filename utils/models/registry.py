@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """Size of one pass: rows, positions of each, positions remembered from the pass before, positions with a loss (None: all), and
-    sequences that a row consists of, each read on its own.
+    """Size of one pass: rows, positions of each, positions of memory, positions with a loss (None: all), and sequences in a row, each read
+    separately.
     """
 
     rows: int
@@ -56,11 +56,11 @@ class Architecture(Protocol):
 
     @staticmethod
     def summary(hidden_NTD: Tensor, lengths_N: Tensor) -> Tensor:
-        """The hidden state [N, D] that has seen the whole row."""
+        """The hidden state [N, D] that represents the entire row."""
 
     @staticmethod
     def without_head(model: nn.Module) -> nn.Module:
-        """The same model, no longer predicting tokens."""
+        """The same model without its output head."""
 
 
 def architecture(name: str) -> Architecture:

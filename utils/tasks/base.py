@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from utils.engine import Engine
     from utils.flags.fields import Flags
 
-State = tuple[Tensor, ...] | None  # what a model carries from one batch to the next: tensors with rows along dimension 0
+State = tuple[Tensor, ...] | None  # carried from one batch to the next: tensors with rows along dimension 0
 
 
 class Metric(NamedTuple):
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """Training and evaluation data of one process of a run, read as the flags say.
+    """Training and evaluation data of one process of a run.
 
     splits: those of the final test; the first is also used for validation, the last is shown in tables. selects_best: the best weights on
     validation are tested, not the last ones. vocabulary: of the word pieces, or None for bytes.
@@ -67,22 +67,30 @@ class Task(ABC):
 
     def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine):
         self.flags, self.corpus, self.engine, self.vocabulary = flags, corpus, engine, corpus.vocabulary
+        self._step = 0
 
     @abstractmethod
+    def training_batch(self, step: int) -> Batch:
+        """The batch of a step, a function of the step. Steps are requested in ascending order, from any step on."""
+
     def next(self) -> Batch:
         """The next training batch."""
+        self._step += 1
+        return self.training_batch(self._step - 1)
 
-    @abstractmethod
     def peek(self) -> Batch:
         """A typical training batch, without advancing."""
+        return self.training_batch(self._step)
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data."""
+        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved position. UserError if it belongs to other data."""
+        if state.get("fingerprint") != self.corpus.fingerprint:
+            raise UserError(f"the saved state belongs to other data than {self.corpus.path}: resume with the same data")
+        self._step = state["step"]
 
     @abstractmethod
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
@@ -94,7 +102,7 @@ class Task(ABC):
         """Shape of a typical evaluation batch."""
 
     def measure(self, model: nn.Module, batch: Batch, state: State) -> tuple[float, int, State]:
-        """A sum over the batch, the count to divide it by, and the state to carry on; here the sum of losses and their number."""
+        """A sum over the batch, the count to divide it by, and the next state; by default the sum of losses and their number."""
         losses, state, _ = model(*batch.inputs, state)
         return losses.double().sum().item(), losses.numel(), state
 
@@ -105,30 +113,3 @@ class Task(ABC):
     def with_head(self, model: nn.Module) -> nn.Module:
         """The pre-trained model turned into one for this task."""
         return model
-
-
-class NumberedTask(Task):
-    """A task whose training batches are a function of the step."""
-
-    def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine):
-        super().__init__(flags, corpus, engine)
-        self._step = 0
-
-    @abstractmethod
-    def training_batch(self, step: int) -> Batch:
-        """The batch of a step. Steps are requested in ascending order, from any step on."""
-
-    def next(self) -> Batch:
-        self._step += 1
-        return self.training_batch(self._step - 1)
-
-    def peek(self) -> Batch:
-        return self.training_batch(self._step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "fingerprint": self.corpus.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("fingerprint") != self.corpus.fingerprint:
-            raise UserError(f"the saved state belongs to other data than {self.corpus.path}: resume with the same data")
-        self._step = state["step"]

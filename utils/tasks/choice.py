@@ -1,4 +1,4 @@
-"""Choosing an answer: SST-2, one sentence and two classes; CommonsenseQA, a question paired with each of five choices."""
+"""Classification and multiple choice: SST-2, one sentence and two classes; CommonsenseQA, a question paired with each of five choices."""
 
 import numpy as np
 import torch
@@ -41,6 +41,6 @@ class AnswerChoice(LabelledTask):
         return Scorer(model, architecture(self.flags.model), outputs, self.flags)
 
     def measure(self, model: nn.Module, batch: Batch, state: State) -> tuple[float, int, State]:
-        """The number of right answers."""
+        """The number of correct answers."""
         _, _, logits_B1C = model(*batch.inputs, state)
         return float((logits_B1C[:, 0].argmax(-1) == batch.inputs[-1]).sum()), len(logits_B1C), None

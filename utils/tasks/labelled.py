@@ -1,11 +1,12 @@
-"""Base of fine-tuning tasks: labelled rows, batched with others of similar length. A subclass says how rows are encoded and scored.
+"""Base of fine-tuning tasks: labelled rows, batched with others of similar length. Subclasses encode and score rows.
 
-Rows are independent: no memory is carried from one to the next. What follows a row's end is padding, which no prediction sees; a
-load-balance loss does count it. Batches are a function of the seed alone, and each process takes its share of every batch.
+Rows are independent: no memory is carried from one to the next. Rows are padded at the end; no prediction sees the padding,
+but a load-balance loss counts it. Batches depend on the seed only, and each process takes its share of every batch.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,17 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, NumberedTask
+from utils.tasks.base import Batch, Task
 from utils.tasks.encoding import RowEncoder
 
 ORDER = 1  # key of the random stream that orders rows
 POOL = 50  # batches whose rows are sorted by length together
 
 
-class LabelledTask(NumberedTask):
+class LabelledTask(Task):
     """Raises UserError for a row longer than --max_length, and for fewer training rows than a batch has.
 
-    sequences: sequences that a row consists of, each read on its own.
+    sequences: number of sequences in a row, each read separately.
     """
 
     selects_best = False
@@ -40,13 +41,13 @@ class LabelledTask(NumberedTask):
         self._rows = {"train": self.read(examples.train), examples.split: self.read(examples.held_out)}
         self._lengths = {split: np.array([self.length(row) for row in rows]) for split, rows in self._rows.items()}
         self._own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._epoch, self._order = -1, np.empty((0, 0), np.int64)
+        self._epoch_order = lru_cache(maxsize=1)(self._draw_order)
         for split, lengths in self._lengths.items():
             if (longest := int(lengths.max())) > flags.max_length:
                 row = f"row {int(lengths.argmax()) + 1} of {split} of {examples.path} has {longest} positions"
                 raise UserError(f"{row}, and --max_length is {flags.max_length}: raise it, or shorten the row")
-        if (there := len(self._rows["train"])) < flags.batch_size:
-            raise UserError(f"train of {examples.path} has {there} rows, and --batch_size is {flags.batch_size}: use a smaller one")
+        if (count := len(self._rows["train"])) < flags.batch_size:
+            raise UserError(f"train of {examples.path} has {count} rows, and --batch_size is {flags.batch_size}: use a smaller one")
 
     @abstractmethod
     def read(self, examples: list) -> list:
@@ -61,21 +62,17 @@ class LabelledTask(NumberedTask):
         """The model's arguments for some rows, padded to T = `length`; the first are the tokens [B, ..., T]."""
 
     def sequences_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Tokens [N, T] of a batch, and their numbers without padding [N]."""
+        """Tokens [N, T] of a batch, and their lengths without padding [N]."""
         return batch.inputs[0], torch.tensor([self.length(row) for row in batch.rows], device=self.engine.device)
 
-    def _batch(self, rows: list, size: int, longest: int = 0) -> Batch:
-        """A batch of this process's `rows` out of `size`; `longest`: length of the longest row of all processes."""
-        inputs = self.collate(rows, max(longest, *map(self.length, rows)))
-        shape = Shape(size, inputs[0].numel() // len(rows), targets=1, sequences=self.sequences)
+    def _batch(self, split: str, indices: np.ndarray, own: range) -> Batch:
+        """The rows `own` of a batch, padded to its longest row of all processes, so that counts do not depend on their number."""
+        rows = [self._rows[split][index] for index in indices[own.start : own.stop]]
+        inputs = self.collate(rows, int(self._lengths[split][indices].max()))
+        shape = Shape(len(indices), inputs[0].numel() // len(rows), targets=1, sequences=self.sequences)
         return Batch(tuple(tensor.to(self.engine.device) for tensor in inputs), shape, rows=rows)
 
-    def _share(self, split: str, indices: np.ndarray, own: range) -> Batch:
-        """The rows `own` of a batch, padded to the length of the whole batch, so that counts do not depend on the number of processes."""
-        rows = [self._rows[split][index] for index in indices[own.start : own.stop]]
-        return self._batch(rows, len(indices), int(self._lengths[split][indices].max()))
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def _draw_order(self, epoch: int) -> np.ndarray:
         """Batches of an epoch [batches, rows]: rows of similar length together, in random order; an incomplete last batch is dropped."""
         draw, size = np.random.default_rng((self.flags.seed, epoch, ORDER)), self.flags.batch_size
         rows = draw.permutation(len(self._rows["train"]))
@@ -87,15 +84,13 @@ class LabelledTask(NumberedTask):
 
     def training_batch(self, step: int) -> Batch:
         epoch, place = divmod(step, len(self._rows["train"]) // self.flags.batch_size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._epoch_order(epoch)
-        return self._share("train", self._order[place], self._own)
+        return self._batch("train", self._epoch_order(epoch)[place], self._own)
 
     def peek(self) -> Batch:
         """A batch of rows of about the mean length."""
         lengths = self._lengths["train"]
         usual = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[: self.flags.batch_size]
-        return self._share("train", usual, self._own)
+        return self._batch("train", usual, self._own)
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         """All rows, the shortest first."""
@@ -105,7 +100,7 @@ class LabelledTask(NumberedTask):
             some = order[start : start + size]
             own = range(len(some)) if everything else rank_lanes(len(some), engine.rank, engine.world_size, training=False)
             if len(own):
-                yield self._share(split, some, own)
+                yield self._batch(split, some, own)
 
     @property
     def evaluation_shape(self) -> Shape:

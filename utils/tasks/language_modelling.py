@@ -3,13 +3,12 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from mem_transformer import Cache
-from utils.data.lanes import LaneIterator, Segment, rank_lanes
+from utils.data.lanes import Lanes, rank_lanes
 from utils.errors import UserError
 from utils.models.registry import Shape
 from utils.tasks.base import Batch, Metric, Task
@@ -26,37 +25,29 @@ class LanguageModelling(Task):
         super().__init__(flags, corpus, engine)
         if corpus.vocabulary is not None:
             raise UserError(f"{corpus.path} holds word pieces, and --model {flags.model} reads bytes: prepare a text with data/prepare.py")
-        lanes = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._training = LaneIterator(corpus.train, flags.batch_size, flags.tgt_len, engine.device, lanes, corpus.fingerprint)
+        own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
+        self._training = Lanes(corpus.train, flags.batch_size, flags.tgt_len, engine.device, own)
         for split in ("valid", "test"):
             self._lanes(split, range(flags.eval_batch_size))  # a text that is too short fails now, not after training
 
-    def _lanes(self, split: str, lanes: range) -> LaneIterator:
+    def _lanes(self, split: str, lanes: range) -> Lanes:
         flags = self.flags
-        return LaneIterator(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes)
+        return Lanes(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes)
 
     @staticmethod
-    def _batch(segment: Segment, rows: int) -> Batch:
-        positions = segment.tokens.shape[1]
-        return Batch((segment.tokens, segment.targets), Shape(rows, positions, targets=positions), segment.first)
+    def _batch(lanes: Lanes, index: int, rows: int) -> Batch:
+        tokens, targets = lanes[index]
+        return Batch((tokens, targets), Shape(rows, tokens.shape[1], targets=tokens.shape[1]), first=index == 0)
 
-    def next(self) -> Batch:
-        return self._batch(next(self._training), self.flags.batch_size)
-
-    def peek(self) -> Batch:
-        return self._batch(next(self._training.one_pass()), self.flags.batch_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._training.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._training.load_state_dict(state)
+    def training_batch(self, step: int) -> Batch:
+        return self._batch(self._training, step % len(self._training), self.flags.batch_size)
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
         rows = self.flags.eval_batch_size
-        lanes = range(rows) if everything else rank_lanes(rows, self.engine.rank, self.engine.world_size, training=False)
-        if len(lanes):
-            yield from (self._batch(segment, rows) for segment in self._lanes(split, lanes).one_pass())
+        own = range(rows) if everything else rank_lanes(rows, self.engine.rank, self.engine.world_size, training=False)
+        if len(own):
+            lanes = self._lanes(split, own)
+            yield from (self._batch(lanes, index, rows) for index in range(len(lanes)))
 
     def measure(self, model: nn.Module, batch: Batch, state: Cache | None) -> tuple[float, int, Cache]:
         tokens_BT, targets_BT = batch.inputs

@@ -2,11 +2,12 @@
 
 Every sequence is [CLS] pieces [SEP], always of the full length, cut from the running text. A fixed number of its pieces, a share
 --mask_rate, is chosen as targets: 80 % of them become [MASK], 10 % a random non-special piece, and 10 % stay. Masks are drawn anew in every
-epoch (Liu et al. 2019, section 4.1); those of evaluation are fixed. Order and masks depend on the seed alone, not on the number of
+epoch (Liu et al. 2019, section 4.1); those of evaluation are fixed. Order and masks depend on the seed only, not on the number of
 processes.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,15 +16,14 @@ from utils.data.lanes import rank_lanes
 from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, Metric, NumberedTask
+from utils.tasks.base import Batch, Metric, Task
 
 ORDER, MASKS = 1, 2  # keys of the random streams
-HELD_OUT = ("valid", "test")
 HELD_OUT_SEED = 20230303  # the masks of evaluation are the same for every run
 
 
 class MaskedSequences:
-    """A text of word pieces uint16 [N] cut into `count` sequences of `length`, each with `masked` targets."""
+    """A text of word pieces uint16 [N], cut into `count` sequences of `length`, each with `masked` targets."""
 
     def __init__(self, pieces: np.ndarray, vocabulary: Vocabulary, length: int, rate: float):
         self.pieces, self.vocabulary, self.inner = pieces, vocabulary, length - 2
@@ -48,7 +48,7 @@ class MaskedSequences:
         return tuple(torch.from_numpy(np.stack(column)).to(device) for column in columns)
 
 
-class MaskedLanguageModelling(NumberedTask):
+class MaskedLanguageModelling(Task):
     """UserError for a corpus of bytes, or one too short for a batch."""
 
     metric = Metric("loss", True, lambda nats: nats)
@@ -56,32 +56,32 @@ class MaskedLanguageModelling(NumberedTask):
     def __init__(self, flags, corpus, engine):
         super().__init__(flags, corpus, engine)
         if corpus.vocabulary is None:
-            raise UserError(
-                f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces: prepare them with data/prepare_pieces.py"
-            )
+            fault = f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces"
+            raise UserError(f"{fault}: prepare them with data/prepare_pieces.py")
         self._splits = {
             split: MaskedSequences(getattr(corpus, split), corpus.vocabulary, flags.tgt_len, flags.mask_rate)
             for split in ("train", "valid", "test")
         }
         self._rows = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-        for split, wanted in (("train", flags.batch_size), ("valid", 1), ("test", 1)):
-            if (there := self._splits[split].count) < wanted:
+        self._epoch_order = lru_cache(maxsize=1)(self._draw_order)
+        for split, needed in (("train", flags.batch_size), ("valid", 1), ("test", 1)):
+            if (count := self._splits[split].count) < needed:
                 pieces = f"{len(getattr(corpus, split)):,} pieces"
                 raise UserError(
-                    f"{split} of {corpus.path} has {pieces}, {there} sequences of --tgt_len {flags.tgt_len}, and {wanted} are needed: "
+                    f"{split} of {corpus.path} has {pieces}, {count} sequences of --tgt_len {flags.tgt_len}, and {needed} are needed: "
                     "use a longer text, or a smaller --batch_size or --tgt_len"
                 )
 
     def _shape(self, rows: int) -> Shape:
         return Shape(rows, self.flags.tgt_len, targets=self._splits["train"].masked)
 
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.flags.seed, epoch, ORDER)).permutation(self._splits["train"].count)
+
     def training_batch(self, step: int) -> Batch:
         sequences, size = self._splits["train"], self.flags.batch_size
         epoch, place = divmod(step, sequences.count // size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.flags.seed, epoch, ORDER)).permutation(sequences.count)
-        chosen = self._order[place * size : (place + 1) * size][self._rows.start : self._rows.stop]
+        chosen = self._epoch_order(epoch)[place * size : (place + 1) * size][self._rows.start : self._rows.stop]
         return Batch(sequences.batch(chosen, (self.flags.seed, epoch, MASKS), self.engine.device), self._shape(size))
 
     def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
@@ -90,7 +90,7 @@ class MaskedLanguageModelling(NumberedTask):
             whole = np.arange(start, min(start + rows, sequences.count))
             own = range(len(whole)) if everything else rank_lanes(len(whole), engine.rank, engine.world_size, training=False)
             if len(own):
-                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED, HELD_OUT.index(split), MASKS), engine.device)
+                inputs = sequences.batch(whole[own.start : own.stop], (HELD_OUT_SEED, self.splits.index(split), MASKS), engine.device)
                 yield Batch(inputs, self._shape(len(whole)))
 
     @property

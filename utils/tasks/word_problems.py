@@ -1,4 +1,4 @@
-"""Mathematical word problems: the model writes an equation, which is evaluated on the problem's numbers and has to give the answer."""
+"""Mathematical word problems: the model writes an equation, whose value with the numbers of the problem is compared to the answer."""
 
 from abc import abstractmethod
 
@@ -21,7 +21,7 @@ Row = tuple[np.ndarray, np.ndarray, Problem]  # tokens of the question, tokens o
 
 
 class WordProblems(LabelledTask):
-    """A subclass says how the equation is written. Written equations are at most twice as long as the longest one of training."""
+    """Subclasses define how equations are written: at most twice as long as the longest one in training."""
 
     metric = Metric("solved", False, lambda share: 100 * share, of_loss=False)
 
@@ -47,12 +47,12 @@ class WordProblems(LabelledTask):
         return [(question, self.equation(problem), problem) for question, problem in zip(questions, problems, strict=True)]
 
     def measure(self, model: nn.Module, batch: Batch, state: State) -> tuple[float, int, State]:
-        """The number of generated equations that give the answer."""
+        """The number of generated equations with the correct value."""
         with self.engine.autocast():
             written = self.write(model, batch)
         problems = [problem for _, _, problem in batch.rows]
-        right = [solves(equation, problem.numbers, problem.answer) for equation, problem in zip(written, problems, strict=True)]
-        return float(sum(right)), len(right), None
+        correct = [solves(equation, problem.numbers, problem.answer) for equation, problem in zip(written, problems, strict=True)]
+        return float(sum(correct)), len(correct), None
 
 
 class ContinuedEquations(WordProblems):
@@ -69,8 +69,8 @@ class ContinuedEquations(WordProblems):
         shape = len(rows), length
         inputs, targets = np.full(shape, self.encoder.pad), np.full(shape, IGNORED)
         for row, (question, equation, _) in enumerate(rows):
-            whole, begin = np.concatenate([question, equation]), len(question) - 1
-            inputs[row, : len(whole) - 1] = whole[:-1]
+            joined, begin = np.concatenate([question, equation]), len(question) - 1
+            inputs[row, : len(joined) - 1] = joined[:-1]
             targets[row, begin : begin + len(equation)] = equation
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
@@ -115,6 +115,6 @@ class DecodedEquations(WordProblems):
 
 
 def word_problems(flags: FinetuneFlags, examples: Examples, engine: Engine, encoder: RowEncoder) -> WordProblems:
-    """The task in the form the model can learn: continuing the text, or with a decoder of its own."""
+    """The task for a causal model, which continues the text, or for an encoder, which gets a decoder."""
     kind = ContinuedEquations if MODELS[flags.model].causal else DecodedEquations
     return kind(flags, examples, engine, encoder)

@@ -1,4 +1,4 @@
-"""The mean of a model's weights over a stretch of training (Izmailov et al. 2018, arXiv 1803.05407; every step, Cha et al. 2021,
+"""The mean of a model's weights over a range of training steps (Izmailov et al. 2018, arXiv 1803.05407; every step, Cha et al. 2021,
 arXiv 2102.08604, SWAD). The official code takes one set of weights at each validation.
 """
 
@@ -19,7 +19,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def observe(self, model: nn.Module, step: int) -> None:
-        """Takes the weights after update number `step` in, if they belong in."""
+        """Includes the weights after update number `step`, if it is in the range."""
         if not self.start <= step <= self.end:
             return
         self.count += 1
@@ -28,7 +28,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the block the model has the mean weights; afterwards its own. ValueError before the first step is in."""
+        """Gives the model the mean weights inside the block. ValueError if no step has been included."""
         if self.count == 0:
             raise ValueError(f"no weights have been averaged: the mean begins at step {self.start}")
         parameters = dict(model.named_parameters())

@@ -14,7 +14,7 @@ from utils.training.run import Run
 
 
 def describe(run: Run, model: nn.Module) -> list[str]:
-    """Sizes, data, origin of the weights, experts, and machine."""
+    """Lines with the sizes, data, origin of the weights, experts, and machine."""
     flags, engine, counts = run.flags, run.engine, parameter_counts(model)
     title = f"{flags.method or 'custom'} on {run.task.corpus.title}"
     lines = [f"{title}: {counts['total']:,} parameters, {counts['trainable']:,} trainable", f"work_dir: {flags.work_dir}"]
@@ -51,13 +51,9 @@ def _experts(flags: Flags, model: nn.Module) -> list[str]:
     lines.append(f"router: {flags.gate_name}, {router}; k: {top_k_schedule(flags)}")
     if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):
         lines.append(f"note: --moe_top_k {flags.moe_top_k} has no effect, k follows the schedule")
-    return [*lines, f"expert backend: {_backends(flags, model)}"]
-
-
-def _backends(flags: Flags, model: nn.Module) -> str:
-    """The backends used at the smallest and the largest k of the schedule."""
     schedule, tokens = top_k_schedule(flags), flags.batch_size * flags.tgt_len // flags.batch_chunk
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     experts = moe_layers(model)[0][1].experts
     found = {k: experts.backend_for(tokens, k, dtype) for k in sorted({schedule.k_min, schedule.k_max})}
-    return ", ".join(f"{name} at k = {k}" for k, name in found.items()) + (" (auto)" if flags.expert_backend == "auto" else "")
+    backends = ", ".join(f"{name} at k = {k}" for k, name in found.items())
+    return [*lines, f"expert backend: {backends}" + (" (auto)" if flags.expert_backend == "auto" else "")]

@@ -1,4 +1,4 @@
-"""Optimiser and learning rate. The rate is a function of the step, so a resumed run needs no scheduler state, but for dev_perf."""
+"""Optimiser and learning rate. The rate is a function of the step, so a resumed run needs no scheduler state, except for dev_perf."""
 
 import math
 from collections.abc import Iterable

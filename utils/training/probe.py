@@ -16,16 +16,16 @@ PROBE_PATIENCE = 20  # seconds a timed step may take
 
 
 def refuse_if_too_slow(run: Run) -> None:
-    """On a CPU, times a training step, first of a single row, and raises UserError if the whole run would take hours."""
+    """On a CPU, times a training step, first of a single row, and raises UserError if the run would take hours."""
     flags, engine = run.flags, run.engine
     if engine.device.type != "cpu":
         return
 
-    def timed(rows: int) -> float:  # the mean over processes, which have to decide alike
+    def timed(rows: int) -> float:  # the mean over processes, which must agree
         return engine.sum([time_step(run, rows)])[0] / engine.world_size
 
     seconds = timed(1) * flags.batch_size
-    if seconds * flags.max_step > CPU_PATIENCE and seconds < PROBE_PATIENCE:  # rows of a small model cost less in a batch than alone
+    if seconds * flags.max_step > CPU_PATIENCE and seconds < PROBE_PATIENCE:  # rows of a small model cost less in a batch
         seconds = timed(flags.batch_size)
     if seconds * flags.max_step > CPU_PATIENCE:
         raise UserError(
@@ -37,7 +37,7 @@ def refuse_if_too_slow(run: Run) -> None:
 def time_step(run: Run, rows: int) -> float:
     """Seconds for the gradients of `rows` rows, with memory, at the largest k."""
     flags, model, objective = run.flags, run.build().train(), run.objective()
-    set_progress(model, flags.max_step - 1, flags.max_step)  # at the final rate of what grows during training
+    set_progress(model, flags.max_step - 1, flags.max_step)  # with schedules at their final values
     if flags.moe:
         set_top_k(model, top_k_schedule(flags).k_max)
     inputs, state = tuple(tensor[:rows] for tensor in run.task.peek().inputs), None

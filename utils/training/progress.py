@@ -19,15 +19,12 @@ class Progress:
         if self.enabled:
             print(("\r\033[K" if self.terminal else "") + sentence, flush=True)
 
-    def steps_per_second(self, step: int) -> float:
-        elapsed = time.perf_counter() - self.begin - self.paused
-        return (step - self.first_step) / elapsed if elapsed > 0 else 0.0
-
     def update(self, step: int, line: str, keep: bool) -> None:
         """Prints a line about a step. On a terminal it is overwritten by the next one unless `keep`; in a log only kept lines appear."""
         if not self.enabled or not (keep or self.terminal):
             return
-        rate = self.steps_per_second(step)
+        elapsed = time.perf_counter() - self.begin - self.paused
+        rate = (step - self.first_step) / elapsed if elapsed > 0 else 0.0
         left = duration((self.last_step - step) / rate) if rate else "?"
         text = f"step {step:>{len(str(self.last_step))}}/{self.last_step} | {line} | {rate:.2f} steps/s | {left} left"
         print(("\r\033[K" if self.terminal else "") + text, end="\n" if keep or not self.terminal else "", flush=True)

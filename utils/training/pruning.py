@@ -1,4 +1,4 @@
-"""Pruning in training: compressed experts W = U V + S whose S loses hidden units step by step, and is stored without them at the end."""
+"""Pruning in training: the S of compressed experts W = U V + S loses hidden units gradually, and is stored without them at the end."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from utils.checkpoints.weights import store
 from utils.training.identity import training_of
 from utils.training.run import Callback, Run
 from utils.training.run_folder import write_json
-from utils.training.surgery_measure import since_the_first, time_ratios
+from utils.training.surgery_measure import chained, time_ratios
 
 FOLDER = "compressed"
 
@@ -44,7 +44,7 @@ class Pruning(Callback):
         unpruned = run.build().to(run.engine.device)
         self._earlier = run.source.surgery
         surgery = self._earlier or {"source_sha256": run.source.fingerprint}
-        time = since_the_first(surgery, time_ratios((run.task, unpruned), (run.task, model)))
+        time = chained(surgery, time_ratios((run.task, unpruned), (run.task, model)))
         self._surgery = surgery | {"pruned_to": self.kept, "time": time}
         if run.engine.is_main:
             self._store(run, model)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from smoe_dropout import moe_layers
+from utils.flags.derive import parse_layers
 from utils.flags.fields import Flags
 from utils.models.flops import parameter_counts
 from utils.models.registry import architecture
@@ -76,14 +77,12 @@ def build_result(
 
 
 def moe_layer_indices(flags: Flags) -> list[int]:
-    """Which layers have experts."""
-    if not flags.moe:
-        return []
-    return list(range(flags.n_layer)) if flags.moe_index is None else [int(word) for word in flags.moe_index.split(",")]
+    """The layers with experts, of a model that has some."""
+    return list(parse_layers(flags.moe_index, flags.n_layer)[0] or range(flags.n_layer))
 
 
 def curve(metrics: list[dict], metric: Metric) -> dict[str, list]:
-    """train: [step, quality, or loss where that says nothing of it, k, lr]; valid: [step, {k or "dense": quality}]."""
+    """train: [step, quality or loss, k, lr]; valid: [step, {k or "dense": quality}]."""
     train = [[line["step"], line[metric.in_training], line.get("k"), line["lr"]] for line in metrics if line["split"] == "train"]
     valid = [[line["step"], by_k(line, metric.name)] for line in metrics if line["split"] != "train"]
     return {"train": train, "valid": valid}

@@ -1,6 +1,6 @@
 """Routing statistics of a trained model: how evenly experts are used, and how much routing still changes late in training.
 
-Both are measured at k = E/2 on the first batches of validation. `python -m utils.cli.measure_routing RUN...` measures finished runs again.
+Both are measured at k = E/2 on the first batches of validation.
 """
 
 import math
@@ -30,8 +30,8 @@ def describe_routing(task: Task, model: nn.Module, checkpoints: Path) -> dict[st
     if not moe_layers(model):
         return None
     flags = task.flags
-    k, wanted = max(1, flags.moe_num_expert // 2), (validation_before_the_end(flags), flags.max_step)
-    steps = [step for step in storage.steps(checkpoints) if step in wanted]
+    k, due = max(1, flags.moe_num_expert // 2), (validation_before_the_end(flags), flags.max_step)
+    steps = [step for step in storage.steps(checkpoints) if step in due]
     chosen = []
     for step in steps:
         load_weights(model, checkpoints / storage.name_of(step))

@@ -21,14 +21,14 @@ from utils.flags.fields import FinetuneFlags, Flags
 from utils.flags.models import MODELS
 from utils.models.build import build_model, training_settings
 from utils.tasks.base import State, Task
-from utils.training.identity import fingerprints, provenance
+from utils.training.identity import provenance
 
 Pass = Callable[[tuple[Tensor, ...], State], Forward]  # runs the model on inputs and a state
-ObjectiveOf = Callable[[nn.Module, Callable[[], Forward]], Objective]  # the loss of a model, given what runs it once
+ObjectiveOf = Callable[[nn.Module, Callable[[], Forward]], Objective]  # the loss of a model, given a function that runs it once
 
 
 class Callback:
-    """A participant in the training loop beside task and method, such as a teacher or a pruner.
+    """An addition to the training loop, such as a teacher or a pruner.
 
     The methods do nothing by default, and are called by train.py in this order. selects_best: whether the weights that are best on
     validation may be tested; otherwise the last ones are.
@@ -66,11 +66,11 @@ class Callback:
         """Restores the state saved by `tensors`."""
 
     def finished(self, run: Run, model: nn.Module) -> nn.Module:
-        """Called with the weights that are to be tested; returns the model that is."""
+        """Called with the weights to be tested; returns the model to test."""
         return model
 
     def provenance(self) -> dict[str, Any]:
-        """Entries of the record under "pretrained", beside the checkpoint."""
+        """Further entries of the record under "pretrained"."""
         return {}
 
 
@@ -90,7 +90,7 @@ class Run:
         self.selects_best = self.task.selects_best and all(callback.selects_best for callback in self.callbacks)
 
     def build(self) -> nn.Module:
-        """The model as it is before training. UserError for a checkpoint that does not fit, or a method that would route by padding."""
+        """The model before training. UserError for a checkpoint that does not fit, or a method that would route by padding."""
         flags, task = self.flags, self.task
         backbone = build_model(flags, task.vocabulary)
         if self.is_finetuning and not MODELS[flags.model].causal and any(layer.needs for _, layer in moe_layers(backbone)):
@@ -103,8 +103,11 @@ class Run:
         return model
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of everything the run is made from; it can be resumed only with the same ones."""
-        found = fingerprints(self.task.corpus, self.task.vocabulary, self.source)
+        """Hashes of all inputs of the run, which can be resumed only with the same ones."""
+        vocabulary, source = self.task.vocabulary, self.source
+        found = {"data_fingerprint": self.task.corpus.fingerprint}
+        found |= {"vocabulary_sha256": vocabulary.sha256} if vocabulary else {}
+        found |= {"checkpoint_sha256": source.fingerprint} if source else {}
         return found | {name: value for callback in self.callbacks for name, value in callback.fingerprints().items()}
 
     def objective(self) -> ObjectiveOf:
@@ -126,7 +129,7 @@ class Run:
         return {name: tensor for callback in self.callbacks for name, tensor in callback.tensors().items()}
 
     def provenance(self) -> dict[str, Any]:
-        """The record's entries on the weights it started from, and the fold; empty for random weights."""
+        """The record's entries about the initial weights, and the fold; empty for random weights."""
         if self.source is None:
             return {}
         start = provenance(self.source, self.transfers)

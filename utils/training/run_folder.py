@@ -1,4 +1,4 @@
-"""The folder of one run, `--work_dir` exactly: what was asked for, where it ran, what was measured, and where it stands.
+"""The folder of one run, `--work_dir` exactly: its flags, environment, measurements, checkpoints and record.
 
 config.json  env.json  metrics.jsonl  tensorboard/  checkpoints/  result.json
 """
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from utils.checkpoints.storage import sync
+from utils.data.writing import sync
 from utils.errors import UserError
 from utils.flags.derive import read_config
 from utils.flags.fields import Flags, names
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: the file is the old one or the new one, never half of it."""
+    """Writes a file atomically: it has the old content or the new, never a part."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     sync(partial)
@@ -33,10 +33,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunFolder:
-    """Opened by the main process alone, which holds a lock on it until it ends.
+    """Opened by the main process only, which keeps it locked until it ends.
 
-    Raises UserError when another process has it, when it holds a run of another configuration (the difference is named), or when it is
-    full of something else.
+    Raises UserError when another process has locked it, or when it holds a run of another configuration (the difference is named) or
+    other files.
     """
 
     def __init__(self, flags: Flags, fingerprints: dict[str, str]):
@@ -50,22 +50,18 @@ class RunFolder:
         except PermissionError as error:
             raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): choose another") from None
         self._match_config(config)
-        self._writer = None
+        self._writer, self.metrics_path = None, self.path / "metrics.jsonl"
 
     @staticmethod
     def checkpoints_of(flags: Flags) -> Path:
-        """Where a run's checkpoints are; every process may read them."""
+        """The folder of a run's checkpoints; every process may read them."""
         return Path(flags.work_dir) / "checkpoints"
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--work_dir {self.path} is a file: choose another")
-        known = self.path / "config.json"
-        if (
-            self.path.exists()
-            and not known.exists()
-            and any(entry.name not in (".lock", "config.partial") for entry in self.path.iterdir())
-        ):
+        found = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        if "config.json" not in found and found - {".lock", "config.partial"}:
             raise UserError(f"--work_dir {self.path} holds other files and no run: choose an empty or a new folder")
 
     def _lock(self) -> None:
@@ -82,7 +78,7 @@ class RunFolder:
             return
         stored = read_config(self.path)
         if absent := sorted(config.keys() - stored.keys()):
-            raise UserError(f"--work_dir {self.path} holds a run of an older version, without {', '.join(absent)}: choose another folder")
+            raise UserError(f"--work_dir {self.path} holds a run of another version, without {', '.join(absent)}: choose another folder")
         differences = [
             f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
             for name in sorted(stored.keys() | config.keys())
@@ -92,20 +88,13 @@ class RunFolder:
             raise UserError(f"--work_dir {self.path} holds another run: {', '.join(differences)}; choose another folder, or the same flags")
 
     def write_environment(self, engine, argv: list[str]) -> None:
-        """env.json; what was recorded by the first start of the run stays under its time."""
-        path = self.path / "env.json"
+        """Appends this start to env.json."""
+        path, started = self.path / "env.json", datetime.now(timezone.utc).isoformat(timespec="seconds")
         starts = json.loads(path.read_text()) if path.exists() else []
-        write_json(
-            path,
-            [*starts, {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "argv": argv, **describe_environment(engine)}],
-        )
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        write_json(path, [*starts, {"started": started, "argv": argv, **describe_environment(engine)}])
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops what was recorded after the checkpoint of this step: it will be recorded again."""
+        """Drops the lines after the checkpoint of this step, which will be recorded again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
         partial = self.metrics_path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -124,7 +113,7 @@ class RunFolder:
         return lines
 
     def record(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers as TensorBoard scalars."""
+        """Appends a line to metrics.jsonl, and its numbers to TensorBoard as scalars."""
         with open(self.metrics_path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
@@ -132,7 +121,7 @@ class RunFolder:
                 self.tensorboard(line["step"]).add_scalar(f"{line['split']}/{name}", value, line["step"])
 
     def record_histogram(self, name: str, shares: torch.Tensor, step: int) -> None:
-        """Expert load as a histogram whose bins are the experts."""
+        """Records expert load as a histogram whose bins are the experts."""
         shares = shares.double().cpu()
         edges = torch.arange(len(shares) + 1, dtype=torch.float64)
         centres = edges[:-1] + 0.5
@@ -149,7 +138,7 @@ class RunFolder:
         )
 
     def tensorboard(self, step: int):
-        """The event writer, opened when first used; events of later steps, of a run that was cut short, are marked void."""
+        """The event writer, opened on first use; events of later steps, from before a resume, are purged."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -180,7 +169,7 @@ def describe_environment(engine) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit the code is at, "+changes" behind it if tracked files other than records and figures differ; None outside a checkout."""
+    """The commit of the code, with "+changes" if tracked files other than records and figures differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -194,6 +183,6 @@ def _git_commit() -> str | None:
 
 
 def resume_command(world_size: int) -> str:
-    """The command that goes on with this run."""
+    """The command that resumes this run."""
     start = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
     return shlex.join([*start, *sys.argv])

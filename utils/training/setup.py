@@ -1,29 +1,46 @@
 """Sets up runs: pre-training from random weights or from a checkpoint, and fine-tuning."""
 
+from smoe_dropout.registry import load
 from utils.checkpoints.origin import Source
 from utils.data.corpus import Corpus
-from utils.data.rows import Examples
+from utils.data.rows import Examples, kind_of
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags, Flags
-from utils.tasks.choose import finetuning_task, pretraining_task
+from utils.flags.models import MODELS
+from utils.tasks.base import Task
+from utils.tasks.encoding import encoder_of
+from utils.tasks.labelled import LabelledTask
 from utils.training.pruning import Pruning
 from utils.training.run import Run
 from utils.training.teacher import Teacher
+
+PRETRAINING = {  # by the units that a model reads
+    "bytes": "utils.tasks.language_modelling:LanguageModelling",
+    "pieces": "utils.tasks.masked:MaskedLanguageModelling",
+}
+
+
+def pretraining_task(flags: Flags, corpus: Corpus, engine: Engine) -> Task:
+    """UserError for a corpus the model cannot read, or one that is too short."""
+    return load(PRETRAINING, "unit", MODELS[flags.model].reads)(flags, corpus, engine)
+
+
+def finetuning_task(flags: FinetuneFlags, examples: Examples, engine: Engine, source: Source) -> LabelledTask:
+    """UserError for a tokenizer that is not the checkpoint's, and for rows that do not fit the flags."""
+    task = kind_of(flags.task).task
+    return load({flags.task: task}, "task", flags.task)(flags, examples, engine, encoder_of(flags, source))
 
 
 def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source | None = None) -> Run:
     """Pre-training from random weights or a checkpoint. UserError for a text of other word pieces than the checkpoint's."""
     task, callbacks = pretraining_task(flags, corpus, engine), []
-    if source is None:
-        return Run(task)
-    if (known := source.flags.get("vocabulary_sha256")) and known != task.vocabulary.sha256:
-        raise UserError(
-            f"{source.path} was trained on other word pieces than those of {corpus.path}: give a text prepared with its tokenizer by --data"
-        )
-    if flags.teacher is not None:
+    known = source.flags.get("vocabulary_sha256") if source else None
+    if known and known != task.vocabulary.sha256:
+        raise UserError(f"{source.path} was trained on other word pieces than those of {corpus.path}: give a text of its pieces by --data")
+    if source and flags.teacher is not None:
         callbacks.append(Teacher(task))
-    if flags.moe_prune_to is not None:
+    if source and flags.moe_prune_to is not None:
         callbacks.append(Pruning(flags.moe_prune_to, flags.max_step))
     return Run(task, source, callbacks)
 

@@ -1,4 +1,4 @@
-"""Forward passes that surgery reads before it operates, and measurements of a model before and after."""
+"""Calibration passes for surgery, and measurements of a model before and after it."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def time_ratios(before: tuple[Task, nn.Module], after: tuple[Task, nn.Module]) -
     return ratios
 
 
-def since_the_first(earlier: dict[str, Any], ratios: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ratio for a chain of operations, with all experts active: the product of the earlier ratio and this one."""
+def chained(earlier: dict[str, Any], ratios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios of a chain of operations: with all experts active, the product of the earlier ratio and this one."""
     if "time" not in earlier:
         return ratios
     first, this = earlier["time"][0], ratios[0]

@@ -1,4 +1,4 @@
-"""Distillation: a model in training also learns to predict what a larger, trained one predicts (arXiv 2310.01334, section 3.3)."""
+"""Distillation: training also matches the predictions of a larger, trained model (arXiv 2310.01334, section 3.3)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from utils.training.run import Callback, ObjectiveOf, Pass
 
 
 class Teacher(Callback):
-    """Reads what the model reads, with a memory of its own, and adds the divergence between their predictions to the loss.
+    """Runs on the model's inputs with its own memory, and adds the divergence between their predictions to the loss.
 
     The teacher's memory follows the model's in the state that is carried from batch to batch, and is split, saved and resumed with it.
-    Recorded FLOPs are those of the model alone.
+    Recorded FLOPs do not include the teacher.
     """
 
     def __init__(self, task: Task):
