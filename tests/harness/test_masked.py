@@ -217,16 +217,6 @@ def test_the_state_of_another_text_is_refused(model, corpora, tmp_path):
 # refusals
 
 
-def test_bytes_and_pieces_are_not_mixed_up(model, corpora, tmp_path):
-    text = Corpus.open(tiny.write_corpus(tmp_path / "words"))
-    with pytest.raises(UserError) as caught:
-        task_of(model, text)
-    assert f"words holds bytes, and --model {model} reads word pieces: prepare them with data/prepare_pieces.py" in one_sentence(caught)
-    with pytest.raises(UserError) as caught:
-        pretraining_task(parse(tiny.flags(Path("unused"), Path("unused"))), corpora[model], ALONE)
-    assert "holds word pieces, and --model transformer_xl reads bytes: prepare a text with data/prepare.py" in one_sentence(caught)
-
-
 @pytest.mark.parametrize(
     ("sizes", "changes", "said"),
     [

@@ -172,8 +172,8 @@ def test_the_loss_falls_where_there_is_something_to_learn(model, arguments, tmp_
 @pytest.mark.parametrize(
     ("text", "changes", "said"),
     [
-        ("transformer_xl", {"model": "bert"}, "holds bytes, and --model bert reads word pieces: prepare them with data/prepare_pieces.py"),
-        ("transformer_xl", {"model": "roberta"}, "holds bytes, and --model roberta reads word pieces"),
+        ("transformer_xl", {"model": "bert"}, "holds bytes, and the model reads pieces: prepare one with `python data/prepare_pieces.py"),
+        ("transformer_xl", {"model": "roberta"}, "holds bytes, and the model reads pieces"),
         ("roberta", {"batch_size": 61}, "has 485 pieces, 60 sequences of --tgt_len 10, and 61 are needed"),
         ("bert", {"mem_len": 600}, "--mem_len has no effect with --model bert: leave it out"),
         ("bert", {"model": "bart"}, "--model: unknown value 'bart'; nearest: bert"),
@@ -185,7 +185,7 @@ def test_what_cannot_be_meant_ends_in_a_sentence(text, changes, said, arguments,
 
 def test_word_pieces_are_refused_by_transformer_xl(corpora, tmp_path):
     said = refusal(tiny.run(tiny.flags(corpora["bert"], tmp_path / "run", method="dense")))
-    assert "holds word pieces, and --model transformer_xl reads bytes: prepare a text with data/prepare.py" in said
+    assert "holds pieces, and the model reads bytes: prepare one with `python data/prepare.py NAME" in said
 
 
 def test_another_mask_rate_is_another_run(arguments, finished):

@@ -124,15 +124,17 @@ class Corpus:
     notes: ClassVar[str] = ""
 
     @classmethod
-    def open(cls, path: str | Path, unit: str = "bytes") -> Corpus:
+    def open(cls, path: str | Path, unit: str | None = None) -> Corpus:
         """Open the folder `path` after checking meta.json and the size of each split, without reading the text.
 
-        `unit` is what the caller reads, "bytes" or "pieces": it decides which command is recommended if there is no text.
-        Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json.
+        Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json, or if the text is not in `unit`, the units
+        that the caller reads ("bytes" or "pieces", None: either).
         """
         folder = Path(path)
         try:
-            meta = _read_meta(folder, unit)
+            meta = _read_meta(folder, unit or "bytes")
+            if unit not in (None, _unit(meta)):
+                _refuse(f"{folder} holds {_unit(meta)}, and the model reads {unit}", "NAME", unit, force=False)
             return cls(folder, meta, *(_open_split(folder, split, meta) for split in SPLITS))
         except OSError as error:
             raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None

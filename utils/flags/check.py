@@ -35,7 +35,8 @@ def check_limits(flags: Any) -> list[str]:
             found.append(f"--{option} {value} must be {limits}")
         if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name):
             found.append(f"--{option} needs --{declared[spec.needs].name or spec.needs}")
-        if spec.only and flags.method not in spec.only and is_given(flags, name):
+        known = declared["method"].choices if spec.only else ()  # an unknown method has been refused as such
+        if spec.only and flags.method in known and flags.method not in spec.only and is_given(flags, name):
             found.append(no_effect(option, f"--method {flags.method}"))
     return found
 

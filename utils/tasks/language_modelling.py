@@ -9,7 +9,6 @@ from torch import nn
 
 from mem_transformer import Cache
 from utils.data.lanes import Lanes, rank_lanes
-from utils.errors import UserError
 from utils.models.registry import Shape
 from utils.tasks.base import Batch, Metric, Task
 
@@ -17,14 +16,12 @@ LN2 = math.log(2)
 
 
 class LanguageModelling(Task):
-    """Reads the corpus in parallel lanes. UserError for a corpus of word pieces, or one too short for its lanes."""
+    """Reads the corpus in parallel lanes. UserError for one too short for its lanes."""
 
     metric = Metric("bpc", True, lambda nats: nats / LN2)
 
     def __init__(self, flags, corpus, engine):
         super().__init__(flags, corpus, engine)
-        if corpus.vocabulary is not None:
-            raise UserError(f"{corpus.path} holds word pieces, and --model {flags.model} reads bytes: prepare a text with data/prepare.py")
         own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
         self._training = Lanes(corpus.train, flags.batch_size, flags.tgt_len, engine.device, own)
         for split in ("valid", "test"):

@@ -49,15 +49,12 @@ class MaskedSequences:
 
 
 class MaskedLanguageModelling(Task):
-    """UserError for a corpus of bytes, or one too short for a batch."""
+    """Raises UserError for a corpus too short for a batch."""
 
     metric = Metric("loss", True, lambda nats: nats)
 
     def __init__(self, flags, corpus, engine):
         super().__init__(flags, corpus, engine)
-        if corpus.vocabulary is None:
-            fault = f"{corpus.path} holds bytes, and --model {flags.model} reads word pieces"
-            raise UserError(f"{fault}: prepare them with data/prepare_pieces.py")
         self._splits = {
             split: MaskedSequences(getattr(corpus, split), corpus.vocabulary, flags.tgt_len, flags.mask_rate)
             for split in ("train", "valid", "test")
