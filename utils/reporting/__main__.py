@@ -79,15 +79,12 @@ def build_tables(name: str, results: list[Path], runs: list[Path] = (), only: li
 
 
 def render_pages() -> None:
-    """Every page of results/, its figures, and the framework."""
-    from utils.reporting.framework_figure import draw_framework  # here, because it imports matplotlib
-
+    """Every page of results/ and its figures."""
     for name, kind in TABLES.items():
         tables = build_tables(name, [RESULTS / source for source in kind.sources])
         draw(name, tables, FIGURES)
         update_page(RESULTS / name / "page.md", name, render(name, tables, "../../Figs"))
         print(f"rendered {RESULTS / name / 'page.md'}", file=sys.stderr)
-    draw_framework(FIGURES / "framework.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""The method in one picture: from a dense FFN to experts under a random, frozen router, the growing k, and the choice of k afterwards."""
+"""Draws framework.png, the method in one picture.
+
+    python Figs/framework.py
+"""
 
 from pathlib import Path
 
@@ -90,3 +93,7 @@ def _draw_layer(ax) -> None:
             _arrow(ax, (x + 5.75, 40.5), (x + 5.75, 51), colour)
             ax.text(x + 7, 45.7, f"g$_{name}$", fontsize=10, color=colour, va="center")
             _arrow(ax, (x + 5.75, 60), (97 + (x - 91) * 0.25, 70), colour)
+
+
+if __name__ == "__main__":
+    draw_framework(Path(__file__).with_suffix(".png"))
