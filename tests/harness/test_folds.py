@@ -58,7 +58,7 @@ def test_folds_and_seeds_are_averaged_as_replicates(folder, capsys):  # noqa: F8
         ((1, 2), "mean ± sample standard deviation over n seeds (seeds 1, 2, fold 3 of 5)"),
     ],
 )
-def test_one_fold_is_said_to_be_one(seeds, said, folder, capsys):  # noqa: F811
+def test_caption_names_the_fold(seeds, said, folder, capsys):  # noqa: F811
     store(*(of_fold(3, seed) for seed in seeds), where="results/table2")
     main(["table2"])
     assert said in capsys.readouterr().out

@@ -119,7 +119,7 @@ def test_table_numbers(folder, capsys):
     assert titles[1:] == ["| Dense", "| SMoE (learned router)", "| SMoE-Dropout"]
 
 
-def test_bold_follows_the_metric_and_needs_a_rival(folder, capsys):
+def test_bold_follows_the_metric_and_needs_two_values(folder, capsys):
     accuracy = {"metric__name": "accuracy", "metric__lower_is_better": False}
     store(record(quality={8: 80.0, 16: 82.0}, **accuracy), dense(81.0, **accuracy))
     main(["table1"])
@@ -128,7 +128,7 @@ def test_bold_follows_the_metric_and_needs_a_rival(folder, capsys):
     assert row(text, "Dense")[2] == "81.0"
 
 
-def test_missing_k_is_a_dash_and_a_partial_n_is_said(folder, capsys):
+def test_missing_k_is_a_dash_and_a_partial_n_is_shown(folder, capsys):
     store(record(quality={16: 2.4}), record(seed=2, quality={8: 2.7, 16: 2.4}), record("smoe", quality={16: 2.5}))
     main(["table1"])
     text = capsys.readouterr().out
@@ -341,7 +341,7 @@ def test_colours_stay_with_their_method():
     assert len({style["color"] for style in first.values()}) == len(rows)
 
 
-def test_tables_do_without_matplotlib(folder):
+def test_tables_need_no_matplotlib(folder):
     store(record())
     code = "import sys; sys.modules['matplotlib'] = None; from utils.reporting.__main__ import main; main(['table1'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -100,7 +100,7 @@ def test_layers_of_different_sizes_are_named_one_by_one():
     assert cells([went_on(MERGE, 2.4, 2.1, experts=(6, 10))])[0][1] == "6, 10"
 
 
-def test_it_is_held_against_a_model_of_that_size_from_random_weights_and_of_no_other():
+def test_models_from_scratch_match_in_size_method_and_data():
     operated = went_on(MERGE, 2.4, 2.1)
     scratch = record("smoe", 1, {8: 2.25}, 8, parameters__total=1_600_000, settings={"moe_num_expert": 8})
     larger = record("smoe", 1, {16: 2.0}, 16)
@@ -120,7 +120,7 @@ def test_further_training_without_surgery_is_a_note():
     assert build_table(group).notes[-1] == "500 further steps without surgery: 1.900 (n = 1)."
 
 
-def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
+def test_quality_before_surgery_on_a_task_is_of_the_whole_model_fine_tuned_with_the_same_seed():
     """The smaller model has no quality on the task before it is fine-tuned."""
     task = {
         "metric": {"name": "accuracy", "lower_is_better": False, "split": "dev"},
@@ -143,10 +143,10 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
     (row,) = cells([operated, whole, scratch, other])
     assert row[2:5] == ["82.0", "–", "80.0, 500 steps"] and row[6:8] == ["2.10 M / 1.60 M", "32.0 M / 16.0 M"]
     (alone,) = cells([operated, other])
-    assert alone[2] == "–" and alone[6:8] == ["– / 1.60 M", "– / 16.0 M"], "what was measured on the text says nothing of the task"
+    assert alone[2] == "–" and alone[6:8] == ["– / 1.60 M", "– / 16.0 M"], "measurements on the text say nothing about the task"
 
 
-def test_on_a_task_it_is_held_against_what_was_fine_tuned_alike():
+def test_models_from_scratch_on_a_task_are_fine_tuned_alike():
     """It is compared with runs fine-tuned from trained weights for as many steps."""
     task = {"metric": {"name": "accuracy", "lower_is_better": False, "split": "test"}, "dataset__title": "SST-2"}
     operated = went_on(UNCURL, 2.4, 80.0, **task)
@@ -162,7 +162,7 @@ def test_on_a_task_it_is_held_against_what_was_fine_tuned_alike():
     assert before(operated, [tuned(83.0, 50_000), tuned(60.0, transferred=False), tuned(82.0)]) == 82.0
 
 
-def test_what_was_measured_on_another_text_is_not_set_beside_it():
+def test_measurements_on_another_text_are_left_out():
     (row,) = cells([went_on(MERGE, 2.4, 2.1, dataset__fingerprint="other")])
     assert row[2:5] == ["–", "–", "2.100, 500 steps"]
 
@@ -184,7 +184,7 @@ def test_only_replicates_are_averaged():
     assert found[0][0] == "merge 16 to 8 (n = 2)", "the first records of compressed models do not say what was read"
 
 
-def test_seeds_stand_in_their_order_and_the_caption_says_what_the_numbers_are():
+def test_seeds_are_in_order_and_named_in_the_caption():
     one, two = went_on(MERGE, 2.4, 2.1), went_on(MERGE, 2.6, 2.3, seed=2)
     two["pretrained"]["surgery"]["after"]["experts"] = [7, 9]
     (group,) = groups_of([two, one])
@@ -242,7 +242,7 @@ def test_runs_are_collected_and_rendered_between_the_markers(tmp_path, monkeypat
     assert "holds another run" in refusal(["surgery", "--collect", "a"], capsys)
 
 
-def test_without_a_record_of_surgery_it_says_so(tmp_path, capsys):
+def test_missing_records_of_surgery_are_refused(tmp_path, capsys):
     (tmp_path / "one.json").write_text(json.dumps(record()))
     said = refusal(["surgery", "--results", str(tmp_path)], capsys)
     assert "no complete record for 'surgery'; finish a run that starts from surgery first" in said

@@ -103,7 +103,6 @@ def surgery_groups(found: Found) -> list[Group]:
     """By data, metric, and the trained model before surgery; rows by operations, training and size. Two trained models of one seed get a
     group each: seeds are averaged, trainings are not. UserError for records that one row cannot average.
     """
-    found = list(found)
     others = [record for _, record in found if not surgery_of(record)]
     operated = [(path, record) for path, record in found if surgery_of(record)]
 
