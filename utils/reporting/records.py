@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from utils.checkpoints import schema_1
 from utils.errors import UserError
 from utils.reporting.labels import Record, method_label, preset_label, slug
 
-Found = Iterable[tuple[Path, Record]]
+Found = Sequence[tuple[Path, Record]]
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "published.json"

@@ -162,7 +162,7 @@ def caption(group: Group) -> str:
 
 def method_tables(name: str, found: Found, _only: list[str] | None = None) -> list[Table]:
     """Table 1 or 2: one table for each group."""
-    return [_method_table(group, name) for group in method_groups((path, record) for path, record in found if record["table"] == name)]
+    return [_method_table(group, name) for group in method_groups([one for one in found if one[1]["table"] == name])]
 
 
 def _method_table(group: Group, name: str) -> Table:
