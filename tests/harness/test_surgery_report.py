@@ -120,7 +120,7 @@ def test_further_training_without_surgery_is_a_note():
     assert build_table(group).notes[-1] == "500 further steps without surgery: 1.900 (n = 1)."
 
 
-def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
+def test_quality_before_surgery_on_a_task_is_of_the_whole_model_fine_tuned_with_the_same_seed():
     """The smaller model has no quality on the task before it is fine-tuned."""
     task = {
         "metric": {"name": "accuracy", "lower_is_better": False, "split": "dev"},
@@ -146,7 +146,7 @@ def test_before_a_task_is_the_whole_model_fine_tuned_with_the_same_seed():
     assert alone[2] == "–" and alone[6:8] == ["– / 1.60 M", "– / 16.0 M"], "measurements on the text say nothing about the task"
 
 
-def test_on_a_task_it_is_held_against_what_was_fine_tuned_alike():
+def test_models_from_scratch_on_a_task_are_fine_tuned_alike():
     """It is compared with runs fine-tuned from trained weights for as many steps."""
     task = {"metric": {"name": "accuracy", "lower_is_better": False, "split": "test"}, "dataset__title": "SST-2"}
     operated = went_on(UNCURL, 2.4, 80.0, **task)
