@@ -1,6 +1,6 @@
 """Draws framework.png, the method in one picture.
 
-    python Figs/framework.py
+python Figs/framework.py
 """
 
 from pathlib import Path
