@@ -22,7 +22,9 @@ from utils.data.rows import TASKS, read_examples
 from utils.data.tokenizer import load_tokenizer, vocabulary_of
 from utils.engine import Engine
 from utils.models.build import build_model
+from utils.models.registry import Shape
 from utils.reporting.records import read_record
+from utils.tasks.base import Batch
 from utils.training.run import Run
 from utils.training.setup import finetuning_run
 
@@ -140,6 +142,12 @@ def test_what_stands_in_the_text_is_learned(rows, pretrained, tmp_path):
     assert tiny.read_json(folder / "result.json")["quality"][-1]["dev"] == 100
 
 
+def batch_of(task, encoded: list) -> Batch:
+    """A batch of encoded rows, padded to the longest."""
+    inputs = task.collate(encoded, max(map(task.length, encoded)))
+    return Batch(inputs, Shape(len(encoded), inputs[0].numel() // len(encoded), targets=1, sequences=task.sequences), rows=encoded)
+
+
 @pytest.mark.parametrize("model", ["transformer_xl", "bert"])
 @pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
 @pytest.mark.parametrize("method", METHODS_OF_TABLE)
@@ -151,7 +159,7 @@ def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model
     assert len({made_task.length(row) for row in encoded}) > 4
 
     def outputs(chosen: list) -> list[torch.Tensor]:
-        batch = made_task._batch(chosen, len(chosen))
+        batch = batch_of(made_task, chosen)
         losses, _, logits = network(*batch.inputs, None)
         parts = logits.split([1] * len(chosen)) if len(logits) == len(chosen) else logits.split([len(row[1]) for row in chosen])
         return [torch.cat([loss, part.flatten()]) for loss, part in zip(losses, parts, strict=True)]
@@ -166,8 +174,8 @@ def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model
             for index, other in zip(shuffled, outputs([encoded[index] for index in shuffled]), strict=True):
                 torch.testing.assert_close(other, together[index], atol=1e-5, rtol=1e-5)
             if task == "svamp":
-                written = made_task.write(network, made_task._batch(encoded, len(encoded)))
-                assert written == [made_task.write(network, made_task._batch([row], 1))[0] for row in encoded]
+                written = made_task.write(network, batch_of(made_task, encoded))
+                assert written == [made_task.write(network, batch_of(made_task, [row]))[0] for row in encoded]
 
 
 @pytest.mark.parametrize("method", [method for method in ("dense", "smoe", "similarity") if method in METHODS])
@@ -178,7 +186,7 @@ def test_the_equation_that_is_written_is_the_likeliest_continuation(method, rows
     tiny.completed(arguments, program="finetune.py")
     task, network = made(arguments)
     load_weights(network, tiny.checkpoints(folder)[-1])
-    batch = task._batch(task.read(task.corpus.held_out), 11)
+    batch = batch_of(task, task.read(task.corpus.held_out))
     written = task.write(network, batch)
     for (question, _, _), equation in zip(batch.rows, written, strict=True):
         tokens = question.tolist()
