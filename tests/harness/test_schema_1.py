@@ -1,15 +1,9 @@
 """Records and folders of the version before, in which identity was text."""
 
 import copy
-import json
 
-import pytest
-
-from tests.harness.test_report import record
 from utils.checkpoints import schema_1
-from utils.errors import UserError
 from utils.reporting.labels import operations_label, training_label
-from utils.reporting.records import read_record
 
 TITLE = "Words, quick (batch_size=4, lr=0.003, scheduler=cosine), 1,024 steps"
 READ = {"data": "Words", "fingerprint": "f", "task": None, "k": 2, "tokens": 512}
@@ -24,15 +18,6 @@ OPERATIONS = [
     {"method": "earlier", "label": "slim 4 to 2 score usage, 500 steps", "read": READ},
     {"method": "compress", "options": {"rank": 4, "kept": 0.25}, "seed": 1111, "weights_sha256": "w"},
 ]
-
-
-def old_record(**changes) -> dict:
-    made = copy.deepcopy(record())
-    for name in ("settings", "preset_settings"):
-        del made[name]
-    del made["metric"]["split"], made["metric"]["training"]
-    made["model"]["architecture"] = "Transformer-XL"
-    return made | {"schema": 1, "title": "SMoE-Dropout", **changes}
 
 
 def test_a_folder_of_surgery():
@@ -58,41 +43,3 @@ def test_weights_that_a_run_started_from():
     assert training_label(found) == f"{TITLE}"
     assert operations_label(found["operations"]).startswith("slim 4 to 2 score usage, 500 steps + compress rank 4")
     assert schema_1.pretrained({"title": "weights", "sha256": "b"}) == {"folder": "weights", "operations": [], "sha256": "b"}
-
-
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("smoe", {}),
-        (
-            "smoe_dropout (gate_name=learned, freeze_gate=False, moe_index=0,1)",
-            {"gate_name": "learned", "freeze_gate": False, "moe_index": "0,1"},
-        ),
-        (
-            "smoe (moe_prune_to=0.1, surgery=merge 4 to 2, compress rank 4, teacher_weight=0.2)",
-            {"moe_prune_to": 0.1, "teacher_weight": 0.2},
-        ),
-    ],
-)
-def test_a_record(method, settings, tmp_path):
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps(old_record(method=method, preset="laptop (n_layer=8)")))
-    found = read_record(path)
-    assert (found["schema"], found["method"], found["settings"]) == (2, method.split()[0], settings)
-    assert (found["preset"], found["preset_settings"]) == ("laptop", {"n_layer": 8}) and "title" not in found
-    assert (found["metric"]["split"], found["model"]["architecture"]) == ("test", "transformer_xl")
-
-
-def test_what_was_set_in_pre_training_is_its_own(tmp_path):
-    start = {"title": TITLE, "sha256": "b", "transferred": True}
-    (tmp_path / "result.json").write_text(json.dumps(old_record(method="smoe (pretrained_moe_num_expert=4)", pretrained=start)))
-    found = read_record(tmp_path / "result.json")
-    assert found["settings"] == {} and found["pretrained"]["settings"] == {"moe_num_expert": 4}
-
-
-def test_a_record_that_is_not_whole_is_refused(tmp_path):
-    made = old_record()
-    del made["metric"]
-    (tmp_path / "result.json").write_text(json.dumps(made))
-    with pytest.raises(UserError, match="is an incomplete record of schema 1"):
-        read_record(tmp_path / "result.json")

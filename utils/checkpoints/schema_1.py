@@ -1,28 +1,13 @@
-"""Reads results and surgery.json of version 0.1, which described training and operations as text. Imports no torch.
+"""Reads version 0.1, which described training and operations as text: surgery.json, and the origin of a run. Imports no torch.
 
 What records need as values is taken from it; the rest of a text is kept as the "folder" of a training or the "label" of an operation.
 """
 
-import ast
 import re
 from typing import Any
 
 TRAINED = ("dataset", "preset", "preset_settings", "method", "settings", "steps", "checkpoint", "seed", "folder")
-ARCHITECTURES = {"Transformer-XL": "transformer_xl", "BERT": "bert", "RoBERTa": "roberta"}
 RENAMED = {"slim": "keep_best"}
-
-
-def record(old: dict[str, Any]) -> dict[str, Any]:
-    """A record of schema 2 from one of schema 1."""
-    (method, settings), (preset, preset_settings) = _named(old["method"]), _named(old["preset"])
-    own = {name: value for name, value in settings.items() if not name.startswith(("surgery", "pretrained_"))}
-    new = _without(old, "title") | {"schema": 2, "method": method, "settings": own, "preset": preset, "preset_settings": preset_settings}
-    new["metric"] = {"split": "test", "training": old["metric"]["name"]} | old["metric"]
-    new["model"] = old["model"] | {"architecture": ARCHITECTURES[old["model"]["architecture"]]}
-    if "pretrained" in old:
-        before = {name.removeprefix("pretrained_"): value for name, value in settings.items() if name.startswith("pretrained_")}
-        new["pretrained"] = {"method": method, "settings": before} | pretrained(old["pretrained"])
-    return new
 
 
 def pretrained(old: dict[str, Any]) -> dict[str, Any]:
@@ -57,16 +42,3 @@ def surgery(old: dict[str, Any]) -> dict[str, Any]:
 
 def _without(old: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in old.items() if name not in names}
-
-
-def _named(text: str) -> tuple[str, dict[str, Any]]:
-    """ "smoe (gate_name=hash, moe_index=0,1)" -> "smoe", {"gate_name": "hash", "moe_index": "0,1"}."""
-    name, _, rest = text.partition(" ")
-    return name, {key: _value(value) for key, value in re.findall(r"(\w+)=(.*?)(?=, \w+=|$)", rest[1:-1])}
-
-
-def _value(text: str) -> Any:
-    try:
-        return text if "," in text else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from utils.checkpoints import schema_1
 from utils.errors import UserError
 from utils.reporting.labels import Record, method_label, preset_label, slug
 
@@ -77,7 +76,7 @@ def _check(record: Record, path: Path, kind: str, names: str, within: str = "") 
 
 
 def read_record(path: Path) -> Record:
-    """Reads and checks one record; one of schema 1 is converted. Of an incomplete run only schema and status are checked."""
+    """Reads and checks one record. Of an incomplete run only schema and status are checked."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -85,16 +84,12 @@ def read_record(path: Path) -> Record:
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error})") from None
     schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    if schema not in (1, SCHEMA):
-        raise UserError(f"{path}: the field 'schema' is {json.dumps(schema)}, but only schema {SCHEMA} is known")
+    if schema != SCHEMA:
+        older = "; a run of version 0.1 is reported by that version" if schema == 1 else ""
+        raise UserError(f"{path}: the field 'schema' is {json.dumps(schema)}, but only schema {SCHEMA} is known{older}")
     _check(record, path, "a non-empty text", "status")
     if record["status"] != "complete":
         return record
-    if schema == 1:
-        try:
-            record = schema_1.record(record)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{path}: is an incomplete record of schema 1 ({error}); repeat the run") from None
     for kind, (_, names, _) in FIELDS.items():
         _check(record, path, kind, names)
     for i, entry in enumerate(record["quality"]):
