@@ -134,3 +134,14 @@ def test_tutorial(tmp_path):
     assert "'*.mixer' (3 modules, 32 -> 128 -> 32)" in "".join(lines)
     assert "[(4, 6), (8, 8), (8, 8)]" in lines and "torch.Size([1, 24])" in lines
     assert "True" in lines and lines[-1].endswith("tensor(True)")
+
+
+def test_the_architecture_page_names_code_that_exists():
+    """Every `file.py` and `file.py: name` on it; names are defined in that file."""
+    named = re.findall(r"`((?:\w+/)*\w+\.py)(?:: ([\w.]+))?`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, symbol in named:
+        found = [ROOT / folder / file for folder in ("", "utils", "utils/reporting", "smoe_dropout") if (ROOT / folder / file).exists()]
+        assert found, file
+        symbol = symbol.rpartition(".")[2]
+        assert not symbol or re.search(rf"\b(def|class) {symbol}\b|^{symbol}\b", found[0].read_text(), re.MULTILINE), f"{file}: {symbol}"
