@@ -28,5 +28,5 @@ At this size no model overfits and the dense one is expected to lead; results/RE
   $PYTHON train.py --eval_only --k 1,2,4 --work_dir $folder    # any k afterwards
   $PYTHON generate.py --checkpoint $folder --k 8 --prompt "The "    # samples text
   $PYTHON train.py --preset quick --method smoe --gate_name noisy_top_k --data $data    # another router
-  bash script/table1/smoe_dropout.sh --preset laptop    # a longer run; docs/experiments.md has them all
+  bash script/table1/smoe_dropout.sh --preset laptop --data $data    # a longer run; docs/experiments.md has them all
 END

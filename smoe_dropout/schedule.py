@@ -57,6 +57,9 @@ class TopKSchedule:
         if self.total_steps < 1:
             raise ValueError(f"total_steps = {self.total_steps} must be at least 1")
 
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.k_min} to {self.k_max} over {self.total_steps:,} steps"
+
     def __call__(self, step: int) -> int:
         """The k of this step, counted from 0."""
         k = SCHEDULES[self.mode](self, min(step, self.total_steps))

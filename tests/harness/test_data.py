@@ -86,12 +86,14 @@ def test_a_split_of_another_size_is_refused(tmp_path, content, found):
 
 def test_a_missing_text_is_refused_with_the_command_that_prepares_it(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_bytes(b"x")
-    for name in ("enwik8", "empty", "file"):
+    for name in ("enwik8", "empty"):
         with pytest.raises(UserError, match=rf"{name} is not a prepared text.*prepare.py {name}"):
             Corpus.open(tmp_path / name)
         with pytest.raises(UserError, match=rf"prepare one with `python data/prepare_pieces.py {name} --tokenizer T --data_files FILE`$"):
             Corpus.open(tmp_path / name, "pieces")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"file is a file: prepare it with `python data/prepare.py NAME"):
+        Corpus.open(tmp_path / "file")
 
 
 @pytest.mark.parametrize(

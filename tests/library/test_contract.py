@@ -1,4 +1,4 @@
-"""Properties of every registered method, checked on a tiny Transformer-XL. A new method is tested as soon as it is registered."""
+"""Properties of every registered method and router. A new one is tested as soon as it is registered."""
 
 import copy
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM
-from smoe_dropout import auxiliary_loss, get_top_k, load_weights, moe_layers, save_model, set_progress, set_top_k, top_k
+from smoe_dropout import SMoEConfig, auxiliary_loss, get_top_k, load_weights, moe_layers, moefy, save_model, set_progress, set_top_k, top_k
 from smoe_dropout.methods.base import Forward, Method, Objective
-from smoe_dropout.registry import BACKENDS, METHODS, load
+from smoe_dropout.registry import BACKENDS, METHODS, ROUTERS, load
 from tests import tiny
 from tests.tiny import parse
 from utils.flags.derive import method_of, top_k_schedule
@@ -246,3 +246,34 @@ def test_backends_match_the_reference(name, backend):
     for parameter, wanted in grads[0].items():
         assert torch.allclose(grads[1][parameter], wanted, rtol=1e-4, atol=1e-5 * max(1.0, wanted.abs().max().item())), parameter
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(*answers, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "none"])  # which is for methods that draw experts themselves
+def test_router(name, tmp_path):
+    """At every k a router chooses k different experts per token, differentiably in its trained parameters, and it is saved and loaded."""
+
+    def made(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        ffn = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        return moefy(nn.Sequential(nn.Embedding(50, 16), ffn), SMoEConfig(num_experts=E, top_k=2, router=name))
+
+    model, tokens = made(0), torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(1))
+    ((_, layer),) = moe_layers(model)
+    for k in range(1, E + 1):
+        for mode in (True, False):
+            set_top_k(model.train(mode), k)
+            set_progress(model, 1, 2)
+            loss = model(tokens).square().sum() + auxiliary_loss(model)
+            assert layer.assigned.dtype == torch.int64 and layer.assigned.shape[0] == 21 and layer.assigned.shape[1] >= k
+            assert all(len(set(row)) == len(row) and set(row) <= set(range(E)) for row in layer.assigned.tolist())
+            assert torch.isfinite(loss)
+    model.train()
+    (model(tokens).square().sum() + auxiliary_loss(model)).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in layer.router.parameters())
+    save_model(model, tmp_path)
+    again = load_weights(made(2), tmp_path).eval()
+    set_top_k(again, get_top_k(model))
+    torch.manual_seed(3)
+    expected = model.eval()(tokens)
+    torch.manual_seed(3)
+    assert torch.equal(again(tokens), expected)

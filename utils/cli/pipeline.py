@@ -13,6 +13,7 @@ Flags that define the meaning of the checkpoint's weights cannot be changed (`co
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def decide(program: Program, given: Sequence[str] | Values | None = None) -> tup
 
     given: an argument vector, by default the process's, or flags as values.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of torch do not spin, which would slow down whatever runs beside it
     argv = sys.argv[1:] if given is None else given
     command = given if isinstance(given, Values) else Arguments(program.name, argv, program.refused)
     if command.asks_for_help and program.required:

@@ -94,6 +94,8 @@ def _read_meta(folder: Path, unit: str) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise UserError(f"{folder} is a file: prepare it with `python {UNITS[unit].program} NAME ...`, then give data/NAME") from None
         _refuse(f"{folder} is not a prepared text, it has no {META}", folder.name, unit, force=False)
     except ValueError as error:  # bad JSON or bad UTF-8
         _refuse(f"{path} is not readable as JSON ({error})", folder.name, unit)

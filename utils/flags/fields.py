@@ -127,7 +127,9 @@ class ExpertFlags:
         "expert", "width of dense layers: of one expert (official), or of all", "experts", choices=("expert", "all"), since="expert"
     )
     moe_top_k: int | None = expert_flag(None, "active experts per token, k, if constant. Default: E/2", follows="moe_num_expert")
-    gate_name: str = expert_flag("random", "router, by our name or the official one", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS))
+    gate_name: str = expert_flag(
+        "random", f"router: {', '.join(ROUTERS)}, or an official name", "experts", choices=ChainMap(ROUTER_ALIASES, ROUTERS)
+    )
     moe_index: str | None = expert_flag(None, "layers with experts, such as 0,1,2,3. Default: all", "experts")
     freeze_gate: bool = expert_flag(False, "do not train the router", "training")
     load_balance: float | None = expert_flag(
@@ -209,7 +211,7 @@ class TaskFlags:
     expect: str | None = flag(None, "refuse a checkpoint of another method; dense ones are equivalent", "run replaceable", choices=METHODS)
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
-    max_length: int = flag(512, "most positions of a row; a longer one is refused", "run", low=3)
+    max_length: int = flag(512, "maximum number of positions of a row; longer rows are refused", "run", low=3)
     tokenizer: str | None = folder(None, "word pieces: folder of the tokenizer. Default: that of the checkpoint's text", "run")
 
 

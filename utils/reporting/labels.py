@@ -72,7 +72,7 @@ def phrases(settings: dict[str, Any], tuned: int | None = None) -> list[str]:
 
 
 def method_title(name: str) -> str:
-    """A method as its file has it; one that the official flags spell out is custom."""
+    """The title in the method's file; flags that match no method are "Custom"."""
     return load(METHODS, "method", name).title if name in METHODS else words(name).capitalize()
 
 
@@ -84,7 +84,9 @@ def method_label(record: Record, title: str | None = None) -> str:
     inherited = {name: value for name, value in before.items() if name not in settings}
     other = {name: value for name, value in before.items() if settings.get(name, value) != value}
     told = [*phrases(settings, tuned), *phrases(inherited), *(f"{one} in pre-training" for one in phrases(other))]
-    return ", ".join([title or method_title(record["method"]), *told])
+    own = title or method_title(record["method"])
+    own = own.replace(" (learned router)", "") if "gate_name" in settings else own
+    return ", ".join([own, *told])
 
 
 def preset_label(preset: str, settings: dict[str, Any]) -> str:

@@ -47,11 +47,12 @@ def _experts(flags: Flags, model: nn.Module) -> list[str]:
     if flags.attn_moe:
         lines.append(f"queries, keys and values: top-1 experts in layers {indices}")
     trainable = [parameter.requires_grad for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
+    schedule = top_k_schedule(flags)
     router = ("trained" if any(trainable) else "frozen") if trainable else "without parameters"
-    lines.append(f"router: {flags.gate_name}, {router}; k: {top_k_schedule(flags)}")
+    lines.append(f"router: {flags.gate_name}, {router}; k: {schedule}")
     if flags.dynamic_moe and flags.moe_top_k != max(1, flags.moe_num_expert // 2):
         lines.append(f"note: --moe_top_k {flags.moe_top_k} has no effect, k follows the schedule")
-    schedule, tokens = top_k_schedule(flags), flags.batch_size * flags.tgt_len // flags.batch_chunk
+    tokens = flags.batch_size * flags.tgt_len // flags.batch_chunk
     dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
     experts = moe_layers(model)[0][1].experts
     found = {k: experts.backend_for(tokens, k, dtype) for k in sorted({schedule.k_min, schedule.k_max})}
