@@ -296,7 +296,7 @@ def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp
     out = {"out": tmp_path / "out"}
     assert "without experts: it has no experts to remove" in refusal(command(trained("dense"), **out))
     pieces = tiny.write_pieces(tmp_path / "pieces")
-    assert "does not hold bytes that" in refusal(command(trained("smoe"), calibrate=pieces, **out))
+    assert "holds pieces, and the model reads bytes" in refusal(command(trained("smoe"), calibrate=pieces, **out))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("kept")
     assert "holds something else" in refusal(command(trained("smoe"), out=tmp_path / "folder"))

@@ -114,6 +114,7 @@ def test_padding_rows_do_not_change_results(case, monkeypatch):
 
 
 def test_float32_rows_are_padded_with_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="none"))  # whatever tune_cpu has set before
     own = [sorted_experts.multiple_of_rows(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="bf16"))
     assert (own, sorted_experts.multiple_of_rows(torch.float32)) == ([1, 1, 32], 16)
