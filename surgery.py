@@ -17,7 +17,11 @@ if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag or text is refused at once
         PLAN = parse()
 
-from torch import nn
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from smoe_dropout import calibrate, moe_layers, operate
 from smoe_dropout.io import load_weights
@@ -30,11 +34,19 @@ from utils.checkpoints.weights import store
 from utils.cli.surgery import Plan, flags_after, is_complete
 from utils.engine import Engine
 from utils.errors import UserError
+from utils.flags.derive import evaluation_ks
 from utils.flags.fields import COMPRESS
+from utils.formatting import short_number
+from utils.models.flops import parameter_counts
+from utils.models.registry import architecture
 from utils.tasks.base import Task
+from utils.tasks.labelled import LabelledTask
+from utils.training.evaluation import evaluate_all
 from utils.training.run_folder import RunFolder, describe_environment, write_json
 from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
-from utils.training.surgery_measure import as_text, chained, measured, row_passes, text_passes, time_ratios
+from utils.training.surgery_measure import chained, time_ratios
+
+Pass = tuple[Callable[[], None], Tensor | None]  # runs the model once; mask of the positions [N, T] that count, None for all
 
 
 def main(plan: Plan, engine: Engine) -> int:
@@ -83,8 +95,61 @@ def read(plan: Plan, model: nn.Module, engine: Engine):
     return calibrate(model, passes, k=plan.flags.k, seed=plan.flags.seed)
 
 
+def text_passes(task: Task, model: nn.Module, positions: int) -> Iterator[Pass]:
+    """Yields a forward pass over each training batch of a text, in order, until `positions` are read."""
+    state, read = None, 0
+    while read < positions:
+        batch = task.next()
+
+        def run(batch=batch) -> None:
+            nonlocal state
+            with task.engine.autocast():
+                _, state, _ = model(*batch.inputs, None if batch.first else state)
+
+        yield run, None
+        read += batch.inputs[0].numel()
+
+
+def row_passes(task: LabelledTask, model: nn.Module, positions: int) -> Iterator[Pass]:
+    """Yields forward passes over the rows of a fine-tuning task, without its head; padding does not count."""
+    read = 0
+    while read < positions:
+        tokens_NT, lengths_N = task.sequences_of(task.next())
+
+        def run(tokens_NT=tokens_NT, lengths_N=lengths_N) -> None:
+            with task.engine.autocast():
+                architecture(task.flags.model).hidden_states(model, tokens_NT, lengths_N)
+
+        real_NT = torch.arange(tokens_NT.shape[1], device=tokens_NT.device) < lengths_N[:, None]
+        yield run, real_NT
+        read += int(real_NT.sum())
+
+
 def metric_of(task: Task) -> dict:
     return {"name": task.metric.name, "lower_is_better": task.metric.lower_is_better, "split": task.splits[-1]}
+
+
+def measured(when: str, task: Task, model: nn.Module, say: Callable[[str], None]) -> dict[str, Any]:
+    """Numbers of experts in each layer, parameters, and the quality at every k on the split shown in tables."""
+    say(f"{when}:")
+    sizes = [layer.num_experts for _, layer in moe_layers(model)]
+    quality = evaluate_all(task, model, task.splits[-1:], evaluation_ks(task.flags), say)
+    return {"experts": sizes, "parameters": parameter_counts(model)["total"], "quality": quality}
+
+
+def as_text(surgery: dict[str, Any]) -> str:
+    """The before/after table printed by surgery.py."""
+    before, after, metric = surgery["before"], surgery["after"], surgery["metric"]
+    lines = [f"{'k':>4}  {metric['split'] + ' ' + metric['name']:>20}  {'activated parameters':>20}  {'FLOPs a token':>20}"]
+    rows = [{row["k"]: row for row in part["quality"]} for part in (before, after)]
+    forms = {metric["split"]: "{:.4f}".format, "active_parameters": short_number, "flops_per_token": short_number}
+    for k in sorted(rows[0].keys() | rows[1].keys()):
+        cells = [" -> ".join(form(part[k][name]) if k in part else "none" for part in rows) for name, form in forms.items()]
+        lines.append(f"{k:>4}" + "".join(f"  {cell:>20}" for cell in cells))
+    lines.append(f"experts of each layer: {' -> '.join(str(part['experts']) for part in (before, after))}")
+    lines.append(f"parameters: {before['parameters']:,} -> {after['parameters']:,}")
+    lines += [f"pass time, k = {one['k'][0]} -> k = {one['k'][1]}: x {one['ratio']:.2f}" for one in surgery["time"]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

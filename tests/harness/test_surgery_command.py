@@ -17,6 +17,7 @@ from smoe_dropout import calibrate, moe_layers
 from smoe_dropout.io import load_weights, stored_tensors
 from smoe_dropout.registry import SURGERIES
 from smoe_dropout.surgery import keep_best
+from surgery import row_passes
 from tests import tiny
 from tests.conftest import ROOT
 from tests.harness.test_resume import die
@@ -32,7 +33,6 @@ from utils.models.build import build_model
 from utils.reporting.records import read_record
 from utils.training.evaluation import evaluate_all
 from utils.training.setup import finetuning_task, pretraining_run
-from utils.training.surgery_measure import row_passes
 
 HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
 TRAINING = {"preset": "quick", "max_step": 4, "eval_interval": 2, "batch_size": 4, "eval_batch_size": 2, "device": "cpu", "threads": 1}
