@@ -20,7 +20,9 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.derive import top_k_schedule
 from utils.models.build import build_model
+from utils.reporting.labels import operations_label
 from utils.reporting.records import read_record
+from utils.training.identity import provenance
 from utils.training.setup import pretraining_run
 
 HOW = {
@@ -85,6 +87,17 @@ def test_its_folder_is_another_and_its_record_says_what_it_started_from(run, tmp
     assert record["curve"]["train"][0][1] < before["curve"]["train"][0][1]  # it goes on where that one ended
     again = open_source(tmp_path / "run")
     assert again.trained == {name: start[name] for name in again.trained} and again.operations == ({"method": "train", "steps": 12},)
+
+
+def test_what_a_later_training_set_is_recorded_by_what_starts_from_it(run, tmp_path):
+    """Runs that differ in it are not averaged: their labels and records differ."""
+    labels = set()
+    for k in (1, 2):
+        tiny.completed(command(run, work_dir=tmp_path / f"k{k}", moe_top_k=k, dynamic_moe=None, method=None, seed=k, moe_top_k_min=k))
+        operations = provenance(open_source(tmp_path / f"k{k}"), transferred=True)["operations"]
+        assert [one["method"] for one in operations] == ["train"]
+        labels.add(operations_label(operations))
+    assert len(labels) == 2, labels
 
 
 def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(run, tmp_path):

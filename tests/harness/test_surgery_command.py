@@ -355,6 +355,8 @@ def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_p
     assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
     again = words_of({"from": left, "method": "compress", "rank": 4, "kept": 0.25, "out": tmp_path / "again"})
     assert "has compressed experts: operate on the model before compression" in refusal(again)
+    done = tiny.run(words_of({"settings_from": tmp_path / "whole", "work_dir": tmp_path / "scratch"}))
+    assert done.code == 2 and "has compressed experts: give the run before compression" in done.err
     training = {"method": "train", "steps": 12, "pruned_to": 0.25, "taught": True}
     assert open_source(left).operations == (surgery["operations"][0], training)
     pruned = record["pretrained"]["surgery"]
@@ -421,6 +423,8 @@ def test_settings_from_a_run_differ_in_the_experts_only(trained, tmp_path):
     derived = {*names(follows="moe_num_expert"), *names(follows="max_step")}
     assert source is None and changed == {"moe_num_expert", "max_step", "work_dir", "settings_from", *derived}
     assert (flags.moe_num_expert, flags.d_inner, flags.moe_top_k, flags.dynamic_overall_steps) == (2, made.d_inner, 1, 7)
+    other = parse_training(words_of({"settings_from": run, "gate_name": "noisy_top_k", "dataset": "other", "work_dir": tmp_path}))[0]
+    assert (other.load_balance, other.data) == (None, "data/other")
     again = parse_training(words_of({"settings_from": run, "seed": 2, "work_dir": tmp_path}))[0]
     assert dataclasses.replace(again, seed=made.seed, work_dir=None, settings_from=None) == made
 

@@ -20,7 +20,7 @@ from utils.flags.check import is_given, no_effect
 from utils.flags.derive import read_config, resized
 from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
 from utils.flags.models import MODELS
-from utils.training.identity import training_of
+from utils.training.identity import operations_of, training_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Plan:
     def provenance(self) -> dict[str, Any]:
         """The part of surgery.json that is known before anything is measured."""
         source = self.source
-        operated = {"trained": training_of(source), "operations": [*source.operations, self.operation]}
+        operated = {"trained": training_of(source), "operations": [*operations_of(source), self.operation]}
         operated["source_sha256"] = self.earlier.get("source_sha256", source.fingerprint)
         return operated | {"tested_on": self.text.fingerprint, "max_test_steps": self.made.max_test_steps}
 

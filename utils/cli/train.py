@@ -34,10 +34,10 @@ def _settings(run: Source, command: Arguments) -> dict[str, Any]:
     stored = dataclasses.asdict(run.made)
     dropped = {*names(role="start"), *names(role="unstored")}
     dropped |= {name for name in names(follows="max_step") if stored[name] == stored["max_step"]}  # to the end of training
-    if command.get("moe_num_expert"):
-        dropped |= {*names(follows="moe_num_expert"), "moe_experts_by_layer"}
-    if command.get("d_ff"):
-        dropped |= {*names(follows="d_ff")}
+    for given in ("moe_num_expert", "d_ff", "gate_name"):
+        dropped |= {*names(follows=given)} if command.get(given) else set()
+    dropped |= {"moe_experts_by_layer"} if command.get("moe_num_expert") else set()
+    dropped |= {"data"} if command.get("dataset") else set()
     return {**method_flags(run.made.method), **{name: value for name, value in stored.items() if name not in dropped}}
 
 
@@ -54,6 +54,8 @@ def _check_settings(flags: Flags) -> list[str]:
         return ["--settings_from starts from random weights, --start_from from trained ones: leave one out"]
     run = open_run(Path(flags.settings_from))
     found = contradictions(flags, run, ("model", "method", "preset"))
+    if run.made.moe_expert_rank is not None:
+        found.append(f"--settings_from {flags.settings_from} has compressed experts: give the run before compression")
     return found + (lost_width(run) if flags.moe_num_expert != run.made.moe_num_expert else [])
 
 

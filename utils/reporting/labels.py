@@ -123,9 +123,8 @@ def _operation(one: dict[str, Any]) -> str:
         return one["label"]
     if one["method"] == "train":
         steps = f"step {one['checkpoint']:,}" if "checkpoint" in one else f"{one['steps']:,} steps"
-        return (f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}") + ", taught" * one.get(
-            "taught", False
-        )
+        done = f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}"
+        return ", ".join([done, *phrases(one.get("settings", {})), *(["taught"] if one.get("taught") else [])])
     name = "UNCURL" if one["method"] == "uncurl" else words(one["method"])
     sizes = [f"{one['from']} to {one['keep']}"] if "keep" in one else []
     options = {name: value for name, value in one.get("options", {}).items() if name != "kept"}

@@ -57,18 +57,33 @@ def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, An
     return {name: value for name, value in found.items() if name not in (*experts, *variants)}, of_method
 
 
+def own_settings(flags: Flags) -> dict[str, Any]:
+    """Where a training departs from its method, without what surgery decided."""
+    decided = {*names(role="surgery"), *names(role="start")}
+    return {name: value for name, value in departures(flags, usual_flags(flags))[1].items() if name not in decided}
+
+
 def training_of(source: Source) -> dict[str, Any]:
     """The first training of a checkpoint, before any operation on its weights; only a name for a folder of weights."""
     if "method" in source.trained or "folder" in source.trained:
-        return source.trained
+        of_version_0_1 = "method" in source.trained and "settings" not in source.trained and "preset" in source.flags
+        return source.trained | ({"settings": own_settings(source.made)} if of_version_0_1 else {})
     made = source.made
     preset_settings, settings = departures(made, usual_flags(made))
     own = {"preset": made.preset, "preset_settings": preset_settings, "method": made.method or "custom", "settings": settings}
     return source.trained | own | {"seed": made.seed}
 
 
+def operations_of(source: Source) -> list[dict[str, Any]]:
+    """Everything done to the weights of a checkpoint after their first training; the last training with its settings."""
+    operations = list(source.operations)
+    if operations and operations[-1]["method"] == "train" and "preset" in source.flags and (settings := own_settings(source.made)):
+        operations[-1] = {"settings": settings} | operations[-1]
+    return operations
+
+
 def provenance(source: Source, transferred: bool) -> dict[str, Any]:
     """The entry of a checkpoint in a record. transferred: whether its weights are used."""
     measured = {"surgery": source.surgery} if source.surgery else {}
-    weights = {"operations": list(source.operations), "sha256": source.fingerprint, "transferred": transferred}
+    weights = {"operations": operations_of(source), "sha256": source.fingerprint, "transferred": transferred}
     return training_of(source) | weights | measured

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from smoe_dropout.surgery.compression import Pruner
 from utils.checkpoints.origin import SURGERY
 from utils.checkpoints.weights import store
-from utils.training.identity import training_of
+from utils.training.identity import operations_of, own_settings, training_of
 from utils.training.run import Callback, Run
 from utils.training.run_folder import write_json
 from utils.training.surgery_measure import chained, time_ratios
@@ -60,6 +60,7 @@ class Pruning(Callback):
         made = dataclasses.replace(flags, moe_sparse_share=self.kept, moe_prune_to=None, start_from=None, teacher=None)
         write_json(folder / "config.json", dataclasses.asdict(made) | run.fingerprints())
         taught = {"taught": True} if flags.teacher else {}
-        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught}
-        operations = [*run.source.operations, training]
+        settings = {"settings": own} if (own := own_settings(flags)) else {}
+        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught, **settings}
+        operations = [*operations_of(run.source), training]
         write_json(folder / SURGERY, {"trained": training_of(run.source), "operations": operations} | self._surgery)
