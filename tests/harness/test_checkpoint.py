@@ -206,7 +206,7 @@ def disk_with(free: int) -> None:
     shutil.disk_usage = lambda path: usage._replace(free=free)
 
 
-def test_no_space_is_said_before_training(corpus, tmp_path):
+def test_full_disk_is_refused_before_training(corpus, tmp_path):
     said = refused(tiny.flags(corpus, tmp_path / "run", **SHORT), before=partial(disk_with, 1_000_000))
     assert re.search(r"has 1 MB free, \d+ MB are needed", said) and "--work_dir" in said
     tiny.completed(tiny.flags(corpus, tmp_path / "other", **{**SHORT, "max_step": 1}), partial(disk_with, 30_000_000))

@@ -47,7 +47,7 @@ def trained(ks: list[int], **changes) -> tuple[list[float], torch.Tensor]:
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_there_is_one_graph_for_every_k_and_nothing_runs_outside_it(precision, tolerance):
+def test_there_is_one_graph_per_k_without_graph_breaks(precision, tolerance):
     ks = [2, 2, 3, 4, 2]
     eager = trained(ks, method="smoe_dropout", precision=precision)
     compiled = trained(ks, method="smoe_dropout", precision=precision, compile=True)
@@ -59,7 +59,7 @@ def test_there_is_one_graph_for_every_k_and_nothing_runs_outside_it(precision, t
     assert len(set(ks)) <= counters["stats"]["unique_graphs"] <= len(set(ks)) + 2
 
 
-def test_what_cannot_be_one_graph_is_refused():
+def test_graph_breaks_are_refused():
     """Competition is drawn at random, so the computation depends on data."""
     with pytest.raises(UserError, match=r"--compile: this model cannot be compiled into one graph \(.*\): leave the flag out"):
         trained([2], method="competesmoe", compile=True)

@@ -223,7 +223,7 @@ def test_rank_lanes_cover_all_lanes_evenly(batch_size, world_size):
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
 
-def test_ranks_together_read_what_one_process_reads():
+def test_all_ranks_read_the_data_of_one_process():
     data = text(500)
     ranks = [Lanes(data, 7, 9, lanes=rank_lanes(7, rank, 3)) for rank in range(3)]
     for whole, *parts in zip(Lanes(data, 7, 9), *ranks, strict=True):

@@ -91,7 +91,7 @@ def tree(request, tmp_path):
     return without(request.param, copy_of_the_tree(tmp_path)), request.param
 
 
-def test_the_rest_goes_on_without_the_method(tree):
+def test_everything_else_works_without_the_method(tree):
     folder, method = tree
     remaining = [name for name in METHODS if name != method]
     probe = python(folder, "-c", PROBE, *remaining)

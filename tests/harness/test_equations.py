@@ -139,7 +139,7 @@ def test_only_blanks_separate_words():
         ("/ 1 number0", [math.inf]),
     ],
 )
-def test_what_overflows_or_is_no_number_has_no_value(equation, numbers):
+def test_overflow_and_nan_have_no_value(equation, numbers):
     assert value(equation, numbers) is None and not any(solves(equation, numbers, answer) for answer in (0.0, math.inf, math.nan))
 
 

@@ -75,7 +75,7 @@ def remedy(task: str) -> str:
 # what is read
 
 
-def test_a_sentence_and_its_class(tmp_path):
+def test_sst2_row(tmp_path):
     found = read_examples("sst2", write(tmp_path, contents("sst2")))
     assert found.train == [Choice(((f"film {n} ",),), n % 2) for n in range(6)]
     assert found.held_out == [Choice(((f"film {n} ",),), n % 2) for n in range(6, 10)]
@@ -167,7 +167,7 @@ def test_only_the_published_numbers_of_rows_are_called_by_the_name(task, fold, t
         assert found == title if title else found == f"{name} (6 train rows, 4 {split} rows; published {counts[0]} and {counts[1]})"
 
 
-def test_notes_say_what_train_gives_away_and_what_no_equation_solves(tmp_path):
+def test_notes_on_leaked_questions_and_unsolvable_equations(tmp_path):
     row = problem(9)
     unsolved = [(row[0], "1", "+ number0 number1", "3"), (row[0], "1 2", "", "3"), (row[0], "3 10", "/ number1 number0", "3.333")]
     solved = [problem(1), ("a new one", "1 2", "- number0 number1", "-1.00009")]
@@ -233,7 +233,7 @@ def place(line: int, said: str) -> str:
 
 @pytest.mark.parametrize("name", ["train.tsv", "dev.tsv"])
 @pytest.mark.parametrize(("row", "said"), SST2, ids=lambda value: repr(value)[:40])
-def test_a_row_that_is_no_sentence_with_its_class(name, row, said, tmp_path):
+def test_invalid_sst2_row_is_refused(name, row, said, tmp_path):
     files = contents("sst2")
     lines = files[name].splitlines(keepends=True)
     files[name] = "".join([*lines[:3], row, *lines[3:]])

@@ -134,7 +134,7 @@ def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained
     assert bool(start["new"]) == (model != "transformer_xl" or task in ("sst2", "csqa"))
 
 
-def test_what_stands_in_the_text_is_learned(rows, pretrained, tmp_path):
+def test_patterns_in_the_text_are_learned(rows, pretrained, tmp_path):
     """The label of a sentence is its last word, so a model that reads it scores 100 %."""
     folder = tmp_path / "run"
     arguments = command("sst2", rows, pretrained("smoe_dropout"), work_dir=folder, max_step=200, eval_interval=100, dropout=0.0)
@@ -220,7 +220,7 @@ def test_the_weights_are_those_of_the_checkpoint(rows, pretrained):
 
 
 @pytest.mark.parametrize("task", ["sst2", "svamp"])
-def test_a_run_goes_on_after_a_kill(task, rows, pretrained, tmp_path):
+def test_killed_run_resumes_bit_for_bit(task, rows, pretrained, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = pretrained("smoe_dropout")
     tiny.completed(command(task, rows, start, work_dir=whole), program="finetune.py")
@@ -264,7 +264,7 @@ def test_eval_only_scores_again(rows, pretrained, tmp_path):
     assert run.code == 2 and "is a run of train.py" in run.err
 
 
-def test_two_processes_score_what_one_does(rows, pretrained, tmp_path):
+def test_two_processes_score_like_one(rows, pretrained, tmp_path):
     """Without dropout, and with an odd number of rows."""
     start, how = pretrained("smoe_dropout"), {"dropout": 0.0, "yes": True}
     both = run_two(command("sst2", rows, start, work_dir=tmp_path / "two", **how), program="finetune.py")

@@ -157,7 +157,7 @@ def test_any_dense_checkpoint_is_dense(rows, pretrained):  # noqa: F811
 @pytest.mark.parametrize(
     "flag", [{"n_layer": 3}, {"d_model": 64}, {"moe_num_expert": 8}, {"gate_name": "learned"}, {"output_scale": "dense"}]
 )
-def test_what_the_checkpoint_decides(flag, pretrained, refused):  # noqa: F811
+def test_flags_inherited_from_the_checkpoint(flag, pretrained, refused):  # noqa: F811
     name, value = next(iter(flag.items()))
     assert f"--{name} {value}, but the checkpoint" in refused(pretrained("smoe_dropout"), **flag)
 
@@ -207,7 +207,7 @@ def test_methods_that_would_look_at_padding_are_refused(rows, pretrained):  # no
     made(command("sst2", rows, pretrained("similarity")))
 
 
-def test_missing_rows_are_said_before_torch_is_imported(pretrained, tmp_path):  # noqa: F811
+def test_missing_rows_are_refused_before_torch_is_imported(pretrained, tmp_path):  # noqa: F811
     arguments = ["--checkpoint", str(pretrained("dense")), "--data", str(tmp_path / "nothing"), "--work_dir", str(tmp_path / "run")]
     text = refusal(arguments)
     assert "does not exist" in text and "python data/prepare_task.py sst2" in text and not (tmp_path / "run").exists()
@@ -227,7 +227,7 @@ def test_k_is_all_experts_unless_the_method_or_the_user_says_otherwise(rows, pre
     assert schedule("dense", from_scratch=True)[2] == {"from_scratch": True}
 
 
-def test_what_departs_in_pre_training_is_another_row(rows, tmp_path):  # noqa: F811
+def test_departures_in_pre_training_make_another_row(rows, tmp_path):  # noqa: F811
     """It is not averaged with runs of the plain method."""
     words = tiny.write_corpus(tmp_path / "words")
     changes = {"max_step": 2, "eval_interval": 2, "method": "smoe_dropout", "moe_top_k_min": 1, "output_scale": "dense"}
@@ -251,7 +251,7 @@ def test_another_tokenizer_of_the_same_size(rows, pretrained, tmp_path):  # noqa
         made(command("sst2", rows, pretrained("dense", "bert"), tokenizer=words))
 
 
-def test_the_source_says_what_it_was_trained_on(pretrained):  # noqa: F811
+def test_source_names_its_training(pretrained):  # noqa: F811
     source = open_source(pretrained("dense"))
     assert source.summary == "Words, 4 steps" and len(source.fingerprint) == 64
     assert source.trained["dataset"].keys() == {"name", "title", "fingerprint"} and source.trained["steps"] == 4

@@ -133,7 +133,7 @@ def test_an_epoch_has_every_sequence_once_and_the_next_one_another_order_and_oth
         assert sum(one[index] == two[index] for index in range(SEQUENCES)) < SEQUENCES / 4
 
 
-def test_what_is_short_of_a_sequence_or_of_a_batch_is_not_trained_on(model, corpora):
+def test_incomplete_sequences_and_batches_are_dropped(model, corpora):
     assert len(corpora[model].train) == SEQUENCES * 8 + 5
     task = task_of(model, corpora[model], batch_size=7)
     epochs = [numbers([task.next() for _ in range(8)], corpora[model].train) for _ in range(2)]
@@ -162,7 +162,7 @@ def test_processes_share_a_batch_out(model, processes, corpora):
         assert sorted(len(part.inputs[0]) for part in parts) == ([2, 3] if processes == 2 else [1, 2, 2])
 
 
-def test_looking_ahead_goes_nowhere(model, corpora):
+def test_peek_does_not_advance(model, corpora):
     task = task_of(model, corpora[model])
     for _ in range(16):
         ahead = whole([task.peek()])
@@ -188,7 +188,7 @@ def test_held_out_sequences_are_read_once_with_the_same_masks_always(model, proc
 
 
 @pytest.mark.parametrize("done", [0, 1, 15, 37])
-def test_a_saved_state_goes_on_exactly_on_any_number_of_processes(model, done, corpora):
+def test_saved_state_resumes_exactly_on_any_number_of_processes(model, done, corpora):
     corpus, task = corpora[model], task_of(model, corpora[model])
     for _ in range(done):
         task.next()
@@ -290,7 +290,7 @@ def said_of(argv: list[str], capsys) -> str:
 
 
 @pytest.mark.parametrize(("mistake", "said"), MISTAKES.items(), ids=[f"{name}-{value}" for name, value in MISTAKES])
-def test_flags_that_cannot_be_meant_are_refused(mistake, said, model, capsys):
+def test_meaningless_flags_are_refused(mistake, said, model, capsys):
     name, value = mistake
     extra = {"method": "smoe_dropout"} if name == "attn_moe" else {}
     line = said_of(command(model, n_head=4, **extra, **{name: value}), capsys)

@@ -179,7 +179,7 @@ def test_the_loss_falls_where_there_is_something_to_learn(model, arguments, tmp_
         ("bert", {"model": "bart"}, "--model: unknown value 'bart'; nearest: bert"),
     ],
 )
-def test_what_cannot_be_meant_ends_in_a_sentence(text, changes, said, arguments, tmp_path):
+def test_wrong_commands_are_refused(text, changes, said, arguments, tmp_path):
     assert said in refusal(tiny.run(arguments(text, tmp_path / "run", method="dense", **changes))) and not (tmp_path / "run").exists()
 
 

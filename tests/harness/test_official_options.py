@@ -270,7 +270,7 @@ def test_expert_attention_trains_and_resumes(corpus, tmp_path):
 
 @pytest.mark.parametrize("method", ["smoe", "smoe_dropout"])
 @pytest.mark.parametrize("flag", ["freeze_main_network", "freeze_main_network_all"])
-def test_exactly_what_is_not_frozen_changes(flag, method, corpus, tmp_path):
+def test_only_trainable_parameters_change(flag, method, corpus, tmp_path):
     work_dir = run(corpus, tmp_path, method=method, max_step=4, **{flag: True})
     names = weights(work_dir, 0).keys()
     experts, routers = ({name for name in names if f".core.{part}." in name} for part in ("experts", "router"))
@@ -355,7 +355,7 @@ AS_A_RUN = [text for text in MISTAKES if text.startswith("--method thor")] + ["-
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_each_mistake_has_one_sentence(text):
+def test_each_mistake_is_one_message(text):
     assert sentence(text) == MISTAKES[text]
 
 

@@ -52,7 +52,7 @@ def test_without_warm_up_rates_are_the_official_ones(scheduler):
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "constant", "dev_perf"])
-def test_warm_up_is_linear_and_ends_at_the_rate_it_goes_on_with(scheduler):
+def test_warm_up_is_linear_and_ends_at_the_full_rate(scheduler):
     run = flags(scheduler=scheduler, warmup_step=10)
     rates = [learning_rate(run, step) for step in range(50)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) / 10 for step in range(10)])
@@ -61,7 +61,7 @@ def test_warm_up_is_linear_and_ends_at_the_rate_it_goes_on_with(scheduler):
     assert max(b / a for a, b in pairwise(rates[10:])) <= 1
 
 
-def test_inv_sqrt_after_a_warm_up_goes_on_where_the_warm_up_ended():
+def test_inv_sqrt_continues_from_the_end_of_warm_up():
     """Official: step / warmup^1.5 up to the warm-up's end, then 1 / sqrt(step); the two meet at 1 / sqrt(warmup)."""
     run = flags(scheduler="inv_sqrt", warmup_step=16)
     rates = [learning_rate(run, step) for step in range(50)]

@@ -163,7 +163,7 @@ def test_names_that_cannot_be_folders_are_refused(name, word, refused, tmp_path)
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("failing", [1, 5, "install"])
-def test_an_interrupted_run_leaves_what_was_there(case, failing, force, run, data_dir, tmp_path, monkeypatch):
+def test_interrupted_preparation_keeps_the_old_folder(case, failing, force, run, data_dir, tmp_path, monkeypatch):
     if force:
         run(*case.argv(tmp_path / "other", other=True))
     before, calls, fsync = state(data_dir), [], os.fsync

@@ -111,7 +111,7 @@ def test_killed_twenty_times_a_run_ends_as_if_it_had_not_been(corpus, unbroken, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_after_a_kill(method, corpus, unbroken, tmp_path):
+def test_every_method_resumes_after_a_kill(method, corpus, unbroken, tmp_path):
     arguments = tiny.flags(corpus, tmp_path, method=method, **LONG)
     assert tiny.run(arguments, partial(die, "step", 20, False)).code == -signal.SIGKILL
     finished = tiny.completed(arguments)

@@ -57,7 +57,7 @@ def refusal(arguments: list[str], **more) -> str:
     return done.err
 
 
-def test_the_weights_say_what_the_model_is_and_the_command_how_it_is_trained(run):
+def test_checkpoint_decides_the_model_and_the_command_line_the_training(run):
     flags, source = parse(command(run))
     made = tiny.read_json(run / "config.json")
     for name in ("d_model", "d_inner", "tgt_len", "n_layer", "moe_num_expert", "method", "gate_name", "data", "dropout"):
@@ -71,7 +71,7 @@ def test_the_weights_say_what_the_model_is_and_the_command_how_it_is_trained(run
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in stored_tensors(model).items())
 
 
-def test_its_folder_is_another_and_its_record_says_what_it_started_from(run, tmp_path):
+def test_default_folder_and_origin_in_the_record(run, tmp_path):
     assert parse(command(run))[0].work_dir == "runs/quick/words/from/first-seed1/smoe_dropout-seed1111"
     assert parse(command(run, data="texts/other"))[0].dataset == "other"
     done = tiny.completed(command(run, work_dir=tmp_path / "run"))
@@ -89,7 +89,7 @@ def test_its_folder_is_another_and_its_record_says_what_it_started_from(run, tmp
     assert again.trained == {name: start[name] for name in again.trained} and again.operations == ({"method": "train", "steps": 12},)
 
 
-def test_what_a_later_training_set_is_recorded_by_what_starts_from_it(run, tmp_path):
+def test_settings_of_an_intermediate_training_are_recorded(run, tmp_path):
     """Runs that differ in it are not averaged: their labels and records differ."""
     labels = set()
     for k in (1, 2):
@@ -100,7 +100,7 @@ def test_what_a_later_training_set_is_recorded_by_what_starts_from_it(run, tmp_p
     assert len(labels) == 2, labels
 
 
-def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(run, tmp_path):
+def test_killed_run_from_weights_resumes_bit_for_bit(run, tmp_path):
     tiny.completed(command(run, work_dir=tmp_path / "whole"))
     arguments = command(run, work_dir=tmp_path / "broken")
     assert tiny.run(arguments, partial(die, "step", 7, False)).code == -signal.SIGKILL
@@ -133,7 +133,7 @@ def test_it_goes_on_without_the_weights_in_evaluation_and_with_the_same_ones_in_
         ({"data": "nowhere"}, "nowhere is not a prepared text"),
     ],
 )
-def test_what_contradicts_the_weights_is_refused(changes, said, run, tmp_path):
+def test_flags_contradicting_the_checkpoint_are_refused(changes, said, run, tmp_path):
     assert said in refusal(command(**{"start": run, "work_dir": tmp_path / "run", **changes}))
     assert not (tmp_path / "run").exists()
 
@@ -209,7 +209,7 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
         ({"start_from": None, "teacher": "nowhere"}, "--teacher needs --start_from"),
     ],
 )
-def test_what_a_teacher_cannot_be_is_refused(changes, said, run, tmp_path):
+def test_unsuitable_teachers_are_refused(changes, said, run, tmp_path):
     assert said in refusal(command(**{"start": run, "work_dir": tmp_path / "run", **changes}))
 
 

@@ -107,7 +107,7 @@ def refusal(arguments: list[str], program: str = "surgery.py") -> str:
     ("method", "model", "run"),
     [*((method, "transformer_xl", "smoe") for method in SURGERIES), ("drop", "transformer_xl", "smoe_dropout"), ("merge", "bert", "smoe")],
 )
-def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, model, run, operated, trained):
+def test_surgery_folder_is_read_like_a_run_and_holds_the_measurements(method, model, run, operated, trained):
     """Its flags build a model that the weights fit, with every tensor outside the MoE layers unchanged."""
     out, printed = operated(method, model, run)
     surgery, source = tiny.read_json(out / "surgery.json"), open_source(out)
@@ -132,7 +132,7 @@ def test_the_folder_is_read_like_a_runs_and_holds_what_was_measured(method, mode
     assert [one["k"] for one in surgery["time"]] == ([[4, k], [k, k]] if (k := max(after["experts"])) < 4 else [[4, 4]])
 
 
-def test_before_is_what_the_run_recorded(operated, trained):
+def test_quality_before_surgery_equals_the_record(operated, trained):
     out, _ = operated("drop")
     recorded = tiny.read_json(trained("smoe") / "result.json")["quality"]
     measured = tiny.read_json(out / "surgery.json")["before"]["quality"]
@@ -162,7 +162,7 @@ def test_cut_short_before_it_was_measured_it_ends_as_if_it_had_not_been(operated
 
 
 @pytest.mark.parametrize(("model", "method"), [("transformer_xl", "merge"), ("bert", "drop")])
-def test_training_goes_on_from_it_and_the_record_tells_all(model, method, operated, tmp_path):
+def test_further_training_records_the_surgery(model, method, operated, tmp_path):
     out, _ = operated(method, model)
     tiny.completed(words_of({"start_from": out, "work_dir": tmp_path / "run", **TRAINING}))
     record, surgery = read_record(tmp_path / "run" / "result.json"), tiny.read_json(out / "surgery.json")
@@ -177,7 +177,7 @@ def test_training_goes_on_from_it_and_the_record_tells_all(model, method, operat
     assert again.surgery == record["pretrained"]["surgery"]
 
 
-def test_what_the_rows_of_a_task_decided_is_fine_tuned_on_it(trained, rows, tmp_path):
+def test_surgery_by_a_tasks_rows_is_fine_tuned_on_it(trained, rows, tmp_path):
     out = tmp_path / "out"
     arguments = command(trained("smoe_dropout"), method="uncurl", task="sst2", calibrate=rows, out=out)
     tiny.completed(arguments, program="surgery.py")
@@ -268,7 +268,7 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"task": "sst2", "calibrate": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(changes, said, trained, tmp_path):
+def test_wrong_surgery_commands_are_refused(changes, said, trained, tmp_path):
     assert said in refusal(command(trained("smoe"), **{"out": tmp_path / "out", **changes}))
     assert not (tmp_path / "out").exists()
 
@@ -292,7 +292,7 @@ def test_refusals_do_not_wait_for_torch(trained):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp_path):
+def test_unsuitable_checkpoints_are_refused(trained, rows, tmp_path):
     out = {"out": tmp_path / "out"}
     assert "without experts: it has no experts to remove" in refusal(command(trained("dense"), **out))
     pieces = tiny.write_pieces(tmp_path / "pieces")
@@ -309,7 +309,7 @@ def test_what_has_no_experts_or_is_of_another_kind_is_refused(trained, rows, tmp
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["mine.txt"] and not (tmp_path / "out").exists()
 
 
-def test_what_the_library_refuses_is_a_sentence_too_and_leaves_nothing(words, trained, tmp_path):
+def test_refusals_of_the_library_leave_nothing_behind(words, trained, tmp_path):
     tiny.completed(tiny.flags(words, tmp_path / "hash", moe=True, gate_name="hash", max_step=2, eval_interval=2))
     assert "router 'hash' has no row per expert" in refusal(command(tmp_path / "hash", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -333,7 +333,7 @@ def test_flags_afterwards_say_experts_and_their_width(sizes, by_layer, trained):
     assert [layer.num_experts for _, layer in moe_layers(build_model(flags))] == list(sizes)
 
 
-def test_compressed_experts_are_pruned_in_training_and_stored_without_what_was_pruned(trained, tmp_path):
+def test_compressed_experts_are_pruned_in_training_and_stored_pruned(trained, tmp_path):
     """U V + S equals the experts; a killed run prunes the same; the result is smaller and of equal quality."""
     run, out = trained("smoe"), tmp_path / "out"
     arguments = words_of({"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
@@ -382,7 +382,7 @@ def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_
     assert dense and all(torch.equal(ours[name], theirs[name]) for name in dense)
 
 
-def test_operations_one_after_the_other_are_told_as_one_on_the_first_ones_model(trained, operated, tmp_path):
+def test_a_chain_of_operations_is_measured_against_the_first_model(trained, operated, tmp_path):
     """Merged, then compressed: the table compares the trained model with the final one."""
     merged, out = operated("merge")[0], tmp_path / "out"
     then = words_of({"from": merged, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
@@ -405,7 +405,7 @@ def test_a_chain_is_tested_on_as_much_every_time(operated, tmp_path):
     assert "--max_test_steps 1: " in said and "was tested with 80" in said
 
 
-def test_what_taught_a_run_is_not_needed_to_operate_on_it(trained, tmp_path):
+def test_surgery_on_a_distilled_run_does_not_need_its_teacher(trained, tmp_path):
     teacher = shutil.copytree(trained("smoe"), tmp_path / "teacher")
     tiny.completed(words_of({"start_from": trained("smoe"), "teacher": teacher, "work_dir": tmp_path / "run", **TRAINING}))
     shutil.rmtree(teacher)
