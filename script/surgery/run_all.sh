@@ -26,9 +26,9 @@ for model in ${RUNS:-smoe smoe_dropout}; do
       methods=whole
       if [ "$keep" != 0 ]; then methods="${METHODS:-merge uncurl keep_best drop average compress} ${SCRATCH:+scratch}"; fi
       for method in $methods; do
-        name=$model-seed$seed-$method-$keep results=${TASK:-text}
-        if [ "$method$TASK" = scratch ]; then results=scratch; fi  # row.sh trains it there, and TASK is empty
-        row "$name" "$runs/$results/$name" bash script/surgery/row.sh "$run" "$method" "$keep" "$seed" "${flags[@]}"
+        name=$model-seed$seed-$method-$keep place=${TASK:-text}
+        if [ "$method$TASK" = scratch ]; then place=scratch; fi  # row.sh trains it there, and TASK is empty
+        row "$name" "$runs/$place/$name" bash script/surgery/row.sh "$run" "$method" "$keep" "$seed" "${flags[@]}"
       done
     done
   done
