@@ -41,10 +41,9 @@ from utils.models.flops import parameter_counts
 from utils.models.registry import architecture
 from utils.tasks.base import Task
 from utils.tasks.labelled import LabelledTask
-from utils.training.evaluation import evaluate_all
+from utils.training.evaluation import chained, evaluate_all, time_ratios
 from utils.training.run_folder import RunFolder, describe_environment, write_json
 from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
-from utils.training.surgery_measure import chained, time_ratios
 
 Pass = tuple[Callable[[], None], Tensor | None]  # runs the model once; mask of the positions [N, T] that count, None for all
 

@@ -1,5 +1,6 @@
 """Load entropy and fluctuation of routing against counts by hand from the same checkpoints."""
 
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests import tiny
 from tests.tiny import parse
 from utils.data.corpus import Corpus
 from utils.engine import Engine
+from utils.errors import UserError
 from utils.models.build import build_model
 from utils.training import routing
 from utils.training.setup import pretraining_task
@@ -61,6 +63,22 @@ def test_of_a_run_against_counts_by_hand(run):
     for entropy, indices in zip(found["load_entropy_by_layer"], chosen[1], strict=True):
         shares = np.bincount(indices.flatten(), minlength=E) / indices.numel()
         assert entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(E), abs=1e-6)
+
+
+def test_a_finished_run_is_measured_again_with_the_same_result(run, capsys):
+    folder, _ = run
+    before = tiny.read_json(folder / "result.json")
+    assert before["routing"] is not None
+    (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
+    routing.main([str(folder)])
+    assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
+
+
+def test_unfinished_runs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="only a finished run"):
+        routing.main([str(tmp_path)])
+    with pytest.raises(UserError, match="usage"):
+        routing.main([])
 
 
 def test_other_checkpoints_change_nothing(run, tmp_path):

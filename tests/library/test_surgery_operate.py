@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,7 +334,9 @@ def test_unsupported_models_are_rejected(other, message):
 def test_documented_example():
     """The library block of docs/surgery.md runs."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "surgery.md").read_text(), re.DOTALL).group(1)
-    network = nn.Sequential(nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 32)))
-    names = {"sd": sd, "model": sd.moefy(network, sd.SMoEConfig(16, 8)), "batches": torch.randn(3, 64, 32)}
-    exec(code, names)
-    assert names["config"].num_experts == 8 and sd.moe_layers(names["compressed"])[0][1].config.expert_rank == 32
+    before = "import torch, smoe_dropout as sd\nfrom torch.nn import Linear, ReLU, Sequential\n"
+    before += "model = sd.moefy(Sequential(Sequential(Linear(32, 512), ReLU(), Linear(512, 32))), sd.SMoEConfig(16, 8))\n"
+    before += "batches = torch.randn(3, 64, 32)\n"
+    after = "\nprint(config.num_experts, sd.moe_layers(compressed)[0][1].config.expert_rank)"
+    done = subprocess.run([sys.executable, "-c", before + code + after], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["8", "32"], done.stderr

@@ -1,5 +1,6 @@
 """The pages of results/: tables rendered from records of the current schema under their canonical paths, and the figures they show."""
 
+import json
 import re
 from pathlib import Path
 
@@ -66,3 +67,22 @@ def test_every_finding_links_to_its_page():
     rows = [line for line in (ROOT / "results" / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
     linked = {ROOT / "results" / Path(re.search(r"\]\((\S+)\)", row)[1]) for row in rows}
     assert linked == {*PAGES}
+
+
+def test_the_table_of_the_readme_is_made_of_records():
+    """Each of its numbers is the mean over the seeds of a row of Table 1."""
+    rows = {
+        "Dense, equal parameters": "dense",
+        "SMoE, learned router": "smoe",
+        "SMoE-Dropout, as published": "smoe_dropout",
+        "SMoE-Dropout, output times E": "smoe_dropout-times-e",
+        "Elastic k, output times E (ours)": "elastic-times-e",
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for label, folder in rows.items():
+        records = [json.loads(path.read_text()) for path in (ROOT / "results/table1" / folder).glob("enwik8-prefix-laptop-seed*.json")]
+        assert len(records) == 3
+        by_k = {k: [row["test"] for record in records for row in record["quality"] if row["k"] == k] for k in (None, 8, 16)}
+        half, full = by_k[8], by_k[16] or by_k[None]
+        cells = " | ".join(f"{sum(values) / len(values):.3f}" if values else "–" for values in (half, full))
+        assert f"| {label} | {cells} |" in readme, (label, cells)

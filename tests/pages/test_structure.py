@@ -125,7 +125,7 @@ def test_no_file_is_over_400_lines(path):
 
 
 def test_utils_stays_small():
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7018
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7050
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)

@@ -1,7 +1,9 @@
 """Evaluation: the quality of a model on a split, at any number of active experts."""
 
+import statistics
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 from smoe_dropout import top_k
 from utils.models.flops import active_parameters, forward_flops
 from utils.tasks.base import Task
+
+REPEATS, BATCHES = 5, 10  # of a timed evaluation pass
 
 
 def forked_random(device: torch.device):
@@ -61,3 +65,30 @@ def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list
         cost = f"{parameters:,} active parameters, {row['flops_per_token']:.3e} FLOPs per token, {row['tokens_per_second']:,.0f} tokens/s"
         say(f"{at:>7}: {quality} {metric}; {cost}")
     return rows
+
+
+def time_ratios(before: tuple[Task, nn.Module], after: tuple[Task, nn.Module]) -> list[dict[str, Any]]:
+    """Ratios after/before of the time of an evaluation pass, from medians of alternating passes: with all experts of each model active, and
+    with the same number active in both.
+    """
+    all_before, all_after = (task.flags.moe_num_expert for task, _ in (before, after))
+    ratios = []
+    for k_before in sorted({all_before, all_after}, reverse=True):
+        taken = [(_seconds(*before, k_before), _seconds(*after, all_after)) for _ in range(REPEATS + 1)]
+        old, new = (statistics.median(seconds) for seconds in zip(*taken[1:], strict=True))  # the first pass warms up
+        ratios.append({"k": [k_before, all_after], "ratio": new / old})
+    return ratios
+
+
+def chained(earlier: dict[str, Any], ratios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios of a chain of operations: with all experts active, the product of the earlier ratio and this one."""
+    if "time" not in earlier:
+        return ratios
+    first, this = earlier["time"][0], ratios[0]
+    return [{"k": [first["k"][0], this["k"][1]], "ratio": first["ratio"] * this["ratio"]}]
+
+
+def _seconds(task: Task, model: nn.Module, k: int) -> float:
+    begin = time.perf_counter()
+    evaluate(task, model, task.splits[-1], k, BATCHES)
+    return time.perf_counter() - begin

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from smoe_dropout.surgery.compression import Pruner
 from utils.checkpoints.origin import SURGERY
 from utils.checkpoints.weights import store
+from utils.training.evaluation import chained, time_ratios
 from utils.training.identity import operations_of, own_settings, training_of
 from utils.training.run import Callback, Run
 from utils.training.run_folder import write_json
-from utils.training.surgery_measure import chained, time_ratios
 
 FOLDER = "compressed"
 

@@ -1,9 +1,13 @@
 """Routing statistics of a trained model: how evenly experts are used, and how much routing still changes late in training.
 
 Both are measured at k = E/2 on the first batches of validation.
+
+    python -m utils.training.routing RUN...    measures finished runs again, and updates their result.json
 """
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,18 @@ from torch import Tensor, nn
 from smoe_dropout import moe_layers, top_k
 from smoe_dropout.io import load_weights
 from utils.checkpoints import storage
+from utils.data.corpus import Corpus
+from utils.engine import Engine
+from utils.errors import UserError, run_main
+from utils.flags.declare import flags_from
+from utils.flags.derive import read_config
 from utils.flags.fields import Flags
+from utils.flags.models import MODELS
+from utils.models.build import build_model
 from utils.tasks.base import Task
 from utils.training.evaluation import forked_random
+from utils.training.run_folder import write_json
+from utils.training.setup import pretraining_task
 
 BATCHES = 20  # validation batches read
 
@@ -77,3 +90,23 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
         return 1.0
     shares_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).double() / indices_NK.numel()
     return torch.special.entr(shares_E).sum().item() / math.log(num_experts)
+
+
+def main(folders: list[str]) -> None:
+    """Replaces `routing` in the result.json of finished runs of train.py."""
+    if not folders:
+        raise UserError("usage: python -m utils.training.routing RUN..., folders of finished runs")
+    for path in (Path(folder) / "result.json" for folder in folders):
+        if not path.exists():
+            raise UserError(f"{path} is missing: only a finished run can be measured")
+        flags = flags_from(read_config(path.parent), Flags)
+        with Engine(flags) as engine:
+            task = pretraining_task(flags, Corpus.open(flags.data, MODELS[flags.model].reads), engine)
+            model = engine.prepare(build_model(flags, task.vocabulary))
+            routing = describe_routing(task, model, path.parent / "checkpoints")
+        write_json(path, json.loads(path.read_text()) | {"routing": routing})
+        print(f"{path.parent}: {json.dumps(routing) if routing else 'no experts'}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
