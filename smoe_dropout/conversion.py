@@ -57,7 +57,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
     for library in INTEGRATIONS:
         if library in sys.modules:
-            load(INTEGRATIONS, "integration", library).adopt(model, config)
+            load(INTEGRATIONS, "integration", library).integrate(model, config)
     return model
 
 

@@ -71,9 +71,9 @@ HOSTS: dict[str, str] = {
     "gated": "smoe_dropout.hosts.gated",
 }
 
-# by imported package: modules with adopt(model, config), called at the end of `moefy`
+# by imported package: modules with integrate(model, config), called at the end of `moefy`
 INTEGRATIONS: dict[str, str] = {
-    "transformers": "smoe_dropout.hf.adopt",
+    "transformers": "smoe_dropout.hf.integration",
 }
 
 # operations on trained models

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import get_top_k, moe_layers
 from smoe_dropout.conversion import moefy
-from smoe_dropout.hf.adopt import NAME, Described, is_pretrained_model
+from smoe_dropout.hf.described import NAME, Described, is_pretrained_model
 from smoe_dropout.io import stored_tensors
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
