@@ -159,6 +159,34 @@ def test_numpy_integers_are_accepted_as_k():
     assert type(sd.get_top_k(made)) is int and sd.get_top_k(made) == 3
 
 
-def test_config_must_be_an_smoeconfig():
-    with pytest.raises(sd.ConfigError, match="config is a dict"):
-        sd.moefy(model(), {"num_experts": 4})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((model, lambda: {"num_experts": 4}), "config is a dict, not an SMoEConfig"),
+        ((model, lambda: None), "config is a NoneType, not an SMoEConfig: pass SMoEConfig"),
+        ((lambda: None, config), "model is a NoneType, not an nn.Module"),
+        ((lambda: "gpt2", config), "model is a str, not an nn.Module: load the model first"),
+        ((config, model), "model is a SMoEConfig"),
+        ((model, lambda: config(router="hash", balance_loss=0.1)), "balance_loss = 0.1 has no effect with router 'hash'"),
+    ],
+)
+def test_arguments_of_moefy(arguments, message):
+    with pytest.raises(sd.ConfigError, match=message):
+        sd.moefy(*(argument() for argument in arguments))
+
+
+@pytest.mark.parametrize(("step", "total"), [(-1, 10), (1.5, 10), (0, 0), (True, 2)])
+def test_progress_must_be_steps(step, total):
+    with pytest.raises(ValueError, match="must be a whole number of at least"):
+        sd.set_progress(sd.moefy(model(), config()), step, total)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8])
+def test_slim_takes_a_floating_point_dtype(dtype):
+    with pytest.raises(ValueError, match="must be a floating-point dtype"):
+        sd.slim(sd.moefy(model(), config()), 1, dtype)
+
+
+def test_layer_rejects_token_ids():
+    with pytest.raises(TypeError, match=r"got torch.int64: embed token ids first"):
+        sd.moefy(model(), config())[0]["ffn"](torch.ones(2, D, dtype=torch.int64))
