@@ -27,6 +27,7 @@ _EXPORTS = {
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
     "moefy": "conversion",
+    "unmoefy": "restoration",
     "MoELayer": "layer",
     "Routing": "routers",
     "set_top_k": "control",

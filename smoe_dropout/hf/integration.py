@@ -10,6 +10,7 @@ from torch import nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.hf.described import Described, described, is_pretrained_model, plain
 from smoe_dropout.hf.losses import add_auxiliary_loss, normalises_by_items
+from smoe_dropout.hosts.original import with_removed
 
 
 def integrate(model: nn.Module, config: SMoEConfig) -> None:
@@ -34,8 +35,8 @@ def separate(model: nn.Module) -> None:
 
 
 def _exchange(model: nn.Module, before: Any, after: Any) -> None:
-    """Replace a configuration wherever a module refers to it."""
-    for module in model.modules():
+    """Replace a configuration wherever a module refers to it, including those that `unmoefy` puts back."""
+    for module in with_removed(model):
         for name, value in list(vars(module).items()):
             if value is before:
                 setattr(module, name, after)

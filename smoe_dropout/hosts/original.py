@@ -6,7 +6,7 @@ Whatever a host changes is found by comparing the model's modules before and aft
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ class Snapshot:
         for module in self.model.modules():
             if changes := [change for table in TABLES if module in self.state and (change := self._change(module, table))]:
                 stored = [change._replace(before={name: archive.of(value) for name, value in change.before.items()}) for change in changes]
-                vars(module).setdefault(CHANGES, []).append(stored)
+                vars(module)[CHANGES] = [*vars(module).get(CHANGES, []), stored]
         return [_places(its, owners, archive) for its in tensors]
 
     def _change(self, module: nn.Module, table: str) -> Change | None:
@@ -127,25 +127,42 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+def _stored(module: nn.Module) -> list[Change]:
+    return [change for conversion in vars(module).get(CHANGES, ()) for change in conversion]
+
+
 def put_modules(module: nn.Module) -> list[nn.Module]:
     """Modules that conversions put into this one."""
-    changes = [change for stored in vars(module).get(CHANGES, ()) for change in stored]
-    return [value for change in changes for value in change.after.values() if isinstance(value, nn.Module)]
+    return [value for change in _stored(module) for value in change.after.values() if isinstance(value, nn.Module)]
 
 
-def undo(module: nn.Module, changes: list[Change]) -> None:
-    """Put back what a conversion replaced in the module. Entries that are new or changed since are kept."""
-    for change in changes:
+def with_removed(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of the model, and the copies of those that conversions removed."""
+    for module in model.modules():
+        yield module
+        for change in _stored(module):
+            for value in change.before.values():
+                if isinstance(value, nn.Module):
+                    yield from value.modules()
+
+
+def replaced_since(module: nn.Module) -> str | None:
+    """Name of a child that a conversion put here and that is no longer here, or None."""
+    put = {name: value for change in _stored(module) if change.table == "_modules" for name, value in change.after.items()}
+    return next((name for name, value in put.items() if module._modules.get(name) is not value), None)
+
+
+def undo(module: nn.Module) -> None:
+    """Put back what conversions replaced in the module. Entries that are new or changed since are kept."""
+    for change in reversed(_stored(module)):
         table = vars(module) if change.table == "__dict__" else getattr(module, change.table)
-        now = {name: value for name, value in table.items() if name not in change.after or name in change.before}
-        now |= change.before
-        if change.table == "__dict__":
-            for name in change.after:
-                table.pop(name, None)
-            table.update(change.before)
-        else:
-            table.clear()
-            table.update({name: now[name] for name in [*change.order, *now] if name in now})
+        now = {name: value for name, value in table.items() if name not in change.after} | change.before
+        table.clear()
+        table.update({name: now[name] for name in (*change.order, *now) if name in now})
+        for value in change.before.values():
+            if isinstance(value, nn.Module):
+                value.train(module.training)
+    vars(module).pop(CHANGES, None)
 
 
 def fill(places: dict[str, Place], tensors: dict[str, Tensor], trained: dict[str, bool]) -> None:

@@ -16,7 +16,7 @@ FLOORS = (
     ("layer",),
     ("control", "hosts"),
     ("methods",),
-    ("conversion", "io", "surgery"),
+    ("conversion", "restoration", "io", "surgery"),
     ("hf",),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
