@@ -23,17 +23,23 @@ from smoe_dropout.registry import INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
 
 
-class FreshExperts(UserWarning):
-    """Warning that a conversion discards trained feed-forward networks."""
+class ConversionWarning(UserWarning):
+    """A conversion that does what it was told, and perhaps not what was meant."""
 
 
 class Plan(NamedTuple):
-    """Conversion that has been checked: the layers' class, and index, FFN and configuration of each layer."""
+    """Conversion that has been checked: the layers' class, and index, FFN and configuration of each layer.
+
+    needs: of layers and routers. attentions: the attention module before each layer, and embedding: the token embedding, where needed.
+    """
 
     kind: type[MoELayer]
     indices: tuple[int, ...]
     sites: tuple[Site, ...]
     configs: tuple[SMoEConfig, ...]
+    needs: frozenset[str]
+    attentions: tuple[nn.Module | None, ...]
+    embedding: nn.Module | None
 
 
 def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
@@ -44,7 +50,8 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     model's parameters change. `report(model, config)` says beforehand what is converted.
 
     Raises ConfigError, leaving the model untouched, if a layer index does not exist or names an MoE layer, E does not divide the FFN width,
-    or a method or option does not apply. Warns if experts start from random weights in place of trained ones.
+    or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
+    transformers has loaded, and if a trained router gets no gradient from the model's loss.
     """
     plan = planned(model, config)
     layers = [plan.kind(site.d_model, site.experts(its), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
@@ -55,7 +62,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     discarded = config.expert_init == "fresh" and any(is_loaded(site) for site in plan.sites)
     before = Snapshot(model)
     try:
-        _place(model, plan, layers)
+        _place(plan, layers)
         for layer, places in zip(layers, before.remember(plan.sites), strict=True):
             layer.original = places
         for library in INTEGRATIONS:
@@ -65,13 +72,22 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         before.restore()
         raise
     if discarded:
-        warnings.warn(
+        _warn(
             f"the trained feed-forward networks of {type(model).__name__} were replaced by experts with random weights, the default: "
-            f"to keep what they compute use SMoEConfig.exact({config.num_experts}), or expert_init = 'split' or 'copy'",
-            FreshExperts,
-            stacklevel=2,
+            f"to keep what they compute use SMoEConfig.exact({config.num_experts}), or expert_init = 'split' or 'copy'"
+        )
+    router = layers[0].router
+    if router.uniform and not plan.kind.own_losses and any(parameter.requires_grad for parameter in router.parameters()):
+        _warn(
+            f"router {config.router!r} is trained, but with gate_weight = 'uniform' the model's loss has no gradient for it, "
+            f"{'only the balance loss' if getattr(router, 'balance_loss', 0) else 'and there is no balance loss'}: "
+            "use gate_weight = 'softmax', or freeze_router = True"
         )
     return model
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, ConversionWarning, stacklevel=3)
 
 
 def planned(model: nn.Module, config: SMoEConfig) -> Plan:
@@ -94,7 +110,10 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
         refuse_tied(model, site)
     if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
         raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
-    return Plan(kind, indices, sites, tuple(config.of_layer(place) for place in range(len(sites))))
+    needs = kind.needs | load(ROUTERS, "router", config.router).needs
+    attentions = tuple(attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in sites)
+    embedding = token_embedding(model) if "tokens" in needs else None
+    return Plan(kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding)
 
 
 def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site | MoELayer]:
@@ -124,8 +143,10 @@ def converted_networks(model: nn.Module) -> dict[str, MoELayer]:
     modules, found = dict(model.named_modules()), {}
     put = {value for module in modules.values() for value in put_modules(module)}
     for name, layer in moe_layers(model):
-        outer = name.rpartition(".")[0]
-        found[outer if outer and modules[outer] in put else name] = layer
+        outer = name
+        while outer and modules[outer] not in put:
+            outer = outer.rpartition(".")[0]
+        found[outer or name] = layer
     return found
 
 
@@ -150,18 +171,16 @@ def chosen(model: nn.Module, config: SMoEConfig, networks: list[Site | MoELayer]
     return tuple(indices)
 
 
-def _place(model: nn.Module, plan: Plan, layers: list[MoELayer]) -> None:
-    """Put the layers into the model and connect them with what they need of it."""
-    needs, shared = plan.kind.needs | layers[0].router.needs, Shared()
-    attentions = [attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in plan.sites]
-    embedding = token_embedding(model) if "tokens" in needs else None
-    for place, (site, layer, attention) in enumerate(zip(plan.sites, layers, attentions, strict=True)):
+def _place(plan: Plan, layers: list[MoELayer]) -> None:
+    """Put the layers into the model, and connect them with what they need of it."""
+    shared = Shared()
+    for place, (site, layer, attention) in enumerate(zip(plan.sites, layers, plan.attentions, strict=True)):
         layer.place(place, len(layers), shared, attention)
         site.replace(layer)
-        if "probabilities" in needs:
+        if "probabilities" in plan.needs:
             keep_probabilities(attention)
-    if embedding is not None:
-        embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
+    if plan.embedding is not None:
+        plan.embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
 
 
 def is_loaded(site: Site) -> bool:

@@ -17,7 +17,7 @@ FLOORS = (
     ("control", "hosts"),
     ("methods",),
     ("conversion", "restoration", "io", "surgery"),
-    ("hf",),
+    ("hf", "summary"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {
