@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import sys
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.hosts.attention import attention_before, keep_probabilities
-from smoe_dropout.hosts.original import Snapshot, put_modules
+from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modules
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
@@ -28,11 +30,13 @@ class ConversionWarning(UserWarning):
 
 
 class Plan(NamedTuple):
-    """Conversion that has been checked: the layers' class, and index, FFN and configuration of each layer.
+    """Conversion that has been checked: its configuration, layers counted from 0; the layers' class; and index, FFN and configuration
+    of each layer.
 
     needs: of layers and routers. attentions: the attention module before each layer, and embedding: the token embedding, where needed.
     """
 
+    config: SMoEConfig
     kind: type[MoELayer]
     indices: tuple[int, ...]
     sites: tuple[Site, ...]
@@ -54,6 +58,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     transformers has loaded, and if a trained router gets no gradient from the model's loss.
     """
     plan = planned(model, config)
+    config = plan.config
     layers = [plan.kind(site.d_model, site.experts(its), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
     earlier = [layer for _, layer in moe_layers(model)]
     for layer in layers:
@@ -102,18 +107,19 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
     kind = (method.layer if method else None) or MoELayer
     networks = numbered(model, config.sites)
     indices = chosen(model, config, networks)
+    if config.layers is not None:
+        config = replace(config, layers=tuple(index % len(networks) for index in config.layers))
     kinds = [type(layer) for _, layer in moe_layers(model)]
     if kinds and (chained := [each.__name__ for each in (kind, *kinds) if not each.repeatable]):
         raise ConfigError(f"{chained[0]} passes a state from layer to layer, so all MoE layers of the model must be converted at once")
     sites = tuple(networks[index] for index in indices)
-    for site in sites:
-        refuse_tied(model, site)
+    refuse_tied(model, sites)
     if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
         raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
     needs = kind.needs | load(ROUTERS, "router", config.router).needs
     attentions = tuple(attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in sites)
     embedding = token_embedding(model) if "tokens" in needs else None
-    return Plan(kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding)
+    return Plan(config, kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding)
 
 
 def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site | MoELayer]:
@@ -185,7 +191,7 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
 
 def is_loaded(site: Site) -> bool:
     """Whether the network's weights were read from a file by transformers, which marks such parameters; False for other models."""
-    return getattr(site.up if site.up._base is None else site.up._base, "_is_hf_initialized", False)
+    return getattr(base(site.up), "_is_hf_initialized", False)
 
 
 def check(method: Method | None, config: SMoEConfig) -> None:
@@ -209,14 +215,13 @@ def check(method: Method | None, config: SMoEConfig) -> None:
         )
 
 
-def refuse_tied(model: nn.Module, site: Site) -> None:
-    """Raise ConfigError if a weight of the network is shared with another module: experts would silently untie them."""
+def refuse_tied(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise ConfigError if a weight of a network is shared with another module: experts would silently untie them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for tensor in (site.up, site.bias_up, site.down, site.bias_down, site.gate, site.bias_gate):
-        parameter = tensor if tensor is None or tensor._base is None else tensor._base  # Conv1D's weight is a view
-        if len(tied := names.get(id(parameter), [])) > 1:
+    for tensor in (tensor for site in sites for tensor in dense_tensors(site).values()):
+        if len(tied := names.get(id(base(tensor)), [])) > 1:
             raise ConfigError(f"{' and '.join(tied[:2])} are the same parameter, and converting would untie them: untie them first")
 
 

@@ -16,7 +16,7 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions, moe_layers
 from smoe_dropout.conversion import converted_networks, numbered, planned
 from smoe_dropout.hosts import find_sites
-from smoe_dropout.hosts.original import TENSORS
+from smoe_dropout.hosts.original import base, dense_tensors
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
@@ -69,7 +69,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion would do or has done; `str` gives it in a few lines.
+    """Account of a conversion, planned or done; `str` gives it in a few lines.
 
     done: whether the model is converted. refusal: the sentence with which `moefy` would refuse, or None. networks: all feed-forward
     networks found, in order. left: names of modules that look like one and are none for `moefy`, with the reasons. conversions: one for
@@ -135,7 +135,7 @@ class Report:
 
 
 def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
-    """What `moefy(model, config)` would do, or without a configuration what was done to the model.
+    """Account of what `moefy(model, config)` would do, or without a configuration of what was done to the model.
 
     Changes nothing, draws no random numbers and allocates no weights, so it also works on the meta device. A conversion that `moefy`
     refuses is reported with its sentence as `refusal`. Raises ConfigError for something that is not a model or a configuration.
@@ -157,7 +157,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
     found = [
         _sparse(name, index, network, {key: place.size for key, place in (network.original or {}).items()})
         if isinstance(network, MoELayer)
-        else _sparse(name, index, layers[index], {key: tuple(tensor.shape) for key, tensor in _tensors(network).items()})
+        else _sparse(name, index, layers[index], {key: tuple(tensor.shape) for key, tensor in dense_tensors(network).items()})
         if index in layers
         else _dense(name, index, network, "not converted" if config is None else "moefy refuses" if refusal else "not named in layers")
         for index, (name, network) in enumerate(zip(_names(model, networks), networks, strict=True))
@@ -166,7 +166,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
         found += _unmatched(model, {network.name for network in found})
     existing = [layer for _, layer in moe_layers(model)]
     made = [*existing, *layers.values()]
-    gone = [tensor if tensor._base is None else tensor._base for index in layers for tensor in _tensors(networks[index]).values()]
+    gone = [base(tensor) for index in layers for tensor in dense_tensors(networks[index]).values()]
     experts = [parameter for layer in made for parameter in layer.experts.parameters()]
     kinds = {
         "experts": experts,
@@ -181,7 +181,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
         refusal=None if config is None else refusal,
         networks=tuple(found),
         left=(),
-        conversions=tuple(conversions(model)) + (() if config is None else (config,)),
+        conversions=tuple(conversions(model)) + (() if config is None else (plan.config if plan else config,)),
         parameters_before=None if None in dense else stored["other"] + sum(dense),
         parameters_after=sum(stored.values()),
         trained={kind: _count(parameter for parameter in its if parameter.requires_grad) for kind, its in kinds.items()},
@@ -202,7 +202,7 @@ def _sparse(name: str, index: int, layer: MoELayer, dense: dict[str, tuple[int, 
 
 def _dense(name: str, index: int | None, site: Site, reason: str) -> Network:
     """A network that stays."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(site).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in dense_tensors(site).items()}
     stored, flops = sum(map(math.prod, shapes.values())), _flops(shapes)
     return Network(name, index, site.d_model, site.d_ff, site.activation, reason, 0, 0, 0, stored, stored, stored, flops, flops)
 
@@ -228,11 +228,7 @@ def _unmatched(model: nn.Module, matched: set[str]) -> list[Network]:
 
 
 def _on_meta(site: Site) -> Site:
-    return dataclasses.replace(site, **{name: tensor.to("meta") for name, tensor in _tensors(site).items()})
-
-
-def _tensors(site: Site) -> dict[str, Tensor]:
-    return {name: tensor for name in TENSORS if (tensor := getattr(site, name)) is not None}
+    return dataclasses.replace(site, **{name: tensor.to("meta") for name, tensor in dense_tensors(site).items()})
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

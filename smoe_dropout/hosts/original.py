@@ -1,4 +1,4 @@
-"""What a conversion changes in a model: undone if it fails, and remembered without the weights, so that it can be taken back.
+"""Changes that a conversion makes to a model: undone if it fails, and remembered without the weights, so that it can be taken back.
 
 Whatever a host changes is found by comparing the model's modules before and after, so hosts need not say how to undo it.
 """
@@ -65,8 +65,8 @@ class Snapshot:
         views of a parameter, or whose modules have a forward of their own instance, as those of accelerate's hooks.
         """
         owners = {id(p): (module, name) for module, before in self.state.items() for name, p in before["_parameters"][1].items()}
-        tensors = [{name: tensor for name in TENSORS if (tensor := getattr(site, name)) is not None} for site in sites]
-        weights = {id(_base(tensor)) for its in tensors for tensor in its.values()}
+        tensors = [dense_tensors(site) for site in sites]
+        weights = {id(base(tensor)) for its in tensors for tensor in its.values()}
         archive = _Archive(set(self.model.modules()), weights)
         for module in self.model.modules():
             if changes := [change for table in TABLES if module in self.state and (change := self._change(module, table))]:
@@ -112,7 +112,7 @@ class _Archive:
 def _places(tensors: dict[str, Tensor], owners: dict[int, tuple[nn.Module, str]], archive: _Archive) -> dict[str, Place] | None:
     places = {}
     for name, tensor in tensors.items():
-        module, parameter = owners.get(id(_base(tensor)), (None, ""))
+        module, parameter = owners.get(id(base(tensor)), (None, ""))
         if module not in archive.copies or "forward" in vars(module):
             return None
         weight, emptied = module._parameters[parameter], archive.copies[module]._parameters[parameter]
@@ -123,7 +123,13 @@ def _places(tensors: dict[str, Tensor], owners: dict[int, tuple[nn.Module, str]]
     return places
 
 
-def _base(tensor: Tensor) -> Tensor:
+def dense_tensors(site: Site) -> dict[str, Tensor]:
+    """The dense maps and biases of a network, by name."""
+    return {name: tensor for name in TENSORS if (tensor := getattr(site, name)) is not None}
+
+
+def base(tensor: Tensor) -> Tensor:
+    """The parameter that a tensor is a view of, such as a transposed weight, or the tensor itself."""
     return tensor if tensor._base is None else tensor._base
 
 
