@@ -73,6 +73,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         for library in INTEGRATIONS:
             if library in sys.modules:
                 load(INTEGRATIONS, "integration", library).integrate(model, config)
+        before.remember_hooks()
     except BaseException:
         before.restore()
         raise
@@ -81,8 +82,8 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
             f"the trained feed-forward networks of {type(model).__name__} were replaced by experts with random weights, the default: "
             f"to keep what they compute use SMoEConfig.exact({config.num_experts}), or expert_init = 'split' or 'copy'"
         )
-    router = layers[0].router
-    if router.uniform and not plan.kind.own_losses and any(parameter.requires_grad for parameter in router.parameters()):
+    router, loading = layers[0].router, layers[0].experts.bias_up.is_meta
+    if not loading and router.uniform and not plan.kind.own_losses and any(parameter.requires_grad for parameter in router.parameters()):
         _warn(
             f"router {config.router!r} is trained, but with gate_weight = 'uniform' the model's loss has no gradient for it, "
             f"{'only the balance loss' if getattr(router, 'balance_loss', 0) else 'and there is no balance loss'}: "

@@ -13,7 +13,6 @@ from smoe_dropout.hosts.original import TENSORS, fill, put_modules, replaced_sin
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import INTEGRATIONS, load
-from smoe_dropout.shared import Shared
 
 
 def unmoefy(model: nn.Module) -> nn.Module:
@@ -42,9 +41,6 @@ def unmoefy(model: nn.Module) -> nn.Module:
         fill(layer.original, dense_maps(layer), trained)
     for module in modules.values():
         undo(module)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "__func__", None) is Shared.see_tokens:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     for library in INTEGRATIONS:
         if library in sys.modules:
             load(INTEGRATIONS, "integration", library).separate(model)

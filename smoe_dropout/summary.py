@@ -164,15 +164,12 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
     ]
     if config is not None and config.sites is not None:
         found += _unmatched(model, {network.name for network in found})
-    existing = [layer for _, layer in moe_layers(model)]
-    made = [*existing, *layers.values()]
+    made = [*(layer for _, layer in moe_layers(model)), *layers.values()]
     gone = [base(tensor) for index in layers for tensor in dense_tensors(networks[index]).values()]
     experts = [parameter for layer in made for parameter in layer.experts.parameters()]
-    kinds = {
-        "experts": experts,
-        "routers": _without((parameter for layer in made for parameter in layer.parameters()), experts),
-        "other": _without(model.parameters(), [*gone, *(parameter for layer in existing for parameter in layer.parameters())]),
-    }
+    routers = [parameter for layer in made for parameter in layer.routing_parameters()]
+    parameters = [*model.parameters(), *(parameter for layer in made for parameter in layer.parameters())]
+    kinds = {"experts": experts, "routers": routers, "other": _without(parameters, [*gone, *experts, *routers])}
     stored = {kind: _count(parameters) for kind, parameters in kinds.items()}
     dense = [network.dense_parameters for network in found if network.converted]
     return Report(

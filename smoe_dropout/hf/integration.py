@@ -25,12 +25,10 @@ def integrate(model: nn.Module, config: SMoEConfig) -> None:
 
 
 def separate(model: nn.Module) -> None:
-    """Undo `integrate` in a model whose MoE layers are gone."""
+    """Undo `integrate` in a model whose MoE layers and hooks are gone."""
     for module in list(model.modules()):
         if isinstance(config := getattr(module, "config", None), Described):
             _exchange(model, config, plain(config))
-        for key in [key for key, hook in module._forward_hooks.items() if hook is add_auxiliary_loss]:
-            del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
             vars(module).pop("accepts_loss_kwargs", None)
 
 

@@ -20,7 +20,10 @@ TENSORS = ("up", "bias_up", "down", "bias_down", "gate", "bias_gate")
 
 
 class Change(NamedTuple):
-    """Entries of one table of a module: their names in order and values before a conversion, and the values that replaced them."""
+    """Entries of one table of a module: their names in order and values before a conversion, and the values that replaced them.
+
+    table: "__dict__" for its attributes, or the name of a dict among them.
+    """
 
     table: str
     order: tuple[str, ...]
@@ -73,6 +76,15 @@ class Snapshot:
                 stored = [change._replace(before={name: archive.of(value) for name, value in change.before.items()}) for change in changes]
                 vars(module)[CHANGES] = [*vars(module).get(CHANGES, []), stored]
         return [_places(its, owners, archive) for its in tensors]
+
+    def remember_hooks(self) -> None:
+        """Store in every module which hooks it has got since, and any other entries of its dicts."""
+        for module in self.model.modules():
+            before = {name: set(content) for name, (_, content) in self.state.get(module, {}).items() if content is not None}
+            now = {name: vars(module)[name] for name in before.keys() - TABLES if isinstance(vars(module).get(name), dict)}
+            new = {name: entries.keys() - before[name] for name, entries in now.items()}
+            if changes := [Change(name, (), {}, dict.fromkeys(keys)) for name, keys in new.items() if keys]:
+                vars(module)[CHANGES] = [*vars(module).get(CHANGES, []), changes]
 
     def _change(self, module: nn.Module, table: str) -> Change | None:
         if table == "__dict__":
@@ -159,7 +171,7 @@ def replaced_since(module: nn.Module) -> str | None:
 
 
 def undo(module: nn.Module) -> None:
-    """Put back what conversions replaced in the module. Entries that are new or changed since are kept."""
+    """Put back what conversions replaced in the module, and remove what they added. Entries that are new since are kept."""
     for change in reversed(_stored(module)):
         table = vars(module) if change.table == "__dict__" else getattr(module, change.table)
         now = {name: value for name, value in table.items() if name not in change.after} | change.before

@@ -135,6 +135,7 @@ def test_transformers_model_becomes_an_ordinary_one(host, tmp_path):
         assert type(dense.config) is type(test_hosts.made(host).config) and not hasattr(dense.config, "smoe_dropout")
         configs = {id(m.config) for m in dense.modules() if type(getattr(m, "config", None)) is type(dense.config)}
         assert configs == {id(dense.config)}
+        assert described(dense) == described(test_hosts.made(host))
         dense.save_pretrained(tmp_path / "dense")
         again = type(model).from_pretrained(tmp_path / "dense")
         assert torch.equal(test_hosts.logits(again), test_hosts.logits(dense))
