@@ -117,7 +117,7 @@ class Report:
             for names, sizes in _grouped((n.name, n.sizes) for n in self.networks if n.tower == tower):
                 yield f"    {names}: {sizes}"
         for names, reason in _grouped(self.left):
-            yield f"  {names}: not a feed-forward network for moefy, {reason}"
+            yield f"  {names} stays as it is: {reason}"
         if self.refusal or not self.networks:
             return
         ks = sorted({network.k for network in self.converted})
