@@ -129,9 +129,11 @@ def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) ->
     if patterns is not None and converted:
         given = (patterns,) if isinstance(patterns, str) else patterns
         names = [name for name, _ in model.named_modules() if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in given)]
-        converted = {name: layer for name, layer in converted.items() if name in names}
-        gone = [name for name, module in model.named_modules() if any(module is layer for layer in converted.values())]
-        left = tuple(name for name in names if name not in converted and not any(f"{name}.".startswith(f"{layer}.") for layer in gone))
+        inside = {
+            name: [each for each in converted if f"{each}.".startswith(f"{name}.")] for name in names
+        }  # a block or the network itself
+        left = tuple(name for name in names if not inside[name] and not any(name.startswith(f"{each}.") for each in converted))
+        converted = {name: layer for name, layer in converted.items() if any(name in its for its in inside.values())}
         patterns = left if left or converted else patterns
     sites = []
     if patterns != ():
