@@ -38,6 +38,7 @@ _EXPORTS = {
     "moe_layers": "control",
     "auxiliary_loss": "control",
     "expert_load": "control",
+    "token_mask": "passes",
     "set_progress": "training",
     "method_metrics": "training",
     "slim": "control",

@@ -21,6 +21,7 @@ from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
+from smoe_dropout.passes import watch_pass
 from smoe_dropout.registry import INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
 
@@ -68,6 +69,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     before = Snapshot(model)
     try:
         _place(plan, layers)
+        watch_pass(model, [*earlier, *layers])
         for layer, places in zip(layers, before.remember(plan.sites), strict=True):
             layer.original = places
         for library in INTEGRATIONS:

@@ -15,7 +15,7 @@ FLOORS = (
     ("routers",),
     ("layer",),
     ("control", "hosts"),
-    ("methods",),
+    ("methods", "passes"),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )

@@ -1,0 +1,145 @@
+"""Forward passes of a converted model: where one begins and ends, and which of its tokens are padding.
+
+A layer may be used several times in one pass, as in a model that shares its layers; its losses and load then cover all uses. Padding counts
+in neither. The hooks do nothing in a pass that activation checkpointing repeats.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smoe_dropout.control import moe_layers
+from smoe_dropout.layer import MoELayer
+from smoe_dropout.recomputation import recomputing
+from smoe_dropout.shared import Shared
+
+
+class RunningPass:
+    """Hooks of a converted model that mark its layers as unused when it begins to run."""
+
+    def __init__(self, layers: Sequence[MoELayer]):
+        self.layers = layers
+
+    def begin(self, *_: object) -> None:
+        """Forward pre-hook."""
+        self.mark(False)
+
+    def end(self, *_: object) -> None:
+        """Forward hook, also called if the model fails."""
+        self.mark(None)
+
+    def mark(self, used: bool | None) -> None:
+        """Set `used` of the layers."""
+        if not recomputing():
+            for layer in self.layers:
+                layer.used = used
+
+
+class Argument(NamedTuple):
+    """Argument of a module's forward, [B, T], that tells real tokens from padding.
+
+    hides: whether it marks the padding: a boolean mask by True, one that is added to attention scores by -inf.
+    """
+
+    name: str
+    hides: bool
+
+
+# of torch's stacks of layers, and of the layers themselves
+TORCH = (Argument("src_key_padding_mask", True), Argument("tgt_key_padding_mask", True))
+TORCH_KINDS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class PaddingMask:
+    """Hooks of a module whose argument tells padding, for the layers inside it while it runs.
+
+    argument: None for a module without one, whose tokens are all real even inside a module that has a mask. sequence_first: whether tokens
+    are [T, B, D] although the mask is [B, T].
+    """
+
+    def __init__(self, shared: Sequence[Shared], argument: Argument | None, position: int | None, sequence_first: bool = False):
+        self.shared, self.argument, self.position, self.sequence_first = shared, argument, position, sequence_first
+
+    def begin(self, _module: nn.Module, inputs: tuple, named: dict) -> None:
+        """Forward pre-hook."""
+        given = named.get(self.argument.name) if self.argument else None
+        if given is None and self.position is not None and len(inputs) > self.position:
+            given = inputs[self.position]
+        real = None
+        if isinstance(given, Tensor) and given.dim() == 2:  # one of more dimensions is about pairs of tokens
+            if self.argument.hides:
+                real = ~given if given.dtype == torch.bool else given == 0
+            else:
+                real = given > 0
+        for one in self.shared:
+            one.masks.append(real.t() if real is not None and self.sequence_first else real)
+
+    def end(self, *_: object) -> None:
+        """Forward hook, also called if the module fails."""
+        for one in self.shared:
+            if one.masks:
+                one.masks.pop()
+
+
+def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Let the model's MoE layers know when a pass begins, and those in torch's Transformer layers which tokens are padding."""
+    remove_hooks(model, RunningPass)
+    running = RunningPass(layers)
+    model.register_forward_pre_hook(running.begin)
+    model.register_forward_hook(running.end, always_call=True)
+    for module in model.modules():
+        if isinstance(module, TORCH_KINDS) and any(layer in layers for _, layer in moe_layers(module)):
+            first = next(part for part in module.modules() if isinstance(part, nn.MultiheadAttention))
+            watch_padding(module, [layers[-1].shared], TORCH, not first.batch_first)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Remove the hooks of all passes and masks."""
+    for module in model.modules():
+        remove_hooks(module, (RunningPass, PaddingMask))
+
+
+def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    """Remove the forward hooks that are methods of these classes."""
+    tables = (module._forward_pre_hooks, module._forward_hooks)
+    for key in [key for table in tables for key, hook in table.items() if isinstance(getattr(hook, "__self__", None), kinds)]:
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            for table in (name, f"{name}_with_kwargs", f"{name}_always_called"):
+                getattr(module, table, {}).pop(key, None)
+
+
+def watch_padding(module: nn.Module, shared: Sequence[Shared], arguments: Sequence[Argument], sequence_first: bool = False) -> None:
+    """Take the padding of the layers inside the module from the first of these arguments that its forward has. Repeating it has no effect."""
+    masks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    watched = [one for mask in masks if isinstance(mask, PaddingMask) for one in mask.shared]
+    if not (shared := [one for one in shared if one not in watched]):
+        return
+    positions = {name: place for place, name in enumerate(inspect.signature(type(module).forward).parameters)}
+    argument = next((one for one in arguments if one.name in positions), None)
+    mask = PaddingMask(shared, argument, None if argument is None else positions[argument.name] - 1, sequence_first)
+    module.register_forward_pre_hook(mask.begin, with_kwargs=True)
+    module.register_forward_hook(mask.end, always_call=True)
+
+
+@contextmanager
+def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
+    """Context manager for passes with padding: only tokens where `mask` is nonzero count in balance losses and expert load.
+
+    mask: [B, T], shaped as the tokens that the MoE layers see; layers with tokens of another shape ignore it. Models of transformers and
+    torch's Transformer layers need it only where their own masks do not say. It takes precedence over these. What the model computes does
+    not change. ValueError if the model has no MoE layers.
+    """
+    if not (layers := moe_layers(model)):
+        raise ValueError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    before = {layer.shared: layer.shared.given for _, layer in layers}
+    for shared in before:
+        shared.given = mask > 0
+    try:
+        yield model
+    finally:
+        for shared, mask_before in before.items():
+            shared.given = mask_before

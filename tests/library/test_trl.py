@@ -1,0 +1,70 @@
+"""TRL's trainers train the balance loss exactly once."""
+
+import copy
+
+import pytest
+import torch
+
+import smoe_dropout as sd
+from tests.library.test_transformers_trainer import BALANCE, rows, sparse
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+transformers = pytest.importorskip("transformers")
+
+ARGUMENTS = {
+    **{"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "max_steps": 1},
+    **{"max_grad_norm": 0.0, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "seed": 3},
+    **{"gradient_checkpointing": False, "train_sampling_strategy": "sequential"},
+}
+
+
+def tokenizer():
+    """Words of single numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {str(word): word for word in range(30)} | {"<pad>": 30}
+    base = Tokenizer(models.WordLevel(words, unk_token="0"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="0", unk_token="0")
+
+
+def moved(model, trained) -> list[torch.Tensor]:
+    """What a step of SGD subtracted from the routers, divided by the learning rate."""
+    before = [layer.router.weight.detach().clone() for _, layer in sd.moe_layers(model)]
+    trained.train()
+    return [(start - layer.router.weight.detach()) / 0.1 for start, (_, layer) in zip(before, sd.moe_layers(model), strict=True)]
+
+
+def gradient(model, auxiliary: float, batches: list[list[dict]]) -> list[torch.Tensor]:
+    """Gradient of the routers by hand: mean cross-entropy of all labels plus `auxiliary` times the mean balance loss of the batches."""
+    model = copy.deepcopy(model).train()
+    labels = sum(len(row["input_ids"]) - 1 for batch in batches for row in batch)
+    for batch in batches:
+        tokens = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True, padding_value=30)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row["input_ids"]) for row in batch], batch_first=True)
+        logits = model(tokens, attention_mask=mask).logits[:, :-1]
+        chosen = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        (-(chosen * mask[:, 1:]).sum() / labels + auxiliary * sd.auxiliary_loss(model) / len(batches)).backward()
+    return [layer.router.weight.grad for _, layer in sd.moe_layers(model)]
+
+
+def texts(count: int) -> list[dict]:
+    """Rows of different lengths."""
+    return [{"input_ids": row["input_ids"][: 9 - place % 4] % 30} for place, row in enumerate(rows(count))]
+
+
+@pytest.mark.parametrize("host", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("settings", "auxiliary"), [({}, 1.0), ({"router_aux_loss_coef": BALANCE / 2}, 0.5), ({"router_aux_loss_coef": 0.0}, 0.0)]
+)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_supervised_fine_tuning(host, settings, auxiliary, accumulated, tmp_path):
+    model, data = sparse(host), texts(4)
+    size = 4 // accumulated
+    expected = gradient(model, auxiliary, [data[start : start + size] for start in range(0, 4, size)])
+    arguments = {**ARGUMENTS, **settings, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+    dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in data])
+    trainer = trl.SFTTrainer(model, trl.SFTConfig(str(tmp_path), **arguments), train_dataset=dataset, processing_class=tokenizer())
+    for found, wanted in zip(moved(model, trainer), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
