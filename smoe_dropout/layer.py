@@ -178,7 +178,7 @@ class MoELayer(nn.Module, FollowsTraining):
 
 
 def mean_losses(uses: Sequence[Use]) -> dict[str, Tensor]:
-    """Mean of each loss over several uses, weighted by their tokens, so that work done in parts has the same loss at any number of parts."""
+    """Mean of each loss over several uses, weighted by their tokens, so that its scale does not depend on their number."""
     names = dict.fromkeys(name for use in uses for name in use.losses)
     total = sum(use.tokens for use in uses)
     total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)

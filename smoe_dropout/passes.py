@@ -69,14 +69,19 @@ class PaddingMask:
         given = named.get(self.argument.name) if self.argument else None
         if given is None and self.position is not None and len(inputs) > self.position:
             given = inputs[self.position]
-        real = None
-        if isinstance(given, Tensor) and given.dim() == 2:  # one of more dimensions is about pairs of tokens
-            if self.argument.hides:
-                real = ~given if given.dtype == torch.bool else given == 0
-            else:
-                real = given > 0
         for one in self.shared:
-            one.masks.append(real.t() if real is not None and self.sequence_first else real)
+            if given is None:
+                one.masks.append(None)
+            elif isinstance(given, Tensor) and given.dim() == 2:
+                one.masks.append(self.real(given))
+            else:  # about pairs of tokens, made by an outer module from its own mask
+                one.masks.append(one.masks[-1] if one.masks else None)
+
+    def real(self, given: Tensor) -> Tensor:
+        """The mask of real tokens."""
+        hidden = given if given.dtype == torch.bool else given != 0
+        real = ~hidden if self.argument.hides else given > 0
+        return real.t() if self.sequence_first else real
 
     def end(self, *_: object) -> None:
         """Forward hook, also called if the module fails."""
@@ -113,7 +118,7 @@ def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
 
 
 def watch_padding(module: nn.Module, shared: Sequence[Shared], arguments: Sequence[Argument], sequence_first: bool = False) -> None:
-    """Take the padding of the layers inside the module from the first of these arguments that its forward has. Repeating it has no effect."""
+    """Take the padding of the layers inside the module from the first of these arguments that its forward has. Can be repeated."""
     masks = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
     watched = [one for mask in masks if isinstance(mask, PaddingMask) for one in mask.shared]
     if not (shared := [one for one in shared if one not in watched]):

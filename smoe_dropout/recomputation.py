@@ -15,7 +15,7 @@ REMEDY = "call backward() right after the pass it belongs to, or train without g
 
 
 class Pass(NamedTuple):
-    """Record of a layer's pass: k, a sample of its input, whether its losses are part of a graph (None: it had none), and its real tokens."""
+    """Record of a layer's pass: k, a sample of its input, whether its losses are in a graph (None: it had none), and its real tokens."""
 
     top_k: int
     sample: Tensor | None

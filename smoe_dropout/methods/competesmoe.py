@@ -96,8 +96,8 @@ class CompeteLayer(MoELayer, Reports):
         if real_N is None:
             distillation = F.mse_loss(logits_NE.softmax(-1), target_NE)
         else:
-            error_N = (logits_NE.softmax(-1) - target_NE).square().mean(-1)
-            distillation = (error_N * real_N).sum() / real_N.sum().clamp(min=1)
+            error_NE = (logits_NE.softmax(-1) - target_NE).square() * real_N[:, None]
+            distillation = error_NE.sum() / (real_N.sum().clamp(min=1) * self.num_experts)
         self.keep(x_ND, {"router": self.options.router_loss * distillation}, indices_NK.detach())
         chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
         return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)

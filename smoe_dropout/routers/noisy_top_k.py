@@ -38,9 +38,8 @@ class NoisyTopKRouter(LinearRouter):
             importance_NE = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK)
             losses["importance"] = self.balance_loss * squared_variation(summed(importance_NE, self.real_N))
             if k < self.num_experts:  # with k = E every expert is always chosen
-                losses["load"] = self.balance_loss * squared_variation(
-                    summed(smooth_load(clean_NE, noisy_NE, deviation_NE, k), self.real_N)
-                )
+                load_NE = smooth_load(clean_NE, noisy_NE, deviation_NE, k)
+                losses["load"] = self.balance_loss * squared_variation(summed(load_NE, self.real_N))
         return Routing(indices_NK, weights_NK, losses)
 
     def flops(self, tokens: int) -> int:

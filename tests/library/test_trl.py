@@ -55,15 +55,18 @@ def texts(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("host", ["gpt2", "llama"])
-@pytest.mark.parametrize(
-    ("settings", "auxiliary"), [({}, 1.0), ({"router_aux_loss_coef": BALANCE / 2}, 0.5), ({"router_aux_loss_coef": 0.0}, 0.0)]
-)
+@pytest.mark.parametrize(("coefficient", "auxiliary"), [(None, 1.0), (BALANCE / 2, 0.5), (0.0, 0.0)])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_supervised_fine_tuning(host, settings, auxiliary, accumulated, tmp_path):
+def test_supervised_fine_tuning(host, coefficient, auxiliary, accumulated, tmp_path):
     model, data = sparse(host), texts(4)
     size = 4 // accumulated
     expected = gradient(model, auxiliary, [data[start : start + size] for start in range(0, 4, size)])
-    arguments = {**ARGUMENTS, **settings, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+    arguments = {
+        **ARGUMENTS,
+        "router_aux_loss_coef": coefficient,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulated,
+    }
     dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in data])
     trainer = trl.SFTTrainer(model, trl.SFTConfig(str(tmp_path), **arguments), train_dataset=dataset, processing_class=tokenizer())
     for found, wanted in zip(moved(model, trainer), expected, strict=True):
