@@ -51,7 +51,7 @@ def rows(count: int, even: bool = True) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
 
 
-def trainer(model: nn.Module, folder, data=None, callbacks=(), **arguments):
+def trainer(model: nn.Module, folder, data=None, callbacks=(), eval_data=None, **arguments):
     defaults = {
         **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "max_steps": 1, "seed": 3},
         **{
@@ -63,7 +63,9 @@ def trainer(model: nn.Module, folder, data=None, callbacks=(), **arguments):
         },
     }
     settings = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return transformers.Trainer(model, settings, train_dataset=rows(8) if data is None else data, callbacks=list(callbacks))
+    return transformers.Trainer(
+        model, settings, train_dataset=rows(8) if data is None else data, eval_dataset=eval_data, callbacks=list(callbacks)
+    )
 
 
 def losses(trained) -> list[float]:
@@ -252,6 +254,59 @@ def test_evaluation_at_another_k(tmp_path):
         with sd.top_k(model, k):
             found[k] = run.evaluate()["eval_loss"]
     assert found[1] != found[4] and sd.get_top_k(model) == 3
+
+
+def test_schedule_is_a_function(tmp_path):
+    model = sparse("bert")
+    run = trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback(lambda step: 4 - step)], max_steps=3)
+    run.train()
+    assert ks(run) == [4, 3, 2]
+    for wrong in ((lambda step: 1, 1, 2), ("constant",)):
+        with pytest.raises(ValueError, match=r"takes neither|needs k_min and k_max"):
+            sd.TopKScheduleCallback(*wrong)
+    with pytest.raises(ValueError, match="k = 5 must be a whole number from 1 to the 4 experts"):
+        trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback(lambda step: 5)]).train()
+    with pytest.raises(sd.ConfigError, match="evaluate_at = 5 is more than the 4 experts"):
+        trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback("constant", 1, 2, evaluate_at=5)]).train()
+
+
+def test_evaluations_and_loggers(tmp_path, monkeypatch):
+    """Every evaluation runs at a fixed k, and TensorBoard has what the log history has."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    model, seen = sparse("bert"), []
+    callback = sd.TopKScheduleCallback(lambda step: 1 + step, evaluate_at=2)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "report_to": ["tensorboard"]}
+    evaluated = {"one": rows(4), "other": rows(4)}
+    run = trainer(model, tmp_path, callbacks=[callback], eval_data=evaluated, max_steps=3, eval_on_start=True, **settings)
+    model.register_forward_hook(lambda model, *_: seen.append((model.training, sd.get_top_k(model))))
+    run.train()
+    assert [k for training, k in seen if training] == ks(run) == [1, 2, 3]
+    assert {k for training, k in seen if not training} == {2} and len(seen) == 3 + 8
+    evaluated = [entry for entry in run.state.log_history if any(name.startswith("eval_") for name in entry)]
+    assert len(evaluated) == 8 and all(entry["top_k"] == 2 for entry in evaluated)
+    assert [sd.get_top_k(sd.from_pretrained(tmp_path / f"checkpoint-{step}")) for step in (1, 2, 3)] == [1, 2, 3]
+    board = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    logged = {name: [event.value for event in board.Scalars(f"{name}")] for name in board.Tags()["scalars"]}
+    assert logged["train/top_k"][:3] == [1, 2, 3] and set(logged["eval/top_k"]) == {2}
+    history = [entry["expert_entropy"] for entry in run.state.log_history if "loss" in entry]
+    assert logged["train/expert_entropy"][:3] == pytest.approx(history) and all(0 < value <= 1 for value in history)
+    run.evaluate(rows(4))
+    assert seen[-1] == (False, 3)
+
+
+def test_expert_entropy():
+    model = sparse("bert", router="random", balance_loss=None)
+    from smoe_dropout.hf.callback import load_entropy
+
+    assert load_entropy(model) is None
+    with sd.top_k(model, 4):
+        model(TOKENS)
+        assert load_entropy(model) == pytest.approx(1.0)
+    for _, layer in sd.moe_layers(model):
+        layer.router.bias.data[:2] += 1000.0
+    model(TOKENS)
+    assert load_entropy(model) == pytest.approx(0.5)
 
 
 # resumed runs, precision
