@@ -39,6 +39,7 @@ _EXPORTS = {
     "auxiliary_loss": "control",
     "expert_load": "control",
     "token_mask": "passes",
+    "parameter_groups": "decay",
     "set_progress": "training",
     "method_metrics": "training",
     "slim": "control",

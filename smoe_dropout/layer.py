@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.experts import Experts
+from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import NoOptions, build_options
 from smoe_dropout.recomputation import Pass, check, original, recomputing, record_pass
 from smoe_dropout.registry import ROUTERS, load
@@ -88,7 +88,7 @@ class MoELayer(nn.Module, FollowsTraining):
             raise TypeError(f"an MoE layer takes hidden states in floating point, but got {x.dtype}: embed token ids first")
         self.see_padding(x)
         routing = self.route(x)
-        if not torch.compiler.is_compiling() and not self.uses:
+        if not torch.compiler.is_compiling() and not plain.needed() and not self.uses:
             check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)
         self.keep(x, routing.losses, routing.indices_NK.detach())
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
@@ -107,6 +107,8 @@ class MoELayer(nn.Module, FollowsTraining):
         Raises RuntimeError if activation checkpointing repeats a pass that cannot be repeated, or differs from the original one.
         """
         real_N, self.shared.real_N = self.shared.real_N, None
+        if torch.compiler.is_exporting():  # tensors of the trace mean nothing afterwards
+            return
         if not recomputing():
             again, self.used = self.used, None if self.used is None else True
             use = Use(losses, assigned_NK, real_N)

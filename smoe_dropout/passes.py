@@ -5,6 +5,7 @@ in neither. The hooks do nothing in a pass that activation checkpointing repeats
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,14 +20,25 @@ from smoe_dropout.shared import Shared
 
 
 class RunningPass:
-    """Hooks of a converted model that mark its layers as unused when it begins to run."""
+    """Hooks of a converted model that mark its layers as unused when it begins to run.
 
-    def __init__(self, layers: Sequence[MoELayer]):
-        self.layers = layers
+    They also warn once if the model's linear maps have been quantised since: libraries that do this skip the experts silently. It shows by
+    `witness`, the place of a linear map: its parent and its name in it.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer], witness: tuple[nn.Module, str] | None):
+        self.layers, self.witness = layers, witness
 
     def begin(self, *_: object) -> None:
         """Forward pre-hook."""
         self.mark(False)
+        if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules[self.witness[1]]):
+            self.witness = None
+            warnings.warn(
+                "the linear maps of this model have been quantised, but its experts have not: they are stacked parameters, not nn.Linear, "
+                "and keep their size and precision; smoe_dropout.slim(model, k, torch.bfloat16) halves them",
+                stacklevel=2,
+            )
 
     def end(self, *_: object) -> None:
         """Forward hook, also called if the model fails."""
@@ -37,6 +49,13 @@ class RunningPass:
         if not recomputing():
             for layer in self.layers:
                 layer.used = used
+
+
+def is_quantised(linear: nn.Module | None) -> bool:
+    """Whether a module that was an nn.Linear, or its weight, is now of a library for quantisation."""
+    weight = getattr(linear, "weight", None)
+    names = f"{type(linear)} {type(weight)}".lower()
+    return any(word in names for word in ("quant", "torchao", "bitsandbytes"))
 
 
 class Argument(NamedTuple):
@@ -93,7 +112,8 @@ class PaddingMask:
 def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     """Let the model's MoE layers know when a pass begins, and those in torch's Transformer layers which tokens are padding."""
     remove_hooks(model, RunningPass)
-    running = RunningPass(layers)
+    linears = ((parent, name) for parent in model.modules() for name, child in parent.named_children() if type(child) is nn.Linear)
+    running = RunningPass(layers, next(linears, None))
     model.register_forward_pre_hook(running.begin)
     model.register_forward_hook(running.end, always_call=True)
     for module in model.modules():

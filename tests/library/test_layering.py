@@ -15,7 +15,7 @@ FLOORS = (
     ("routers",),
     ("layer",),
     ("control", "hosts"),
-    ("methods", "passes"),
+    ("methods", "passes", "decay"),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )
