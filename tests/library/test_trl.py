@@ -71,3 +71,46 @@ def test_supervised_fine_tuning(host, coefficient, auxiliary, accumulated, tmp_p
     trainer = trl.SFTTrainer(model, trl.SFTConfig(str(tmp_path), **arguments), train_dataset=dataset, processing_class=tokenizer())
     for found, wanted in zip(moved(model, trainer), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_weighted_losses(tmp_path):
+    """TRL's `dft` loss weighs tokens itself; the coefficient decides how much of the balance loss is added."""
+    moves = []
+    for coefficient in (0.0, None):
+        model = sparse("llama")
+        arguments = {**ARGUMENTS, "router_aux_loss_coef": coefficient, "per_device_train_batch_size": 4, "loss_type": "dft"}
+        dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in texts(4)])
+        moves.append(
+            moved(model, trl.SFTTrainer(model, trl.SFTConfig(str(tmp_path), **arguments), None, dataset, processing_class=tokenizer()))
+        )
+    assert_difference(moves, sparse("llama"), [texts(4)])
+
+
+def test_preference_optimisation(tmp_path):
+    """DPO asks for the balance loss by argument only."""
+    pairs = [{"prompt": "4 5 6", "chosen": " 7 8 9 10", "rejected": " 11 12"}, {"prompt": "9", "chosen": " 3", "rejected": " 4 5 6"}]
+    moves, batches = [], []
+    for coefficient in (0.0, None):
+        model = sparse("llama")
+        model.register_forward_pre_hook(lambda _, inputs, named: batches.append(named), with_kwargs=True)
+        arguments = {**ARGUMENTS, "router_aux_loss_coef": coefficient, "per_device_train_batch_size": 2}
+        arguments.pop("train_sampling_strategy")
+        trainer = trl.DPOTrainer(
+            model,
+            copy.deepcopy(model),
+            trl.DPOConfig(str(tmp_path), **arguments),
+            None,
+            datasets.Dataset.from_list(pairs),
+            processing_class=tokenizer(),
+        )
+        moves.append(moved(model, trainer))
+    tokens, mask = batches[0]["input_ids"], batches[0]["attention_mask"]
+    assert_difference(moves, sparse("llama"), [[{"input_ids": row[real.bool()]} for row, real in zip(tokens, mask, strict=True)]])
+
+
+def assert_difference(moves: list[list[torch.Tensor]], model, batches: list[list[dict]]) -> None:
+    """Assert that the second step differs from the first by the gradient of the balance loss."""
+    without, together = (gradient(model, auxiliary, batches) for auxiliary in (0.0, 1.0))
+    for first, second, none, one in zip(*moves, without, together, strict=True):
+        assert (one - none).abs().max() > 1e-3
+        torch.testing.assert_close(second - first, one - none, rtol=1e-3, atol=1e-5)
