@@ -97,16 +97,16 @@ class MoELayer(nn.Module, FollowsTraining):
         """Tell the router which tokens are real, until `keep`."""
         if recomputing():  # the mask may be gone
             before = original(self.records, x)
-            self.shared.real_N = None if before is None else before.real_N
+            self.router.real_N = None if before is None else before.real_N
         else:
-            self.shared.real_N = self.shared.real_tokens(x)
+            self.router.real_N = self.shared.real_tokens(x)
 
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
         """Store losses and assignments of a use.
 
         Raises RuntimeError if activation checkpointing repeats a pass that cannot be repeated, or differs from the original one.
         """
-        real_N, self.shared.real_N = self.shared.real_N, None
+        real_N, self.router.real_N = self.router.real_N, None
         if torch.compiler.is_exporting():  # tensors of the trace mean nothing afterwards
             return
         if not recomputing():

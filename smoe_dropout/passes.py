@@ -29,10 +29,10 @@ class RunningPass:
     def __init__(self, layers: Sequence[MoELayer], witness: tuple[nn.Module, str] | None):
         self.layers, self.witness = layers, witness
 
-    def begin(self, *_: object) -> None:
+    def begin(self, model: nn.Module, *_: object) -> None:
         """Forward pre-hook."""
-        self.mark(False)
-        if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules[self.witness[1]]):
+        self.mark(model, False)
+        if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules.get(self.witness[1])):
             self.witness = None
             warnings.warn(
                 "the linear maps of this model have been quantised, but its experts have not: they are stacked parameters, not nn.Linear, "
@@ -40,15 +40,25 @@ class RunningPass:
                 stacklevel=2,
             )
 
-    def end(self, *_: object) -> None:
+    def end(self, model: nn.Module, *_: object) -> None:
         """Forward hook, also called if the model fails."""
-        self.mark(None)
+        self.mark(model, None)
 
-    def mark(self, used: bool | None) -> None:
+    def mark(self, model: nn.Module, used: bool | None) -> None:
         """Set `used` of the layers."""
         if not recomputing():
-            for layer in self.layers:
+            for layer in own_layers(model, self.layers):
                 layer.used = used
+
+
+def own_layers(model: nn.Module, layers: Sequence[MoELayer]) -> Sequence[MoELayer]:
+    """These layers of the model, or, in a replica made by nn.DataParallel, its own. Replicas share hooks with the original."""
+    return [layer for _, layer in moe_layers(model)] if is_replica(model) else layers
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether the module is a replica made by nn.DataParallel."""
+    return getattr(module, "_is_replica", False)
 
 
 def is_quantised(linear: nn.Module | None) -> bool:
@@ -76,6 +86,8 @@ TORCH_KINDS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncod
 class PaddingMask:
     """Hooks of a module whose argument tells padding, for the layers inside it while it runs.
 
+    Without effect in the replicas of nn.DataParallel, which run at the same time.
+
     argument: None for a module without one, whose tokens are all real even inside a module that has a mask. sequence_first: whether tokens
     are [T, B, D] although the mask is [B, T].
     """
@@ -83,8 +95,10 @@ class PaddingMask:
     def __init__(self, shared: Sequence[Shared], argument: Argument | None, position: int | None, sequence_first: bool = False):
         self.shared, self.argument, self.position, self.sequence_first = shared, argument, position, sequence_first
 
-    def begin(self, _module: nn.Module, inputs: tuple, named: dict) -> None:
+    def begin(self, module: nn.Module, inputs: tuple, named: dict) -> None:
         """Forward pre-hook."""
+        if is_replica(module):
+            return
         given = named.get(self.argument.name) if self.argument else None
         if given is None and self.position is not None and len(inputs) > self.position:
             given = inputs[self.position]
@@ -102,10 +116,10 @@ class PaddingMask:
         real = ~hidden if self.argument.hides else given > 0
         return real.t() if self.sequence_first else real
 
-    def end(self, *_: object) -> None:
+    def end(self, module: nn.Module, *_: object) -> None:
         """Forward hook, also called if the module fails."""
         for one in self.shared:
-            if one.masks:
+            if one.masks and not is_replica(module):
                 one.masks.pop()
 
 

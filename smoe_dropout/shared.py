@@ -8,8 +8,7 @@ class Shared:
 
     tokens: ids of the current batch, set only where a layer or router needs them. carried: passed on from one MoE layer to the next.
     masks: for each running module that tells padding, the innermost last, which of its tokens are real, bool [B, T], or None if all are.
-    given: such a mask set by `token_mask`, which takes precedence. real_N: the real tokens of the layer that is routing, or None.
-    logits: router logits of the pass, by layer, if they were asked for.
+    given: such a mask set by `token_mask`, which takes precedence.
     """
 
     def __init__(self):
@@ -17,8 +16,6 @@ class Shared:
         self.carried: Tensor | None = None
         self.masks: list[Tensor | None] = []
         self.given: Tensor | None = None
-        self.real_N: Tensor | None = None
-        self.logits: list[Tensor] | None = None
 
     def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """Store the token ids; a forward pre-hook of the model's token embedding."""

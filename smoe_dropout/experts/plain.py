@@ -28,4 +28,6 @@ def gated(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
 
 def needed() -> bool:
     """Whether the model is being exported or transformed by torch.func."""
-    return torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling():  # which also runs inside a stack of interpreters
+        return torch.compiler.is_exporting()
+    return torch._C._functorch.peek_interpreter_stack() is not None

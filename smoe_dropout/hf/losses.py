@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.control import moe_layers
 from smoe_dropout.layer import MoELayer
-from smoe_dropout.passes import remove_hooks
+from smoe_dropout.passes import own_layers, remove_hooks
 
 ASKED, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 
@@ -37,15 +37,14 @@ class Outputs:
     """Hooks of a converted model that add the auxiliary losses to what it returns; see `return_auxiliary_losses`."""
 
     def __init__(self, layers: list[MoELayer]):
-        self.layers, self.shared = layers, list({layer.shared: None for layer in layers})
+        self.layers = layers
 
     def begin(self, model: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook. What is asked for is taken out of the arguments, since a converted model's own code knows no routers."""
-        asked, settings = named.pop(ASKED, None), text_config(model)
-        by_default = getattr(settings, ASKED, False)
-        logits = [] if (by_default if asked is None else asked) else None
-        for one in self.shared:
-            one.logits = logits
+        asked, by_default = named.get(ASKED), getattr(text_config(model), ASKED, False)
+        for layer in own_layers(model, self.layers):
+            layer.router.shown = [] if (by_default if asked is None else asked) else None
+        named = {name: value for name, value in named.items() if name != ASKED}
         # code that reads the configuration itself is told that this is done
         return arguments, {**named, ASKED: False} if by_default and _takes(model, ASKED) else named
 
@@ -55,21 +54,22 @@ class Outputs:
         With `num_items_in_batch` the model's loss is its part of a mean over several micro-batches, whose losses are summed; the auxiliary
         losses are then weighted by this micro-batch's fraction of the items.
         """
-        logits = self.shared[0].logits
-        for one in self.shared:
-            one.logits = None
-        losses = [loss for layer in self.layers for loss in layer.losses.values()] if model.training else []
+        layers, own = own_layers(model, self.layers), coefficient(self.layers)
+        losses = [loss for layer in layers for loss in layer.losses.values()] if model.training else []
+        total = sum(losses[1:], losses[0]) if losses else None
         if losses:
-            total, scale = sum(losses[1:], losses[0]), 1.0
-            if (own := coefficient(self.layers)) and (now := getattr(text_config(model), COEFFICIENT, own)) != own:
-                scale = now / own
-            output = self.with_loss(model, arguments, named, output, total if scale == 1 else total * scale)
-        if logits is None:
+            now = getattr(text_config(model), COEFFICIENT, own) if own else own
+            output = self.with_loss(model, arguments, named, output, total if now == own else total * (now / own))
+        if layers[0].router.shown is None:
             return output
-        unweighted = sum(losses[1:], losses[0]) / (coefficient(self.layers) or 1.0) if losses else torch.zeros((), device=model.device)
-        if not isinstance(output, dict):
-            return (*output, unweighted, tuple(logits)) if isinstance(output, tuple) else output
-        output["aux_loss"], output["router_logits"] = unweighted, tuple(logits)
+        logits = tuple(shown for layer in layers for shown in layer.router.shown)
+        for layer in layers:
+            layer.router.shown = None
+        unweighted = torch.zeros((), device=model.device) if total is None else total / (own or 1.0)
+        if isinstance(output, tuple):
+            return (*output, unweighted, logits)
+        if isinstance(output, dict):
+            output["aux_loss"], output["router_logits"] = unweighted, logits
         return output
 
     @staticmethod

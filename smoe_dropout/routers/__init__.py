@@ -34,6 +34,10 @@ class Router(nn.Module):
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
+
+    For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
+    or higher, whatever the model's precision. Activation checkpointing repeats `forward`, so a buffer that counts passes must not be
+    changed while `recomputation.recomputing()`.
     """
 
     Options: type = NoOptions
@@ -41,6 +45,8 @@ class Router(nn.Module):
     uses: tuple[str, ...] = ()
     frozen_by_default = False
     shared: Shared | None = None
+    real_N: Tensor | None = None
+    shown: list[Tensor] | None = None
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
@@ -48,15 +54,10 @@ class Router(nn.Module):
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
 
-    @property
-    def real_N(self) -> Tensor | None:
-        """Which tokens of the running pass are real rather than padding, bool [N]; None if all are. For losses only."""
-        return None if self.shared is None else self.shared.real_N
-
     def show(self, logits_NE: Tensor) -> None:
         """Keep the logits for a pass that was asked to return them."""
-        if self.shared is not None and self.shared.logits is not None:
-            self.shared.logits.append(logits_NE)
+        if self.shown is not None:
+            self.shown.append(logits_NE)
 
     def weigh(self, top_NK: Tensor) -> Tensor:
         """Gate weights of the k chosen logits: their softmax, or 1/k each."""
