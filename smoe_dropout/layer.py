@@ -20,7 +20,7 @@ from smoe_dropout.training import FollowsTraining
 
 
 class Use(NamedTuple):
-    """What one use of a layer leaves: losses by name, chosen experts [N, K], and which tokens are real, bool [N], or None if all are."""
+    """Results of one use of a layer: losses by name, chosen experts [N, K], and which tokens are real, bool [N], or None if all are."""
 
     losses: dict[str, Tensor]
     assigned_NK: Tensor

@@ -30,7 +30,7 @@ def tokenizer():
 
 
 def moved(model, trained) -> list[torch.Tensor]:
-    """What a step of SGD subtracted from the routers, divided by the learning rate."""
+    """Change of the routers in a step of SGD, divided by the negative learning rate."""
     before = [layer.router.weight.detach().clone() for _, layer in sd.moe_layers(model)]
     trained.train()
     return [(start - layer.router.weight.detach()) / 0.1 for start, (_, layer) in zip(before, sd.moe_layers(model), strict=True)]
