@@ -48,7 +48,8 @@ class Described:
 
 @cache
 def _described_class(kind: type) -> type:
-    return type(kind.__name__, (Described, kind), {})
+    ignored = [*getattr(kind, "keys_to_ignore_at_inference", []), "aux_loss", "router_logits"]  # by the Trainer, which would collect them
+    return type(kind.__name__, (Described, kind), {"keys_to_ignore_at_inference": ignored})
 
 
 def size_field(kind: type) -> str:

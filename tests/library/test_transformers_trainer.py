@@ -295,6 +295,12 @@ def test_evaluations_and_loggers(tmp_path, monkeypatch):
     assert seen[-1] == (False, 3)
 
 
+def test_predictions_are_logits_only(tmp_path):
+    model = sparse("bert")
+    model.config.output_router_logits = True
+    assert trainer(model, tmp_path).predict(rows(4)).predictions.shape == (4, 9, 31)
+
+
 def test_expert_entropy():
     model = sparse("bert", router="random", balance_loss=None)
     from smoe_dropout.hf.callback import load_entropy
