@@ -136,12 +136,6 @@ def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
             watch_padding(module, [layers[-1].shared], TORCH, not first.batch_first)
 
 
-def unwatch(model: nn.Module) -> None:
-    """Remove the hooks of all passes and masks."""
-    for module in model.modules():
-        remove_hooks(module, (RunningPass, PaddingMask))
-
-
 def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
     """Remove the forward hooks that are methods of these classes."""
     tables = (module._forward_pre_hooks, module._forward_hooks)

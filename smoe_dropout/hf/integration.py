@@ -11,7 +11,7 @@ from torch import nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
 from smoe_dropout.hf.described import Described, described, is_pretrained_model, plain
-from smoe_dropout.hf.losses import normalises_by_items, return_auxiliary_losses, without_auxiliary_losses
+from smoe_dropout.hf.losses import ASKED, COEFFICIENT, normalises_by_items, return_auxiliary_losses, text_config
 from smoe_dropout.hosts.original import with_removed
 from smoe_dropout.passes import Argument, watch_padding
 
@@ -36,7 +36,8 @@ def separate(model: nn.Module) -> None:
     """Undo `integrate` in a model whose MoE layers and hooks are gone."""
     for module in list(model.modules()):
         if isinstance(config := getattr(module, "config", None), Described):
-            without_auxiliary_losses(module)
+            for name in (ASKED, COEFFICIENT):
+                vars(text_config(module)).pop(name, None)
             _exchange(model, config, plain(config))
             vars(module).pop("accepts_loss_kwargs", None)
 

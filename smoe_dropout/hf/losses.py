@@ -109,13 +109,6 @@ def return_auxiliary_losses(model: nn.Module) -> None:
         setattr(settings, ASKED, False)
 
 
-def without_auxiliary_losses(model: nn.Module) -> None:
-    """Undo `return_auxiliary_losses`."""
-    remove_hooks(model, Outputs)
-    for name in (ASKED, COEFFICIENT):
-        vars(text_config(model)).pop(name, None)
-
-
 def coefficient(layers: list[MoELayer]) -> float:
     """The coefficient of the layers' balance losses; 1 if they have losses of another kind only, 0 if they have none."""
     balances = [getattr(layer.router, "balance_loss", None) for layer in layers]
