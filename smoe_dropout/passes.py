@@ -132,8 +132,8 @@ def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     model.register_forward_hook(running.end, always_call=True)
     for module in model.modules():
         if isinstance(module, TORCH_KINDS) and any(layer in layers for _, layer in moe_layers(module)):
-            first = next(part for part in module.modules() if isinstance(part, nn.MultiheadAttention))
-            watch_padding(module, [layers[-1].shared], TORCH, not first.batch_first)
+            attention = next((part for part in module.modules() if isinstance(part, nn.MultiheadAttention)), None)
+            watch_padding(module, [layers[-1].shared], TORCH, not getattr(attention, "batch_first", True))
 
 
 def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
