@@ -19,6 +19,7 @@ ROUTERS: dict[str, str] = {
     "logit_drop": "smoe_dropout.routers.logit_drop:LogitDropRouter",
     "dense_to_sparse": "smoe_dropout.routers.dense_to_sparse:DenseToSparseRouter",
     "noisy_top_k": "smoe_dropout.routers.noisy_top_k:NoisyTopKRouter",
+    "scored": "smoe_dropout.routers.scored:ScoredRouter",
 }
 
 # the official code's gate names; those of its gates that have no balance loss set its coefficient to 0
