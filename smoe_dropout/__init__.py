@@ -27,6 +27,7 @@ _EXPORTS = {
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
     "moefy": "conversion",
+    "adopt": "conversion",
     "report": "summary",
     "unmoefy": "restoration",
     "MoELayer": "layer",

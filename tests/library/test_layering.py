@@ -14,6 +14,7 @@ FLOORS = (
     ("experts",),
     ("routers",),
     ("layer",),
+    ("native",),
     ("control", "hosts"),
     ("methods", "passes", "decay"),
     ("conversion", "restoration", "io", "surgery"),
