@@ -114,6 +114,7 @@ def _adopted(model: nn.Module, config: SMoEConfig) -> nn.Module:
     _number(layers, config, earlier)
     for place, layer in enumerate(layers):
         layer.place(place, len(layers), shared, None)
+    watch_pass(model, [*earlier, *layers])
     _integrate(model, config)
     return model
 

@@ -85,6 +85,7 @@ class ScoredRouter(LinearRouter):
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.options.jitter, 1 + self.options.jitter)
         logits_NE = self.logits(x_ND)
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+        self.show(logits_NE)
         sigmoid = self.options.score == "sigmoid"
         scores_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(-1)
         indices_NK = self.ranking(scores_NE.detach()).topk(k, dim=-1).indices
@@ -94,7 +95,8 @@ class ScoredRouter(LinearRouter):
         losses = {}
         if self.balance_loss > 0 and self.training:
             # the softmax of log-sigmoids is the sigmoids divided by their sum, DeepSeek-V3's probabilities (eq. 19)
-            losses["balance"] = self.balance_loss * switch_balance_loss(F.logsigmoid(logits_NE) if sigmoid else logits_NE, indices_NK)
+            shares_NE = F.logsigmoid(logits_NE) if sigmoid else logits_NE
+            losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
         return Routing(indices_NK, weights_NK * self.options.scale, losses)
 
     def ranking(self, scores_NE: Tensor) -> Tensor:

@@ -240,6 +240,21 @@ def test_training(natives, family):
         assert bool(layer.losses) == bool(coefficient)
 
 
+@pytest.mark.parametrize("asked", ["argument", "configuration"])
+def test_balance_loss_is_the_native_one_and_counted_once(asked):
+    """With one layer both losses are the same; the host's own code, which finds no routers of its class, is not asked."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**{**COMMON, **LOCAL, "num_hidden_layers": 1, "router_aux_loss_coef": 0.1})
+    config.output_router_logits = asked == "configuration"
+    native = transformers.MixtralForCausalLM(config).train()
+    model, mask = sd.adopt(copy.deepcopy(native)), torch.ones_like(TOKENS).index_fill(1, torch.tensor([0, 1]), 0)
+    given = {"output_router_logits": True} if asked == "argument" else {}
+    found, expected = (one(TOKENS, attention_mask=mask, labels=TOKENS, **given) for one in (model, native))
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert torch.allclose(found.router_logits[0], expected.router_logits[0], atol=1e-6)
+    assert model.config.router_aux_loss_coef * found.aux_loss.item() == pytest.approx(0.1 * expected.aux_loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_generation_with_a_cache(natives, family):
     found = [one.generate(TOKENS[:1], max_new_tokens=6, do_sample=False) for one in (natives[family], adopted(natives, family))]
