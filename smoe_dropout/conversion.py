@@ -271,10 +271,11 @@ def check(method: Method | None, config: SMoEConfig) -> None:
 
 
 def refuse_tied(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise ConfigError if a weight of a network is shared with another module: experts would silently untie them."""
+    """Raise ConfigError if another module has a weight of a network, too: experts would silently untie them."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():  # a module that the model uses in several places is named once
+        for own, parameter in module.named_parameters(name, recurse=False):
+            names.setdefault(id(parameter), []).append(own)
     for tensor in (tensor for site in sites for tensor in dense_tensors(site).values()):
         if len(tied := names.get(id(base(tensor)), [])) > 1:
             raise ConfigError(f"{' and '.join(tied[:2])} are the same parameter, and converting would untie them: untie them first")
