@@ -57,7 +57,7 @@ def why_not(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _surveyed(model: nn.Module) -> Survey:
-    """What registered hosts and the survey of all other modules find, in the model's order."""
+    """Networks that registered hosts and the survey of all other modules find, in the model's order."""
     names = {module: name for name, module in model.named_modules()}
     hosted = [site for host in HOSTS for site in load(HOSTS, "host", host).find(model)]
     hosted = [replace(site, path=site.path or f"{names[site.parent]}.{site.name}".lstrip(".")) for site in hosted]

@@ -18,7 +18,7 @@ from smoe_dropout.hosts.source import Piece, pieces, uses_elsewhere
 
 
 class Change(NamedTuple):
-    """What an attribute of a module becomes."""
+    """New value of a module's attribute."""
 
     holder: nn.Module
     name: str
@@ -34,7 +34,7 @@ class Lying(NamedTuple):
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """What an activation that is a function becomes."""
+    """Takes the place of an activation that is a function."""
     return x
 
 
@@ -78,6 +78,9 @@ def lying(block: nn.Module, up_name: str, down_name: str) -> Lying | str:
             if isinstance(result, Lying):
                 return result
             reasons.append(result)
+        used = {name for piece in found for name in piece.uses} - {first, last}
+        for name in (name for name, child in block.named_children() if name in used and next(child.parameters(), None) is not None):
+            reasons.append(f"{described(block.get_submodule(name), name)} lies between its maps")
     return next((reason for reason in reasons if not reason.startswith("it fails")), reasons[0])
 
 
@@ -107,7 +110,7 @@ def _tried(block: nn.Module, up: nn.Module, down: nn.Module, ends: tuple[str, st
 
 
 def _of_piece(block, up, down, ends, found, piece: Piece, shape, training: bool) -> Lying | str:
-    """What one run of the statements shows: activation, dropouts, and what must be switched off."""
+    """Read activation, dropouts, and what must be switched off from one run of the statements."""
     events: list[Event] = []
     first = linear_map(up).channels_first
     width = linear_map(up).sizes[0]
@@ -153,7 +156,7 @@ def _mixes(block, up, down, piece: Piece, shape) -> bool:
 
 
 def _changes(block: nn.Module, down: nn.Module, ends: tuple[str, str], between: list[Event], after: list[Event], arrived, found):
-    """What to switch off, given what is called between the maps and after them, where `arrived` is the second map's output."""
+    """List what to switch off, given what is called between the maps and after them, where `arrived` is the second map's output."""
     inside = set(block.get_submodule(ends[0]).modules())  # goes with the first map
     holders = {child: (holder, name) for holder in block.modules() for name, child in holder.named_children()}
     changes, behind = [], nn.Identity()

@@ -75,7 +75,7 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
 
 
 def foreign(module: nn.Module, parameter: str) -> str:
-    """What the module is that has the parameter, in words."""
+    """The module that has the parameter, in words."""
     holder, _, name = parameter.rpartition(".")
     return described(module.get_submodule(holder), holder) if holder else f"a scale or shift {name!r}"
 

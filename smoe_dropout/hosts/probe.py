@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from smoe_dropout.experts.activations import ACTIVATIONS
+from smoe_dropout.experts.activations import ACTIVATIONS, Activation
 
 TOLERANCE = 1e-5  # of a value; float32 rounding gives 1e-6, and gelu and its tanh approximation differ by 2e-4
 RANGE = 13.0  # pre-activations drawn cover this much on both sides of 0, so that clipped activations differ from plain ones
+FEW = 64  # hidden units that are compared first
 _DROPOUTS = (F.dropout, torch.dropout)
 
 
 class Event(NamedTuple):
-    """What happened in a run.
+    """An event of a run.
 
     kind: "map", "dropout", "foreign" (a module with parameters), "module" (one without), or "function" (called through an attribute).
     part: the original module, (module, attribute) of a function, or None for a functional dropout. x, y: input and output. p: probability.
@@ -200,11 +201,14 @@ def identify(pres: list[Tensor], hidden: Tensor) -> Found | None:
         for name, activation in ACTIVATIONS.items():
             if activation.width != (1 if gate is None else 2):
                 continue
-            expected = activation.apply(value if gate is None else torch.cat([gate, value], -1))
-            scale = 1 + expected.abs() + (0 if gate is None else value.abs())
-            error = ((hidden - expected).abs() / scale).max().item() if hidden.numel() else 1.0
-            if error < TOLERANCE:  # not for NaN
-                tried.append((error, len(tried), Found(name, order, index)))
+            if error(activation, gate, value, FEW) < TOLERANCE and (whole := error(activation, gate, value, None)) < TOLERANCE:
+                tried.append((whole, len(tried), Found(name, order, index)))
+
+    def error(activation: Activation, gate: Tensor | None, value: Tensor, units: int | None) -> float:
+        pre = value[..., :units] if gate is None else torch.cat([gate[..., :units], value[..., :units]], -1)
+        expected = activation.apply(pre)
+        scale = 1 + expected.abs() + (0 if gate is None else value[..., :units].abs())
+        return ((hidden[..., :units] - expected).abs() / scale).max().item() if hidden.numel() else 1.0  # NaN is not below anything
 
     if len(pres) == 1 and pres[0].shape == hidden.shape:
         compare(None, pres[0], None, None)

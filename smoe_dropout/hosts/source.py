@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     later: frozenset[str]
 
     def __call__(self, module: nn.Module, make: Callable[[int], Tensor]) -> Any:
-        """What the statements return, or the variables that are read later. make(seed) makes a value for an input."""
+        """Run the statements: their return value, or the variables that are read later. make(seed) makes a value for an input."""
         values = {name: make(seed) if value is None else value for seed, (name, value) in enumerate(self.inputs.items())}
         result = self.function(module, **values)
         if isinstance(result, _Locals):

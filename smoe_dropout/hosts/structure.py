@@ -42,7 +42,7 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
                 place, network = found
                 done |= set(model.get_submodule(place).modules())
                 site = whole(model, place, network)
-                (sites if _known(model.get_submodule(place)) or _stacked(place) else loose).append(site)
+                (sites if _usual(site, _known(model.get_submodule(place))) else loose).append(site)
                 continue
             if _candidate(module, parts):
                 left[name] = str(recognise(module))
@@ -52,12 +52,15 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
                 done |= {module.get_submodule(up), module.get_submodule(down), *module.get_submodule(result.place).modules()}
                 left.pop(name, None)
                 site = in_block(module, name, result)
-                (sites if known or _stacked(name) else loose).append(site)
+                (sites if _usual(site, known) else loose).append(site)
             elif known or not _attention_like(module):
                 left[name] = nearest([result, left[name]] if name in left else [result])
+    narrow = [site for site in loose if site.d_ff < site.d_model]
+    loose = [site for site in loose if site.d_ff >= site.d_model]
     if not sites:
         sites, loose = loose, []
     left |= {site.path: "is not part of a stack of layers, as a head or a projector is not: name it by sites=" for site in loose}
+    left |= {site.path: f"is narrower inside, {site.d_ff}, than the model, {site.d_model}: name it by sites=" for site in narrow}
     inner = [site.path for site in sites]
     return Survey(sites, [(n, r) for n, r in left.items() if not any(p == n or p.startswith(f"{n}.") for p in inner)])
 
@@ -170,12 +173,15 @@ def _known(module: nn.Module) -> bool:
     )
 
 
-def _stacked(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
+def _usual(site: Site, known: bool) -> bool:
+    """Whether a network is one of the model's own layers, and not a head, a projector, or a bottleneck as in squeeze-and-excitation."""
+    wide = site.d_ff >= site.d_model
+    return (known and (wide or not site.channels_first)) or (wide and any(part.isdigit() for part in site.path.split(".")))
 
 
 def _attention_like(module: nn.Module) -> bool:
-    return hasattr(module, "is_causal") or "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
+    kind = type(module).__name__.lower()
+    return hasattr(module, "is_causal") or "attent" in kind or "attn" in kind
 
 
 def _candidate(module: nn.Module, parts: dict[str, nn.Module]) -> bool:

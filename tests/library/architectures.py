@@ -28,7 +28,7 @@ BART = {
 VIT = {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
 AUDIO = {
     **BERT, "conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (4, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "group", "mask_time_prob": 0.0, "apply_spec_augment": False,
+    "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "group", "mask_time_prob": 0.0, "apply_spec_augment": False, "layerdrop": 0.0,
 }  # fmt: skip
 T5 = {
     "vocab_size": 31, "d_model": D, "d_kv": 4, "d_ff": F, "num_layers": LAYERS, "num_decoder_layers": LAYERS, "num_heads": 4,
@@ -37,7 +37,8 @@ T5 = {
 MOE = {**LLAMA, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 DEEPSEEK = {
     **LLAMA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "q_lora_rank": 8,
-    "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ class Architecture:
 
     kind: what it reads, a key of `inputs`. model: name of the class in transformers, or a function that builds a model. config: name of the
     class; settings: its arguments, with those of inner configurations as dicts. networks: feed-forward networks that are converted.
-    refused: words of the reason if it is refused.
+    refused: words of the message if it is refused; said: the reason in a few words. needs: packages besides transformers.
     """
 
     kind: str
@@ -56,6 +57,8 @@ class Architecture:
     settings: dict[str, Any] = field(default_factory=dict)
     networks: int = LAYERS
     refused: str | None = None
+    said: str = ""
+    needs: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """A model in evaluation mode, every parameter perturbed."""
@@ -87,6 +90,7 @@ class Architecture:
             "spectrum": {"input_values": torch.randn((2, 10, 8), generator=draw)},
             "both": {"input_ids": ids, "pixel_values": pixels},
             "image_text": {"input_ids": torch.cat([torch.full((2, 4), 30), ids], 1), "pixel_values": pixels},
+            "timm": {"x": torch.randn((2, 3, 32, 32), generator=draw)},
             "floats": {"x": torch.randn((2, 5, D), generator=draw)},
         }[self.kind]
 
@@ -116,7 +120,7 @@ def _causal(model: str, config: str, **changes: Any) -> Architecture:
 
 
 def _sparse(model: str, config: str, settings: dict[str, Any], kind: str = "text") -> Architecture:
-    return Architecture(kind, model, config, settings, refused="adopt")
+    return Architecture(kind, model, config, settings, refused="adopt", said="a mixture of experts already: `sd.adopt`")
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -284,7 +288,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # torch and timm
     "nn.TransformerEncoder": Architecture("floats", _Torch),
-    "timm ViT": Architecture("floats", _timm("vit_tiny_patch16_224", img_size=32, embed_dim=D, depth=2, num_heads=4, mlp_ratio=2)),
+    "timm ViT": Architecture(
+        "timm", _timm("vit_tiny_patch16_224", img_size=32, embed_dim=D, depth=2, num_heads=4, mlp_ratio=2), needs=("timm", "torchvision"),
+    ),
     # refused
     "Mixtral": _sparse("MixtralForCausalLM", "MixtralConfig", MOE),
     "OLMoE": _sparse("OlmoeForCausalLM", "OlmoeConfig", MOE),
@@ -299,21 +305,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mamba": Architecture(
         "text", "MambaForCausalLM", "MambaConfig",
         {"vocab_size": 31, "hidden_size": D, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2}, refused="convolution",
+        said="no FFN, a convolution lies between its maps",
     ),
     "SegFormer": Architecture(
         "pixels", "SegformerForImageClassification", "SegformerConfig",
         {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "num_attention_heads": [1, 2], "sr_ratios": [2, 1],
          "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]},
-        refused="convolution",
+        refused="convolution", said="a convolution lies in its FFN",
     ),
     "ConvNeXt V2": Architecture(
         "pixels", "ConvNextV2ForImageClassification", "ConvNextV2Config",
         {"image_size": 32, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, refused="grn",
+        said="a response normalisation lies in its FFN",
     ),
     "LeViT": Architecture(
         "pixels", "LevitModel", "LevitConfig",
         {"image_size": 32, "hidden_sizes": [16, 16], "num_attention_heads": [2, 2], "depths": [1, 1], "key_dim": [8, 8],
          "mlp_ratio": [2, 2], "attention_ratio": [2, 2], "down_ops": [["Subsample", 8, 2, 2, 2, 2], [""]]}, refused="norm",
+        said="each map has a batch norm",
     ),
-    "Apertus": Architecture("text", "ApertusForCausalLM", "ApertusConfig", LLAMA, refused="XIELU"),
+    "Apertus": Architecture("text", "ApertusForCausalLM", "ApertusConfig", LLAMA, refused="XIELU", said="its activation has parameters"),
 }  # fmt: skip

@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class Method(Block):
-    """What is between is a method, which cannot be switched off without its other uses."""
+    """A method lies between, which cannot be switched off without its other uses."""
 
     def forward(self, x):
         h = self.between(self.up(self.norm(x)))
