@@ -1,5 +1,7 @@
 """Linear maps of every kind that a feed-forward network is made of, as weights [out, in] of plain tensors."""
 
+from collections.abc import Hashable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -88,21 +90,30 @@ def _computes(module: nn.Module) -> bool:
         return False
     if kind.forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward):
         return True
-    draw = torch.Generator().manual_seed(0)
-    small = object.__new__(kind)
-    weight, bias = (torch.randn(size, generator=draw, dtype=torch.float32, device="cpu") for size in ((6, 5), (6,)))
-    conv1d = type(module).__name__ == "Conv1D"
-    stored = weight.t().contiguous() if conv1d else weight
-    own = {"weight": nn.Parameter(stored, False), "bias": None if module.bias is None else nn.Parameter(bias, False)}
-    sizes = {"nx": 5, "nf": 6} if conv1d else {"in_features": 5, "out_features": 6}
-    small.__dict__ = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward")} | sizes
-    small.__dict__ |= {"_parameters": own}
-    if module._forward_hooks or module._forward_pre_hooks or not (isinstance(module, nn.Linear) or conv1d):
+    if module._forward_hooks or module._forward_pre_hooks or _is_pointwise(module):
         return False
+    own = frozenset((name, value) for name, value in vars(module).items() if name not in _PLAIN and isinstance(value, Hashable))
+    return _computes_small(kind, module.bias is None, own)
+
+
+_PLAIN = {*vars(nn.Linear(1, 1)), "nx", "nf", "forward", "_old_forward"}
+
+
+@lru_cache(maxsize=256)
+def _computes_small(kind: type, without_bias: bool, own: frozenset) -> bool:
+    draw, conv1d = torch.Generator().manual_seed(0), kind.__name__ == "Conv1D"
+    weight, bias = (torch.randn(size, generator=draw, dtype=torch.float32, device="cpu") for size in ((6, 5), (6,)))
+    bias = None if without_bias else bias
+    small = object.__new__(kind)
+    nn.Module.__init__(small)
+    for name, value in (*own, *({"nx": 5, "nf": 6} if conv1d else {"in_features": 5, "out_features": 6}).items()):
+        small.__dict__[name] = value
+    small.weight = nn.Parameter(weight.t().contiguous() if conv1d else weight, False)
+    small.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
     x = torch.randn((2, 3, 5), generator=draw, dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             y = small(x)
     except Exception:  # a forward that needs more than a weight is not a plain linear map
         return False
-    return isinstance(y, Tensor) and y.shape == (2, 3, 6) and torch.allclose(y, F.linear(x, weight, own["bias"]), rtol=1e-4, atol=1e-5)
+    return isinstance(y, Tensor) and y.shape == (2, 3, 6) and torch.allclose(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-5)

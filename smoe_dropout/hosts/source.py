@@ -54,6 +54,9 @@ def pieces(module: nn.Module, first: str, last: str, more: int = 0) -> list[Piec
 @lru_cache(maxsize=4096)
 def _of_class(kind: type, first: str, last: str, more: int) -> list[Piece] | str:
     found, elsewhere = [], []
+    for function, tree, read in _all_methods(kind):
+        if tree is None and read & {first, last}:
+            return f"the source of {kind.__name__}.{function.__name__} cannot be read: define the class in a file"
     for function, tree in _methods(kind, first, last):
         ours = [_uses(statement).keys() & {first, last} for statement in tree.body]
         if not any(ours):
@@ -65,7 +68,7 @@ def _of_class(kind: type, first: str, last: str, more: int) -> list[Piece] | str
         found += [_piece(function, tree, span) for span in statements]
     if elsewhere or not found:
         where = f"{kind.__name__}.{elsewhere[0]}" if elsewhere else kind.__name__
-        return f"{where} does not call {first!r} and {last!r} one after the other, or its source cannot be read"
+        return f"{where} does not call {first!r} and {last!r} one after the other"
     return found
 
 
