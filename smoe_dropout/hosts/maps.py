@@ -41,7 +41,7 @@ def obstacle(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D" and not _is_pointwise(module):
         if sized and (callable(weight) or any("weight" in name for name in (*module._buffers, *module._parameters))):
-            return f"is a {type(module).__name__}, whose weights are not those of a plain linear map: dequantise the model first"
+            return f"is a {type(module).__name__}, which is not plain: convert the model before quantising it, or dequantise it first"
         return None
     if derived := [name for name, child in module.named_children() if name == "parametrizations" and child is not None]:
         names = sorted(name for name, _ in getattr(module, derived[0]).named_parameters())

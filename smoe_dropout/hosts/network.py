@@ -129,7 +129,10 @@ def _tried(module: nn.Module, maps: dict[nn.Module, Map], shape: tuple[int, ...]
     return found
 
 
-UNKNOWN = "its activation is none that experts support: if it has no parameters, add it to smoe_dropout.experts.activations.ACTIVATIONS"
+UNKNOWN = (
+    "its activation, or a scale next to it, is none that experts support: an activation without parameters can be added to "
+    "smoe_dropout.experts.activations.ACTIVATIONS"
+)
 MIXING = "between its maps hidden units are mixed or not all treated alike, as by a norm, a mask or a scale"
 
 

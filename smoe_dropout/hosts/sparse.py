@@ -24,27 +24,33 @@ def sparse_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_sparse(module: nn.Module) -> bool:
-    """Whether one child holds E experts and another one scores E of them."""
+    """Whether a child holds E experts and something else scores E of them, or a child is called experts."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return False
-    children = list(module.children())
-    routers = {child: count for child in children if (count := _scored(child)) > 1}
-    return any(_holds(child, count) for router, count in routers.items() for child in children if child is not router)
+    children = dict(module.named_children())
+    if any("expert" in name.lower() and maps_in(child) for name, child in children.items()):
+        return True
+    own = [min(parameter.shape) for parameter in module._parameters.values() if parameter is not None and parameter.dim() == 2]
+    for child in children.values():
+        scored = own + [_scored(other) for other in children.values() if other is not child]
+        if any(count > 1 and _holds(child, count) for count in scored):
+            return True
+    return False
 
 
 def _scored(module: nn.Module) -> int:
-    """Number of values that the module computes for a token, if it has one map and nothing larger than a vector besides; else 0."""
-    maps = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-    return maps[0].shape[0] if len(maps) == 1 and maps[0].dim() == 2 and not isinstance(module, nn.Embedding) else 0
+    """Number of values that the module computes for a token, if its only maps are one or two of the same shape; else 0."""
+    shapes = [tuple(parameter.shape) for parameter in module.parameters() if parameter.dim() > 1]
+    alike = 0 < len(shapes) < 3 and len(set(shapes)) == 1 and len(shapes[0]) == 2
+    return shapes[0][0] if alike and not isinstance(module, nn.Embedding) else 0
 
 
 def _holds(module: nn.Module, count: int) -> bool:
     """Whether the module holds this many experts: equal networks in a list, or weights stacked in one tensor."""
     for part in (module, *module.children()):
         if isinstance(part, nn.ModuleList | nn.ModuleDict):
-            networks = list(part.children())
-            alike = len(networks) == count and len({type(one) for one in networks}) == 1
-            if alike and all(len(maps_in(one)) in (2, 3) for one in networks):
+            networks = [child for child in part.children() if len(maps_in(child)) in (2, 3)]
+            if len(networks) == count and len({type(one) for one in networks}) == 1:
                 return True
         elif not stands_for_map(part) and not isinstance(part, nn.modules.conv._ConvNd | nn.Embedding):
             own = [parameter for parameter in part._parameters.values() if parameter is not None and parameter.dim() > 1]

@@ -53,7 +53,7 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
                 left.pop(name, None)
                 site = in_block(module, name, result)
                 (sites if _usual(site, known) else loose).append(site)
-            elif known or not _attention_like(module):
+            elif known or (name and "one after the other" not in result and not _attention_like(module)):
                 left[name] = nearest([result, left[name]] if name in left else [result])
     narrow = [site for site in loose if site.d_ff < site.d_model]
     loose = [site for site in loose if site.d_ff >= site.d_model]

@@ -99,7 +99,7 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 4, F, batch_first=True), LAYERS, enable_nested_tensor=False)
 
 
-class _Torch(nn.Module):
+class TorchEncoder(nn.Module):
     """An encoder of torch whose input has a name."""
 
     def __init__(self):
@@ -217,6 +217,18 @@ ARCHITECTURES: dict[str, Architecture] = {
          "pad_token_id": 0, **ENDS},
     ),
     "MPNet": Architecture("text", "MPNetForMaskedLM", "MPNetConfig", BERT),
+    "Longformer": Architecture(
+        "text", "LongformerForMaskedLM", "LongformerConfig", {**BERT, "attention_window": 4, "max_position_embeddings": 64},
+    ),
+    "MobileBERT": Architecture(
+        "text", "MobileBertForMaskedLM", "MobileBertConfig", {**BERT, "embedding_size": D, "intra_bottleneck_size": 8}, networks=8,
+    ),
+    "Funnel": Architecture(
+        "text", "FunnelForMaskedLM", "FunnelConfig",
+        {"vocab_size": 31, "block_sizes": [1, 1], "d_model": D, "n_head": 4, "d_head": 4, "d_inner": F, "num_decoder_layers": 1},
+        networks=3,
+    ),
+    "FNet": Architecture("text", "FNetForMaskedLM", "FNetConfig", BERT),
     "ESM": Architecture("text", "EsmForMaskedLM", "EsmConfig", {**BERT, "mask_token_id": 3}),
     # encoder-decoders
     "BART": Architecture("pair", "BartForConditionalGeneration", "BartConfig", BART, networks=4),
@@ -267,6 +279,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"image_size": 32, "depths": [1, 1], "hidden_sizes": [8, 16], "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2],
          "padding": [2, 1], "mlp_ratio": 2.0},
     ),
+    "wav2vec 2.0 Conformer": Architecture(
+        "audio", "Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", {**AUDIO, "conv_depthwise_kernel_size": 3}, networks=4,
+    ),
     "DETR": Architecture(
         "pixels", "DetrForObjectDetection", "DetrConfig",
         {"d_model": D, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -287,7 +302,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         networks=4,
     ),
     # torch and timm
-    "nn.TransformerEncoder": Architecture("floats", _Torch),
+    "nn.TransformerEncoder": Architecture("floats", TorchEncoder),
     "timm ViT": Architecture(
         "timm", _timm("vit_tiny_patch16_224", img_size=32, embed_dim=D, depth=2, num_heads=4, mlp_ratio=2), needs=("timm", "torchvision"),
     ),
@@ -302,6 +317,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, "pair",
     ),
     "GPT-OSS": _sparse("GptOssForCausalLM", "GptOssConfig", MOE),
+    "NLLB-MoE": _sparse(
+        "NllbMoeForConditionalGeneration", "NllbMoeConfig", {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
+        "pair",
+    ),
+    "Jamba": _sparse("JambaForCausalLM", "JambaConfig", {**MOE, "use_mamba_kernels": False}),
+    "GraniteMoE": _sparse("GraniteMoeForCausalLM", "GraniteMoeConfig", MOE),
+    "Llama 4": _sparse("Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": F}),
     "Mamba": Architecture(
         "text", "MambaForCausalLM", "MambaConfig",
         {"vocab_size": 31, "hidden_size": D, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2}, refused="convolution",

@@ -253,7 +253,7 @@ class Times(Block):
         (Inline, "cannot be switched off"),
         (Leaks, "uses hidden values elsewhere"),
         (LeaksLater, "uses hidden values elsewhere"),
-        (Scales, "its activation is none that experts support"),
+        (Scales, "next to it, is none that experts support"),
         (Norms, r"the norm 'inner' \(LayerNorm\) lies between"),
         (PlainNorm, "hidden units are mixed"),
         (Twice, "uses 'act' elsewhere"),
@@ -262,7 +262,7 @@ class Times(Block):
         (AnotherDropout, "serves something else|uses 'act_dropout' elsewhere"),
         (TrainsDifferently, "in training and in evaluation|different things"),
         (Linear, "no activation between"),
-        (Times, "not all treated alike|none that experts support|it fails"),
+        (Times, "not all treated alike|is none that experts support|it fails"),
     ],
 )
 def test_what_is_not_exact_is_refused(make, words):

@@ -183,7 +183,7 @@ def without(*ffn: nn.Module) -> nn.Module:
         (lambda: nn.Linear(D, D), {}, "finds a feed-forward network in Linear"),
         (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D + 1)), {}, "finds a feed-forward network"),
         (lambda: without(nn.Linear(D, F), nn.Softmax(-1), nn.Linear(F, D)), {}, "hidden units are mixed"),
-        (lambda: without(nn.Linear(D, F), nn.Tanhshrink(), nn.Linear(F, D)), {}, "its activation is none that experts support"),
+        (lambda: without(nn.Linear(D, F), nn.Tanhshrink(), nn.Linear(F, D)), {}, "next to it, is none that experts support"),
         (lambda: without(nn.Linear(D, F), nn.LayerNorm(F), nn.ReLU(), nn.Linear(F, D)), {}, "the norm '1' \\(LayerNorm\\) lies between"),
         (lambda: without(nn.Linear(D, F), nn.PReLU(), nn.Linear(F, D)), {}, "PReLU\\), which has parameters"),
         (lambda: without(nn.Linear(D, F), nn.Dropout(0.1), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),

@@ -217,7 +217,7 @@ REFUSED = {
     "a_map": (Plain, "head", r"'head', a Linear.*has 0 linear maps"),
     "whole_block": (Plain, "encoder.?", r"has the parameter 'norm\.weight' besides"),
     "shapes": (lambda: Wrong(lambda m, x, y: y, second=nn.Linear(WIDE, D + 1)), "encoder.*.ffn", "8 -> 16, 16 -> 9 do not compose"),
-    "activation": (lambda: Plain(lambda x: x.relu() ** 3), None, "its activation is none that experts support"),
+    "activation": (lambda: Plain(lambda x: x.relu() ** 3), None, "next to it, is none that experts support"),
     "raises": (lambda: Plain(lambda x: x.view(-1, 5)), "encoder.*.ffn", "it fails on an input of shape"),
     "width": (lambda: Plain(), "encoder.*.ffn", "width 16 of 'encoder.0.ffn' is not divisible by num_experts = 5"),
 }
