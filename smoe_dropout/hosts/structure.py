@@ -57,8 +57,8 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
                 left[name] = nearest([result, left[name]] if name in left else [result])
     narrow = [site for site in loose if site.d_ff < site.d_model]
     loose = [site for site in loose if site.d_ff >= site.d_model]
-    if not sites:
-        sites, loose = loose, []
+    if not sites and not taken and not any(isinstance(module, MoELayer) for module in model.modules()):
+        sites, loose = loose, []  # a model that is no stack
     left |= {site.path: "is not part of a stack of layers, as a head or a projector is not: name it by sites=" for site in loose}
     left |= {site.path: f"is narrower inside, {site.d_ff}, than the model, {site.d_model}: name it by sites=" for site in narrow}
     inner = [site.path for site in sites]

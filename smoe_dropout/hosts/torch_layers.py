@@ -4,8 +4,9 @@ The experts replace `linear1`, and the other three become identities. The fused 
 reads the weights of the dense maps, so it is disabled.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
+from smoe_dropout.hosts.blocks import unchanged
 from smoe_dropout.hosts.maps import linear_map
 from smoe_dropout.hosts.probe import activation_of
 from smoe_dropout.hosts.site import Site
@@ -32,7 +33,7 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
         for rest in ("dropout", "linear2"):
             setattr(layer, rest, nn.Identity().train(layer.training))
         del layer.activation
-        layer.activation = _identity  # a function, since copying a decoder layer puts ReLU in place of a module
+        layer.activation = unchanged  # a function, since copying a decoder layer puts ReLU in place of a module
         _leave_fused_path(layer, stack)
 
     def put_dropout(module: nn.Module) -> nn.Module:
@@ -42,10 +43,6 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
 
     tensors = up.weight, up.bias, down.weight, down.bias
     return Site(layer, "linear1", *tensors, name, dropout.p, put_dropout=put_dropout, put=put)
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
 
 
 def _leave_fused_path(layer: nn.Module, stack: nn.TransformerEncoder | None) -> None:
