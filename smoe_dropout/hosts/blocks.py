@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.hosts.maps import linear_map, obstacle
 from smoe_dropout.hosts.network import MIXING, UNKNOWN, Network, described, is_hidden, rows
-from smoe_dropout.hosts.probe import RANGE, Event, SparseMap, copied, identify, random_input, run
+from smoe_dropout.hosts.probe import FAR, Event, SparseMap, copied, identify, input_shapes, random_input, run
 from smoe_dropout.hosts.source import Piece, pieces, uses_elsewhere
 
 
@@ -73,19 +73,17 @@ def lying(block: nn.Module, up_name: str, down_name: str) -> Lying | str:
         found = pieces(block, first, last, more)
         if isinstance(found, str):
             return found
-        for shape in _shapes(maps[up].sizes[0], maps[up].channels_first):
+        for shape in input_shapes(maps[up].sizes[0], maps[up].channels_first):
             result = _tried(block, up, down, (first, last), found, shape)
             if isinstance(result, Lying):
                 return result
             reasons.append(result)
+            if not result.startswith("it fails"):
+                break
         used = {name for piece in found for name in piece.uses} - {first, last}
         for name in (name for name, child in block.named_children() if name in used and next(child.parameters(), None) is not None):
             reasons.append(f"{described(block.get_submodule(name), name)} lies between its maps")
     return next((reason for reason in reasons if not reason.startswith("it fails")), reasons[0])
-
-
-def _shapes(width: int, channels_first: bool) -> list[tuple[int, ...]]:
-    return [(2, width, 3), (2, width, 2, 3)] if channels_first else [(2, 3, width), (6, width), (2, 2, 3, width)]
 
 
 def _tried(block: nn.Module, up: nn.Module, down: nn.Module, ends: tuple[str, str], found: list[Piece], shape) -> Lying | str:
@@ -144,7 +142,7 @@ def _of_piece(block, up, down, ends, found, piece: Piece, shape, training: bool)
 def _mixes(block, up, down, piece: Piece, shape) -> bool:
     """Whether changing one unit before the activation changes others after it."""
     hidden = []
-    for shift in (0.0, 3 * RANGE):
+    for shift in (0.0, 3 * FAR):
         events: list[Event] = []
         first, sizes = linear_map(up).channels_first, linear_map(up).sizes
         stub = SparseMap(events, up, sizes, first, 1)
@@ -233,13 +231,13 @@ def _outcome(block, stubs, events, piece: Piece, shape, training: bool, values: 
     try:
         made = copied(block, stubs, events, training)
         made.__dict__ |= values or {}
-        return run(lambda: piece(made, lambda seed: random_input(shape, seed)), events)
+        return run(lambda: piece(made, lambda seed: random_input(shape[0 if training else 1], seed)), events)
     except Exception as error:
         return error
 
 
-def _failed(error: Exception, shape: tuple[int, ...]) -> str:
-    return f"it fails on an input of shape {shape}: {' '.join(str(error).split())[:160]}"
+def _failed(error: Exception, shape: tuple[tuple[int, ...], ...]) -> str:
+    return f"it fails on an input of shape {shape[0]}: {' '.join(str(error).split())[:160]}"
 
 
 def _equal(expected: Any, got: Any) -> bool:

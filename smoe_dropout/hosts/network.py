@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.hosts.maps import Map, linear_map, obstacle, stands_for_map
-from smoe_dropout.hosts.probe import ORDERS, RANGE, Event, Found, SparseMap, copied, identify, random_input, run
+from smoe_dropout.hosts.probe import FAR, ORDERS, Event, Found, SparseMap, copied, identify, input_shapes, random_input, run
 
 
 class Network(NamedTuple):
@@ -97,20 +97,21 @@ def _run(module: nn.Module, maps: dict[nn.Module, Map]) -> Network | str:
     channels_first = next(iter(maps.values())).channels_first
     width = max(found.sizes for found in maps.values() if any(fits(found.sizes, other.sizes) for other in maps.values()))[0]
     widths = {found.sizes[0] for found in maps.values() if any(fits(found.sizes, other.sizes) for other in maps.values())}
-    shapes = [(2, size, 3) if channels_first else (2, 3, size) for size in sorted(widths, key=lambda size: size != width)]
-    shapes += [(2, size, 2, 3) if channels_first else (2, 2, 3, size) for size in widths]
+    tried = [input_shapes(size, channels_first) for size in sorted(widths, key=lambda size: size != width)]
+    shapes = [pair for place in range(len(tried[0])) for pair in (pairs[place] for pairs in tried)]
     reasons = []
     for shape in shapes:
         found = _tried(module, maps, shape)
-        if isinstance(found, Network):
+        if isinstance(found, Network) or not found.startswith("it fails"):
             return found
         reasons.append(found)
-    return next((reason for reason in reasons if not reason.startswith("it fails")), reasons[0])
+    return reasons[0]
 
 
-def _tried(module: nn.Module, maps: dict[nn.Module, Map], shape: tuple[int, ...]) -> Network | str:
-    x, found = random_input(shape), None
-    for training in (True, False):
+def _tried(module: nn.Module, maps: dict[nn.Module, Map], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Network | str:
+    found = None
+    for training, shape in zip((True, False), shapes, strict=True):
+        x = random_input(shape)
         events: list[Event] = []
         stubs = {p: SparseMap(events, p, m.sizes, m.channels_first, seed) for seed, (p, m) in enumerate(maps.items())}
         try:
@@ -227,7 +228,7 @@ def rows(tensors: list[Tensor], channels_first: bool) -> Tensor:
 def _mixes(module: nn.Module, maps: dict[nn.Module, Map], x: Tensor) -> bool:
     """Whether changing one unit before the activation changes others after it."""
     hidden = []
-    for shift in (0.0, 3 * RANGE):
+    for shift in (0.0, 3 * FAR):
         events: list[Event] = []
         stubs = {p: SparseMap(events, p, m.sizes, m.channels_first, seed) for seed, (p, m) in enumerate(maps.items())}
         for stub in stubs.values():

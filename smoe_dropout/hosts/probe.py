@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from smoe_dropout.experts.activations import ACTIVATIONS, Activation
 
 TOLERANCE = 1e-5  # of a value; float32 rounding gives 1e-6, and gelu and its tanh approximation differ by 2e-4
-RANGE = 13.0  # pre-activations drawn cover this much on both sides of 0, so that clipped activations differ from plain ones
+RANGE, FAR = 13.0, 1e4  # pre-activations cover this much on both sides of 0, and a few are far, so that clipping shows
 FEW = 64  # hidden units that are compared first
 _DROPOUTS = (F.dropout, torch.dropout)
 
@@ -47,7 +47,9 @@ class SparseMap(nn.Module):
         object.__setattr__(self, "part", part)
         self.rows = torch.randint(size_in, (size_out,), generator=draw)
         self.scales = torch.rand(size_out, generator=draw, dtype=torch.float32) + 0.5
-        self.shifts = torch.linspace(-RANGE, RANGE, size_out, dtype=torch.float32)[torch.randperm(size_out, generator=draw)]
+        self.shifts = torch.linspace(-RANGE, RANGE, size_out, dtype=torch.float32)
+        self.shifts[0], self.shifts[-1] = -FAR, FAR
+        self.shifts = self.shifts[torch.randperm(size_out, generator=draw)]
         self.weight = torch.zeros(1, dtype=torch.float32).expand(getattr(getattr(part, "weight", None), "shape", (size_out, size_in)))
         self.bias = None if getattr(part, "bias", None) is None else torch.zeros(1, dtype=torch.float32).expand(size_out)
         self.in_features, self.out_features, self.width = size_in, size_out, size_in
@@ -175,6 +177,13 @@ def random_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
+def input_shapes(width: int, channels_first: bool) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes to try, one for training and another one for evaluation: a network does not depend on the number of positions."""
+    if channels_first:
+        return [((2, width, 3), (3, width, 40)), ((2, width, 2, 3), (3, width, 6, 5))]
+    return [((2, 3, width), (3, 40, width)), ((6, width), (40, width)), ((2, 2, 3, width), (3, 6, 5, width))]
+
+
 ORDERS = {  # how one map packs gate and values: rows of the gate, and of the values
     "gate_first": (lambda rows: rows[: len(rows) // 2], lambda rows: rows[len(rows) // 2 :]),
     "gate_last": (lambda rows: rows[len(rows) // 2 :], lambda rows: rows[: len(rows) // 2]),
@@ -227,6 +236,7 @@ def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
         return None
     pre = torch.linspace(-RANGE, RANGE, 512, dtype=torch.float32, device="cpu")
+    pre[0], pre[-1] = -FAR, FAR
     try:
         hidden = run(lambda: function(pre.clone()), [])
     except Exception:  # a function of something else than a tensor is not an activation

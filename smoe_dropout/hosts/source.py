@@ -128,7 +128,13 @@ def _tree(function: Callable) -> ast.FunctionDef | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
+    if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
+        return None
+    own = tree.args.args[0].arg
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == own:
+            node.id = "self"
+    return tree
 
 
 def _uses(tree: ast.AST) -> dict[str, int]:
@@ -159,7 +165,7 @@ def _piece(function: Callable, tree: ast.FunctionDef, statements: list[ast.stmt]
     end = max(statement.end_lineno for statement in statements)
     read = {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     code = function.__code__
-    local = [name for name in (*code.co_varnames, *code.co_cellvars) if name in read and name != "self"]
+    local = [name for name in (*code.co_varnames, *code.co_cellvars) if name in read and name not in ("self", code.co_varnames[0])]
     arguments = inspect.signature(function).parameters
     inputs = {name: _default(arguments.get(name)) for name in dict.fromkeys(local)}
     later = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.lineno > end}

@@ -69,14 +69,14 @@ class SharedDropout(Block):
 
 
 class Branches(Block):
-    def forward(self, x, fast=False):
-        y = self.norm(x)
+    def forward(this, x, fast=False):
+        y = this.norm(x)
         if fast:
-            y = self.down(self.act(self.up(y)))
+            y = this.down(this.act(this.up(y)))
         else:
-            y = self.up(y)
-            y = self.act(y)
-            y = self.down(y)
+            y = this.up(y)
+            y = this.act(y)
+            y = this.down(y)
         return x + y
 
 
@@ -180,6 +180,19 @@ class Scales(Block):
         return x + self.down(h)
 
 
+class Clips(Block):
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)).clamp(max=50))
+
+
+class LongOnly(Block):
+    def forward(self, x):
+        h = self.act(self.up(x))
+        if x.shape[1] > 8:
+            h = h * 2
+        return x + self.down(h)
+
+
 class Norms(Block):
     def __init__(self):
         super().__init__()
@@ -254,6 +267,8 @@ class Times(Block):
         (Leaks, "uses hidden values elsewhere"),
         (LeaksLater, "uses hidden values elsewhere"),
         (Scales, "next to it, is none that experts support"),
+        (Clips, "next to it, is none that experts support"),
+        (LongOnly, "next to it, is none that experts support"),
         (Norms, r"the norm 'inner' \(LayerNorm\) lies between"),
         (PlainNorm, "hidden units are mixed"),
         (Twice, "uses 'act' elsewhere"),
