@@ -21,6 +21,8 @@ Importing this package does not import torch; the first use of a name that needs
 
 import importlib
 
+from smoe_dropout.hf.hooks import register
+
 _EXPORTS = {
     "SMoEConfig": "config",
     "ConfigError": "options",
@@ -70,3 +72,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return [*globals(), *__all__]
+
+
+register()

@@ -63,7 +63,7 @@ class MoELayer(nn.Module, FollowsTraining):
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.output_scale = float(config.num_experts) if config.output_scale == "dense" else 1.0
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
-        self.router.to(experts.up.device, torch.promote_types(experts.up.dtype, torch.float32))
+        self.router.to(experts.bias_up.device, torch.promote_types(experts.bias_up.dtype, torch.float32))
         self.experts = experts
         self.uses: list[Use] = []  # in the last pass
         self.used: bool | None = None  # in the model's running pass; None if the model is not running
