@@ -34,8 +34,9 @@ def read_config(source: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[s
     except ConfigError as error:
         raise ConfigError(f"{Path(source) / CONFIG}: {error}") from None
     except Exception as error:
-        if Path(source).is_dir():
-            Files(source, kwargs)  # raises if the fault is not in the configuration
+        if not Path(source).is_dir():
+            raise ConfigError(f"{source} is neither a folder nor a model of the hub that can be read: {error}") from None
+        Files(source, kwargs)  # raises if the fault is not in the configuration
         # transformers raises many kinds: missing values, wrong types, values that contradict each other
         raise ConfigError(f"{Path(source) / CONFIG} does not describe a valid model: {error}") from error
     return config, unused | hub | dtypes

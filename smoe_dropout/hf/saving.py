@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
+from transformers.monkey_patching import apply_patches
 from transformers.utils import ContextManagers
 
 from smoe_dropout.control import moe_layers
 from smoe_dropout.conversion import converted_networks
 from smoe_dropout.hf.described import Conversion, described, entries_of, entry_of
 from smoe_dropout.hf.integration import describe
-from smoe_dropout.hf.loading import converting
+from smoe_dropout.hf.loading import converting, default_dtype
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 
@@ -105,7 +107,7 @@ def difference(model: nn.Module, entries: list[dict[str, Any]], only: list[str] 
     kind = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     config = described(model.config, entries)
     try:
-        with torch.random.fork_rng(devices=[]), ContextManagers(kind.get_init_context(model.dtype, False, False, None)):
+        with ContextManagers([torch.random.fork_rng(devices=[]), default_dtype(model.dtype), torch.device("meta"), *as_in_loading()]):
             twin = converting(kind)(config)
     except (ConfigError, AttributeError) as error:
         return str(error)
@@ -117,6 +119,11 @@ def difference(model: nn.Module, entries: list[dict[str, Any]], only: list[str] 
         return f"{name} is only in {'this one' if name in ours else 'the other'}"
     wrong = [name for name, shape in ours.items() if shape.numel() and shape != theirs[name]]
     return f"{wrong[0]} has shape {tuple(theirs[wrong[0]])}" if wrong else None
+
+
+def as_in_loading() -> tuple:
+    """Contexts in which transformers builds a model that it loads."""
+    return init.no_tie_weights(), init.meta_device_safe_creation_ops(), apply_patches()
 
 
 def parameters(model: nn.Module) -> dict[str, torch.Size]:
