@@ -180,8 +180,8 @@ def random_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 def input_shapes(width: int, channels_first: bool) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Shapes to try, one for training and another one for evaluation: a network does not depend on the number of positions."""
     if channels_first:
-        return [((2, width, 3), (3, width, 40)), ((2, width, 2, 3), (3, width, 6, 5))]
-    return [((2, 3, width), (3, 40, width)), ((6, width), (40, width)), ((2, 2, 3, width), (3, 6, 5, width))]
+        return [((2, width, 3), (1, width, 17)), ((2, width, 2, 3), (1, width, 5, 4))]
+    return [((2, 3, width), (1, 17, width)), ((6, width), (17, width)), ((2, 2, 3, width), (1, 5, 4, width))]
 
 
 ORDERS = {  # how one map packs gate and values: rows of the gate, and of the values
