@@ -73,15 +73,17 @@ def common_k(model: nn.Module, layers: list[tuple[str, MoELayer]]) -> int:
 def search(model: nn.Module, groups: list[list[tuple[str, MoELayer]]]) -> list[dict[str, Any]]:
     """Conversions that give the model's MoE layers, each found by trying; empty if there are none."""
     entries: list[dict[str, Any]] = []
+    so_far: list[str] = []
     for group in groups:
         names, layers = [name for name, _ in group], {layer for _, layer in group}
+        so_far += names
         config = replace(group[0][1].config, top_k=common_k(model, group))
         replaced = [name for name, layer in converted_networks(model).items() if layer in layers]
         for module in containing(names):
             inside = tuple(name.removeprefix(f"{module}.") if module else name for name in replaced)
             for tried in (config, replace(config, layers=None, sites=inside)):
                 entry = entry_of(Conversion(module, tried))
-                if difference(model, [*entries, entry], names) is None:
+                if difference(model, [*entries, entry], so_far) is None:
                     break
             else:
                 continue
@@ -102,7 +104,7 @@ def containing(names: list[str]) -> Iterator[str]:
 def difference(model: nn.Module, entries: list[dict[str, Any]], only: list[str] | None = None) -> str | None:
     """How the MoE layers of a model built with these conversions differ; None if they do not.
 
-    only: names of MoE layers that must be among them; None: they must be the same.
+    only: names of the model's MoE layers that these conversions made; None: all.
     """
     kind = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     config = described(model.config, entries)
@@ -114,7 +116,6 @@ def difference(model: nn.Module, entries: list[dict[str, Any]], only: list[str] 
     ours, theirs = parameters(model), parameters(twin)
     if only is not None:
         ours = {name: shape for name, shape in ours.items() if name.startswith(tuple(f"{layer}." for layer in only))}
-        theirs = {name: theirs[name] for name in ours.keys() & theirs.keys()}
     for name in sorted(ours.keys() ^ theirs.keys()):
         return f"{name} is only in {'this one' if name in ours else 'the other'}"
     wrong = [name for name, shape in ours.items() if shape.numel() and shape != theirs[name]]
