@@ -71,7 +71,7 @@ class Architecture:
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.is_floating_point():
+                if parameter.is_floating_point() and parameter.requires_grad:  # fixed tables of positions are not saved
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
         return model.eval()
 
