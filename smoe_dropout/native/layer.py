@@ -58,15 +58,15 @@ class AdoptedLayer(MoELayer):
     """MoE layer that keeps a native block's experts, router and shared part: y = sum_{i in top-k} g_i E_i(x) + [sigmoid(w x)] S(x).
 
     shared: the block's modules that are computed for every token: none, a feed-forward network, or one and the map to its gate. They keep
-    their names.
+    their names, with an underscore behind those that a layer has already.
     """
 
     Options = Options
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig, shared: Mapping[str, nn.Module]):
         super().__init__(d_model, experts, config)
-        self.shared_names = tuple(shared)
-        for name, module in shared.items():
+        self.shared_names = tuple(f"{name}_" if hasattr(self, name) else name for name in shared)
+        for name, module in zip(self.shared_names, shared.values(), strict=True):
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
