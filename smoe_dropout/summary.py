@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions, moe_layers
 from smoe_dropout.conversion import converted_networks, numbered, planned
-from smoe_dropout.hosts import find_sites
+from smoe_dropout.hosts import find_sites, why_not
 from smoe_dropout.hosts.original import base, dense_tensors
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
@@ -177,7 +177,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
         done=config is None,
         refusal=None if config is None else refusal,
         networks=tuple(found),
-        left=(),
+        left=tuple(why_not(model)),
         conversions=tuple(conversions(model)) + (() if config is None else (plan.config if plan else config,)),
         parameters_before=None if None in dense else stored["other"] + sum(dense),
         parameters_after=sum(stored.values()),

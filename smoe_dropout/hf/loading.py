@@ -103,8 +103,9 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         except SafetensorError as error:
             raise ConfigError(files.unreadable() or f"{files.path(files.weights)} cannot be read: {error}") from None
         refuse_incomplete(model, kind, config, info, files, allowed)
-    for part in (model, *model.modules()):
-        vars(getattr(part, "config", part)).pop("transformers_weights", None)
+    for part in model.modules():
+        if isinstance(own := getattr(part, "config", None), transformers.PreTrainedConfig):
+            vars(own).pop("transformers_weights", None)
     chosen = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     restore(model, building.frozen, files.dtypes() if chosen == "auto" else {})
     return (model, info) if with_info else model

@@ -37,7 +37,9 @@ WAYS = {  # what a process does before it loads a folder as `model`
     "transformers first": "import sys, torch, transformers; transformers.AutoModelForCausalLM; import smoe_dropout\n"
     "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])",
     "smoe_dropout first": "import sys, smoe_dropout; assert not {'torch', 'transformers'} & sys.modules.keys()\n"
-    "import transformers; config = transformers.AutoConfig.from_pretrained(sys.argv[1])\n"
+    "import importlib.util, transformers; importlib.util.find_spec('transformers.modeling_utils')\n"  # a question, which imports nothing
+    "importlib.util.find_spec('transformers.models.auto.configuration_auto')\n"
+    "config = transformers.AutoConfig.from_pretrained(sys.argv[1])\n"
     "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], config=config); import torch",
 }
 

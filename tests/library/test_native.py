@@ -346,6 +346,10 @@ def test_ways_that_an_adopted_model_shares_with_others(natives, tmp_path):
     """A report, a second conversion of the dense layers, weights of save_model; there is no way back to dense networks."""
     model = adopted(natives, "deepseek_v3")
     assert "8 experts of 24, 3 active" in str(sd.report(model))
+    by_name = sd.moefy(copy.deepcopy(natives["deepseek_v3"]), sd.SMoEConfig.exact(4, sites="*.layers.0.mlp"))
+    assert error(logits(by_name), logits(natives["deepseek_v3"])) < 1e-6 and len(sd.moe_layers(by_name)) == 1
+    assert "mlp stays as it is: DeepseekV3MoE is a mixture of experts already" in str(sd.report(by_name))
+    assert len(sd.moe_layers(sd.adopt(by_name))) == 2
     before = logits(model)
     sd.moefy(model, sd.SMoEConfig.exact(4, layers=(0,)))
     assert len(sd.moe_layers(model)) == 2 and error(logits(model), before) < 1e-6

@@ -43,6 +43,8 @@ def test_outputs_on_request(host, by):
     assert torch.equal(whole[0], plain.loss) and torch.equal(whole[-2], output.aux_loss) and len(whole[-1]) == 3
     evaluated = model.eval()(TOKENS, labels=TOKENS, **asked)
     assert evaluated.aux_loss == 0 and len(evaluated.router_logits) == 3 and evaluated.loss < plain.loss
+    with pytest.raises(IndexError):
+        model(TOKENS + 10**6, **asked)
     assert all(layer.router.shown is None for layer in layers)
 
 
