@@ -16,6 +16,8 @@ from smoe_dropout.hosts.network import MIXING, UNKNOWN, Network, described, is_h
 from smoe_dropout.hosts.probe import FAR, Event, SparseMap, copied, identify, input_shapes, random_input, run
 from smoe_dropout.hosts.source import Piece, pieces, uses_elsewhere
 
+NOT_IN_ORDER = "its maps are not called one after the other"
+
 
 class Change(NamedTuple):
     """New value of a module's attribute."""
@@ -50,7 +52,7 @@ class _Down(nn.Module):
         """Record the call."""
         entered = [event.x for event in self.events if event.kind == "map"]
         if not entered:
-            raise ValueError("its maps are not called one after the other")
+            raise ValueError(NOT_IN_ORDER)
         y = x if self.experts is None else self.experts.apply_to(entered[-1])
         self.events.append(Event("down", self.part, x.clone(), y.clone()))
         return y
@@ -237,6 +239,8 @@ def _outcome(block, stubs, events, piece: Piece, shape, training: bool, values: 
 
 
 def _failed(error: Exception, shape: tuple[tuple[int, ...], ...]) -> str:
+    if str(error) == NOT_IN_ORDER:
+        return NOT_IN_ORDER
     return f"it fails on an input of shape {shape[0]}: {' '.join(str(error).split())[:160]}"
 
 

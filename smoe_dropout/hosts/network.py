@@ -89,7 +89,7 @@ def described(part: nn.Module, name: str) -> str:
         return f"the norm {name!r} ({kind})"
     if stands_for_map(part) or any(parameter.dim() == 2 for parameter in own):
         return f"a further map {name!r} ({kind})"
-    return f"{name!r} ({kind}), which has parameters"
+    return f"the parametrised {name!r} ({kind})"
 
 
 def _run(module: nn.Module, maps: dict[nn.Module, Map]) -> Network | str:

@@ -161,6 +161,11 @@ class Inline(Block):
         return x + self.down(F.relu(self.up(x)))
 
 
+class InOneStatement(Block):
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
 class Leaks(Block):
     def forward(self, x):
         h = self.act(self.up(x))
@@ -264,6 +269,7 @@ class Times(Block):
     [
         (Method, "uses 'act' elsewhere"),
         (Inline, "cannot be switched off"),
+        (InOneStatement, "cannot be switched off"),
         (Leaks, "uses hidden values elsewhere"),
         (LeaksLater, "uses hidden values elsewhere"),
         (Scales, "next to it, is none that experts support"),
