@@ -1,6 +1,7 @@
 """A feed-forward network of a model, and the experts that replace it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,8 @@ class Site:
                 "d_expert"
             )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
-        experts = experts_of(config, self.d_model, d_expert, self.activation, self.dropout)
+        with torch.device("meta") if self.up.is_meta else nullcontext():  # a large model without weights draws none
+            experts = experts_of(config, self.d_model, d_expert, self.activation, self.dropout)
         experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
             self._fill(experts, lambda rows: rows.unflatten(0, (E, -1)), 1 / E)
