@@ -379,7 +379,7 @@ class ReadFromOutside(Named):
         (Stores, "changes its attribute 'last'"),
         (Counts, "changes its attribute 'mean'"),
         (Hooked, "'up' has hooks"),
-        (Dynamic, "uses 'up' elsewhere"),
+        (Dynamic, "uses 'up' elsewhere|fails on an input"),
         (Flag, "uses hidden values elsewhere"),
         (SharedActivation, "uses 'act' elsewhere"),
         (NormInside, r"the norm '0' \(LayerNorm\) lies in 'wide'"),
