@@ -168,7 +168,7 @@ def _own(value: Any) -> Any:
 
 
 def _state(value: Any) -> Any:
-    """What changes if the value does."""
+    """Something that changes if the value does."""
     if isinstance(value, Tensor):
         return value._version
     return [*map(id, value), *(map(id, value.values()) if type(value) is dict else ())] if type(value) in (list, dict, set) else None
