@@ -14,8 +14,9 @@ from torch import nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
-from smoe_dropout.hosts import find_sites
+from smoe_dropout.hosts import find_sites, why_not
 from smoe_dropout.hosts.attention import attention_before, keep_probabilities
+from smoe_dropout.hosts.named import pattern_of
 from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modules
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
@@ -57,7 +58,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
 
     Raises ConfigError, leaving the model untouched, if a layer index does not exist or names an MoE layer, E does not divide the FFN width,
     or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
-    transformers has loaded, and if a trained router gets no gradient from the model's loss.
+    transformers has loaded, if a trained router gets no gradient from the model's loss, and if networks like the converted ones stay dense.
     """
     if isinstance(model, nn.Module) and isinstance(config, SMoEConfig) and config.adopted is not None:
         return _adopted(model, config)
@@ -90,6 +91,13 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
             f"{'only the balance loss' if getattr(router, 'balance_loss', 0) else 'and there is no balance loss'}: "
             "use gate_weight = 'softmax', or freeze_router = True"
         )
+    if not loading and config.layers is None and config.sites is None:
+        alike = {pattern_of(site.path) for site in plan.sites}
+        if missed := [(name, reason) for name, reason in why_not(model) if pattern_of(name) in alike]:
+            _warn(
+                f"{len(missed)} of {len(missed) + len(layers)} feed-forward networks of {type(model).__name__} stay dense, "
+                f"such as {missed[0][0]!r}: {missed[0][1]}"
+            )
     return model
 
 

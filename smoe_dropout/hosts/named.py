@@ -59,11 +59,16 @@ def listed(model: nn.Module) -> str:
     return f"patterns of feed-forward networks for sites=: {sizes}"
 
 
+def pattern_of(name: str) -> str:
+    """The name with * in place of indices."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
 def grouped(named) -> str:
     """Names with something said of them, those that differ only in numbers as one pattern."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, said in named:
-        groups.setdefault((re.sub(r"\b\d+\b", "*", name), said), []).append(name)
+        groups.setdefault((pattern_of(name), said), []).append(name)
     return ", ".join(
         f"{pattern!r} ({len(names)} modules, {said})" if len(names) > 1 else f"{names[0]!r} (1 module, {said})"
         for (pattern, said), names in groups.items()

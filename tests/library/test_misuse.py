@@ -224,3 +224,11 @@ def test_trained_router_without_gradient(settings, words):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         sd.moefy(model(), config(gate_weight="uniform"))
+
+
+def test_networks_of_the_same_stack_that_stay_dense_are_warned_of():
+    model = nn.ModuleList([nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3)])
+    model[1][0].register_forward_hook(lambda *_: None)
+    with pytest.warns(ConversionWarning, match=r"1 of 3 feed-forward networks of ModuleList stay dense, such as '1': .* has hooks"):
+        sd.moefy(model, sd.SMoEConfig(4, 2))
+    assert len(sd.moe_layers(model)) == 2
