@@ -89,8 +89,10 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
             f"quantization_config: transformers would quantise the attention of {source} but not its experts; load it without"
         )
     built = kind.__name__ in (config.architectures or ())  # some architectures are another configuration for a class that exists
-    if kind.config_class is not None and not built and not isinstance(config, kind.config_class):
-        raise ConfigError(f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one")
+    another = kind.config_class is not None and not isinstance(config, kind.config_class)
+    misfit = f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one"
+    if another and not built:
+        raise ConfigError(misfit)
     files, building = Files(source, kwargs), converting(kind)
     allowed, with_info = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("output_loading_info", False)
     if files.weights == OLD_WEIGHTS:
@@ -101,6 +103,8 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
             model, info = from_pretrained(building, source, *args, **named)
         except ConfigError as error:
             raise ConfigError(f"{files.path(CONFIG)}: {error}") from None
+        except AttributeError as error:
+            raise ConfigError(f"{misfit}: {error}") if another else error from None
         except SafetensorError as error:
             raise ConfigError(files.unreadable() or f"{files.path(files.weights)} cannot be read: {error}") from None
         refuse_incomplete(model, kind, config, info, files, allowed)

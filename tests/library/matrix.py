@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import tempfile
@@ -151,6 +152,7 @@ def row(name: str) -> str:
 
 def main() -> None:
     """Write the page, and print the errors of what fails."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     importlib.import_module("transformers").logging.set_verbosity_error()
     for name in ROWS:
         for column in COLUMNS:
