@@ -29,19 +29,21 @@ def run_of(flags, **changes) -> dict:
 
 def runs_of(name: str, *more: str) -> list:
     """A run of each row as its script starts it, with further flags."""
-    rows = ABLATIONS[name].rows
-    return [(row.name, run_of(parse([*row.words, "--preset", "laptop", *more]))) for row in rows]
+    rows, preset = ABLATIONS[name].rows, ABLATIONS[name].preset or "laptop"
+    return [(row.name, run_of(parse([*row.words, "--preset", preset, *more]))) for row in rows]
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
 @pytest.mark.parametrize("preset", ["paper", "laptop"])
 def test_a_run_of_a_row_is_recognised(name, row, preset):
-    """A row is found by the recorded identity of its run, at every preset of four layers, also with a flag that all rows share."""
+    """A row is found by the recorded identity of its run, also with a flag that all rows share, at its preset or any of four layers."""
     ablation = ABLATIONS[name]
     (one,) = (one for one in ablation.rows if one.name == row)
-    for more, rest in (([], {}), (["--max_step", "9"], {"max_step": 9})):
-        index, _, further = ablation.find(run_of(parse([*one.words, "--preset", preset, *more])))
+    for more, rest in (([], {}), (["--clip", "9"], {"clip": 9.0})):
+        run = run_of(parse([*one.words, "--preset", ablation.preset or preset, *more]))
+        index, _, further = ablation.find(run)
         assert (ablation.rows[index].name, further) == (row, rest)
+        assert not ablation.preset or ablation.find(run | {"preset": preset}) is None
 
 
 def test_rows_that_share_a_run_are_the_same_run():
@@ -49,9 +51,9 @@ def test_rows_that_share_a_run_are_the_same_run():
     folders = {}
     for ablation in ABLATIONS.values():
         for row in ablation.rows:
-            flags = parse([*row.words, "--preset", "paper"])
+            flags = parse(["--preset", "paper", *row.words])
             assert folders.setdefault(flags.work_dir, flags) == flags
-            assert (flags.preset, flags.max_step, flags.d_ff) == ("paper", 400_000, 8192)
+            assert ablation.preset or (flags.preset, flags.max_step, flags.d_ff) == ("paper", 400_000, 8192)
 
 
 def test_a_row_is_listed_as_words_of_a_command_line(capsys):

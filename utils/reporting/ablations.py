@@ -4,6 +4,7 @@ A run belongs to a row if it has the identity that the row's flags have under it
 
     python -m utils.reporting.ablations NAME          # the names of its rows
     python -m utils.reporting.ablations NAME ROW      # the flags of a row, one word a line
+    python -m utils.reporting.ablations NAME --preset # the preset of its runs unless another is given
 """
 
 import json
@@ -28,12 +29,13 @@ ROWS = ROOT / "script" / "ablation" / "rows.json"
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One entry of rows.json. run: the name of its runs."""
+    """One entry of rows.json. run: the name of its runs. curve: rows of the same curve differ only in the number along the axis."""
 
     name: str
     label: str
     flags: dict[str, Any]
     run: str
+    curve: str = ""
 
     @property
     def words(self) -> list[str]:
@@ -46,7 +48,9 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E."""
+    """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E.
+    preset: the only one that its runs have, else any.
+    """
 
     name: str
     title: str
@@ -54,9 +58,12 @@ class Ablation:
     axis: str = ""
     along: str = ""
     by_share: bool = False
+    preset: str = ""
 
     def find(self, record: Record) -> tuple[int, float | None, dict[str, Any]] | None:
         """The row of a run, its number along the axis, and the further preset settings that the run has; None for a run of no row."""
+        if self.preset not in ("", record["preset"]):
+            return None
         identities = _identities(self.name, record["model"]["architecture"], record["preset"])
         varied = {name for (_, _, preset_settings), _ in identities for name in preset_settings}
         own, further = ({n: v for n, v in record["preset_settings"].items() if (n in varied) == of_row} for of_row in (True, False))
@@ -68,7 +75,8 @@ class Ablation:
 
 ABLATIONS: dict[str, Ablation] = {}
 for _name, _one in json.loads(ROWS.read_text(encoding="utf-8")).items():
-    _rows = tuple(AblationRow(**{"run": row["name"], **row}) for row in _one.pop("rows"))
+    _shared = {"preset": _one["preset"]} if "preset" in _one else {}
+    _rows = tuple(AblationRow(**{"run": row["name"], **row, "flags": {**row["flags"], **_shared}}) for row in _one.pop("rows"))
     ABLATIONS[_name] = Ablation(_name, rows=_rows, **_one)
 
 
@@ -135,11 +143,14 @@ def build_table(ablation: Ablation, group: Group) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the rows of an ablation, or the flags of one row."""
+    """Prints the rows of an ablation, its preset, or the flags of one row."""
     name, *rest = sys.argv[1:] if argv is None else argv
     if name not in ABLATIONS:
         raise UserError(unknown("ablation", name, list(ABLATIONS)))
     rows = {row.name: row for row in ABLATIONS[name].rows}
+    if rest == ["--preset"]:
+        print(ABLATIONS[name].preset or Flags.preset)
+        return
     if rest and rest[0] not in rows:
         raise UserError(unknown(f"row of {name}", rest[0], list(rows)))
     print("\n".join(rows[rest[0]].words if rest else rows))
