@@ -168,7 +168,7 @@ class ByteText(TextDataset):
         self.check_content(source, size, f"{algorithm}:{digest.hexdigest()}")
         held_out = size // HELD_OUT if self.args.held_out is None else self.args.held_out
         if not 0 < 2 * held_out < size:
-            raise UserError(f"--held_out {held_out} leaves no training text of {size:,} bytes from {source}: give fewer than half of them")
+            raise UserError(f"--held_out {held_out} leaves no training text, or nothing to test on, of {source} ({size:,} bytes of text)")
         seen = np.zeros(256, dtype=bool)
 
         def edit(chunk: bytes) -> bytes:
@@ -234,6 +234,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sources and args.name == PYSTDLIB:
         raise UserError(f"{PYSTDLIB} is read from Python itself: leave out --source, or choose another name")
+    if args.held_out is not None and args.name in TEXTS:
+        raise UserError(f"{args.name} is split as published: leave out --held_out, or choose another name")
     for name in TEXTS:
         if args.title is not None and args.title.strip().lower() == name != args.name:
             raise UserError(f"--title {args.title!r} is reserved for the verified text of that name: choose another title")

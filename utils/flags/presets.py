@@ -90,6 +90,9 @@ _FINETUNING_TASK: dict[str, dict[str, dict]] = {
         **{task: _WORD_PROBLEMS_ON_A_LAPTOP for task in ("asdiv_a", "mawps", "svamp")},
     }
 }
+# the laptop's for a model of preset replica, for which nothing is published
+for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
+    _presets["replica"] = _presets["laptop"]
 
 
 def finetuning(task: str, preset: str, model: str) -> dict:
