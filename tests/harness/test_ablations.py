@@ -1,5 +1,6 @@
 """Ablations: the rows of rows.json, which run belongs to which row, the table and the figure."""
 
+import itertools
 import json
 
 import pytest
@@ -143,6 +144,64 @@ def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
     assert f"(Figs/ablation/{figure.name})" in render("ablation", ablation_tables(runs_of(name), [name]), "Figs")
 
 
+def study_runs(name: str) -> list:
+    """Two seeds of every row of a study: quality by its place, worse at E/2, and in the second seed for the last label."""
+    study, found = ABLATIONS[name], []
+    for seed, (i, (row, one)) in itertools.product((1, 2), enumerate(runs_of(name))):
+        at, last = study.places.index(study.rows[i].at), study.rows[i].label == study.rows[-1].label
+        quality = [{**entry, "test": 4 - at / 2 + (0.1 * seed if last else 0) + 0.25 * (entry["k"] == 8)} for entry in one["quality"]]
+        found.append((f"{row}-{seed}", {**one, "seed": seed, "quality": quality}))
+    return found
+
+
+def test_a_study_has_a_table_for_each_place_and_differences_are_those_of_a_seed():
+    tables = ablation_tables(study_runs("length"), page="replica")
+    assert [table.caption.partition(".")[0] for table in tables] == [f"Length of training: {at}" for at in (5, 20, 95, 231)]
+    text = to_markdown(tables[2]).splitlines()
+    assert text[2].startswith("| Method | Test bpc, k = E/2 = 8 | Test bpc, k = E = 16 | loss from E to E/2 | gap to dense, k = E/2 |")
+    rows = {line.partition(" (n = 2)")[0]: line.split(" | ")[1:] for line in text[4:12]}
+    assert rows["| dense"] == ["–", "**3.000 ± 0.000**", "–", "–", "– |"]
+    assert rows["| SMoE-Dropout"] == [
+        "**3.250 ± 0.000**",
+        "**3.000 ± 0.000**",
+        "**0.250 ± 0.000**",
+        "**0.250 ± 0.000**",
+        "**0.000 ± 0.000** |",
+    ]
+    learned = ["3.400 ± 0.071", "3.150 ± 0.071", "**0.250 ± 0.000**", "0.400 ± 0.071", "0.150 ± 0.071 |"]
+    assert rows["| learned elastic, times E"] == learned
+    missing = [(path, one) for path, one in study_runs("length") if not (path.startswith("dense_95") and one["seed"] == 2)]
+    partly = to_markdown(ablation_tables(missing, page="replica")[2])
+    assert (
+        "| learned elastic, times E (n = 2) | 3.400 ± 0.071 | 3.150 ± 0.071 | **0.250 ± 0.000** | 0.350 (n = 1) | 0.100 (n = 1) |" in partly
+    )
+
+
+def test_a_study_needs_a_curve():
+    """Dense and the rows of one length alone are a part of another study."""
+    short = [(path, one) for path, one in study_runs("length") if one["preset_settings"].get("max_step") == 880]
+    assert ablation_tables(short, page="replica") == []
+
+
+@pytest.mark.parametrize("name", [name for name, one in ABLATIONS.items() if one.preset])
+def test_the_figure_of_a_study_is_drawn(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store(*(one for _, one in study_runs(name)), where="runs")
+    main(["replica", "--only", name, "--results", "runs", "--figs", "Figs"])
+    assert (tmp_path / "Figs" / "replica" / f"enwik8-prefix-replica-{name}.png").stat().st_size > 20_000
+
+
+def test_lengths_are_the_tokens_that_a_parameter_sees():
+    """At preset replica, within two per cent."""
+    from utils.models.build import build_model
+    from utils.models.flops import parameter_counts
+
+    for row in ABLATIONS["length"].rows:
+        flags = parse(row.words)
+        tokens = flags.max_step * flags.batch_size * flags.tgt_len
+        assert tokens / parameter_counts(build_model(flags))["total"] == pytest.approx(row.at, rel=0.02), row.name
+
+
 def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
     """A run that belongs to rows of several ablations is collected under the first."""
     monkeypatch.chdir(tmp_path)
@@ -151,11 +210,14 @@ def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "result.json").write_text(json.dumps(one))
     main(["ablation", "--collect", "constant_all", "decreasing"])
     assert {path.parent.name for path in (tmp_path / "results").rglob("*.json")} == {"schedule-constant_all", "schedule-decreasing"}
+    (tmp_path / "decreasing" / "result.json").write_text(json.dumps(dict(runs_of("place"))["smoe_dropout_all"]))
+    main(["replica", "--collect", "decreasing"])
+    assert [path.parent.name for path in (tmp_path / "results" / "replica").rglob("*.json")] == ["length-smoe_dropout_95"]
     (tmp_path / "decreasing" / "result.json").write_text(json.dumps(record("thor")))
     assert "is no row of script/ablation/rows.json" in refusal(["ablation", "--collect", "decreasing"], capsys)
 
 
 def test_every_row_of_the_file_has_a_label_of_its_own():
     for name, one in json.loads((ROOT / "script" / "ablation" / "rows.json").read_text()).items():
-        labels = [row["label"] for row in one["rows"]]
+        labels = [(row["label"], row.get("at")) for row in one["rows"]]
         assert len({*labels}) == len(labels) > 1, name
