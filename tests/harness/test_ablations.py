@@ -188,7 +188,7 @@ def test_the_figure_of_a_study_is_drawn(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store(*(one for _, one in study_runs(name)), where="runs")
     main(["replica", "--only", name, "--results", "runs", "--figs", "Figs"])
-    assert (tmp_path / "Figs" / "replica" / f"enwik8-prefix-replica-{name}.png").stat().st_size > 20_000
+    assert (tmp_path / "Figs" / "replica" / f"enwik8-prefix-{name}.png").stat().st_size > 20_000
 
 
 def test_lengths_are_the_tokens_that_a_parameter_sees():

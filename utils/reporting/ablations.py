@@ -121,7 +121,8 @@ def place(record: Record, page: str = "ablation") -> Path:
     for ablation in ABLATIONS.values():
         if ablation.page == page and (found := ablation.find(record)):
             index, _, rest = found
-            return Path(slug(f"{ablation.name}-{ablation.rows[index].name}")) / file_name(record | {"preset_settings": rest})
+            name = file_name(record | {"preset_settings": rest}).replace(f"-{page}", "", 1)  # the folder says it
+            return Path(slug(f"{ablation.name}-{ablation.rows[index].name}")) / name
     raise UserError(f"a run of {record['method']} with {record['settings']} is no row of {ROWS.relative_to(ROOT)}")
 
 
@@ -140,7 +141,7 @@ def groups_of(ablation: Ablation, found: Found) -> list[Group]:
         sparse = [row.label for row in rows if row.sparse]
         if len({row.number if ablation.axis else row.label for row in rows}) > 1 and (not ablation.preset or len({*sparse}) < len(sparse)):
             group = titled(rows, further)
-            group.stem += f"-{ablation.name}"
+            group.stem = f"{group.stem.replace(f'-{ablation.page}', '', 1)}-{ablation.name}"
             groups.append(group)
     return with_own_stems(groups)
 
