@@ -27,6 +27,8 @@ _EXPORTS = {
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
     "moefy": "conversion",
+    "report": "summary",
+    "unmoefy": "restoration",
     "MoELayer": "layer",
     "Routing": "routers",
     "set_top_k": "control",

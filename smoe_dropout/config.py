@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from smoe_dropout.options import ConfigError
@@ -29,7 +30,8 @@ class SMoEConfig:
     expert_init: "fresh" N(0, init_std^2), as in the official code; "split" splits the model's FFN into E experts; "copy" gives every expert
         the whole FFN (sparse upcycling, arXiv 2212.05055).
     balance_loss: coefficient of the Switch load-balance loss; None uses the router's default (learned: 0.01).
-    layers: indices of the FFNs to convert; None: all.
+    layers: indices of the FFNs to convert, counted from 0 or, if negative, from the end; None: all. A second conversion counts the
+        model's original FFNs, so that those converted before keep their indices.
     experts_by_layer: number of experts of each MoE layer, if they differ; num_experts is the largest. Requires d_expert and
         expert_init = "fresh". A layer with fewer than k experts activates all of them.
     sites: glob patterns of the dotted names of FFN modules, such as "encoder.layers.*.mlp", for architectures without a host or to
@@ -68,14 +70,22 @@ class SMoEConfig:
         object.__setattr__(self, "router", router)
         if self.balance_loss is None and "balance_loss" in implied:
             object.__setattr__(self, "balance_loss", implied["balance_loss"])
-        if isinstance(self.layers, list | range):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        for name in ("sites", "experts_by_layer"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for entry in fields(self):
+            if entry.name != "options":
+                object.__setattr__(self, entry.name, _plain(getattr(self, entry.name)))
         mistakes = self.mistakes()
         if mistakes:
             raise ConfigError("; ".join(mistakes))
+
+    @classmethod
+    def exact(cls, num_experts: int = 16, **changes: Any) -> "SMoEConfig":
+        """Configuration whose experts compute the model's own FFNs: split into E experts, all active, with uniform weights.
+
+        The converted model equals the dense one up to rounding; smaller k are approximations. changes: further fields. The random router
+        stays frozen by default; one that is trained gets its gradient from the balance loss only, as the weights do not depend on it.
+        """
+        settings = {"top_k": num_experts, "expert_init": "split", "gate_weight": "uniform", "output_scale": "dense"}
+        return cls(num_experts=num_experts, **{**settings, **changes})
 
     def mistakes(self) -> list[str]:
         """One sentence for each invalid field."""
@@ -86,12 +96,10 @@ class SMoEConfig:
             found.append(f"top_k = {self.top_k!r} must be a whole number from 1 to num_experts = {E!r}")
         if self.d_expert is not None and not _is_count(self.d_expert):
             found.append(f"d_expert = {self.d_expert!r} must be a whole number of at least 1, or None")
-        if self.router not in ROUTERS:
-            found.append(unknown("router", str(self.router), [*ROUTERS, *ROUTER_ALIASES]))
-        if self.backend not in ("auto", *BACKENDS):
-            found.append(unknown("backend", str(self.backend), ["auto", *BACKENDS]))
-        if self.method is not None and self.method not in METHODS:
-            found.append(unknown("method", str(self.method), METHODS))
+        names = {"router": [*ROUTERS, *ROUTER_ALIASES], "backend": ["auto", *BACKENDS], "method": [*METHODS]}
+        for kind, known in names.items():
+            if (given := getattr(self, kind)) not in known and not (kind == "method" and given is None):
+                found.append(name_mistake(kind, given, known))
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             found.append(f"options = {self.options!r} must be a mapping from names to values")
         if self.freeze_router not in (None, True, False):
@@ -157,6 +165,8 @@ class SMoEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SMoEConfig":
         """Build from field values. ConfigError for unknown or invalid fields."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"the configuration is a {type(values).__name__}, not the fields of one SMoEConfig")
         known = {entry.name for entry in fields(cls)}
         if foreign := sorted(set(values) - known):
             raise ConfigError(f"unknown field {', '.join(foreign)} in the configuration; known: {', '.join(sorted(known))}")
@@ -170,11 +180,23 @@ def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
     if len(layers) == 0:
         return ["layers is empty: name at least one layer, or leave it out for all"]
     found = []
-    if wrong := [index for index in layers if index != 0 and not _is_count(index)]:
+    if wrong := [index for index in layers if not isinstance(index, int) or isinstance(index, bool)]:
         found.append(f"layers names {wrong[0]!r}, which is not a layer index")
     if repeated := sorted({str(index) for index in layers if layers.count(index) > 1}):
         found.append(f"layers names {', '.join(repeated)} more than once")
     return found
+
+
+def name_mistake(kind: str, given: Any, known: list[str]) -> str:
+    """Sentence for a router, backend or method that is not a registered name, such as the class itself."""
+    if isinstance(given, str):
+        return unknown(kind, given, known)
+    if isinstance(given, type):
+        place = f"{given.__module__}:{given.__qualname__}"
+        return f"{kind} is the class {given.__name__}: register it, registry.{kind.upper()}S['name'] = {place!r}, and pass that name"
+    if isinstance(name := getattr(given, "name", None), str) and name in known:
+        return f"{kind} is a {type(given).__name__}: pass its name, {kind} = {name!r}"
+    return f"{kind} = {given!r} must be a registered name: {', '.join(known)}"
 
 
 def site_mistakes(sites: str | tuple[str, ...]) -> list[str]:
@@ -183,6 +205,15 @@ def site_mistakes(sites: str | tuple[str, ...]) -> list[str]:
     if not isinstance(patterns, tuple) or not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         return [f"sites = {sites!r} must be a pattern of module names such as 'encoder.layers.*.mlp', a list of them, or None"]
     return []
+
+
+def _plain(value: Any) -> Any:
+    """Lists and ranges as tuples, and numbers of other libraries, such as numpy's, as Python's."""
+    if isinstance(value, list | tuple | range):
+        return tuple(map(_plain, value))
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def _is_count(value: Any) -> bool:

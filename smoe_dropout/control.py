@@ -11,13 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
+from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the model's order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def conversions(model: nn.Module) -> list[SMoEConfig]:
+    """Configurations of the calls of `moefy` that made the MoE layers, in order; empty for a dense model.
+
+    `for config in conversions(model): moefy(dense, config)` makes such a model again.
+    """
+    found = {(layer.conversion, layer.config): layer.config for _, layer in moe_layers(model)}
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def only_conversion(model: nn.Module) -> SMoEConfig:
+    """Configuration of a model's MoE layers. ConfigError if several conversions made them, each with its own."""
+    found = conversions(model)
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} was converted in {len(found)} steps, but this needs one configuration for all MoE layers"
+        )
+    return found[0]
 
 
 def set_top_k(model: nn.Module, k: int) -> None:
@@ -29,12 +50,12 @@ def set_top_k(model: nn.Module, k: int) -> None:
     layers = _layers_or_raise(model)
     if not isinstance(k, Integral) or isinstance(k, bool):  # Integral includes numpy's integers
         raise ValueError(f"k = {k!r} must be a whole number")
-    for name, layer in layers:
-        if not 1 <= k <= layer.config.num_experts:
-            of = "the largest layer" if layer.config.experts_by_layer else f"layer {name!r}"
-            raise ValueError(f"k = {k} must be a whole number from 1 to the {layer.config.num_experts} experts of {of}")
+    counts = [layer.num_experts for _, layer in layers]
+    if not 1 <= k <= max(counts):
+        of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
+        raise ValueError(f"k = {k} must be a whole number from 1 to the {max(counts)} experts of {of}")
     for _, layer in layers:
-        layer.top_k = _own_k(layer, int(k))
+        layer.top_k = min(int(k), layer.num_experts)
     _propagate(model, layers)
 
 
@@ -42,7 +63,7 @@ def get_top_k(model: nn.Module) -> int:
     """The k that `set_top_k` would set. ValueError if the model has no MoE layers, or they do not agree."""
     layers = _layers_or_raise(model)
     k = _largest_k(layers)
-    if any(layer.top_k != _own_k(layer, k) for _, layer in layers):
+    if any(layer.top_k != min(k, layer.num_experts) for _, layer in layers):
         raise ValueError(f"the MoE layers have different k: {dict((name, layer.top_k) for name, layer in layers)}")
     return k
 
@@ -71,10 +92,11 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
 
 
 def configure(model: nn.Module, **changes: Any) -> None:
-    """Record changed fields of `SMoEConfig` in every copy of the configuration."""
+    """Record changed fields of `SMoEConfig` in every copy of the configuration. ConfigError for a model converted in several steps."""
     layers = _layers_or_raise(model)
+    changed = replace(only_conversion(model), **changes)
     for _, layer in layers:
-        layer.config = replace(layer.config, **changes)
+        layer.config = changed
     _propagate(model, layers, **changes)
 
 
@@ -99,10 +121,6 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
 
 
-def _own_k(layer: MoELayer, k: int) -> int:
-    return k if layer.config.experts_by_layer is None else min(k, layer.num_experts)
-
-
 def _largest_k(layers: list[tuple[str, MoELayer]]) -> int:
     return max(layer.top_k for _, layer in layers)
 
@@ -112,8 +130,8 @@ def _propagate(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: 
     k, most = _largest_k(layers), max(layer.num_experts for _, layer in layers)
     for module in model.modules():
         stored = getattr(getattr(module, "config", None), PACKAGE, None)
-        if isinstance(stored, dict):
-            stored |= {"top_k": k, **changed}
+        for entry in [stored] if isinstance(stored, dict) else stored or []:
+            entry |= {"top_k": min(k, changed.get("num_experts", entry["num_experts"])), **changed}
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         # one graph per k, in training and in evaluation; beyond its limit torch.compile silently runs eagerly
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * most + 8)
@@ -131,8 +149,10 @@ def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Modul
 
     This is the paper's self-slimmable inference: time and active parameters decrease with k. All experts are kept; `operate` removes some.
     dtype: precision of all weights except the routers', whose rounding could change which experts are chosen. Raises ValueError for a
-    model without MoE layers and as in `set_top_k`.
+    model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
     slimmed = copy.deepcopy(model).eval().requires_grad_(False)
     set_top_k(slimmed, k)
     if dtype is not None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.control import moe_layers
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.hosts.attention import attention_before, keep_probabilities
+from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modules
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
@@ -17,48 +25,176 @@ from smoe_dropout.registry import INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
 
 
+class ConversionWarning(UserWarning):
+    """A conversion that does what it was told, and perhaps not what was meant."""
+
+
+class Plan(NamedTuple):
+    """Conversion that has been checked: its configuration, layers counted from 0; the layers' class; and index, FFN and configuration
+    of each layer.
+
+    needs: of layers and routers. attentions: the attention module before each layer, and embedding: the token embedding, where needed.
+    """
+
+    config: SMoEConfig
+    kind: type[MoELayer]
+    indices: tuple[int, ...]
+    sites: tuple[Site, ...]
+    configs: tuple[SMoEConfig, ...]
+    needs: frozenset[str]
+    attentions: tuple[nn.Module | None, ...]
+    embedding: nn.Module | None
+
+
 def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     """Replace feed-forward networks of `model` with MoE layers, in place, and return the model.
 
-    `config.layers` selects networks by index, `config.sites` by module name; the others stay dense. New weights are drawn from torch's
-    default generator. Build the optimiser afterwards, since the model's parameters change.
+    `config.layers` selects networks by index, `config.sites` by module name; the others stay dense, and a second call may convert them,
+    with the same or another configuration. New weights are drawn from torch's default generator. Build the optimiser afterwards, since the
+    model's parameters change. `report(model, config)` says beforehand what is converted.
 
-    Raises ConfigError, leaving the model untouched, if it already has MoE layers, a layer index does not exist, E does not divide the FFN
-    width, or a method or option does not apply.
+    Raises ConfigError, leaving the model untouched, if a layer index does not exist or names an MoE layer, E does not divide the FFN width,
+    or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
+    transformers has loaded, and if a trained router gets no gradient from the model's loss.
     """
+    plan = planned(model, config)
+    config = plan.config
+    layers = [plan.kind(site.d_model, site.experts(its), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
+    earlier = [layer for _, layer in moe_layers(model)]
+    for layer in layers:
+        layer.config = config  # the model's, not the layer's own
+        layer.conversion = 1 + max((layer.conversion for layer in earlier), default=-1)
+    discarded = config.expert_init == "fresh" and any(is_loaded(site) for site in plan.sites)
+    before = Snapshot(model)
+    try:
+        _place(plan, layers)
+        for layer, places in zip(layers, before.remember(plan.sites), strict=True):
+            layer.original = places
+        for library in INTEGRATIONS:
+            if library in sys.modules:
+                load(INTEGRATIONS, "integration", library).integrate(model, config)
+        before.remember_hooks()
+    except BaseException:
+        before.restore()
+        raise
+    if discarded:
+        _warn(
+            f"the trained feed-forward networks of {type(model).__name__} were replaced by experts with random weights, the default: "
+            f"to keep what they compute use SMoEConfig.exact({config.num_experts}), or expert_init = 'split' or 'copy'"
+        )
+    router, loading = layers[0].router, layers[0].experts.bias_up.is_meta
+    if not loading and router.uniform and not plan.kind.own_losses and any(parameter.requires_grad for parameter in router.parameters()):
+        _warn(
+            f"router {config.router!r} is trained, but with gate_weight = 'uniform' the model's loss has no gradient for it, "
+            f"{'only the balance loss' if getattr(router, 'balance_loss', 0) else 'and there is no balance loss'}: "
+            "use gate_weight = 'softmax', or freeze_router = True"
+        )
+    return model
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, ConversionWarning, stacklevel=3)
+
+
+def planned(model: nn.Module, config: SMoEConfig) -> Plan:
+    """Check a conversion without changing anything. ConfigError as `moefy`."""
+    if not isinstance(model, nn.Module):
+        hint = ": load the model first" if isinstance(model, str | Path) else ""
+        raise ConfigError(f"model is a {type(model).__name__}, not an nn.Module{hint}")
     if not isinstance(config, SMoEConfig):
-        raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig")
-    if any(isinstance(module, MoELayer) for module in model.modules()):
-        raise ConfigError(f"{type(model).__name__} already has MoE layers")
+        raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig: pass SMoEConfig(num_experts=16, top_k=8), for example")
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
     kind = (method.layer if method else None) or MoELayer
-    sites = find_sites(model, config.sites)
-    chosen = range(len(sites)) if config.layers is None else sorted(config.layers)
-    if outside := [index for index in chosen if index >= len(sites)]:
-        raise ConfigError(f"layers names {outside}, but {type(model).__name__} has layers 0 to {len(sites) - 1}")
-    for index in chosen:
-        refuse_tied(model, sites[index])
-    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(chosen):
-        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(chosen)} MoE layers")
-    own = [config.of_layer(place) for place in range(len(chosen))]
-    layers = [kind(sites[index].d_model, sites[index].experts(its), its) for index, its in zip(chosen, own, strict=True)]
-    for layer in layers:
-        layer.config = config  # the model's, not the layer's own
-    needs, shared = kind.needs | layers[0].router.needs, Shared()
-    attentions = [attention_before(model, sites[index], "probabilities" in needs) if "attention" in needs else None for index in chosen]
+    networks = numbered(model, config.sites)
+    indices = chosen(model, config, networks)
+    if config.layers is not None:
+        config = replace(config, layers=tuple(index % len(networks) for index in config.layers))
+    kinds = [type(layer) for _, layer in moe_layers(model)]
+    if kinds and (chained := [each.__name__ for each in (kind, *kinds) if not each.repeatable]):
+        raise ConfigError(f"{chained[0]} passes a state from layer to layer, so all MoE layers of the model must be converted at once")
+    sites = tuple(networks[index] for index in indices)
+    refuse_tied(model, sites)
+    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
+        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
+    needs = kind.needs | load(ROUTERS, "router", config.router).needs
+    attentions = tuple(attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in sites)
     embedding = token_embedding(model) if "tokens" in needs else None
-    for place, (index, layer) in enumerate(zip(chosen, layers, strict=True)):
-        layer.place(place, len(layers), shared, attentions[place])
-        sites[index].replace(layer)
-        if "probabilities" in needs:
-            keep_probabilities(attentions[place])
-    if embedding is not None:
-        embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
-    for library in INTEGRATIONS:
-        if library in sys.modules:
-            load(INTEGRATIONS, "integration", library).integrate(model, config)
-    return model
+    return Plan(config, kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding)
+
+
+def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site | MoELayer]:
+    """Feed-forward networks of the model before any conversion, in order: those that are left, and the layers that replaced the others."""
+    converted = converted_networks(model)
+    if patterns is not None and converted:
+        given = (patterns,) if isinstance(patterns, str) else patterns
+        names = [name for name, _ in model.named_modules() if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in given)]
+        inside = {
+            name: [each for each in converted if f"{each}.".startswith(f"{name}.")] for name in names
+        }  # a block or the network itself
+        left = tuple(name for name in names if not inside[name] and not any(name.startswith(f"{each}.") for each in converted))
+        converted = {name: layer for name, layer in converted.items() if any(name in its for its in inside.values())}
+        patterns = left if left or converted else patterns
+    sites = []
+    if patterns != ():
+        try:
+            sites = find_sites(model, patterns)
+        except ConfigError:
+            if not converted:
+                raise
+    places = {module: place for place, module in enumerate(model.modules())}
+    order = [(places[getattr(site.parent, site.name)], site) for site in sites] + [(places[layer], layer) for layer in converted.values()]
+    return [network for _, network in sorted(order, key=lambda pair: pair[0])]
+
+
+def converted_networks(model: nn.Module) -> dict[str, MoELayer]:
+    """MoE layers by the name of the network that they replaced, which may contain more than the layer, such as a dropout after it."""
+    modules, found = dict(model.named_modules()), {}
+    put = {value for module in modules.values() for value in put_modules(module)}
+    for name, layer in moe_layers(model):
+        outer = name
+        while outer and modules[outer] not in put:
+            outer = outer.rpartition(".")[0]
+        found[outer or name] = layer
+    return found
+
+
+def chosen(model: nn.Module, config: SMoEConfig, networks: list[Site | MoELayer]) -> tuple[int, ...]:
+    """Indices of the networks to convert, in order. ConfigError for one that does not exist, or was converted before."""
+    count, kind = len(networks), type(model).__name__
+    free = [index for index, network in enumerate(networks) if not isinstance(network, MoELayer)]
+    if not free:
+        raise ConfigError(f"all {count} feed-forward networks of {kind} are MoE layers already")
+    if config.layers is None:
+        if len(free) < count:
+            listed = ", ".join(str(index) for index in range(count) if index not in free)
+            raise ConfigError(f"layers {listed} of {kind} are MoE layers already: name those to convert, such as layers = {tuple(free)}")
+        return tuple(free)
+    if outside := [index for index in config.layers if not -count <= index < count]:
+        raise ConfigError(f"layers names {outside}, but {kind} has layers 0 to {count - 1}")
+    indices = sorted(index % count for index in config.layers)
+    if twice := [index for index in set(indices) if indices.count(index) > 1]:
+        raise ConfigError(f"layers = {config.layers} names layer {twice[0]} of {count} twice")
+    if again := [index for index in indices if index not in free]:
+        raise ConfigError(f"layers names {again}, which are MoE layers already: {kind} has {free} left")
+    return tuple(indices)
+
+
+def _place(plan: Plan, layers: list[MoELayer]) -> None:
+    """Put the layers into the model, and connect them with what they need of it."""
+    shared = Shared()
+    for place, (site, layer, attention) in enumerate(zip(plan.sites, layers, plan.attentions, strict=True)):
+        layer.place(place, len(layers), shared, attention)
+        site.replace(layer)
+        if "probabilities" in plan.needs:
+            keep_probabilities(attention)
+    if plan.embedding is not None:
+        plan.embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
+
+
+def is_loaded(site: Site) -> bool:
+    """Whether the network's weights were read from a file by transformers, which marks such parameters; False for other models."""
+    return getattr(base(site.up), "_is_hf_initialized", False)
 
 
 def check(method: Method | None, config: SMoEConfig) -> None:
@@ -82,14 +218,13 @@ def check(method: Method | None, config: SMoEConfig) -> None:
         )
 
 
-def refuse_tied(model: nn.Module, site: Site) -> None:
-    """Raise ConfigError if a weight of the network is shared with another module: experts would silently untie them."""
+def refuse_tied(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise ConfigError if a weight of a network is shared with another module: experts would silently untie them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for tensor in (site.up, site.bias_up, site.down, site.bias_down, site.gate, site.bias_gate):
-        parameter = tensor if tensor is None or tensor._base is None else tensor._base  # Conv1D's weight is a view
-        if len(tied := names.get(id(parameter), [])) > 1:
+    for tensor in (tensor for site in sites for tensor in dense_tensors(site).values()):
+        if len(tied := names.get(id(base(tensor)), [])) > 1:
             raise ConfigError(f"{' and '.join(tied[:2])} are the same parameter, and converting would untie them: untie them first")
 
 

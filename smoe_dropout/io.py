@@ -3,6 +3,7 @@
 A folder holds `model.safetensors`, with tied tensors stored once, and `smoe_config.json`, which is absent for a dense model.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.control import moe_layers
+from smoe_dropout.control import conversions
 from smoe_dropout.options import ConfigError, build_options
+from smoe_dropout.registry import ROUTERS, load
 
 WEIGHTS, CONFIG = "model.safetensors", "smoe_config.json"
 
@@ -59,8 +61,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    if layers := moe_layers(model):
-        (folder / CONFIG).write_text(layers[0][1].config.to_json())
+    if configs := conversions(model):
+        texts = [config.to_json() for config in configs]
+        (folder / CONFIG).write_text(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]")
     save_file(stored_tensors(model), folder / WEIGHTS)
 
 
@@ -91,22 +94,30 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
 def _check_config(model: nn.Module, folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: save_model(model, folder) writes one")
-    layers, path = moe_layers(model), folder / CONFIG
-    if path.exists() != bool(layers):
+    ours, path = conversions(model), folder / CONFIG
+    if path.exists() != bool(ours):
         raise ConfigError(
-            f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, but this one is {'sparse' if layers else 'dense'}"
+            f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, but this one is {'sparse' if ours else 'dense'}"
         )
-    if not layers:
+    if not ours:
         return
     try:
-        stored, ours = SMoEConfig.from_json(path.read_text()), layers[0][1].config
-    except ValueError as error:  # not JSON, or not a configuration
+        found = json.loads(path.read_text())
+        stored = [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) else [found])]
+    except (TypeError, ValueError) as error:  # not JSON, or not a configuration
         raise ConfigError(f"{path} is damaged: {error}") from None
+    if len(stored) != len(ours):
+        raise ConfigError(f"{path} describes a model converted in {len(stored)} steps, but this one was in {len(ours)}")
+    for theirs, own in zip(stored, ours, strict=True):
+        _compare(theirs, own, path)
+
+
+def _compare(stored: SMoEConfig, ours: SMoEConfig, path: Path) -> None:
     for name in ("num_experts", "experts_by_layer", "router", "gate_weight", "output_scale", "method", "expert_rank", "sparse_share"):
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, but the model has {getattr(ours, name)!r}")
-    router = layers[0][1].router
-    routed = [build_options(router.Options, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
+    kind = load(ROUTERS, "router", ours.router).Options
+    routed = [build_options(kind, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
     if routed[0] != routed[1]:
         raise ConfigError(f"{path} has a router with {routed[0]}, but the model has {routed[1]}")
 

@@ -28,13 +28,16 @@ class MoELayer(nn.Module, FollowsTraining):
     own_losses: whether the layer has auxiliary losses besides the router's.
     repeatable: whether activation checkpointing may repeat a pass of this layer alone.
 
-    `index` and `count` are the layer's position among the MoE layers and their number.
+    `index` and `count` are the layer's position among the MoE layers of its conversion and their number. conversion: number of the call of
+    `moefy` that made it. original: where the weights of the replaced network were, for `unmoefy`.
     """
 
     Options: type = NoOptions
     needs: frozenset[str] = frozenset()
     own_losses = False
     repeatable = True
+    conversion = 0
+    original: dict | None = None
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()
@@ -63,7 +66,9 @@ class MoELayer(nn.Module, FollowsTraining):
         self._before = [] if attention is None else [attention]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+        """x [..., D] -> [..., D]. TypeError for integers, such as token ids."""
+        if not x.is_floating_point():
+            raise TypeError(f"an MoE layer takes hidden states in floating point, but got {x.dtype}: embed token ids first")
         routing = self.route(x)
         if not torch.compiler.is_compiling() and self.assigned is None:
             check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)

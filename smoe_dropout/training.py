@@ -1,5 +1,7 @@
 """Progress of training for modules that depend on it, metrics reported by modules, and random draws shared by all processes."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,13 @@ class Reports:
 
 
 def set_progress(model: nn.Module, step: int, total_steps: int) -> None:
-    """Tell every module whose rate, temperature or competition depends on it that training is at `step` of `total_steps`."""
+    """Tell every module whose rate, temperature or competition depends on it that training is at `step` of `total_steps`.
+
+    Raises ValueError for a negative step, or fewer than one in total.
+    """
+    for name, value, least in (("step", step, 0), ("total_steps", total_steps, 1)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} = {value!r} must be a whole number of at least {least}")
     for module in model.modules():
         if isinstance(module, FollowsTraining):
             module.step, module.total_steps = step, total_steps

@@ -70,7 +70,7 @@ def sparse_units(d_expert: int, share: float) -> int:
 
 def composed(u_EGHR: Tensor, v_EGRD: Tensor, s_EGUD: Tensor, units_EU: Tensor) -> Tensor:
     """Stacked maps U V + S [E, G * H, D], in the precision of the factors."""
-    with torch.autocast(u_EGHR.device.type, enabled=False):
+    with torch.autocast("cpu" if u_EGHR.is_meta else u_EGHR.device.type, enabled=False):  # the meta device has no autocast
         places_EGUD = units_EU[:, None, :, None].expand_as(s_EGUD)
         return (u_EGHR @ v_EGRD).scatter_add(2, places_EGUD, s_EGUD).flatten(1, 2)
 

@@ -37,9 +37,9 @@ class TopKScheduleCallback(TrainerCallback):
         if not layers:
             raise ConfigError(f"{type(model).__name__} has no MoE layers to schedule: call moefy(model, SMoEConfig(...)) first")
         self.schedule = self._schedule(state.max_steps if self.total_steps is None else self.total_steps)
-        for name, layer in layers:
-            if self.schedule.k_max > (most := layer.config.num_experts):
-                raise ConfigError(f"k_max = {self.schedule.k_max} is more than the {most} experts of layer {name!r}")
+        name, largest = max(layers, key=lambda pair: pair[1].num_experts)
+        if self.schedule.k_max > largest.num_experts:
+            raise ConfigError(f"k_max = {self.schedule.k_max} is more than the {largest.num_experts} experts of layer {name!r}")
         if args.label_smoothing_factor and any(layer.own_losses or getattr(layer.router, "balance_loss", 0) for _, layer in layers):
             raise ConfigError(
                 f"label_smoothing_factor = {args.label_smoothing_factor}: the Trainer then computes the loss itself, without the "

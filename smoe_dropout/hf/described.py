@@ -65,8 +65,29 @@ def _restored(kind: type) -> Described:
 
 
 def described(config: Any, experts: SMoEConfig) -> Described:
-    """Copy of a PreTrainedConfig that also describes the experts."""
+    """Copy of a PreTrainedConfig that also describes the experts, after those of earlier conversions."""
     copied = copy.deepcopy(config)
-    copied.__class__ = _described_class(type(config))
-    setattr(copied, NAME, asdict(experts))
+    if isinstance(config, Described):
+        before = getattr(copied, NAME)
+        setattr(copied, NAME, [*(before if isinstance(before, list) else [before]), asdict(experts)])
+    else:
+        copied.__class__ = _described_class(type(config))
+        setattr(copied, NAME, asdict(experts))
     return copied
+
+
+def plain(config: Described) -> Any:
+    """Copy of the configuration without the experts: an ordinary PreTrainedConfig."""
+    copied = copy.copy(config)
+    copied.__class__ = type(config).__mro__[2]
+    delattr(copied, NAME)
+    return copied
+
+
+def conversions_of(config: Any) -> list[SMoEConfig]:
+    """Configurations of the conversions that made the model, in order. ConfigError for invalid fields.
+
+    config: a model's configuration, or the dict in config.json.
+    """
+    stored = config.get(NAME) if isinstance(config, dict) else getattr(config, NAME, None)
+    return [SMoEConfig.from_dict(dict(entry)) for entry in (stored if isinstance(stored, list) else [stored] if stored else [])]

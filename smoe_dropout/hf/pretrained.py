@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import get_top_k, moe_layers
 from smoe_dropout.conversion import moefy
-from smoe_dropout.hf.described import NAME, Described, is_pretrained_model
+from smoe_dropout.hf.described import NAME, Described, conversions_of, is_pretrained_model
 from smoe_dropout.io import stored_tensors
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
@@ -79,8 +79,9 @@ def from_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
             "or load_weights for a folder of save_model"
         )
     try:
-        experts = SMoEConfig.from_dict(stored.pop(NAME))
-    except (KeyError, TypeError, ValueError) as error:
+        if not (experts := conversions_of(stored)):
+            raise ValueError(f"no {NAME!r} in it")
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG} is damaged: {error}") from None
     try:
         tensors = load_file(weights)
@@ -97,7 +98,9 @@ def from_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
 def _write(model: nn.Module, k: int, room: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
-    getattr(config, NAME)["top_k"] = k
+    stored = getattr(config, NAME)
+    for entry in stored if isinstance(stored, list) else [stored]:
+        entry["top_k"] = min(k, entry["num_experts"])
     config.to_json_file(room / CONFIG)
     if model.can_generate():
         model.generation_config.save_pretrained(room)
@@ -146,7 +149,7 @@ def _checked(folder: Path) -> Path:
     return folder / WEIGHTS
 
 
-def _build(path: Path, stored: dict[str, Any], experts: SMoEConfig, model_class: type | None) -> nn.Module:
+def _build(path: Path, stored: dict[str, Any], conversions: list[SMoEConfig], model_class: type | None) -> nn.Module:
     """Build a model as described in config.json, in its precision."""
     import transformers
 
@@ -159,18 +162,20 @@ def _build(path: Path, stored: dict[str, Any], experts: SMoEConfig, model_class:
         raise ConfigError(f"{path} describes a {host!r} model, but {kind.__name__} is not one")
     try:
         config = config_class.from_dict(getattr(config_class, "_decode_special_floats", dict)(stored["host"]))
-        model = kind._from_config(config, **_attention_of(experts))
-        return moefy(model, experts)
+        model = kind._from_config(config, **_attention_of(conversions))
+        for experts in conversions:
+            moefy(model, experts)
+        return model
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:  # transformers raises many kinds: missing values, wrong types, values that contradict each other
         raise ConfigError(f"{path} does not describe a valid {kind.__name__}: {error}") from error
 
 
-def _attention_of(experts: SMoEConfig) -> dict[str, str]:
+def _attention_of(conversions: list[SMoEConfig]) -> dict[str, str]:
     """The eager implementation if a layer needs attention probabilities; config.json does not store the implementation."""
-    layer = load(METHODS, "method", experts.method).layer if experts.method else None
-    return {"attn_implementation": "eager"} if layer and "probabilities" in layer.needs else {}
+    kinds = [load(METHODS, "method", experts.method).layer for experts in conversions if experts.method]
+    return {"attn_implementation": "eager"} if any(kind and "probabilities" in kind.needs for kind in kinds) else {}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ reads the weights of the dense maps, so it is disabled.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from smoe_dropout.experts.activations import activation_name
 from smoe_dropout.hosts.site import Site, is_linear
@@ -31,8 +31,10 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
 
     def put(module: nn.Module) -> None:
         layer.linear1 = module.train(layer.training)
-        for rest in ("activation", "dropout", "linear2"):
+        for rest in ("dropout", "linear2"):
             setattr(layer, rest, nn.Identity().train(layer.training))
+        del layer.activation
+        layer.activation = _identity  # a function, since copying a decoder layer puts ReLU in place of a module
         _leave_fused_path(layer, stack)
 
     def put_dropout(module: nn.Module) -> nn.Module:
@@ -42,6 +44,10 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
 
     tensors = up.weight, up.bias, down.weight, down.bias
     return Site(layer, "linear1", *tensors, name, dropout.p, put_dropout=put_dropout, put=put)
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _leave_fused_path(layer: nn.Module, stack: nn.TransformerEncoder | None) -> None:

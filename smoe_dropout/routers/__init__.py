@@ -52,6 +52,11 @@ class Router(nn.Module):
         """Gate weights of the k chosen logits: their softmax, or 1/k each."""
         return top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / top_NK.shape[1])
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every chosen expert always weighs 1/k; a router with such weights of its own overrides it."""
+        return "gate_weight" in self.uses and self.gate_weight == "uniform"
+
     def flops(self, tokens: int) -> int:
         """FLOPs of routing this many tokens."""
         return 0

@@ -15,6 +15,7 @@ class HashRouter(Router):
     """Router that assigns a token id the same experts wherever it occurs. No parameters; `seed` is drawn per layer and saved."""
 
     needs = frozenset({"tokens"})
+    uniform = True
 
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(config)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.control import configure, get_top_k, moe_layers
+from smoe_dropout.control import configure, get_top_k, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
@@ -39,6 +39,7 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     """
     require(method in SURGERIES, unknown("method of surgery", method, SURGERIES))
     surgery, layers = load(SURGERIES, "method of surgery", method), [layer for _, layer in cuttable_layers(model)]
+    only_conversion(model)
     _check(layers, keep)
     if foreign := sorted(options.keys() - surgery.OPTIONS.keys()):
         raise ConfigError(f"unknown option {foreign[0]} of {method!r}; options: {', '.join(surgery.OPTIONS) or 'none'}")

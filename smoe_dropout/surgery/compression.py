@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.control import configure, moe_layers
+from smoe_dropout.control import configure, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts, factored, sparse_units
 from smoe_dropout.options import require
 
@@ -32,7 +32,7 @@ def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
     """
     layers = moe_layers(model)
     require(bool(layers), f"{type(model).__name__} has no MoE layers: there are no experts to compress")
-    require(layers[0][1].config.expert_rank is None, "the experts are already compressed")
+    require(only_conversion(model).expert_rank is None, "the experts are already compressed")
     most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
     require(1 <= rank <= most, f"rank = {rank} must be from 1 to {most}, the largest rank of an expert's maps")
     _check_share(kept)

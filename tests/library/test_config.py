@@ -4,12 +4,19 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import smoe_dropout as sd
 from smoe_dropout import registry
 from tests.conftest import ROOT
+
+
+class Mine:
+    """A router's class, passed instead of its name."""
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,9 @@ from tests.conftest import ROOT
         ({"router": "randon"}, ["'randon'", "nearest: random"]),
         ({"router": "CustomNaiveGat"}, ["nearest: CustomNaiveGate"]),
         ({"router": 5}, ["router", "5"]),
+        ({"router": Mine}, ["router is the class Mine: register it, registry.ROUTERS['name'] = 'tests.library.test_config:Mine'", "pass"]),
+        ({"router": Mine()}, ["router = <", "must be a registered name: random"]),
+        ({"method": SimpleNamespace(name="thor")}, ["method is a SimpleNamespace: pass its name, method = 'thor'"]),
         ({"backend": "sort"}, ["'sort'", "sorted"]),
         ({"backend": None}, ["backend", "None"]),
         ({"gate_weight": "soft"}, ["gate_weight 'soft'", "softmax"]),
@@ -40,7 +50,7 @@ from tests.conftest import ROOT
         ({"init_std": "small"}, ["init_std = 'small'"]),
         ({"freeze_router": "no"}, ["freeze_router = 'no'"]),
         ({"layers": ()}, ["layers is empty"]),
-        ({"layers": (0, -1)}, ["layers names -1"]),
+        ({"layers": (True,)}, ["layers names True"]),
         ({"layers": (1, 0, 1, 0)}, ["0, 1 more than once"]),
         ({"layers": (1.5,)}, ["layers names 1.5"]),
         ({"layers": 3}, ["layers", "3"]),
@@ -66,6 +76,18 @@ def test_config_round_trips_through_json(settings):
     config = sd.SMoEConfig(**settings)
     assert sd.SMoEConfig.from_json(config.to_json()) == config and hash(config)
     assert set(json.loads(config.to_json())) == set(sd.SMoEConfig.__dataclass_fields__)
+
+
+def test_exact_configuration():
+    exact = sd.SMoEConfig(num_experts=8, top_k=8, expert_init="split", gate_weight="uniform", output_scale="dense")
+    assert sd.SMoEConfig.exact(8) == exact
+    assert sd.SMoEConfig.exact(8, top_k=4, layers=(1,)) == replace(exact, top_k=4, layers=(1,))
+
+
+def test_numbers_and_lists_of_other_libraries_become_pythons():
+    given = sd.SMoEConfig(np.int64(4), np.int32(2), layers=np.arange(2).tolist(), balance_loss=np.float32(0.5), d_expert=np.int8(3))
+    assert given == sd.SMoEConfig(4, 2, layers=[np.int64(0), np.int64(1)], balance_loss=0.5, d_expert=3)
+    assert sd.SMoEConfig.from_json(given.to_json()) == given and sd.SMoEConfig(layers=range(-2, 0)).layers == (-2, -1)
 
 
 def test_config_rejects_unknown_fields():

@@ -16,8 +16,8 @@ FLOORS = (
     ("layer",),
     ("control", "hosts"),
     ("methods",),
-    ("conversion", "io", "surgery"),
-    ("hf",),
+    ("conversion", "restoration", "io", "surgery"),
+    ("hf", "summary"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {

@@ -1,11 +1,14 @@
 """Common mistakes with the library raise immediately instead of computing something wrong."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import smoe_dropout as sd
+from smoe_dropout.conversion import ConversionWarning
 from smoe_dropout.registry import ROUTERS
 from smoe_dropout.routers import Router, Routing
 
@@ -159,6 +162,66 @@ def test_numpy_integers_are_accepted_as_k():
     assert type(sd.get_top_k(made)) is int and sd.get_top_k(made) == 3
 
 
-def test_config_must_be_an_smoeconfig():
-    with pytest.raises(sd.ConfigError, match="config is a dict"):
-        sd.moefy(model(), {"num_experts": 4})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((model, lambda: {"num_experts": 4}), "config is a dict, not an SMoEConfig"),
+        ((model, lambda: None), "config is a NoneType, not an SMoEConfig: pass SMoEConfig"),
+        ((lambda: None, config), "model is a NoneType, not an nn.Module"),
+        ((lambda: "gpt2", config), "model is a str, not an nn.Module: load the model first"),
+        ((config, model), "model is a SMoEConfig"),
+        ((model, lambda: config(router="hash", balance_loss=0.1)), "balance_loss = 0.1 has no effect with router 'hash'"),
+    ],
+)
+def test_arguments_of_moefy(arguments, message):
+    with pytest.raises(sd.ConfigError, match=message):
+        sd.moefy(*(argument() for argument in arguments))
+
+
+@pytest.mark.parametrize(("step", "total"), [(-1, 10), (1.5, 10), (0, 0), (True, 2)])
+def test_progress_must_be_steps(step, total):
+    with pytest.raises(ValueError, match="must be a whole number of at least"):
+        sd.set_progress(sd.moefy(model(), config()), step, total)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8])
+def test_slim_takes_a_floating_point_dtype(dtype):
+    with pytest.raises(ValueError, match="must be a floating-point dtype"):
+        sd.slim(sd.moefy(model(), config()), 1, dtype)
+
+
+def test_layer_rejects_token_ids():
+    with pytest.raises(TypeError, match=r"got torch.int64: embed token ids first"):
+        sd.moefy(model(), config())[0]["ffn"](torch.ones(2, D, dtype=torch.int64))
+
+
+def test_trained_networks_are_not_discarded_without_a_word(tmp_path):
+    """Models that transformers loaded, but not those built from a configuration, nor experts that are loaded over."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": F}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    made.save_pretrained(tmp_path / "dense")
+
+    def loaded(kind: type = transformers.LlamaForCausalLM) -> nn.Module:
+        return kind.from_pretrained(tmp_path / "dense")
+
+    with pytest.warns(ConversionWarning, match=r"LlamaForCausalLM were replaced .*: to keep what they compute use SMoEConfig.exact\(4\)"):
+        converted = sd.moefy(loaded(), config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        sd.moefy(loaded(), sd.SMoEConfig.exact(4))
+        sd.moefy(loaded(), config(expert_init="copy"))
+        sd.moefy(transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "dense")), config())
+        sd.save_pretrained(converted, tmp_path / "sparse")
+        sd.from_pretrained(tmp_path / "sparse")
+
+
+@pytest.mark.parametrize(("settings", "words"), [({}, "only the balance loss"), ({"balance_loss": 0.0}, "there is no balance loss")])
+def test_trained_router_without_gradient(settings, words):
+    with pytest.warns(ConversionWarning, match=f"gate_weight = 'uniform' the model's loss has no gradient for it, .*{words}"):
+        made = sd.moefy(model(), config(router="learned", gate_weight="uniform", **settings))
+    made.train()[0]["ffn"](torch.randn(5, D)).sum().backward()
+    assert sd.moe_layers(made)[0][1].router.weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        sd.moefy(model(), config(gate_weight="uniform"))

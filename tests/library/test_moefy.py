@@ -1,6 +1,7 @@
 """moefy replaces feed-forward networks in place: exactly where that is documented, and not at all if it raises."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout.control import conversions
 from smoe_dropout.layer import MoELayer
+from smoe_dropout.registry import INTEGRATIONS
 from utils.models.flops import parameter_counts
 
 D, F = 8, 16
@@ -135,13 +138,13 @@ def test_fresh_experts(std, d_expert, width):
     assert all(torch.equal(a, b) for a, b in zip(sparse.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("layers", [None, (0,), (1,), (2, 0)])
+@pytest.mark.parametrize("layers", [None, (0,), (1,), (2, 0), (-1,), range(-3, -1)])
 def test_layers_selects_networks(layers):
     model = transformer_xl(n_layer=3)
     before = [layer.feed_forward.core for layer in model.layers]
     assert sd.moefy(model, config(layers=layers)) is model
     for index, layer in enumerate(model.layers):
-        chosen = layers is None or index in layers
+        chosen = layers is None or index in layers or index - 3 in layers
         assert isinstance(layer.feed_forward.core, MoELayer) if chosen else layer.feed_forward.core is before[index]
     assert model.head.weight is model.embedding.weight
     assert outputs(model).isfinite().all()
@@ -164,7 +167,19 @@ def without(*ffn: nn.Module) -> nn.Module:
         (transformer_xl, {"num_experts": 5}, "width 16 of 'core' is not divisible by num_experts = 5"),
         (uneven, {}, "width 15 of 'ffn' is not divisible"),
         (uneven, {"expert_init": "split"}, "width 15 of 'ffn' is not divisible"),
-        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {}, "Sequential already has MoE layers"),
+        (hand_written, {"layers": (-3,)}, r"layers names \[-3\], but"),
+        (hand_written, {"layers": (1, -1)}, r"layers = \(1, -1\) names layer 1 of 2 twice"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {}, r"layers 0 of Sequential are MoE .* such as layers = \(1,\)"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {"layers": (0, 1)}, r"layers names \[0\], which are MoE layers already"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {"layers": (1,), "num_experts": 3}, "width 16 .* not divisible"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {"layers": (2,)}, "layers 0 to 1"),
+        (lambda: sd.moefy(hand_written(), config(layers=(0,))), {"layers": (1,), "sites": "0.ffn"}, "all 1 feed-forward networks"),
+        (lambda: sd.moefy(hand_written(), config()), {"layers": (1,)}, "all 2 feed-forward networks of Sequential are MoE layers already"),
+        (
+            lambda: sd.moefy(hand_written(), config(layers=(0,))),
+            {"layers": (1,), "method": "momentumsmoe"},
+            "must be converted at once",
+        ),
         (lambda: nn.Linear(D, D), {}, "finds a feed-forward network in Linear"),
         (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D + 1)), {}, "finds a feed-forward network"),
         (lambda: without(nn.Linear(D, F), nn.Tanh(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
@@ -186,6 +201,65 @@ def test_rejected_models_are_unchanged(build, settings, words):
     after = dict(model.named_modules())
     assert after.keys() == modules.keys() and all(after[name] is module for name, module in modules.items())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_failure_at_the_end_leaves_the_model_untouched(monkeypatch):
+    """Also the second conversion, in a library's integration or in a host, after layers and hooks are in place."""
+    model = sd.moefy(transformer_xl(n_layer=3), config(layers=(0,), router="learned"))
+    before = outputs(model)
+
+    def state() -> dict:
+        """Attributes of every module, except those of the last pass."""
+        found = {id(module): {**vars(module), "assigned": 0, "losses": 0, "last_pass": 0} for module in model.modules()}
+        return {key: {name: list(value) if isinstance(value, dict) else value for name, value in its.items()} for key, its in found.items()}
+
+    seen = state()
+    monkeypatch.setitem(INTEGRATIONS, "torch", f"{__name__}:Failing")
+    with pytest.raises(RuntimeError, match="integration failed"):
+        sd.moefy(model, config(layers=(1, 2), router="hash"))
+    assert state() == seen
+    assert torch.equal(outputs(model), before)
+
+
+class Failing:
+    @staticmethod
+    def integrate(model, config):
+        raise RuntimeError("the integration failed")
+
+
+@pytest.mark.parametrize("build", [hand_written, lambda n_layer: hand_written("both_dropouts", n_layer), transformer_xl])
+@pytest.mark.parametrize("sites", [None, "*.[cf][fo]*[en]"])
+def test_second_conversion_of_other_layers(build, sites, tmp_path):
+    """Indices count the original networks, so that replaying the configurations makes the same model, and saved weights load."""
+    second = {"layers": (-3,), "num_experts": 8, "top_k": 1, "router": "learned", "expert_init": "split"}
+    steps = [config(layers=(2, 0), sites=sites), config(**second, sites=sites)]
+    recorded = [steps[0], replace(steps[1], layers=(1,))]  # counted from 0
+    model = build(n_layer=4)
+    for step in steps:
+        sd.moefy(model, step)
+    layers = [layer for _, layer in sd.moe_layers(model)]
+    assert [layer.num_experts for layer in layers] == [4, 8, 4] and conversions(model) == recorded
+    with pytest.raises(ValueError, match="different k"):
+        sd.get_top_k(model)
+    sd.set_top_k(model, 6)
+    assert [layer.top_k for layer in layers] == [4, 6, 4] and sd.get_top_k(model) == 6
+    with sd.top_k(model, 2):
+        assert [layer.top_k for layer in layers] == [2, 2, 2]
+    with pytest.raises(ValueError, match="k = 9 must be a whole number from 1 to the 8 experts of the largest layer"):
+        sd.set_top_k(model, 9)
+    sd.save_model(model, tmp_path / "model")
+    again = build(n_layer=4)
+    for step in steps:
+        sd.moefy(again, step)
+    sd.set_top_k(again, 6)
+    assert torch.equal(outputs(sd.load_weights(again, tmp_path / "model")), outputs(model))
+    slimmed = sd.slim(model, 2)
+    assert outputs(slimmed).isfinite().all() and conversions(slimmed) == recorded
+    with pytest.raises(sd.ConfigError, match="describes a model converted in 2 steps, but this one was in 1"):
+        sd.load_weights(sd.moefy(build(n_layer=4), steps[0]), tmp_path / "model")
+    for operation in (lambda: sd.operate(model, "drop", 2, None), lambda: sd.compress(model, 2)):
+        with pytest.raises(sd.ConfigError, match="was converted in 2 steps, but this needs one configuration"):
+            operation()
 
 
 def test_any_width_works_if_it_is_not_divided():
