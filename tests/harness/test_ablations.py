@@ -181,10 +181,13 @@ def test_a_study_has_a_table_for_each_place_and_differences_are_those_of_a_seed(
     )
 
 
-def test_a_study_needs_a_curve():
-    """Dense and the rows of one length alone are a part of another study."""
-    short = [(path, one) for path, one in study_runs("length") if one["preset_settings"].get("max_step") == 880]
-    assert ablation_tables(short, page="replica") == []
+def test_a_study_needs_a_curve_or_its_baseline():
+    """Dense models at several rates, and those with experts at one, are a part of another study."""
+    one_rate = [(path, one) for path, one in study_runs("dropout") if not one["sparse"] or not one["preset_settings"]]
+    assert len(one_rate) > 10 and ablation_tables(one_rate, ["dropout"]) == []
+    one_length = [(path, one) for path, one in study_runs("length") if one["preset_settings"].get("max_step") == 880]
+    assert len(ablation_tables(one_length, ["length"])) == 1
+    assert ablation_tables([(path, one) for path, one in one_length if one["method"] != "dense"], ["length"]) == []
 
 
 @pytest.mark.parametrize("name", [name for name, one in ABLATIONS.items() if one.preset])

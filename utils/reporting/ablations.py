@@ -138,12 +138,19 @@ def groups_of(ablation: Ablation, found: Found) -> list[Group]:
         for row in rows:
             index, row.number, further = ablation.find(row.first)
             row.label = ablation.rows[index].label
-        sparse = [row.label for row in rows if row.sparse]
-        if len({row.number if ablation.axis else row.label for row in rows}) > 1 and (not ablation.preset or len({*sparse}) < len(sparse)):
+        if _comparable(ablation, rows):
             group = titled(rows, further)
             group.stem = f"{group.stem.replace(f'-{ablation.page}', '', 1)}-{ablation.name}"
             groups.append(group)
     return with_own_stems(groups)
+
+
+def _comparable(ablation: Ablation, rows: list[Row]) -> bool:
+    """Whether two rows differ; in a study, whether there is a curve of a model with experts or a gap to the baseline."""
+    if not ablation.preset:
+        return len({row.number if ablation.axis else row.label for row in rows}) > 1
+    sparse = [row.label for row in rows if row.sparse]
+    return len({*sparse}) < len(sparse) or (bool(sparse) and ablation.baseline in {row.label for row in rows})
 
 
 def ablation_tables(found: Found, only: list[str] | None = None, page: str = "ablation") -> list[Table]:

@@ -204,7 +204,7 @@ def draw_ablation(ablation: Ablation, group: Group, path: Path) -> None:
 
 def draw_study(study: Ablation, group: Group, path: Path) -> None:
     """Panels: quality at k = E and at E/2, or its gap to the baseline, and the loss from E to E/2, against the axis; a curve per label."""
-    gap = f" less that of {study.baseline}" if study.baseline else ""
+    gap = f", gap to {study.baseline}" if study.baseline else ""
     quality = _quality_label(group)
     panels = [Panel(study.axis, f"k = {share}{gap}", quality) for share in ("E", "E/2")] + [
         Panel(study.axis, "loss from E to E/2", quality)
