@@ -21,12 +21,15 @@ Importing this package does not import torch; the first use of a name that needs
 
 import importlib
 
+from smoe_dropout.hf.hooks import register
+
 _EXPORTS = {
     "SMoEConfig": "config",
     "ConfigError": "options",
     "TopKSchedule": "schedule",
     "SCHEDULES": "schedule",
     "moefy": "conversion",
+    "adopt": "conversion",
     "report": "summary",
     "unmoefy": "restoration",
     "MoELayer": "layer",
@@ -38,6 +41,8 @@ _EXPORTS = {
     "moe_layers": "control",
     "auxiliary_loss": "control",
     "expert_load": "control",
+    "token_mask": "passes",
+    "parameter_groups": "decay",
     "set_progress": "training",
     "method_metrics": "training",
     "slim": "control",
@@ -67,3 +72,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return [*globals(), *__all__]
+
+
+register()

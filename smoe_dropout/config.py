@@ -42,6 +42,7 @@ class SMoEConfig:
     options: options of the method and the router, by name; see their files.
     expert_rank: rank of U V in W = U V + S for experts compressed by `surgery.compression`; None: not compressed.
     sparse_share: with expert_rank, the fraction of hidden units in S.
+    adopted: name of the architecture whose own experts and routers the layers keep, set by `adopt`; None: the layers replace dense FFNs.
 
     Raises ConfigError listing all mistakes.
     """
@@ -64,6 +65,7 @@ class SMoEConfig:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     expert_rank: int | None = None
     sparse_share: float = 1.0
+    adopted: str | None = None
 
     def __post_init__(self):
         router, implied = canonical_router(self.router) if isinstance(self.router, str) else (self.router, {})
@@ -129,7 +131,19 @@ class SMoEConfig:
             found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense output: use output_scale = 'mean'")
         if self.expert_init != "fresh" and self.d_expert is not None:
             found.append(f"d_expert = {self.d_expert} follows from the model's FFN with expert_init = {self.expert_init!r}: leave it out")
+        if self.adopted is not None:
+            found += self._adoption_mistakes()
         return found
+
+    def _adoption_mistakes(self) -> list[str]:
+        """One sentence for each setting that does not apply to adopted experts."""
+        fixed = {"router": "scored", "gate_weight": "softmax", "output_scale": "mean", "expert_init": "fresh"}
+        fixed |= dict.fromkeys(("layers", "sites", "method"))
+        return [
+            f"{name} = {getattr(self, name)!r} cannot be combined with adopted = {self.adopted!r}, which keeps the model's own routing"
+            for name, value in fixed.items()
+            if getattr(self, name) != value
+        ]
 
     def _count_mistakes(self, counts: tuple[int, ...]) -> list[str]:
         """One sentence for each mistake in `experts_by_layer`."""

@@ -148,16 +148,20 @@ def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Modul
     """Copy of the model with k active experts in every MoE layer, in evaluation mode and without gradients. The model is not changed.
 
     This is the paper's self-slimmable inference: time and active parameters decrease with k. All experts are kept; `operate` removes some.
-    dtype: precision of all weights except the routers', whose rounding could change which experts are chosen. Raises ValueError for a
-    model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
+    dtype: precision of all weights except those that determine the routing, whose rounding could change which experts are chosen. Raises
+    ValueError for a model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
     slimmed = copy.deepcopy(model).eval().requires_grad_(False)
     set_top_k(slimmed, k)
     if dtype is not None:
-        routers = [(layer, copy.deepcopy(layer.router)) for _, layer in moe_layers(slimmed)]
+        layers = [layer for _, layer in moe_layers(slimmed)]
+        routers = [copy.deepcopy(layer.router) for layer in layers]
+        routing = [(parameter, parameter.data) for layer in layers for parameter in layer.routing_parameters()]
         slimmed.to(dtype)
-        for layer, router in routers:
-            layer.router = router
+        for layer, router in zip(layers, routers, strict=True):
+            layer.router, router.shared = router, layer.shared
+        for parameter, values in routing:
+            parameter.data = values
     return slimmed

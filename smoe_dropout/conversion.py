@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,7 +20,10 @@ from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modul
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
+from smoe_dropout.native import native_blocks
+from smoe_dropout.native.adoption import adopted_layers, described
 from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
+from smoe_dropout.passes import watch_pass
 from smoe_dropout.registry import INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
 
@@ -57,22 +60,21 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
     transformers has loaded, and if a trained router gets no gradient from the model's loss.
     """
+    if isinstance(model, nn.Module) and isinstance(config, SMoEConfig) and config.adopted is not None:
+        return _adopted(model, config)
     plan = planned(model, config)
     config = plan.config
     layers = [plan.kind(site.d_model, site.experts(its), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
     earlier = [layer for _, layer in moe_layers(model)]
-    for layer in layers:
-        layer.config = config  # the model's, not the layer's own
-        layer.conversion = 1 + max((layer.conversion for layer in earlier), default=-1)
+    _number(layers, config, earlier)
     discarded = config.expert_init == "fresh" and any(is_loaded(site) for site in plan.sites)
     before = Snapshot(model)
     try:
         _place(plan, layers)
+        watch_pass(model, [*earlier, *layers])
         for layer, places in zip(layers, before.remember(plan.sites), strict=True):
             layer.original = places
-        for library in INTEGRATIONS:
-            if library in sys.modules:
-                load(INTEGRATIONS, "integration", library).integrate(model, config)
+        _integrate(model, config)
         before.remember_hooks()
     except BaseException:
         before.restore()
@@ -92,17 +94,67 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     return model
 
 
+def adopt(model: nn.Module, **changes: Any) -> nn.Module:
+    """Turn the mixture-of-experts blocks that a model has of its own, such as Mixtral's, into MoE layers, in place, and return the model.
+
+    They keep routers, experts, shared experts and k, and compute the same; any other k is possible afterwards, and whatever else MoE layers
+    have. changes: fields of `SMoEConfig` that differ from those that describe the model, such as `balance_loss`. Build the optimiser
+    afterwards, since the model's parameters change.
+
+    Raises ConfigError, leaving the model untouched, for a model without such blocks, or with one that is not representable.
+    """
+    require_module(model)
+    return moefy(model, replace(described(model), **changes))
+
+
+def _adopted(model: nn.Module, config: SMoEConfig) -> nn.Module:
+    """`moefy` of a model's own experts. Its weights move one block at a time, so nothing is kept to take it back."""
+    earlier, shared = [layer for _, layer in moe_layers(model)], Shared()
+    layers = adopted_layers(model, config)
+    _number(layers, config, earlier)
+    for place, layer in enumerate(layers):
+        layer.place(place, len(layers), shared, None)
+    watch_pass(model, [*earlier, *layers])
+    _integrate(model, config)
+    return model
+
+
+def _number(layers: Sequence[MoELayer], config: SMoEConfig, earlier: Sequence[MoELayer]) -> None:
+    """Tell the layers of a conversion its configuration, the model's rather than the layer's own, and its number."""
+    for layer in layers:
+        layer.config = config
+        layer.conversion = 1 + max((layer.conversion for layer in earlier), default=-1)
+
+
+def _integrate(model: nn.Module, config: SMoEConfig) -> None:
+    for library in INTEGRATIONS:
+        if library in sys.modules:
+            load(INTEGRATIONS, "integration", library).integrate(model, config)
+
+
 def _warn(sentence: str) -> None:
     warnings.warn(sentence, ConversionWarning, stacklevel=3)
 
 
-def planned(model: nn.Module, config: SMoEConfig) -> Plan:
-    """Check a conversion without changing anything. ConfigError as `moefy`."""
+def require_module(model: object) -> None:
+    """Raise ConfigError for something that is not a model."""
     if not isinstance(model, nn.Module):
         hint = ": load the model first" if isinstance(model, str | Path) else ""
         raise ConfigError(f"model is a {type(model).__name__}, not an nn.Module{hint}")
+
+
+def planned(model: nn.Module, config: SMoEConfig) -> Plan:
+    """Check a conversion without changing anything. ConfigError as `moefy`."""
+    require_module(model)
     if not isinstance(config, SMoEConfig):
         raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig: pass SMoEConfig(num_experts=16, top_k=8), for example")
+    if config.adopted is not None:
+        raise ConfigError(
+            f"adopted = {config.adopted!r} is no conversion of dense networks: adopt(model) makes it, report(model) describes it"
+        )
+    if blocks := native_blocks(model):
+        named = " and others" if len(blocks) > 1 else ""
+        raise ConfigError(f"{type(model).__name__} is a mixture of experts already: use smoe_dropout.adopt(model) ({blocks[0][0]}{named})")
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
     kind = (method.layer if method else None) or MoELayer
@@ -219,10 +271,11 @@ def check(method: Method | None, config: SMoEConfig) -> None:
 
 
 def refuse_tied(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise ConfigError if a weight of a network is shared with another module: experts would silently untie them."""
+    """Raise ConfigError if another module has a weight of a network, too: experts would silently untie them."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():  # a module that the model uses in several places is named once
+        for own, parameter in module.named_parameters(name, recurse=False):
+            names.setdefault(id(parameter), []).append(own)
     for tensor in (tensor for site in sites for tensor in dense_tensors(site).values()):
         if len(tied := names.get(id(base(tensor)), [])) > 1:
             raise ConfigError(f"{' and '.join(tied[:2])} are the same parameter, and converting would untie them: untie them first")

@@ -113,7 +113,17 @@ def _check_config(model: nn.Module, folder: Path) -> None:
 
 
 def _compare(stored: SMoEConfig, ours: SMoEConfig, path: Path) -> None:
-    for name in ("num_experts", "experts_by_layer", "router", "gate_weight", "output_scale", "method", "expert_rank", "sparse_share"):
+    for name in (
+        "num_experts",
+        "experts_by_layer",
+        "router",
+        "gate_weight",
+        "output_scale",
+        "method",
+        "expert_rank",
+        "sparse_share",
+        "adopted",
+    ):
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, but the model has {getattr(ours, name)!r}")
     kind = load(ROUTERS, "router", ours.router).Options

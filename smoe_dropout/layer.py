@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.experts import Experts
+from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import NoOptions, build_options
-from smoe_dropout.recomputation import Pass, check, recomputing, record_pass
+from smoe_dropout.recomputation import Pass, check, original, recomputing, record_pass
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing
 from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
 
 
+class Use(NamedTuple):
+    """Results of one use of a layer: losses by name, chosen experts [N, K], and which tokens are real, bool [N], or None if all are."""
+
+    losses: dict[str, Tensor]
+    assigned_NK: Tensor
+    real_N: Tensor | None
+
+    @property
+    def tokens(self) -> int | Tensor:
+        """Number of real tokens."""
+        return len(self.assigned_NK) if self.real_N is None else self.real_N.sum()
+
+
 class MoELayer(nn.Module, FollowsTraining):
     """[..., D] -> [..., D]: y = scale * sum_{i in top-k} g_i E_i(x) (paper section 3.1), in place of a feed-forward network.
 
-    A method that routes or combines differently overrides `route` or `combine`. After a forward pass `losses` holds the auxiliary losses
-    and `assigned` the chosen expert indices [N, K].
+    A method that routes or combines differently overrides `route` or `combine`. After a forward pass of the model `losses` holds the
+    auxiliary losses and `assigned` the chosen expert indices [N, K] of all the layer's uses in it.
 
     Class attributes for subclasses:
     Options: options of the layer, a frozen dataclass.
@@ -46,11 +63,11 @@ class MoELayer(nn.Module, FollowsTraining):
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.output_scale = float(config.num_experts) if config.output_scale == "dense" else 1.0
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
-        self.router.to(experts.up.device, torch.promote_types(experts.up.dtype, torch.float32))
+        self.router.to(experts.bias_up.device, torch.promote_types(experts.bias_up.dtype, torch.float32))
         self.experts = experts
-        self.losses: dict[str, Tensor] = {}
-        self.assigned: Tensor | None = None
-        self.last_pass: Pass | None = None
+        self.uses: list[Use] = []  # in the last pass
+        self.used: bool | None = None  # in the model's running pass; None if the model is not running
+        self.records: list[Pass | None] = []
         self.index, self.count, self.shared = 0, 1, Shared()
         self._before: list[nn.Module] = []  # a list, so that torch does not register it as a child
 
@@ -69,30 +86,57 @@ class MoELayer(nn.Module, FollowsTraining):
         """x [..., D] -> [..., D]. TypeError for integers, such as token ids."""
         if not x.is_floating_point():
             raise TypeError(f"an MoE layer takes hidden states in floating point, but got {x.dtype}: embed token ids first")
+        self.see_padding(x)
         routing = self.route(x)
-        if not torch.compiler.is_compiling() and self.assigned is None:
+        if not torch.compiler.is_compiling() and not plain.needed() and not self.uses:
             check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)
         self.keep(x, routing.losses, routing.indices_NK.detach())
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
 
+    def see_padding(self, x: Tensor) -> None:
+        """Tell the router which tokens are real, until `keep`."""
+        if recomputing():  # the mask may be gone
+            before = original(self.records, x)
+            self.router.real_N = None if before is None else before.real_N
+        else:
+            self.router.real_N = self.shared.real_tokens(x)
+
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
-        """Store losses and assignments of a pass.
+        """Store losses and assignments of a use.
 
         Raises RuntimeError if activation checkpointing repeats a pass that cannot be repeated, or differs from the original one.
         """
+        real_N, self.router.real_N = self.router.real_N, None
+        if torch.compiler.is_exporting():  # tensors of the trace mean nothing afterwards
+            return
         if not recomputing():
-            self.losses, self.assigned = losses, assigned_NK
+            again, self.used = self.used, None if self.used is None else True
+            use = Use(losses, assigned_NK, real_N)
+            self.uses = [*self.uses, use] if again else [use]
             if not torch.compiler.is_compiling():
-                recorded = record_pass(x, self.top_k, losses, self.training)
+                recorded = record_pass(x, self.top_k, losses, real_N, self.training)
                 if recorded is not None or "tokens" in self.router.needs:  # the token ids are now those of this pass
-                    self.last_pass = recorded
+                    self.records = [*self.records, recorded] if again else [recorded]
             return
         if not self.repeatable:
             raise RuntimeError(
                 f"{type(self).__name__} depends on other layers, so activation checkpointing cannot recompute it alone: "
                 "train without gradient checkpointing"
             )
-        check(self.last_pass, x, self.top_k, losses)
+        check(self.records, x, self.top_k, losses)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last pass by name: the mean over the layer's uses, weighted by their tokens."""
+        return self.uses[0].losses if len(self.uses) == 1 else mean_losses(self.uses)
+
+    @property
+    def assigned(self) -> Tensor | None:
+        """Chosen experts of the last pass [N, K], padding included; -1 where uses differ in K. None before the first pass."""
+        if len(self.uses) < 2:
+            return self.uses[0].assigned_NK if self.uses else None
+        most = max(use.assigned_NK.shape[1] for use in self.uses)
+        return torch.cat([F.pad(use.assigned_NK, (0, most - use.assigned_NK.shape[1]), value=-1) for use in self.uses])
 
     def route(self, x: Tensor) -> Routing:
         """x [..., D] -> the routing of its N tokens."""
@@ -107,10 +151,14 @@ class MoELayer(nn.Module, FollowsTraining):
         return weights if self.output_scale == 1.0 else weights * self.output_scale
 
     def load(self) -> Tensor:
-        """Fraction of the last pass's assignments that each expert received [E], summing to 1. RuntimeError before the first pass."""
-        if self.assigned is None:
+        """Fraction of the last pass's assignments that each expert received [E], summing to 1, without padding.
+
+        RuntimeError before the first pass.
+        """
+        if not self.uses:
             raise RuntimeError("this layer has not run yet, so its experts have no load")
-        counts_E = torch.bincount(self.assigned.flatten(), minlength=self.num_experts)
+        chosen = [(use.assigned_NK if use.real_N is None else use.assigned_NK[use.real_N]).flatten() for use in self.uses]
+        counts_E = torch.bincount(chosen[0] if len(chosen) == 1 else torch.cat(chosen), minlength=self.num_experts)
         return counts_E / counts_E.sum().clamp(min=1)
 
     def routing_parameters(self) -> list[nn.Parameter]:
@@ -128,7 +176,15 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def __getstate__(self) -> dict:
         # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
-        return {**self.__dict__, "losses": {}, "assigned": None, "last_pass": None}
+        return {**self.__dict__, "uses": [], "used": None, "records": []}
+
+
+def mean_losses(uses: Sequence[Use]) -> dict[str, Tensor]:
+    """Mean of each loss over several uses, weighted by their tokens, so that its scale does not depend on their number."""
+    names = dict.fromkeys(name for use in uses for name in use.losses)
+    total = sum(use.tokens for use in uses)
+    total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+    return {name: sum(use.losses[name] * use.tokens for use in uses if name in use.losses) / total for name in names}
 
 
 def check_routing(routing: Routing, tokens: int, k: int, num_experts: int) -> None:

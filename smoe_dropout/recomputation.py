@@ -1,9 +1,11 @@
 """Support for activation checkpointing, which repeats a layer's forward pass during the backward pass.
 
-torch repeats the code and the random numbers. It does not know what a layer reads besides its input: k, token ids, state passed between
-layers. If that has changed since the original pass, gradients would be silently wrong, so the repeated pass is compared with the original.
+torch repeats the code and the random numbers. It does not know what a layer reads besides its input: k, padding, token ids, state passed
+between layers. If that has changed since the original pass, gradients would be silently wrong, so the repeated pass is compared with the
+original.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,11 +15,12 @@ REMEDY = "call backward() right after the pass it belongs to, or train without g
 
 
 class Pass(NamedTuple):
-    """Record of a pass: k, a sample of its input, and whether its losses are part of a graph (None: it had no losses)."""
+    """Record of a layer's pass: k, a sample of its input, whether its losses are in a graph (None: it had none), and its real tokens."""
 
     top_k: int
     sample: Tensor | None
     losses_in_graph: bool | None
+    real_N: Tensor | None
 
 
 def recomputing() -> bool:
@@ -25,7 +28,7 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], training: bool) -> Pass | None:
+def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], real_N: Tensor | None, training: bool) -> Pass | None:
     """Record of this pass for `check`; None in inference.
 
     The input is sampled only if the pass may be repeated: saved tensors are packed by hooks, or gradients are off in training mode.
@@ -33,7 +36,7 @@ def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], training: bool
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if not hooked and not training:
         return None
-    return Pass(top_k, sampled(x) if hooked or not torch.is_grad_enabled() else None, in_graph(losses))
+    return Pass(top_k, sampled(x) if hooked or not torch.is_grad_enabled() else None, in_graph(losses), real_N)
 
 
 def sampled(x: Tensor) -> Tensor:
@@ -52,11 +55,18 @@ def in_graph(losses: dict[str, Tensor]) -> bool | None:
     return any(loss.requires_grad for loss in losses.values()) if losses else None
 
 
-def check(before: Pass | None, x: Tensor, top_k: int, losses: dict[str, Tensor]) -> None:
-    """Raise RuntimeError unless the repeated pass matches the original one."""
-    if before is not None and before.top_k != top_k:
-        raise RuntimeError(f"a checkpointed pass ran at k = {before.top_k} but is recomputed at k = {top_k}: {REMEDY}")
-    if before is None or (before.sample is not None and not identical(before.sample, sampled(x))):
+def original(records: Sequence[Pass | None], x: Tensor) -> Pass | None:
+    """The record of the pass that had this input; a layer that is used several times has several."""
+    sample = sampled(x)
+    return next((one for one in records if one is not None and (one.sample is None or identical(one.sample, sample))), None)
+
+
+def check(records: Sequence[Pass | None], x: Tensor, top_k: int, losses: dict[str, Tensor]) -> None:
+    """Raise RuntimeError unless the repeated pass matches an original one."""
+    if differing := [one.top_k for one in records if one is not None and one.top_k != top_k]:
+        raise RuntimeError(f"a checkpointed pass ran at k = {differing[0]} but is recomputed at k = {top_k}: {REMEDY}")
+    before = original(records, x)
+    if before is None:
         raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its backward pass: {REMEDY}")
     if before.losses_in_graph is False and in_graph(losses):
         raise RuntimeError(

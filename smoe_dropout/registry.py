@@ -19,6 +19,7 @@ ROUTERS: dict[str, str] = {
     "logit_drop": "smoe_dropout.routers.logit_drop:LogitDropRouter",
     "dense_to_sparse": "smoe_dropout.routers.dense_to_sparse:DenseToSparseRouter",
     "noisy_top_k": "smoe_dropout.routers.noisy_top_k:NoisyTopKRouter",
+    "scored": "smoe_dropout.routers.scored:ScoredRouter",
 }
 
 # the official code's gate names; those of its gates that have no balance loss set its coefficient to 0
@@ -62,13 +63,30 @@ METHODS: dict[str, str] = {
     "block_dropout": "smoe_dropout.methods.block_dropout:METHOD",
 }
 
-# modules with find(model) -> list[Site]: where the feed-forward networks of a family of architectures are
+# modules with find(model) -> list[Site], for feed-forward networks that are found by neither patterns nor structure
 HOSTS: dict[str, str] = {
     "torch_layers": "smoe_dropout.hosts.torch_layers",
-    "sequential": "smoe_dropout.hosts.sequential",
-    "intermediate_output": "smoe_dropout.hosts.intermediate_output",
-    "conv1d": "smoe_dropout.hosts.conv1d",
-    "gated": "smoe_dropout.hosts.gated",
+}
+
+# layouts of feed-forward networks: names of the linear maps in a module, gated ones with `gate`. Other names are found, too, by what a
+# module computes; an entry is needed for one that is not part of a stack of layers, and for maps that lie deeper in a block
+PATTERNS: dict[str, dict[str, str]] = {
+    "bert": {"up": "intermediate.dense", "down": "output.dense"},
+    "albert": {"up": "ffn", "down": "ffn_output"},
+    "bart": {"up": "fc1", "down": "fc2"},
+    "gpt2": {"up": "c_fc", "down": "c_proj"},
+    "gpt_neox": {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+    "gptj": {"up": "fc_in", "down": "fc_out"},
+    "distilbert": {"up": "lin1", "down": "lin2"},
+    "t5": {"up": "wi", "down": "wo"},
+    "t5_gated": {"gate": "wi_0", "up": "wi_1", "down": "wo"},
+    "modernbert": {"up": "Wi", "down": "Wo"},
+    "llama": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    "nemotron": {"up": "up_proj", "down": "down_proj"},
+    "phi3": {"up": "gate_up_proj", "down": "down_proj"},
+    "wav2vec2": {"up": "intermediate_dense", "down": "output_dense"},
+    "xlnet": {"up": "layer_1", "down": "layer_2"},
+    "convnext": {"up": "pwconv1", "down": "pwconv2"},
 }
 
 # by imported package: modules with integrate(model, config), called at the end of `moefy`

@@ -64,6 +64,8 @@ def dense_maps(layer: MoELayer) -> dict[str, Tensor]:
 def _refusal(layer: MoELayer) -> str | None:
     """Sentence why the layer does not compute what a dense network does, or None."""
     experts, router, config = layer.experts, layer.router, layer.config
+    if config.adopted is not None:
+        return "it was a mixture of experts before it was adopted, and adoption is not taken back"
     if any(getattr(type(layer), name) is not getattr(MoELayer, name) for name in ("forward", "route", "combine", "scaled")):
         return f"method = {config.method!r} routes or combines experts as no dense network does"
     if config.expert_rank is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_dropout.experts import plain
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.compiled import opaque
 from smoe_dropout.experts.compute import ExpertWeights, compute_with, named_backend
@@ -46,8 +47,11 @@ class Experts(nn.Module):
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        arguments = x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.weights(dtype)
+        if plain.needed():
+            return plain.run(*arguments)
         compute = opaque if torch.compiler.is_compiling() else compute_with
-        return compute(x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.weights(dtype), self.backend, torch.is_grad_enabled())
+        return compute(*arguments, self.backend, torch.is_grad_enabled())
 
     def each(self, x_ND: Tensor) -> Tensor:
         """Outputs of all experts for all tokens [N, E, D], by plain autograd."""

@@ -89,5 +89,6 @@ def factored(experts: Experts, rank: int) -> CompressedExperts:
         u, v = left[..., :rank] * roots[..., None, :], right[..., :rank, :] * roots[..., None]
         filled = {f"{name}_u": u, f"{name}_v": v, f"{name}_s": maps_EGHD - u @ v, f"bias_{name}": getattr(experts, f"bias_{name}")}
         for parameter, tensor in filled.items():
-            getattr(made, parameter).copy_(tensor)
-    return made.requires_grad_(experts.bias_up.requires_grad)
+            trained = getattr(experts, f"bias_{name}" if parameter.startswith("bias") else name).requires_grad
+            getattr(made, parameter).requires_grad_(trained).copy_(tensor)
+    return made

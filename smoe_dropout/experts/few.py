@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
+from smoe_dropout.experts.plain import gated
 
 MOST = 0.6  # fraction of active experts from which one product with all of them is faster than a product for each
 NARROW = 2**19  # weights of a map up to which elementwise products that are summed afterwards stay in the cache
@@ -27,7 +28,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
         return _pairs(x_ND, indices_NK, weights_NK, weights) + gate_NE @ weights.bias_down_ED
     rows = _rows_by_expert(indices_NK)
     if len(rows) >= MOST * len(weights.up_EHD):
-        return _all(x_ND, gate_NE, weights)
+        return gated(x_ND, gate_NE, weights)
     y_ND = gate_NE @ weights.bias_down_ED
     for expert, own in rows.items():
         everyone = len(own) == len(x_ND)
@@ -56,14 +57,6 @@ def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Ten
     scale_PH = hidden_PH * weights_NK.reshape(-1, 1)
     units_NU = (experts_P[:, None] * H + torch.arange(H)).view(len(x_ND), -1)
     return F.embedding_bag(units_NU, weights.down_EHD.view(E * H, D), mode="sum", per_sample_weights=scale_PH.view(units_NU.shape))
-
-
-def _all(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
-    """All experts as one dense network, each hidden value multiplied by its expert's gate weight, which may be 0."""
-    pre_NP = torch.addmm(weights.bias_up_EH.flatten(), x_ND, weights.up_EHD.flatten(0, 1).t())
-    hidden_NEH = ACTIVATIONS[weights.activation].apply(pre_NP.unflatten(1, weights.bias_up_EH.shape))
-    hidden_NEH = F.dropout(hidden_NEH, weights.dropout) * gate_NE[..., None]
-    return torch.addmm(gate_NE @ weights.bias_down_ED, hidden_NEH.flatten(1), weights.down_EHD.flatten(0, 1))
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:

@@ -1,4 +1,8 @@
-"""Configuration of a transformers model that also describes its experts. Importing this module does not import transformers."""
+"""Configuration of a transformers model that also describes its experts. Imports neither torch nor transformers.
+
+The attribute `registry.PACKAGE` of such a configuration holds the fields of an `SMoEConfig`, or a list of them after several conversions,
+in their order. An entry with "module" was a conversion of that part of the model.
+"""
 
 import copy
 import json
@@ -7,15 +11,28 @@ import sys
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.options import ConfigError
+from smoe_dropout.registry import METHODS, ROUTER_ALIASES, ROUTERS
 from smoe_dropout.registry import PACKAGE as NAME  # the model type in config.json
 
+CODE = f"{NAME}_auto"  # the module beside config.json that transformers imports with trust_remote_code=True
+CODE_TEXT = f'''"""Lets the auto classes of transformers load this model: from_pretrained(..., trust_remote_code=True). Needs {NAME}."""
 
-def is_pretrained_model(model: nn.Module) -> bool:
+from {NAME}.hf.auto import ConfigWithExperts  # noqa: F401
+'''
+
+
+class Conversion(NamedTuple):
+    """One call of `moefy`: `module` is the dotted name of the converted part, "" for the whole model."""
+
+    module: str
+    config: SMoEConfig
+
+
+def is_pretrained_model(model: Any) -> bool:
     """Whether the model is a PreTrainedModel."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
@@ -29,18 +46,25 @@ class Described:
     """
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write config.json; overrides PreTrainedConfig."""
-        host = json.loads(self.to_json_string(use_diff))
+        """Write config.json and the module for trust_remote_code; overrides PreTrainedConfig."""
+        path, host = Path(json_file_path), json.loads(self.to_json_string(use_diff))
         stored = {
             "model_type": NAME,
             "host_model_type": host.pop("model_type"),  # not inside "host", where transformers would recognise the host's settings by it
             "architectures": host.get("architectures"),
             "transformers_version": host.get("transformers_version"),
-            size_field(type(self)): f"load this model with {NAME}.from_pretrained(folder)",
+            "auto_map": {"AutoConfig": f"{CODE}.ConfigWithExperts"},
+            size_field(type(self)): f"load this model with AutoModel after `import {NAME}`, or with {NAME}.from_pretrained(folder)",
             NAME: host.pop(NAME),
             "host": host,
         }
-        Path(json_file_path).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        path.with_name(f"{CODE}.py").write_text(CODE_TEXT, encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read what `to_json_file` writes, or the host's own format; overrides PreTrainedConfig."""
+        return read(config_dict, **kwargs) if config_dict.get("model_type") == NAME else super().from_dict(config_dict, **kwargs)
 
     def __reduce__(self):
         return _restored, (type(self).__mro__[2],), self.__dict__
@@ -48,7 +72,8 @@ class Described:
 
 @cache
 def _described_class(kind: type) -> type:
-    return type(kind.__name__, (Described, kind), {})
+    ignored = [*getattr(kind, "keys_to_ignore_at_inference", []), "aux_loss", "router_logits"]  # by the Trainer, which would collect them
+    return type(kind.__name__, (Described, kind), {"keys_to_ignore_at_inference": ignored})
 
 
 def size_field(kind: type) -> str:
@@ -64,30 +89,94 @@ def _restored(kind: type) -> Described:
     return described_kind.__new__(described_kind)
 
 
-def described(config: Any, experts: SMoEConfig) -> Described:
-    """Copy of a PreTrainedConfig that also describes the experts, after those of earlier conversions."""
-    copied = copy.deepcopy(config)
-    if isinstance(config, Described):
-        before = getattr(copied, NAME)
-        setattr(copied, NAME, [*(before if isinstance(before, list) else [before]), asdict(experts)])
-    else:
-        copied.__class__ = _described_class(type(config))
-        setattr(copied, NAME, asdict(experts))
-    return copied
+def entries_of(config: Any) -> list[dict[str, Any]]:
+    """Stored descriptions of a configuration's conversions, in their order; empty for a configuration without experts."""
+    return listed(getattr(config, NAME, None))
 
 
-def plain(config: Described) -> Any:
-    """Copy of the configuration without the experts: an ordinary PreTrainedConfig."""
-    copied = copy.copy(config)
-    copied.__class__ = type(config).__mro__[2]
-    delattr(copied, NAME)
-    return copied
+def listed(stored: Any) -> list[Any]:
+    """Entries of a stored description, which is a single one or a list."""
+    return [] if stored is None else list(stored) if isinstance(stored, list) else [stored]
+
+
+def placed_conversions(config: Any) -> list[Conversion]:
+    """Conversions that a configuration describes, with the part of the model that each was applied to.
+
+    Raises ConfigError for an entry that is not a valid SMoEConfig, and for a router or method that this process does not know.
+    """
+    return [_conversion(entry) for entry in entries_of(config)]
 
 
 def conversions_of(config: Any) -> list[SMoEConfig]:
-    """Configurations of the conversions that made the model, in order. ConfigError for invalid fields.
+    """Conversions that a configuration describes, in their order. ConfigError as in `placed_conversions`."""
+    return [conversion.config for conversion in placed_conversions(config)]
 
-    config: a model's configuration, or the dict in config.json.
+
+def _conversion(entry: Any) -> Conversion:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{NAME} in the configuration is {entry!r}, not the fields of an SMoEConfig")
+    for kind, known in (("router", {**ROUTERS, **ROUTER_ALIASES}), ("method", METHODS)):
+        if isinstance(name := entry.get(kind), str) and name not in known:
+            raise ConfigError(
+                f"the model has the {kind} {name!r}, which is not registered in this process: before loading, set "
+                f"{NAME}.registry.{kind.upper()}S[{name!r}] = 'module:Class', and let Python find that module"
+            )
+    try:
+        return Conversion(entry.get("module", ""), SMoEConfig.from_dict({name: value for name, value in entry.items() if name != "module"}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{NAME} in the configuration is not valid: {error}") from None
+
+
+def entry_of(conversion: Conversion) -> dict[str, Any]:
+    """How a configuration stores a conversion."""
+    return ({"module": conversion.module} if conversion.module else {}) | asdict(conversion.config)
+
+
+def described(config: Any, entries: list[dict[str, Any]]) -> Described:
+    """Copy of a PreTrainedConfig that describes these conversions."""
+    copied = copy.deepcopy(config)
+    copied.__class__ = _described_class(type(plain(config)))
+    setattr(copied, NAME, entries[0] if len(entries) == 1 else entries)
+    return copied
+
+
+def plain(config: Any) -> Any:
+    """Copy of the configuration without experts: an ordinary PreTrainedConfig."""
+    copied = copy.copy(config)
+    if isinstance(copied, Described):
+        copied.__class__ = type(copied).__mro__[2]
+        delattr(copied, NAME)
+    return copied
+
+
+def read(stored: dict[str, Any], **kwargs: Any) -> Any:
+    """The host's configuration with experts that config.json describes, changed by `kwargs` as in PreTrainedConfig.from_dict.
+
+    Raises ConfigError for contents that describe no model, or one that this process cannot build.
     """
-    stored = config.get(NAME) if isinstance(config, dict) else getattr(config, NAME, None)
-    return [SMoEConfig.from_dict(dict(entry)) for entry in (stored if isinstance(stored, list) else [stored] if stored else [])]
+    kind, host = _host_class(stored), stored.get("host")
+    if not isinstance(host, dict):
+        raise ConfigError("it is damaged: host is missing")
+    if kind is None:
+        raise ConfigError(f"it describes a {stored.get('host_model_type')!r} model, which transformers does not know")
+    if not (entries := listed(stored.get(NAME))):
+        raise ConfigError(f"it is damaged: {NAME} is missing")
+    with_unused = kwargs.pop("return_unused_kwargs", False)
+    kwargs.pop("model_type", None)
+    config, unused = kind.from_dict(dict(host), return_unused_kwargs=True, **kwargs)
+    config = described(config, entries)
+    config.architectures = stored.get("architectures")
+    placed_conversions(config)
+    return (config, unused) if with_unused else config
+
+
+def _host_class(stored: dict[str, Any]) -> type | None:
+    """Configuration class of the host that config.json names."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    host = stored.get("host_model_type")
+    if host in CONFIG_MAPPING:
+        return CONFIG_MAPPING[host]
+    kinds = (getattr(getattr(transformers, str(name), None), "config_class", None) for name in stored.get("architectures") or [])
+    return next((kind for kind in kinds if kind is not None and kind.model_type == host), None)  # that of a part of a model

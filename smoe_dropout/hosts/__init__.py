@@ -1,42 +1,71 @@
-"""Where the feed-forward networks of an architecture are, and how to replace them in place.
+"""Where the feed-forward networks of a model are, and how to replace them in place.
 
-A host is a module with `find(model) -> list[Site]` and a line in `registry.HOSTS`. The residual, its dropout and the LayerNorm stay the
-model's own.
+They are found by structure and verified by running parts of the model on random numbers: `survey`. `registry.PATTERNS` names layouts, and a
+host, a module with `find(model) -> list[Site]` and a line in `registry.HOSTS`, finds what cannot be found in this way. The residual, its
+dropout and the LayerNorm stay the model's own.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
-from smoe_dropout.hosts.named import described, find_named
+from smoe_dropout.hosts.named import find_named, grouped
+from smoe_dropout.hosts.network import Network, recognise
 from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.sparse import sparse_blocks
+from smoe_dropout.hosts.structure import Survey, survey
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import HOSTS, load
 
+ALREADY_SPARSE = "is a mixture of experts already: use smoe_dropout.adopt(model)"
+
 
 def find_sites(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site]:
-    """The model's feed-forward networks in order: the modules matching `patterns`, or those that any registered host finds.
+    """The model's feed-forward networks in order: the modules matching `patterns`, or all that are found.
 
-    Raises ConfigError if there are none, with patterns that would match some; for a pattern that matches something else; and for a network
-    used in several places of the model.
+    Raises ConfigError if there are none, with the reason for the nearest candidates; for a model that is a mixture of experts already; and
+    for a pattern that matches something else.
     """
+    with torch.device("cpu"):  # whatever the caller's default is
+        return _find(model, patterns)
+
+
+def _find(model: nn.Module, patterns: str | tuple[str, ...] | None) -> list[Site]:
     if patterns is not None:
-        sites = find_named(model, patterns)
-    else:
-        places = {module: place for place, module in enumerate(model.modules())}
-        found = [site for host in HOSTS for site in load(HOSTS, "host", host).find(model)]
-        sites = sorted(found, key=lambda site: places[getattr(site.parent, site.name)])
-    networks = {getattr(site.parent, site.name) for site in sites}
-    for network in networks:
-        names = [name for name, module in model.named_modules(remove_duplicate=False) if module is network]
-        if len(names) > 1:
-            raise ConfigError(f"{' and '.join(names[:2])} are the same feed-forward network, which cannot become experts")
-    if sites:
-        return sites
+        return find_named(model, patterns)
+    if blocks := sparse_blocks(model):
+        raise ConfigError(f"{type(model).__name__} {ALREADY_SPARSE} ({grouped((n, type(b).__name__) for n, b in blocks.items())})")
+    found = _surveyed(model)
+    if found.sites:
+        return found.sites
+    if isinstance(recognise(model), Network):
+        raise ConfigError(f"{type(model).__name__} is itself a feed-forward network: pass moefy the model that contains it")
+    nearest = f"nearest: {grouped(found.left)}" if found.left else "none of its modules has maps D -> F -> D with an activation between"
     raise ConfigError(
-        f"none of the hosts ({', '.join(HOSTS)}) finds a feed-forward network in {type(model).__name__}, such as "
-        f"nn.Sequential(Linear, activation, [Dropout], Linear); {described(model)}"
+        f"nothing finds a feed-forward network in {type(model).__name__}, that is down(activation(up x)) or its gated form; {nearest}"
     )
+
+
+def why_not(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of the modules that look like feed-forward networks and are left as they are, each with the reason."""
+    blocks = [(name, f"{type(block).__name__} {ALREADY_SPARSE}") for name, block in sparse_blocks(model).items()]
+    with torch.device("cpu"):
+        return blocks + _surveyed(model).left
+
+
+def _surveyed(model: nn.Module) -> Survey:
+    """Networks that registered hosts and the survey of all other modules find, in the model's order."""
+    names = {module: name for name, module in model.named_modules()}
+    hosted = [site for host in HOSTS for site in load(HOSTS, "host", host).find(model)]
+    hosted = [replace(site, path=site.path or f"{names[site.parent]}.{site.name}".lstrip(".")) for site in hosted]
+    taken = {part for site in hosted for part in (site.parent if site.put else getattr(site.parent, site.name)).modules()}
+    taken |= {part for block in sparse_blocks(model).values() for part in block.modules()}
+    found = survey(model, taken)
+    order = {name: place for place, name in enumerate(names.values())}
+    return Survey(sorted([*hosted, *found.sites], key=lambda site: order[site.path]), found.left)
 
 
 def sites_in_blocks(model: nn.Module, blocks: int, patterns: str | tuple[str, ...] | None = None) -> list[Site]:

@@ -12,9 +12,12 @@ from smoe_dropout.experts.compressed import CompressedExperts, sparse_units
 from smoe_dropout.options import ConfigError
 
 
-def is_linear(module: object) -> bool:
-    """Whether the module computes exactly W x + b. False for subclasses of nn.Linear with their own forward, such as adapters."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+class ChannelsFirst(nn.Sequential):
+    """A module of the last dimension, applied to dimension 1: [B, D, ...] -> [B, D, ...]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D, ...] -> [B, D, ...]."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Site:
     final: module after the network inside the same child; it is kept.
     put_dropout: inserts a module as the dropout of the dense network's hidden units, and returns the module of the down map.
     put: replaces the network with a module, if that takes more than replacing one child.
+    path: dotted name of `parent.name` in the model. channels_first: whether the network acts on dimension 1, as convolutions do.
+    places: every (parent, name) of a network that the model has in several places; they get the same module.
     """
 
     parent: nn.Module
@@ -40,6 +45,9 @@ class Site:
     gate: Tensor | None = None
     bias_gate: Tensor | None = None
     put: Callable[[nn.Module], None] | None = None
+    path: str = ""
+    channels_first: bool = False
+    places: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def d_model(self) -> int:
@@ -53,18 +61,21 @@ class Site:
 
     def replace(self, module: nn.Module) -> None:
         """Replace the network with `module`."""
+        inner = ChannelsFirst(module) if self.channels_first else module
         if self.put is not None:
-            self.put(module)
+            self.put(inner)
             return
-        whole = module if self.final is None else nn.Sequential(module, self.final)
-        setattr(self.parent, self.name, whole.train(self.parent.training))
+        whole = inner if self.final is None else nn.Sequential(inner, self.final)
+        for parent, name in self.places or ((self.parent, self.name),):
+            setattr(parent, name, whole.train(parent.training))
 
     def experts(self, config: SMoEConfig) -> Experts:
         """Experts initialised according to `config.expert_init`. ConfigError if E does not divide the width."""
         E = config.num_experts
         if config.d_expert is None and config.expert_init != "copy" and self.d_ff % E:
             raise ConfigError(
-                f"the FFN width {self.d_ff} of {self.name!r} is not divisible by num_experts = {E}: choose another, or set d_expert"
+                f"the FFN width {self.d_ff} of {self.path or self.name!r} is not divisible by num_experts = {E}: choose another, or set "
+                "d_expert"
             )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
         sizes = (E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)

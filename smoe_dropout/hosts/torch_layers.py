@@ -4,15 +4,14 @@ The experts replace `linear1`, and the other three become identities. The fused 
 reads the weights of the dense maps, so it is disabled.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from smoe_dropout.experts.activations import activation_name
-from smoe_dropout.hosts.site import Site, is_linear
+from smoe_dropout.hosts.blocks import unchanged
+from smoe_dropout.hosts.maps import linear_map
+from smoe_dropout.hosts.probe import activation_of
+from smoe_dropout.hosts.site import Site
 
 _KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -25,8 +24,8 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
     if not any(type(layer)._ff_block is kind._ff_block for kind in _KINDS):
         return None
     up, down, dropout, activation = layer.linear1, layer.linear2, layer.dropout, layer.activation
-    name = activation_name(activation) if isinstance(activation, nn.Module) else _FUNCTIONS.get(activation)
-    if name is None or not is_linear(up) or not is_linear(down) or not isinstance(dropout, nn.Dropout):
+    name = activation_of(activation)
+    if name is None or linear_map(up) is None or linear_map(down) is None or not isinstance(dropout, nn.Dropout):
         return None
 
     def put(module: nn.Module) -> None:
@@ -34,7 +33,7 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
         for rest in ("dropout", "linear2"):
             setattr(layer, rest, nn.Identity().train(layer.training))
         del layer.activation
-        layer.activation = _identity  # a function, since copying a decoder layer puts ReLU in place of a module
+        layer.activation = unchanged  # a function, since copying a decoder layer puts ReLU in place of a module
         _leave_fused_path(layer, stack)
 
     def put_dropout(module: nn.Module) -> nn.Module:
@@ -44,10 +43,6 @@ def _site(layer: nn.Module, stack: nn.TransformerEncoder | None) -> Site | None:
 
     tensors = up.weight, up.bias, down.weight, down.bias
     return Site(layer, "linear1", *tensors, name, dropout.p, put_dropout=put_dropout, put=put)
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
 
 
 def _leave_fused_path(layer: nn.Module, stack: nn.TransformerEncoder | None) -> None:

@@ -85,12 +85,19 @@ class CompeteLayer(MoELayer, Reports):
 
     def compete(self, x_ND: Tensor) -> Tensor:
         """Run all experts, combine the k with the strongest responses [N, D], and store the router's distillation loss."""
+        self.see_padding(x_ND)
         outputs_NED = self.experts.each(x_ND)
         affinity_NE = affinities(outputs_NED, self.options.affinity)
         top_NK, indices_NK = affinity_NE.topk(self.top_k, dim=-1)
         weights_NK = top_NK.softmax(-1) if self.options.affinity == "norm" else top_NK / top_NK.sum(-1, keepdim=True)
         target_NE = affinity_NE.detach().softmax(-1)
-        distillation = F.mse_loss(self.router.logits(x_ND).softmax(-1), target_NE)
+        logits_NE, real_N = self.router.logits(x_ND), self.router.real_N
+        self.router.show(logits_NE)
+        if real_N is None:
+            distillation = F.mse_loss(logits_NE.softmax(-1), target_NE)
+        else:
+            error_NE = (logits_NE.softmax(-1) - target_NE).square() * real_N[:, None]
+            distillation = error_NE.sum() / (real_N.sum().clamp(min=1) * self.num_experts)
         self.keep(x_ND, {"router": self.options.router_loss * distillation}, indices_NK.detach())
         chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
         return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)

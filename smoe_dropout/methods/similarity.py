@@ -46,7 +46,7 @@ class SimilarityLayer(MoELayer):
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = x.to(logits_BTE.dtype)
-            scores_BTT = (u_BTD @ self.similarity) @ u_BTD.transpose(1, 2) / self.tau
+            scores_BTT = (u_BTD @ self.similarity.to(u_BTD.dtype)) @ u_BTD.transpose(1, 2) / self.tau
             if is_causal(self.attention):
                 future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
                 scores_BTT = scores_BTT.masked_fill(future_TT, -math.inf)

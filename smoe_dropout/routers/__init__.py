@@ -34,6 +34,10 @@ class Router(nn.Module):
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
+
+    For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
+    or higher, whatever the model's precision. Activation checkpointing repeats `forward`, so a buffer that counts passes must not be
+    changed while `recomputation.recomputing()`.
     """
 
     Options: type = NoOptions
@@ -41,12 +45,19 @@ class Router(nn.Module):
     uses: tuple[str, ...] = ()
     frozen_by_default = False
     shared: Shared | None = None
+    real_N: Tensor | None = None
+    shown: list[Tensor] | None = None
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
+
+    def show(self, logits_NE: Tensor) -> None:
+        """Keep the logits for a pass that was asked to return them."""
+        if self.shown is not None:
+            self.shown.append(logits_NE)
 
     def weigh(self, top_NK: Tensor) -> Tensor:
         """Gate weights of the k chosen logits: their softmax, or 1/k each."""
@@ -91,10 +102,11 @@ class LinearRouter(Router):
 
     def choose(self, logits_NE: Tensor, k: int) -> Routing:
         """Routing to the k largest logits, with the balance loss in training mode."""
+        self.show(logits_NE)
         top_NK, indices_NK = logits_NE.topk(k, dim=-1)
         losses = {}
         if self.balance_loss > 0 and self.training:
-            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK)
+            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK, self.real_N)
         return Routing(indices_NK, self.weigh(top_NK), losses)
 
     def forward(self, x_ND: Tensor, k: int) -> Routing:
@@ -129,18 +141,25 @@ class NoRouter(Router):
         raise RuntimeError("router 'none' does not choose experts: it is for methods that draw experts themselves")
 
 
-def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
+def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), 1 when balanced.
 
-    f_e is the fraction of assignments that expert e received, P_e its mean router probability. In a distributed run f_e is taken over the
-    global batch, so that the mean over processes, weighted by their tokens, is the loss of the whole batch.
+    f_e is the fraction of assignments that expert e received, P_e its mean router probability, both over the real tokens (bool [N]; None:
+    all). In a distributed run f_e is taken over the global batch, so that the mean over processes, weighted by their tokens, is the loss of
+    the whole batch.
     """
     num_experts = logits_NE.shape[-1]
     flat_M = indices_NK.flatten()
     ones_M = torch.ones_like(flat_M, dtype=logits_NE.dtype)
+    if real_N is not None:
+        ones_M = real_N.to(logits_NE.dtype)[:, None].expand_as(indices_NK).flatten()
     assigned_E = logits_NE.new_zeros(num_experts).scatter_add(0, flat_M, ones_M)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(assigned_E)
     share_E = assigned_E / assigned_E.sum().clamp(min=1)
-    probability_E = logits_NE.softmax(-1).sum(0) / max(len(logits_NE), 1)
+    probability_NE = logits_NE.softmax(-1)
+    if real_N is None:
+        probability_E = probability_NE.sum(0) / max(len(logits_NE), 1)
+    else:
+        probability_E = (probability_NE * real_N[:, None]).sum(0) / real_N.sum().clamp(min=1)
     return num_experts * (share_E * probability_E).sum()

@@ -47,6 +47,7 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
         logits_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(logits_NE, k)
+        self.show(logits_NE)
         gumbel_NE = -torch.empty_like(logits_NE).exponential_().log()
         p_NE = ((logits_NE + gumbel_NE) / self.temperature).softmax(-1)
         above = int((p_NE > self.options.threshold).sum(-1, dtype=torch.float32).mean()) if len(x_ND) else 0
@@ -54,7 +55,7 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
         weights_NK, indices_NK = p_NE.topk(self.active, dim=-1)
         losses = {}
         if self.balance_loss > 0:
-            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK)
+            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK, self.real_N)
         return Routing(indices_NK, weights_NK, losses)
 
     def computed(self, k: int) -> int:

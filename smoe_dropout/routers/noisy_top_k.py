@@ -28,16 +28,18 @@ class NoisyTopKRouter(LinearRouter):
         clean_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(clean_NE, k)
+        self.show(clean_NE)
         with torch.autocast(x_ND.device.type, enabled=False):
             deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))
         noisy_NE = clean_NE + torch.randn_like(clean_NE) * deviation_NE
         top_NK, indices_NK = noisy_NE.topk(k, dim=-1)
         weights_NK, losses = self.weigh(top_NK), {}
         if self.balance_loss > 0:
-            importance_E = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK).sum(0)
-            losses["importance"] = self.balance_loss * squared_variation(importance_E)
+            importance_NE = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK)
+            losses["importance"] = self.balance_loss * squared_variation(summed(importance_NE, self.real_N))
             if k < self.num_experts:  # with k = E every expert is always chosen
-                losses["load"] = self.balance_loss * squared_variation(smooth_load(clean_NE, noisy_NE, deviation_NE, k))
+                load_NE = smooth_load(clean_NE, noisy_NE, deviation_NE, k)
+                losses["load"] = self.balance_loss * squared_variation(summed(load_NE, self.real_N))
         return Routing(indices_NK, weights_NK, losses)
 
     def flops(self, tokens: int) -> int:
@@ -46,11 +48,16 @@ class NoisyTopKRouter(LinearRouter):
 
 
 def smooth_load(clean_NE: Tensor, noisy_NE: Tensor, deviation_NE: Tensor, k: int) -> Tensor:
-    """Expected number of tokens of each expert if its own noise were drawn again [E]."""
+    """Probability that each expert would be chosen for each token if its own noise were drawn again [N, E]."""
     top = noisy_NE.topk(k + 1, dim=-1).values
     # the k-th largest of the others: the (k+1)-th of all for a chosen expert, the k-th otherwise
     threshold_NE = torch.where(noisy_NE > top[:, k, None], top[:, k, None], top[:, k - 1, None])
-    return torch.special.ndtr((clean_NE - threshold_NE) / deviation_NE).sum(0)
+    return torch.special.ndtr((clean_NE - threshold_NE) / deviation_NE)
+
+
+def summed(values_NE: Tensor, real_N: Tensor | None) -> Tensor:
+    """Sum over the real tokens [E]."""
+    return values_NE.sum(0) if real_N is None else (values_NE * real_N[:, None]).sum(0)
 
 
 def squared_variation(values_E: Tensor) -> Tensor:

@@ -90,5 +90,8 @@ def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int])
         setattr(layer.experts, name, nn.Parameter(tensor, getattr(layer.experts, name).requires_grad))
     for name, rows in list(layer.router.named_parameters(recurse=False)):
         setattr(layer.router, name, nn.Parameter(rows[list(leaders)], rows.requires_grad))
+    for name, values in list(layer.router.named_buffers(recurse=False)):
+        if values.shape[:1] == (layer.num_experts,):
+            setattr(layer.router, name, values[list(leaders)])
     layer.num_experts = layer.router.num_experts = count
     layer.top_k = min(layer.top_k, count)

@@ -18,6 +18,9 @@ from tests.conftest import ROOT
 class Mine:
     """A router's class, passed instead of its name."""
 
+    def __repr__(self):  # the same in every process, for the names of tests
+        return "<Mine>"
+
 
 @pytest.mark.parametrize(
     ("settings", "words"),

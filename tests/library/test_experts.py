@@ -53,6 +53,14 @@ CASES = {
     "uneven": Case(40, 2, 4, load=(0.9, 0.06, 0.03, 0.01)),
     "wide": Case(5, 2, 3, d_model=4, d_expert=40),
 }
+# an activation that the backends do not treat in a way of its own needs few cases
+COMMON = [name + gated for name in ("relu", "gelu", "gelu_tanh", "silu") for gated in ("", "_gated")]
+PAIRS = [
+    pytest.param(case, activation, id=f"{activation}-{name}")
+    for name, case in CASES.items()
+    for activation in ACTIVATIONS
+    if activation in COMMON or name in ("typical", "no_token")
+]
 
 
 def experts_of(case: Case, backend: str, activation="relu", dropout=0.0, dtype=torch.float64) -> Experts:
@@ -90,8 +98,10 @@ def assert_near(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert error <= tolerance * size, f"{name}: relative error {error / size:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+ROUNDED = ("hardswish", "softplus", "sqrt_softplus")  # a derivative that jumps, or values far from 0 whose sum is rounded
+
+
+@pytest.mark.parametrize(("case", "activation"), PAIRS)
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
     [(backend, torch.float64, 1e-12) for backend in HAND_WRITTEN]
@@ -104,6 +114,8 @@ def test_output_and_gradients_match_the_reference(backend, dtype, tolerance, act
         with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
             outcome(case, backend, activation, dtype)
     else:
+        if dtype == torch.bfloat16 and activation.removesuffix("_gated") in ROUNDED:
+            tolerance *= 3
         assert_near(outcome(case, backend, activation, dtype), outcome(case, "reference", activation, torch.float64), tolerance)
 
 
@@ -120,8 +132,7 @@ def test_float32_rows_are_padded_with_onednn(monkeypatch):
     assert (own, sorted_experts.multiple_of_rows(torch.float32)) == ([1, 1, 32], 16)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("case", "activation"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_few_tokens_without_gradients_match_the_reference(dtype, activation, case):
     """Without gradients `few` uses sums over rows if there are no more assignments than experts."""
@@ -140,11 +151,24 @@ PLAIN_ACTIVATIONS = {
     "gelu": lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2,
     "gelu_tanh": lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2,
     "silu": lambda v: v / (1 + math.exp(-v)),
+    "quick_gelu": lambda v: v / (1 + math.exp(-1.702 * v)),
+    "relu2": lambda v: max(v, 0.0) ** 2,
+    "relu6": lambda v: min(max(v, 0.0), 6.0),
+    "gelu_clipped": lambda v: min(max(v * (1 + math.erf(v / math.sqrt(2))) / 2, -10), 10),
+    "laplace": lambda v: (1 + math.erf((v - 0.707107) / (0.282095 * math.sqrt(2)))) / 2,
+    "mish": lambda v: v * math.tanh(math.log1p(math.exp(v))),
+    "tanh": math.tanh,
+    "sigmoid": lambda v: 1 / (1 + math.exp(-v)),
+    "leaky_relu": lambda v: v if v > 0 else 0.01 * v,
+    "hardswish": lambda v: v * min(max(v + 3, 0.0), 6.0) / 6,
+    "elu": lambda v: v if v > 0 else math.expm1(v),
+    "softplus": lambda v: math.log1p(math.exp(v)),
+    "sqrt_softplus": lambda v: math.sqrt(math.log1p(math.exp(v))),
+    "linear": lambda v: v,
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("case", "activation"), PAIRS)
 def test_reference_matches_a_plain_implementation(activation, case):
     random = np.random.default_rng(2)
     experts, indices = experts_of(case, "reference", activation), case.indices(random)
@@ -179,7 +203,7 @@ def functional(experts: Experts, indices: torch.Tensor, seed: int | None = None)
 SMALL, SMALL_INDICES = Case(4, 2, 3, d_model=3, d_expert=4), torch.tensor([[0, 1], [1, 0], [2, 0], [1, 2]])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name in COMMON or not name.endswith("_gated")])
 @pytest.mark.parametrize("backend", EXACT)
 def test_gradcheck(backend, activation):
     assert gradcheck(*functional(experts_of(SMALL, backend, activation), SMALL_INDICES))

@@ -8,6 +8,7 @@ from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout.hosts import find_sites
+from smoe_dropout.hosts.probe import activation_of
 from smoe_dropout.registry import METHODS, load
 from smoe_dropout.routers import LearnedRouter
 
@@ -69,6 +70,18 @@ def test_split_equals_the_dense_model_with_all_experts(host, act):
     torch.testing.assert_close(logits(sd.moefy(model, exact)), dense, rtol=1e-5, atol=1e-5)
     with sd.top_k(model, 1):
         assert not torch.allclose(logits(model), dense, atol=1e-2)
+
+
+OF_TRANSFORMERS = {  # those of ours whose names differ; None: has parameters, or is no activation
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh", "gelu_python": "gelu", "gelu_10": "gelu_clipped", "swish": "silu", "sqrtsoftplus": "sqrt_softplus",
+    "linear": None, "prelu": None, "xielu": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", transformers.activations.ACT2FN)
+def test_activations_of_transformers_are_recognised_by_their_values(name):
+    assert activation_of(transformers.activations.ACT2FN[name]) == OF_TRANSFORMERS.get(name, name)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -40,6 +40,14 @@ def test_slimmed_copy_equals_the_model_at_k():
         sd.slim(model, 5)
 
 
+@pytest.mark.parametrize("settings", [{"router": "learned", "method": "similarity"}, {"router": "hash"}])
+def test_slimmed_copy_in_bf16_of_other_kinds_of_routing(settings):
+    model = sd.moefy(language_model(), sd.SMoEConfig(4, 2, init_std=0.3, **settings)).eval()
+    copy, tokens = sd.slim(model, 2, torch.bfloat16), torch.randint(256, (2, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(copy.logits(tokens)[0], model.logits(tokens)[0], atol=0.3, rtol=0.1)
+
+
 def test_slimmed_copy_in_bf16_routes_like_the_model():
     model, tokens = with_experts().eval(), torch.randint(256, (2, 8))
     copy = sd.slim(model, 2, torch.bfloat16)

@@ -14,8 +14,9 @@ FLOORS = (
     ("experts",),
     ("routers",),
     ("layer",),
+    ("native",),
     ("control", "hosts"),
-    ("methods",),
+    ("methods", "passes", "decay"),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )

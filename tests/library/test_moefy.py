@@ -164,9 +164,9 @@ def without(*ffn: nn.Module) -> nn.Module:
     ("build", "settings", "words"),
     [
         (hand_written, {"layers": (0, 2)}, r"layers names \[2\], but Sequential has layers 0 to 1"),
-        (transformer_xl, {"num_experts": 5}, "width 16 of 'core' is not divisible by num_experts = 5"),
-        (uneven, {}, "width 15 of 'ffn' is not divisible"),
-        (uneven, {"expert_init": "split"}, "width 15 of 'ffn' is not divisible"),
+        (transformer_xl, {"num_experts": 5}, "width 16 of 'layers.0.feed_forward.core' is not divisible by num_experts = 5"),
+        (uneven, {}, "width 15 of '1.ffn' is not divisible"),
+        (uneven, {"expert_init": "split"}, "width 15 of '1.ffn' is not divisible"),
         (hand_written, {"layers": (-3,)}, r"layers names \[-3\], but"),
         (hand_written, {"layers": (1, -1)}, r"layers = \(1, -1\) names layer 1 of 2 twice"),
         (lambda: sd.moefy(hand_written(), config(layers=(0,))), {}, r"layers 0 of Sequential are MoE .* such as layers = \(1,\)"),
@@ -182,15 +182,16 @@ def without(*ffn: nn.Module) -> nn.Module:
         ),
         (lambda: nn.Linear(D, D), {}, "finds a feed-forward network in Linear"),
         (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D + 1)), {}, "finds a feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.Tanh(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
+        (lambda: without(nn.Linear(D, F), nn.Softmax(-1), nn.Linear(F, D)), {}, "hidden units are mixed"),
+        (lambda: without(nn.Linear(D, F), nn.Tanhshrink(), nn.Linear(F, D)), {}, "next to it, is none that experts support"),
+        (lambda: without(nn.Linear(D, F), nn.LayerNorm(F), nn.ReLU(), nn.Linear(F, D)), {}, "the norm '1' \\(LayerNorm\\) lies between"),
+        (lambda: without(nn.Linear(D, F), nn.PReLU(), nn.Linear(F, D)), {}, "PReLU\\), which has parameters"),
         (lambda: without(nn.Linear(D, F), nn.Dropout(0.1), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
         (
             lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.1), nn.Linear(F, D)),
             {},
             "finds a feed-forward network",
         ),
-        (lambda: without(nn.Dropout(0.1), nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
-        (lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Linear(F, D), nn.LayerNorm(D)), {}, "finds a feed-forward network"),
     ],
 )
 def test_rejected_models_are_unchanged(build, settings, words):

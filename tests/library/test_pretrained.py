@@ -1,7 +1,8 @@
-"""Folders of transformers models with experts load bit for bit or are rejected, and transformers itself cannot load them."""
+"""Folders of transformers models with experts load bit for bit or are rejected."""
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import smoe_dropout as sd
-from smoe_dropout.hf.pretrained import CONFIG, GENERATION, MANIFEST, THEIR_INDEX, THEIR_WEIGHTS, WEIGHTS
+from smoe_dropout import registry
+from smoe_dropout.hf.described import CODE
+from smoe_dropout.hf.folder import CONFIG, GENERATION, INDEX, MANIFEST, OLD_WEIGHTS, WEIGHTS
 from tests import tiny
 from tests.library.test_hosts import CAUSAL, HOSTS, TOKENS, logits, made
 
@@ -29,6 +32,11 @@ def as_trainer_saves(model: nn.Module, folder) -> None:
     model.save_pretrained(folder)
 
 
+def in_shards(model: nn.Module, folder) -> None:
+    sd.save_pretrained(model, folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+
+
 def same(model: nn.Module, other: nn.Module) -> bool:
     """Whether two models are bit-identical, including precision and frozen parameters."""
     ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
@@ -37,7 +45,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
+@pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves, in_shards])
 @pytest.mark.parametrize("host", HOSTS)
 def test_round_trip(host, save, tmp_path):
     """Restores weights, k, tied weights and the experts' configuration, without using the global generator."""
@@ -112,18 +120,28 @@ def test_saving_again(tmp_path):
     sd.save_pretrained(sparse("gpt2"), tmp_path)
     model = sparse()
     sd.save_pretrained(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, MANIFEST, "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, f"{CODE}.py", WEIGHTS, MANIFEST, "notes.txt"}
     assert same(sd.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("name", ["save_file", "_sha256", "os.replace"])
+def test_saving_over_an_older_version(tmp_path):
+    shutil.copytree(Path(__file__).parent / "data" / "saved-0.1" / "bert", tmp_path / "saved")
+    sd.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    model = sd.from_pretrained(tmp_path / "saved")
+    assert same(sd.from_pretrained(tmp_path / "again"), model)
+    sd.save_pretrained(model, tmp_path / "saved")
+    assert same(sd.from_pretrained(tmp_path / "saved"), model) and not (tmp_path / "saved" / OLD_WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("name", ["os.fsync", "sha256", "os.replace"])
 @pytest.mark.parametrize("older", [False, True])
 def test_interrupted_save_is_rejected_or_not_started(name, older, tmp_path, monkeypatch):
     """And can be repeated."""
     module, model, calls = sys.modules["smoe_dropout.hf.pretrained"], sparse(), []
     if older:
         sd.save_pretrained(model, tmp_path)
-    real = module.os.replace if "." in name else getattr(module, name)
+    place = module.os if "." in name else module
+    real = getattr(place, name.removeprefix("os."))
 
     def stops(*arguments):
         calls.append(arguments)
@@ -131,7 +149,7 @@ def test_interrupted_save_is_rejected_or_not_started(name, older, tmp_path, monk
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module.os if "." in name else module, name.removeprefix("os."), stops)
+    monkeypatch.setattr(place, name.removeprefix("os."), stops)
     with pytest.raises(KeyboardInterrupt):
         sd.save_pretrained(sparse(router="learned"), tmp_path)
     monkeypatch.undo()
@@ -144,7 +162,7 @@ def test_interrupted_save_is_rejected_or_not_started(name, older, tmp_path, monk
     assert same(sd.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("name", [CONFIG, GENERATION, WEIGHTS, THEIR_WEIGHTS, THEIR_INDEX, MANIFEST])
+@pytest.mark.parametrize("name", [CONFIG, GENERATION, WEIGHTS, OLD_WEIGHTS, "model-00001-of-00002.safetensors", INDEX, MANIFEST])
 def test_folder_of_another_model_is_not_overwritten(name, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(sd.ConfigError, match=f"holds {re.escape(name)} of another model"):
@@ -187,11 +205,28 @@ def flip(folder, name):
     (folder / name).write_bytes(data)
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def split(folder) -> Path:
+    """Save the weights of a folder again, in two files; returns the second."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = {f"model-0000{part + 1}-of-00002.safetensors": names[part::2] for part in (0, 1)}
+    for file, inside in parts.items():
+        save_file({name: tensors[name] for name in inside}, folder / file, {"format": "pt"})
+    places = {name: file for file, inside in parts.items() for name in inside}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder / list(parts)[1]
+
+
 def edit(folder, change):
     """Apply `change(tensors)` to a folder written by transformers."""
-    tensors = load_file(folder / THEIR_WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / THEIR_WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 OURS = {
@@ -200,7 +235,7 @@ OURS = {
     "generation_changed": (lambda f: rewrite(f, GENERATION, lambda c: c.update(max_length=3)), GENERATION, "modified"),
     "weights_missing": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "is missing"),
     "config_missing": (lambda f: (f / CONFIG).unlink(), CONFIG, "is missing"),
-    "manifest_missing": (lambda f: (f / MANIFEST).unlink(), "", "neither manifest.json nor model.safetensors"),
+    "nothing": (lambda f: [(f / name).unlink() for name in (MANIFEST, WEIGHTS)], "", "neither manifest.json nor model.safetensors"),
     "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "cannot be read"),
     "manifest_of_nothing": (
         lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)),
@@ -208,8 +243,8 @@ OURS = {
         "not describe a complete save",
     ),
     "manifest_list": (lambda f: (f / MANIFEST).write_text("[]"), MANIFEST, "not a JSON object"),
-    "their_weights_beside": (lambda f: (f / THEIR_WEIGHTS).write_bytes(b""), THEIR_WEIGHTS, "is not part of the save"),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), WEIGHTS, "damaged"),
+    "other_weights_beside": (lambda f: (f / INDEX).write_bytes(b""), INDEX, "is not part of the save"),
+    "truncated": (lambda f: truncate(f / WEIGHTS), WEIGHTS, "damaged"),
     "no_folder": (lambda f: f.rename(f.parent / "gone"), "", "is not a folder"),
 }
 
@@ -241,28 +276,25 @@ THEIRS = {
     "missing": (lambda f: edit(f, lambda t: t.pop(DOWN)), f"missing ['{DOWN}']"),
     "foreign": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(1))), "unexpected ['extra']"),
     "misshapen": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].mT.contiguous()})), f"{DOWN} has shape (4, 16, 8)"),
-    "precision": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].half()})), f"{DOWN} has shape (4, 8, 16) of torch.float16"),
-    "untied": (
-        lambda f: edit(f, lambda t: t.update({TYING: t["bert.embeddings.word_embeddings.weight"] + 1})),
-        "are the same tensor",
-    ),
-    "truncated": (lambda f: (f / THEIR_WEIGHTS).write_bytes((f / THEIR_WEIGHTS).read_bytes()[:-4]), "cannot be read"),
-    "sharded": (lambda f: (f / THEIR_WEIGHTS).rename(f / THEIR_INDEX), "split over several files"),
-    "dense": (top(model_type="bert"), "describes a 'bert' model without experts"),
-    "num_experts": (experts(num_experts=2), "model expects shape"),
+    "truncated": (lambda f: truncate(f / WEIGHTS), "cannot be read"),
+    "index": (lambda f: (f / WEIGHTS).rename(f / INDEX), "cannot be read"),
+    "shard_missing": (lambda f: split(f).unlink(), "model-00002-of-00002.safetensors is missing"),
+    "shard_truncated": (lambda f: truncate(split(f)), "model-00002-of-00002.safetensors cannot be read"),
+    "num_experts": (experts(num_experts=2), "the model expects ("),
     "fewer_layers": (experts(layers=[0]), "missing ["),
     "impossible": (experts(top_k=99), "top_k = 99"),
     "later_version": (experts(novelty=1), "novelty"),
     "no_experts": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("smoe_dropout")), "is damaged"),
-    "garbage": (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
+    "garbage": (lambda f: (f / CONFIG).write_text("{"), "is not a valid JSON file"),
     "layers": (host(num_hidden_layers=2), "unexpected ["),
     "width": (host(intermediate_size=64), "has shape"),
-    "host_garbage": (host(hidden_size="wide"), "does not describe a valid BertForMaskedLM"),
-    "no_host": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("host")), "does not describe a valid"),
+    "host_garbage": (host(hidden_size="wide"), "does not describe a valid model: Validation error for field 'hidden_size'"),
+    "no_host": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("host")), "is damaged: host is missing"),
+    "host": (top(host_model_type="unheard"), "a 'unheard' model, which transformers does not know"),
     "architecture": (top(architectures=["Unheard"]), "'Unheard' is not a model of transformers"),
     "no_architecture": (top(architectures=None), "model_class=..."),
     "not_a_model": (top(architectures=["BertConfig"]), "is not a model of transformers"),
-    "other_class": (top(architectures=["GPT2LMHeadModel"]), "describes a 'bert' model, but GPT2LMHeadModel is not one"),
+    "other_class": (top(architectures=["GPT2LMHeadModel"]), "has a 'bert' model, but GPT2LMHeadModel is not one"),
     "head": (top(architectures=["BertForSequenceClassification"]), "missing ["),
 }
 
@@ -274,6 +306,17 @@ def test_folders_that_do_not_match_are_rejected(damage, words, tmp_path):
     with pytest.raises(sd.ConfigError, match=re.escape(words)) as error:
         sd.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_dense_folder_and_unknown_names(tmp_path, monkeypatch):
+    made("bert").save_pretrained(tmp_path / "dense")
+    with pytest.raises(sd.ConfigError, match="describes a 'bert' model without experts"):
+        sd.from_pretrained(tmp_path / "dense")
+    monkeypatch.setitem(registry.ROUTERS, "mine", registry.ROUTERS["learned"])
+    sd.save_pretrained(sparse(router="mine"), tmp_path / "mine")
+    monkeypatch.undo()
+    with pytest.raises(sd.ConfigError, match=r"router 'mine', which is not registered.*ROUTERS\['mine'\] = 'module:Class'"):
+        sd.from_pretrained(tmp_path / "mine")
 
 
 def test_tied_tensor_stored_under_another_name(tmp_path):
@@ -298,13 +341,14 @@ def test_user_defined_model_class(tmp_path):
 
 @pytest.mark.parametrize("save", [sd.save_pretrained, as_trainer_saves])
 @pytest.mark.parametrize("host", HOSTS)
-def test_transformers_cannot_load_models_with_experts(host, save, tmp_path):
+def test_classes_of_transformers_keep_the_experts(host, save, tmp_path):
+    """They load a folder with its experts, and do not build a dense model from the configuration."""
     model = sparse(host)
     save(model, tmp_path)
-    auto = transformers.AutoModelForCausalLM if host in CAUSAL else transformers.AutoModelForMaskedLM
-    for loader in (transformers.AutoConfig, transformers.AutoModel, auto, type(model), type(model.base_model)):
-        with pytest.raises(Exception, match="smoe_dropout"):
-            loader.from_pretrained(tmp_path)
+    assert same(type(model).from_pretrained(tmp_path), model)
+    for kind in (type(model), type(model.base_model)):
+        with pytest.raises(sd.ConfigError, match=r"describes a model with experts, and \w+ would be dense"):
+            kind(model.config)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -316,7 +360,5 @@ def test_users_configuration_is_not_changed(host, tmp_path):
     assert config.to_dict() == before and type(config) is not type(model.config) and isinstance(model.config, type(config))
     assert model.config.model_type == config.model_type and not [m for m in model.modules() if getattr(m, "config", None) is config]
     model.base_model.save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="smoe_dropout"):
-        type(model.base_model).from_pretrained(tmp_path)
     if host in CAUSAL:  # the base models of the others lack the pooler of their class
         assert same(sd.from_pretrained(tmp_path), model.base_model)

@@ -51,7 +51,7 @@ def rows(count: int, even: bool = True) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)]
 
 
-def trainer(model: nn.Module, folder, data=None, callbacks=(), **arguments):
+def trainer(model: nn.Module, folder, data=None, callbacks=(), eval_data=None, **arguments):
     defaults = {
         **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "max_steps": 1, "seed": 3},
         **{
@@ -63,7 +63,9 @@ def trainer(model: nn.Module, folder, data=None, callbacks=(), **arguments):
         },
     }
     settings = transformers.TrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    return transformers.Trainer(model, settings, train_dataset=rows(8) if data is None else data, callbacks=list(callbacks))
+    return transformers.Trainer(
+        model, settings, train_dataset=rows(8) if data is None else data, eval_dataset=eval_data, callbacks=list(callbacks)
+    )
 
 
 def losses(trained) -> list[float]:
@@ -100,7 +102,7 @@ def test_models_loss_includes_the_balance_loss_in_training_only(host):
     assert balance.item() > 0.5 and model(tokens, labels=tokens).loss.item() == pytest.approx(expected, rel=1e-5)
     assert model(tokens, labels=tokens, return_dict=False)[0].item() == pytest.approx(expected, rel=1e-5)
     assert copy.deepcopy(model)(tokens, labels=tokens).loss.item() == pytest.approx(expected, rel=1e-5)
-    assert len(model._forward_hooks) == 1 and model(tokens).loss is None and model(tokens, return_dict=False)[0].dim() == 3
+    assert model(tokens).loss is None and model(tokens, return_dict=False)[0].dim() == 3
     assert model.eval()(tokens, labels=tokens).loss.item() == pytest.approx(plain, rel=1e-5)
 
 
@@ -180,7 +182,12 @@ def test_balance_loss_is_the_switch_loss():
 
 def test_other_models_are_unchanged():
     model = sd.moefy(nn.Sequential(made("bert")), sd.SMoEConfig(4, 2, router="learned"))
-    assert not model._forward_hooks and not model[0]._forward_hooks and type(model[0].config) is transformers.BertConfig
+    tokens = torch.stack([row["input_ids"] for row in rows(2)])
+    torch.manual_seed(0)
+    loss = model.train()[0](tokens, labels=tokens).loss
+    torch.manual_seed(0)
+    assert torch.equal(F.cross_entropy(model[0](tokens).logits.flatten(0, 1), tokens.flatten()), loss)
+    assert type(model[0].config) is transformers.BertConfig and sd.auxiliary_loss(model) > 0
 
 
 # the schedule
@@ -247,6 +254,65 @@ def test_evaluation_at_another_k(tmp_path):
         with sd.top_k(model, k):
             found[k] = run.evaluate()["eval_loss"]
     assert found[1] != found[4] and sd.get_top_k(model) == 3
+
+
+def test_schedule_is_a_function(tmp_path):
+    model = sparse("bert")
+    run = trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback(lambda step: 4 - step)], max_steps=3)
+    run.train()
+    assert ks(run) == [4, 3, 2]
+    for wrong in ((lambda step: 1, 1, 2), ("constant",)):
+        with pytest.raises(ValueError, match=r"takes neither|needs k_min and k_max"):
+            sd.TopKScheduleCallback(*wrong)
+    with pytest.raises(ValueError, match="k = 5 must be a whole number from 1 to the 4 experts"):
+        trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback(lambda step: 5)]).train()
+    with pytest.raises(sd.ConfigError, match="evaluate_at = 5 is more than the 4 experts"):
+        trainer(model, tmp_path, callbacks=[sd.TopKScheduleCallback("constant", 1, 2, evaluate_at=5)]).train()
+
+
+def test_evaluations_and_loggers(tmp_path, monkeypatch):
+    """Every evaluation runs at a fixed k, and TensorBoard has what the log history has."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    model, seen = sparse("bert"), []
+    callback = sd.TopKScheduleCallback(lambda step: 1 + step, evaluate_at=2)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "report_to": ["tensorboard"]}
+    evaluated = {"one": rows(4), "other": rows(4)}
+    run = trainer(model, tmp_path, callbacks=[callback], eval_data=evaluated, max_steps=3, eval_on_start=True, **settings)
+    model.register_forward_hook(lambda model, *_: seen.append((model.training, sd.get_top_k(model))))
+    run.train()
+    assert [k for training, k in seen if training] == ks(run) == [1, 2, 3]
+    assert {k for training, k in seen if not training} == {2} and len(seen) == 3 + 8
+    evaluated = [entry for entry in run.state.log_history if any(name.startswith("eval_") for name in entry)]
+    assert len(evaluated) == 8 and all(entry["top_k"] == 2 for entry in evaluated)
+    assert [sd.get_top_k(sd.from_pretrained(tmp_path / f"checkpoint-{step}")) for step in (1, 2, 3)] == [1, 2, 3]
+    board = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    logged = {name: [event.value for event in board.Scalars(f"{name}")] for name in board.Tags()["scalars"]}
+    assert logged["train/top_k"][:3] == [1, 2, 3] and set(logged["eval/top_k"]) == {2}
+    history = [entry["expert_entropy"] for entry in run.state.log_history if "loss" in entry]
+    assert logged["train/expert_entropy"][:3] == pytest.approx(history) and all(0 < value <= 1 for value in history)
+    run.evaluate(rows(4))
+    assert seen[-1] == (False, 3)
+
+
+def test_predictions_are_logits_only(tmp_path):
+    model = sparse("bert")
+    model.config.output_router_logits = True
+    assert trainer(model, tmp_path).predict(rows(4)).predictions.shape == (4, 9, 31)
+
+
+def test_expert_entropy():
+    model = sparse("bert", router="random", balance_loss=None)
+    from smoe_dropout.hf.callback import load_entropy
+
+    assert load_entropy(model) is None
+    with sd.top_k(model, 4):
+        model(TOKENS)
+        assert load_entropy(model) == pytest.approx(1.0)
+    for _, layer in sd.moe_layers(model):
+        layer.router.bias.data[:2] += 1000.0
+    model(TOKENS)
+    assert load_entropy(model) == pytest.approx(0.5)
 
 
 # resumed runs, precision

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from smoe_dropout import from_pretrained
-from smoe_dropout.io import WEIGHTS, load_weights, save_model
+from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.options import ConfigError
 from utils.checkpoints import storage
 from utils.checkpoints.origin import Source
@@ -17,14 +17,14 @@ def load(model: nn.Module, source: Source) -> None:
     """Loads all weights into a model of the same sizes. UserError, naming the tensor and both shapes, if they do not fit."""
     folder = source.weights.parent
     try:
-        if source.weights.name == WEIGHTS and (folder / storage.MANIFEST).exists():
-            storage.verify(folder)
         if source.from_transformers:
             host = from_pretrained(folder).train()
             if (found := host.get_input_embeddings().weight.shape) != (expected := model.host.get_input_embeddings().weight.shape):
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
             model.host = host  # the host and its configuration, which may differ from ours
         else:
+            if (folder / storage.MANIFEST).exists():
+                storage.verify(folder)
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
         raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
