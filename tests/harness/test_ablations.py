@@ -160,7 +160,8 @@ def study_runs(name: str) -> list:
 
 def test_a_study_has_a_table_for_each_place_and_differences_are_those_of_a_seed():
     tables = ablation_tables(study_runs("length"), page="replica")
-    assert [table.caption.partition(".")[0] for table in tables] == [f"Length of training, tokens per parameter: {at}" for at in (5, 20, 95, 231)]
+    title = "Length of training, tokens per parameter"
+    assert [table.caption.partition(".")[0] for table in tables] == [f"{title}: {at}" for at in (5, 20, 95, 231)]
     text = to_markdown(tables[2]).splitlines()
     assert text[2].startswith("| Method | Test bpc, k = E/2 = 8 | Test bpc, k = E = 16 | loss from E to E/2 | gap to dense, k = E/2 |")
     rows = {line.partition(" (n = 2)")[0]: line.split(" | ")[1:] for line in text[4:12]}
