@@ -20,7 +20,6 @@ from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modul
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
-from smoe_dropout.native import native_blocks
 from smoe_dropout.native.adoption import adopted_layers, described
 from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
 from smoe_dropout.passes import watch_pass
@@ -152,9 +151,6 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
         raise ConfigError(
             f"adopted = {config.adopted!r} is no conversion of dense networks: adopt(model) makes it, report(model) describes it"
         )
-    if blocks := native_blocks(model):
-        named = " and others" if len(blocks) > 1 else ""
-        raise ConfigError(f"{type(model).__name__} is a mixture of experts already: use smoe_dropout.adopt(model) ({blocks[0][0]}{named})")
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
     kind = (method.layer if method else None) or MoELayer

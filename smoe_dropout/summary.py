@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions, moe_layers
-from smoe_dropout.conversion import converted_networks, numbered, planned
-from smoe_dropout.hosts import find_sites
+from smoe_dropout.conversion import converted_networks, numbered, planned, require_module
+from smoe_dropout.hosts import find_sites, why_not
 from smoe_dropout.hosts.original import base, dense_tensors
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
@@ -140,8 +140,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
     Changes nothing, draws no random numbers and allocates no weights, so it also works on the meta device. A conversion that `moefy`
     refuses is reported with its sentence as `refusal`. Raises ConfigError for something that is not a model or a configuration.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}, not an nn.Module")
+    require_module(model)
     if config is not None and not isinstance(config, SMoEConfig):
         raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig: leave it out to report what was done")
     refusal, networks, plan, layers = None, [], None, {}
@@ -177,7 +176,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
         done=config is None,
         refusal=None if config is None else refusal,
         networks=tuple(found),
-        left=(),
+        left=tuple((name, reason) for name, reason in why_not(model) if not any(f"{its.name}.".startswith(f"{name}.") for its in found)),
         conversions=tuple(conversions(model)) + (() if config is None else (plan.config if plan else config,)),
         parameters_before=None if None in dense else stored["other"] + sum(dense),
         parameters_after=sum(stored.values()),

@@ -7,6 +7,7 @@ one, 2 for a gated expert's up and 1 otherwise; R rank; U hidden units in S.
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
 from smoe_dropout.experts.activations import ACTIVATIONS
 
@@ -61,6 +62,14 @@ class CompressedExperts(Experts):
     def extra_repr(self) -> str:
         """Sizes and settings, for `print(model)`."""
         return f"{super().extra_repr()}, rank={self.up_v.shape[2]}, sparse_units={self.units.shape[1]}"
+
+
+def experts_of(config: SMoEConfig, d_model: int, d_expert: int, activation: str, dropout: float) -> Experts:
+    """Fresh experts of the kind that the configuration asks for."""
+    sizes = (config.num_experts, d_model, d_expert, activation, dropout, config.backend, config.init_std)
+    if config.expert_rank is None:
+        return Experts(*sizes)
+    return CompressedExperts(*sizes, config.expert_rank, sparse_units(d_expert, config.sparse_share))
 
 
 def sparse_units(d_expert: int, share: float) -> int:

@@ -1,33 +1,43 @@
 """Registration with transformers as soon as that library is imported, by whomever. Imports neither torch nor transformers."""
 
+from __future__ import annotations
+
 import importlib
-import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # not from typing, whose import takes longer than that of this library
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 
-class AfterImport(MetaPathFinder):
-    """Finder that leaves finding to the others and calls `then` once the module has been executed."""
+class AfterImport:
+    """Finder on sys.meta_path that leaves finding to the others and calls `then` once the module has been executed."""
 
     def __init__(self, name: str, then: Callable[[], None]):
-        self.name, self.then = name, then
+        self.name, self.then, self.finding = name, then, False
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the other finders give, which also calls `then`."""
-        if fullname != self.name:
+        """The spec that the other finders give, whose loader also calls `then`."""
+        if fullname != self.name or self.finding:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        from importlib.util import find_spec
+
+        self.finding = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.finding = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 self.then()
 
             spec.loader.exec_module = exec_module

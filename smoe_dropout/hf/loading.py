@@ -88,7 +88,8 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         raise ConfigError(
             f"quantization_config: transformers would quantise the attention of {source} but not its experts; load it without"
         )
-    if kind.config_class is not None and not isinstance(config, kind.config_class):
+    built = kind.__name__ in (config.architectures or ())  # some architectures are another configuration for a class that exists
+    if kind.config_class is not None and not built and not isinstance(config, kind.config_class):
         raise ConfigError(f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one")
     files, building = Files(source, kwargs), converting(kind)
     allowed, with_info = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("output_loading_info", False)
@@ -103,8 +104,9 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         except SafetensorError as error:
             raise ConfigError(files.unreadable() or f"{files.path(files.weights)} cannot be read: {error}") from None
         refuse_incomplete(model, kind, config, info, files, allowed)
-    for part in (model, *model.modules()):
-        vars(getattr(part, "config", part)).pop("transformers_weights", None)
+    for part in model.modules():
+        if isinstance(own := getattr(part, "config", None), transformers.PreTrainedConfig):
+            vars(own).pop("transformers_weights", None)
     chosen = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     restore(model, building.frozen, files.dtypes() if chosen == "auto" else {})
     return (model, info) if with_info else model

@@ -49,12 +49,16 @@ class Outputs:
         return arguments, {**named, ASKED: False} if by_default and _takes(model, ASKED) else named
 
     def end(self, model: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> Any:
-        """Forward hook.
+        """Forward hook, also called, without an output, if the model fails.
 
         With `num_items_in_batch` the model's loss is its part of a mean over several micro-batches, whose losses are summed; the auxiliary
         losses are then weighted by this micro-batch's fraction of the items.
         """
         layers, own = own_layers(model, self.layers), coefficient(self.layers)
+        if output is None:
+            for layer in layers:
+                layer.router.shown = None
+            return None
         losses = [loss for layer in layers for loss in layer.losses.values()] if model.training else []
         total = sum(losses[1:], losses[0]) if losses else None
         if losses:
@@ -103,7 +107,7 @@ def return_auxiliary_losses(model: nn.Module) -> None:
     remove_hooks(model, Outputs)  # of an earlier conversion
     hooks = Outputs(layers)
     model.register_forward_pre_hook(hooks.begin, with_kwargs=True)
-    model.register_forward_hook(hooks.end, with_kwargs=True)
+    model.register_forward_hook(hooks.end, with_kwargs=True, always_call=True)
     setattr(settings, COEFFICIENT, coefficient(layers))
     if not hasattr(settings, ASKED):
         setattr(settings, ASKED, False)

@@ -15,8 +15,8 @@ from torch import nn
 from smoe_dropout.hosts.named import find_named, grouped
 from smoe_dropout.hosts.network import Network, recognise
 from smoe_dropout.hosts.site import Site
-from smoe_dropout.hosts.sparse import sparse_blocks
 from smoe_dropout.hosts.structure import Survey, survey
+from smoe_dropout.native import native_blocks
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import HOSTS, load
 
@@ -36,8 +36,8 @@ def find_sites(model: nn.Module, patterns: str | tuple[str, ...] | None = None) 
 def _find(model: nn.Module, patterns: str | tuple[str, ...] | None) -> list[Site]:
     if patterns is not None:
         return find_named(model, patterns)
-    if blocks := sparse_blocks(model):
-        raise ConfigError(f"{type(model).__name__} {ALREADY_SPARSE} ({grouped((n, type(b).__name__) for n, b in blocks.items())})")
+    if blocks := native_blocks(model):
+        raise ConfigError(f"{type(model).__name__} {ALREADY_SPARSE} ({grouped((n, type(b).__name__) for n, b in blocks)})")
     found = _surveyed(model)
     if found.sites:
         return found.sites
@@ -51,7 +51,7 @@ def _find(model: nn.Module, patterns: str | tuple[str, ...] | None) -> list[Site
 
 def why_not(model: nn.Module) -> list[tuple[str, str]]:
     """Names of the modules that look like feed-forward networks and are left as they are, each with the reason."""
-    blocks = [(name, f"{type(block).__name__} {ALREADY_SPARSE}") for name, block in sparse_blocks(model).items()]
+    blocks = [(name, f"{type(block).__name__} {ALREADY_SPARSE}") for name, block in native_blocks(model)]
     with torch.device("cpu"):
         return blocks + _surveyed(model).left
 
@@ -62,7 +62,7 @@ def _surveyed(model: nn.Module) -> Survey:
     hosted = [site for host in HOSTS for site in load(HOSTS, "host", host).find(model)]
     hosted = [replace(site, path=site.path or f"{names[site.parent]}.{site.name}".lstrip(".")) for site in hosted]
     taken = {part for site in hosted for part in (site.parent if site.put else getattr(site.parent, site.name)).modules()}
-    taken |= {part for block in sparse_blocks(model).values() for part in block.modules()}
+    taken |= {part for _, block in native_blocks(model) for part in block.modules()}
     found = survey(model, taken)
     order = {name: place for place, name in enumerate(names.values())}
     return Survey(sorted([*hosted, *found.sites], key=lambda site: order[site.path]), found.left)

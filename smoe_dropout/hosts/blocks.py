@@ -6,15 +6,34 @@ second map an identity. That this is equal is verified on the changed block befo
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from smoe_dropout.hosts.maps import linear_map, obstacle
-from smoe_dropout.hosts.network import MIXING, UNKNOWN, Network, described, is_hidden, rows
-from smoe_dropout.hosts.probe import FAR, Event, SparseMap, copied, identify, input_shapes, random_input, run
+from smoe_dropout.hosts.network import MIXING, UNKNOWN, Network, described, foreign, hidden_values, is_hidden, rows
+from smoe_dropout.hosts.probe import (
+    DETACHED,
+    FAR,
+    HOOKED,
+    Event,
+    Found,
+    SparseMap,
+    copied,
+    gradients,
+    hooked,
+    identify,
+    input_shapes,
+    random_input,
+    run,
+    same_gradients,
+    stored,
+)
 from smoe_dropout.hosts.source import Piece, pieces, uses_elsewhere
+
+NOT_IN_ORDER = "its maps are not called one after the other"
 
 
 class Change(NamedTuple):
@@ -38,6 +57,21 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
+class _Whole(nn.Module):
+    """Stands for the experts: computes the whole network with the stubs of its maps."""
+
+    def __init__(self, up: SparseMap, down: SparseMap, network: Network):
+        super().__init__()
+        object.__setattr__(self, "up", up)
+        object.__setattr__(self, "down", down)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the network."""
+        found = Found(self.network.activation, self.network.order)
+        return self.down.apply_to(hidden_values([self.up.apply_to(x)], found, self.up.channels_first))
+
+
 class _Down(nn.Module):
     """Stands for the second map: returns what the experts would, and records what arrives."""
 
@@ -50,7 +84,7 @@ class _Down(nn.Module):
         """Record the call."""
         entered = [event.x for event in self.events if event.kind == "map"]
         if not entered:
-            raise ValueError("its maps are not called one after the other")
+            raise ValueError(NOT_IN_ORDER)
         y = x if self.experts is None else self.experts.apply_to(entered[-1])
         self.events.append(Event("down", self.part, x.clone(), y.clone()))
         return y
@@ -65,6 +99,10 @@ def lying(block: nn.Module, up_name: str, down_name: str) -> Lying | str:
     first, last = up_name.split(".")[0], down_name.split(".")[0]
     if first == last:
         return f"its maps {up_name!r} and {down_name!r} lie in one child"
+    inside = block.get_submodule(first)
+    for name, _ in inside.named_parameters():
+        if inside.get_submodule(name.rpartition(".")[0]) is not up:
+            return f"{foreign(inside, name)} lies in {first!r}, too, which the experts would replace"
     maps = {part: linear_map(part) for part in (up, down)}
     if maps[up].channels_first != maps[down].channels_first:
         return "it mixes linear maps and convolutions"
@@ -99,8 +137,12 @@ def _tried(block: nn.Module, up: nn.Module, down: nn.Module, ends: tuple[str, st
     changes = results[0].changes
     for piece in found:
         for training in (True, False):
-            if (reason := _verified(block, up, down, results[0], piece, shape, training)) is not None:
-                return reason
+            for verify, variant in itertools.product((_verified, _differentiated), (piece, *piece.flipped())):
+                if (reason := verify(block, up, down, results[0], variant, shape, training)) is not None:
+                    return reason
+    removed = [block.get_submodule(ends[0]), *(getattr(change.holder, change.name) for change in changes)]
+    if hooks := [part for part in removed if isinstance(part, nn.Module) and hooked(part)]:
+        return f"its {next(name for name, part in block.named_modules() if part is hooks[0])!r} {HOOKED}"
     names = {*ends, *(change.name for change in changes if change.holder is block)}
     if used := sorted(name for name in names if uses_elsewhere(block, name, found)):
         return f"it uses {used[0]!r} elsewhere in its forward, too"
@@ -146,7 +188,7 @@ def _mixes(block, up, down, piece: Piece, shape) -> bool:
         events: list[Event] = []
         first, sizes = linear_map(up).channels_first, linear_map(up).sizes
         stub = SparseMap(events, up, sizes, first, 1)
-        stub.shifts[0] += shift
+        stub.shifts.data[0] += shift
         parts = {up: stub, down: _Down(events, down, SparseMap([], down, (sizes[0], sizes[0]), first, 2))}
         _outcome(block, parts, events, piece, shape, False)
         hidden += [rows([event.x], first) for event in events if event.kind == "down"]
@@ -193,6 +235,8 @@ def _verified(block, up, down, result: Lying, piece: Piece, shape, training: boo
     experts = SparseMap([], down, (width, width), first, 2)
     stubs = {up: SparseMap(before, up, linear_map(up).sizes, first, 1), down: _Down(before, down, experts)}
     expected = _outcome(block, stubs, before, piece, shape, training)
+    if isinstance(expected, Exception):  # an option that does not apply
+        return None
     after: list[Event] = []
     place = block.get_submodule(result.place)
     stand_in = SparseMap(after, place, (width, width), first, 2)
@@ -219,6 +263,35 @@ def _verified(block, up, down, result: Lying, piece: Piece, shape, training: boo
     return None if _equal(expected, got) else "it uses hidden values elsewhere, too"
 
 
+def _differentiated(block, up, down, result: Lying, piece: Piece, shape, training: bool) -> str | None:
+    """Compare the gradients before and after the change, and results once more; None if they are equal."""
+    first, network = linear_map(up).channels_first, result.network
+    stubs = {part: SparseMap([], part, linear_map(part).sizes, first, seed) for seed, part in enumerate((up, down), 1)}
+    place = block.get_submodule(result.place)
+    parts: dict[nn.Module, nn.Module] = {place: _Whole(*stubs.values(), network)}
+    for change in result.changes:
+        if isinstance(old := getattr(change.holder, change.name), nn.Module):
+            parts[old] = nn.Identity()
+    values = {change.name: change.value for change in result.changes if change.holder is block and not isinstance(change.value, nn.Module)}
+    inputs: list[dict[int, Tensor]] = [{}, {}]
+    outcomes = []
+    for given, own, more in zip(inputs, (stubs, parts), ({}, values), strict=True):
+        made = copied(block, own, [], training)
+        made.__dict__ |= more
+
+        def make(seed: int, given=given) -> Tensor:
+            given[seed] = random_input(shape[0], seed)[:1].requires_grad_()  # few positions are enough
+            return given[seed].clone()
+
+        try:
+            outcomes.append(gradients(lambda: piece(made, make), given, [*stubs.values()]))  # noqa: B023 - called at once
+        except Exception as error:
+            return None if own is stubs else _failed(error, shape)
+        if own is stubs and (name := stored(made)) is not None:
+            return f"its forward changes its attribute {name!r}"
+    return None if same_gradients(*outcomes) else DETACHED
+
+
 def _dropped(events: list[Event], behind: list[float]) -> tuple[list[float], list[float]]:
     """Probabilities of the dropouts before the first map and after the second, which is followed by `behind`."""
     begin, end = (next(place for place, event in enumerate(events) if event.kind == kind) for kind in ("map", "down"))
@@ -237,6 +310,8 @@ def _outcome(block, stubs, events, piece: Piece, shape, training: bool, values: 
 
 
 def _failed(error: Exception, shape: tuple[tuple[int, ...], ...]) -> str:
+    if str(error) == NOT_IN_ORDER:
+        return NOT_IN_ORDER
     return f"it fails on an input of shape {shape[0]}: {' '.join(str(error).split())[:160]}"
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from smoe_dropout.hosts.blocks import Lying, lying
 from smoe_dropout.hosts.network import Network, maps_in, recognise
 from smoe_dropout.hosts.site import Site
-from smoe_dropout.hosts.sparse import sparse_blocks
 from smoe_dropout.hosts.structure import in_block, nearest, pairs, survey, whole
+from smoe_dropout.native import native_blocks
 from smoe_dropout.options import ConfigError
 
 
@@ -30,7 +30,7 @@ def find_named(model: nn.Module, patterns: str | tuple[str, ...]) -> list[Site]:
     for outer, inner in itertools.permutations(chosen, 2):
         if inner.startswith(f"{outer}."):
             raise ConfigError(f"sites matches both {outer!r} and {inner!r} inside it: name one of them")
-    for block, name in itertools.product(sparse_blocks(model), chosen):
+    for (block, _), name in itertools.product(native_blocks(model), chosen):
         if f"{name}.".startswith(f"{block}."):
             raise ConfigError(f"sites matches {name!r} in {block!r}, which is a mixture of experts already: use smoe_dropout.adopt(model)")
     return [_site(model, name) for name in chosen]

@@ -11,7 +11,24 @@ from torch import Tensor, nn
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.hosts.maps import Map, linear_map, obstacle, stands_for_map
-from smoe_dropout.hosts.probe import FAR, ORDERS, Event, Found, SparseMap, copied, identify, input_shapes, random_input, run
+from smoe_dropout.hosts.probe import (
+    DETACHED,
+    FAR,
+    HOOKED,
+    ORDERS,
+    Event,
+    Found,
+    SparseMap,
+    copied,
+    gradients,
+    hooked,
+    identify,
+    input_shapes,
+    random_input,
+    run,
+    same_gradients,
+    stored,
+)
 
 
 class Network(NamedTuple):
@@ -89,7 +106,7 @@ def described(part: nn.Module, name: str) -> str:
         return f"the norm {name!r} ({kind})"
     if stands_for_map(part) or any(parameter.dim() == 2 for parameter in own):
         return f"a further map {name!r} ({kind})"
-    return f"{name!r} ({kind}), which has parameters"
+    return f"the parametrised {name!r} ({kind})"
 
 
 def _run(module: nn.Module, maps: dict[nn.Module, Map]) -> Network | str:
@@ -115,7 +132,8 @@ def _tried(module: nn.Module, maps: dict[nn.Module, Map], shapes: tuple[tuple[in
         events: list[Event] = []
         stubs = {p: SparseMap(events, p, m.sizes, m.channels_first, seed) for seed, (p, m) in enumerate(maps.items())}
         try:
-            y = run(lambda: copied(module, stubs, events, training)(x.clone()), events)  # noqa: B023 - called at once
+            made = copied(module, stubs, events, training)
+            y = run(lambda: made(x.clone()), events)  # noqa: B023 - called at once
         except Exception as error:
             return f"it fails on an input of shape {shape}: {' '.join(str(error).split())[:160]}"
         if not isinstance(y, Tensor) or y.shape != x.shape:
@@ -126,8 +144,24 @@ def _tried(module: nn.Module, maps: dict[nn.Module, Map], shapes: tuple[tuple[in
             return MIXING if result == UNKNOWN and _mixes(module, maps, x) else result
         if found is not None and result[:4] != found[:4]:
             return "it computes something else in training than in evaluation"
+        if (name := stored(made)) is not None:
+            return f"its forward changes its attribute {name!r}"
+        if not _differentiated(module, result, stubs, random_input(shapes[0])[:1], training):
+            return DETACHED
         found = found or result
-    return found
+    return next((f"its {name or type(module).__name__!r} {HOOKED}" for name, part in module.named_modules() if hooked(part)), found)
+
+
+def _differentiated(module: nn.Module, network: Network, stubs: dict[nn.Module, SparseMap], x: Tensor, training: bool) -> bool:
+    """Whether the module's gradients are those of the network."""
+    x.requires_grad_()
+    ups = [stubs[part] for part in (network.gate, network.up) if part is not None]
+    given = Found(network.activation, network.order, None if network.gate is None else 0)
+    first = ups[0].channels_first
+    expected = gradients(
+        lambda: stubs[network.down].apply_to(hidden_values([up.apply_to(x) for up in ups], given, first)), {0: x}, [*stubs.values()]
+    )
+    return same_gradients(expected, gradients(lambda: copied(module, stubs, [], training)(x.clone()), {0: x}, [*stubs.values()]))
 
 
 UNKNOWN = (
@@ -158,7 +192,7 @@ def _read(events: list[Event], stubs: dict, x: Tensor, y: Tensor, training: bool
     if len({len(tensor) for tensor in (*pres, hidden)}) > 1 or (found := identify(pres, hidden)) is None:
         return UNKNOWN
     if count > 1:  # in parts, as by chunking: compare the whole
-        expected = stubs[down].apply_to(_hidden([stubs[part].apply_to(x) for part in ups], found, first))
+        expected = stubs[down].apply_to(hidden_values([stubs[part].apply_to(x) for part in ups], found, first))
         same = torch.allclose(y, expected, rtol=1e-4, atol=1e-3)
     else:
         same = torch.equal(leaving, rows([by_part[down][0].y], first))
@@ -206,7 +240,8 @@ def is_hidden(dropped: Tensor, hidden: Tensor, ups: list[Event], found: Found, f
     return torch.allclose(dropped, opened, rtol=1e-4, atol=1e-5)
 
 
-def _hidden(pres: list[Tensor], found: Found, first: bool) -> Tensor:
+def hidden_values(pres: list[Tensor], found: Found, first: bool) -> Tensor:
+    """Hidden values, given the outputs of the maps before them."""
     pres = [pre.movedim(1, -1) if first else pre for pre in pres]
     if found.gate is not None:
         pres = [pres[found.gate], pres[1 - found.gate]]
@@ -232,7 +267,7 @@ def _mixes(module: nn.Module, maps: dict[nn.Module, Map], x: Tensor) -> bool:
         events: list[Event] = []
         stubs = {p: SparseMap(events, p, m.sizes, m.channels_first, seed) for seed, (p, m) in enumerate(maps.items())}
         for stub in stubs.values():
-            stub.shifts[0] += shift
+            stub.shifts.data[0] += shift
         run(lambda: copied(module, stubs, events, False)(x.clone()), events)  # noqa: B023 - called at once
         calls = [event for event in events if event.kind == "map"]
         hidden.append(rows([calls[-1].x], stubs[calls[-1].part].channels_first))

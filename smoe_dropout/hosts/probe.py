@@ -21,6 +21,7 @@ TOLERANCE = 1e-5  # of a value; float32 rounding gives 1e-6, and gelu and its ta
 RANGE, FAR = 13.0, 1e4  # pre-activations cover this much on both sides of 0, and a few are far, so that clipping shows
 FEW = 64  # hidden units that are compared first
 _DROPOUTS = (F.dropout, torch.dropout)
+_BEFORE = "_before_run"  # attribute of a copy: its attributes
 
 
 class Event(NamedTuple):
@@ -49,7 +50,7 @@ class SparseMap(nn.Module):
         self.scales = torch.rand(size_out, generator=draw, dtype=torch.float32) + 0.5
         self.shifts = torch.linspace(-RANGE, RANGE, size_out, dtype=torch.float32)
         self.shifts[0], self.shifts[-1] = -FAR, FAR
-        self.shifts = self.shifts[torch.randperm(size_out, generator=draw)]
+        self.shifts = self.shifts[torch.randperm(size_out, generator=draw)].requires_grad_()  # in place of the dense weights
         self.weight = torch.zeros(1, dtype=torch.float32).expand(getattr(getattr(part, "weight", None), "shape", (size_out, size_in)))
         self.bias = None if getattr(part, "bias", None) is None else torch.zeros(1, dtype=torch.float32).expand(size_out)
         self.in_features, self.out_features, self.width = size_in, size_out, size_in
@@ -70,7 +71,7 @@ class SparseMap(nn.Module):
 
 
 class _Foreign(nn.Module):
-    """Stands for a module with parameters of its own; returns its first tensor, with the size of a linear map's output."""
+    """Stands for a module with parameters of its own; returns its first tensor, changed, or values of the size of a linear map's output."""
 
     def __init__(self, events: list[Event], part: nn.Module):
         super().__init__()
@@ -82,7 +83,9 @@ class _Foreign(nn.Module):
         x = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
         self.events.append(Event("foreign", self.part, x))
         size = getattr(self.part, "out_features", None)
-        return x if x is None or not isinstance(size, int) else x.new_zeros(*x.shape[:-1], size)
+        if x is None or not isinstance(size, int):
+            return x if x is None or not x.is_floating_point() else 1.5 * x - 0.25
+        return torch.linspace(-2, 2, size).expand(*x.shape[:-1], size)
 
 
 class _Dropout(nn.Module):
@@ -128,7 +131,7 @@ def copied(module: nn.Module, stubs: dict[nn.Module, nn.Module], events: list[Ev
         return _Foreign(events, module)
     made = object.__new__(type(module))
     hooks = {name: type(value)() for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
-    made.__dict__ = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward")} | hooks
+    made.__dict__ = {name: _own(value) for name, value in vars(module).items() if name not in ("forward", "_old_forward")} | hooks
     made.training = training
     draw = torch.Generator().manual_seed(len(events))
     made._parameters = {name: None if p is None else _random(p.shape, draw) for name, p in module._parameters.items()}
@@ -141,7 +144,34 @@ def copied(module: nn.Module, stubs: dict[nn.Module, nn.Module], events: list[Ev
             made.__dict__[name] = types.MethodType(value.__func__, made)
     if not any(part in stubs for part in module.modules()):
         made.register_forward_pre_hook(lambda _, __, original=module: events.append(Event("module", original)))
+    made.__dict__[_BEFORE] = {name: (value, _state(value)) for name, value in (vars(made) | made._buffers).items()}
     return made
+
+
+def stored(made: nn.Module) -> str | None:
+    """Name of an attribute that a run of a copy has added or changed, in it or in what is inside it, or None."""
+    for part in made.modules():
+        if (before := vars(part).get(_BEFORE)) is not None:
+            for name, value in (vars(part) | part._buffers).items():
+                old, state = before.get(name, (_BEFORE, None))
+                own = name not in (_BEFORE, "_buffers", "_parameters", "_modules") and "_hooks" not in name
+                if own and (value is not old or _state(value) != state):
+                    return name
+    return None
+
+
+def _own(value: Any) -> Any:
+    """The value, or a copy if a run could change it in place."""
+    if type(value) in (list, dict, set):
+        return value.copy()
+    return _on_cpu(value) if isinstance(value, Tensor) else value
+
+
+def _state(value: Any) -> Any:
+    """Something that changes if the value does."""
+    if isinstance(value, Tensor):
+        return value._version
+    return [*map(id, value), *(map(id, value.values()) if type(value) is dict else ())] if type(value) in (list, dict, set) else None
 
 
 def _recorded(function: Callable, place: tuple[nn.Module, str], events: list[Event]) -> Callable:
@@ -158,16 +188,16 @@ def _random(shape: torch.Size, draw: torch.Generator) -> Tensor:
 
 
 def _on_cpu(buffer: Tensor) -> Tensor:
-    return torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.detach().cpu()
+    return torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.detach().cpu().clone()
 
 
-def run(call: Callable[[], Any], events: list[Event]) -> Any:
-    """Result of a call on the CPU without gradients, dropout, autocast, and without consuming the global generator."""
+def run(call: Callable[[], Any], events: list[Event], gradients: bool = False) -> Any:
+    """Result of a call on the CPU without dropout, autocast, and without consuming the global generator; by default without gradients."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_WithoutDropout(events))
         return call()
 
@@ -175,6 +205,45 @@ def run(call: Callable[[], Any], events: list[Event]) -> Any:
 def random_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """Standard normal float32 values."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+
+
+def gradients(call: Callable[[], Any], inputs: dict[int, Tensor], stubs: list[SparseMap]) -> list[Tensor] | None:
+    """Gradients of a weighted sum of what a call returns, with respect to the inputs, which it may add, and to the stubs' shifts.
+
+    None if it returns nothing that has gradients.
+    """
+    y = [tensor for tensor in _tensors(run(call, [], gradients=True)) if tensor.requires_grad]
+    if not y:
+        return None
+    weights = [torch.linspace(1, 2, tensor.numel()).view(tensor.shape) for tensor in y]
+    given = [*inputs.values(), *(stub.shifts for stub in stubs)]
+    return list(torch.autograd.grad(y, given, weights, materialize_grads=True))
+
+
+def same_gradients(expected: list[Tensor] | None, got: list[Tensor] | None) -> bool:
+    """Whether gradients agree up to rounding."""
+    if expected is None or got is None:
+        return expected is got
+    scales = [max(1.0, tensor.nan_to_num(0, 0, 0).abs().max().item()) if tensor.numel() else 1.0 for tensor in expected]
+    return all(torch.allclose(a, b, 1e-2, 1e-5 * scale, True) for a, b, scale in zip(expected, got, scales, strict=True))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def hooked(part: nn.Module) -> bool:
+    """Whether hooks see or change what the module, or one inside it, computes."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module).get(kind) for module in part.modules() for kind in kinds)
+
+
+HOOKED = "has hooks, which would be lost: remove them first"
+DETACHED = "its gradients are not those of a feed-forward network, as with detach() or a straight-through estimate"
 
 
 def input_shapes(width: int, channels_first: bool) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

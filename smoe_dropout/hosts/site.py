@@ -1,6 +1,7 @@
 """A feed-forward network of a model, and the experts that replace it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
-from smoe_dropout.experts.compressed import CompressedExperts, sparse_units
+from smoe_dropout.experts.compressed import experts_of
 from smoe_dropout.options import ConfigError
 
 
@@ -78,11 +79,8 @@ class Site:
                 "d_expert"
             )
         d_expert = self.d_ff if config.expert_init == "copy" else config.d_expert or self.d_ff // E
-        sizes = (E, self.d_model, d_expert, self.activation, self.dropout, config.backend, config.init_std)
-        if config.expert_rank is None:
-            experts = Experts(*sizes)
-        else:
-            experts = CompressedExperts(*sizes, config.expert_rank, sparse_units(d_expert, config.sparse_share))
+        with torch.device("meta") if self.up.is_meta else nullcontext():  # a large model without weights draws none
+            experts = experts_of(config, self.d_model, d_expert, self.activation, self.dropout)
         experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
             self._fill(experts, lambda rows: rows.unflatten(0, (E, -1)), 1 / E)

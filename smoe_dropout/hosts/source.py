@@ -36,6 +36,11 @@ class Piece(NamedTuple):
             return {name: value for name, value in result.items() if name in self.later}
         return result
 
+    def flipped(self) -> list[Piece]:
+        """The same with the opposite of each argument whose default is True or False."""
+        flags = [name for name, value in self.inputs.items() if isinstance(value, bool)]
+        return [self._replace(inputs={**self.inputs, name: not self.inputs[name]}) for name in flags]
+
 
 class _Locals(dict):
     """Local variables after statements that do not return."""
@@ -141,9 +146,35 @@ def _uses(tree: ast.AST) -> dict[str, int]:
     """How often each attribute of self is read."""
     counts: dict[str, int] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            counts[node.attr] = counts.get(node.attr, 0) + 1
+        if (name := _own(node)) is not None:
+            counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def _own(node: ast.AST) -> str | None:
+    """Name of the attribute if this reads one of self."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) > 1:
+        holder, name = node.args[:2]
+        if isinstance(holder, ast.Name) and holder.id == "self" and isinstance(name, ast.Constant):
+            return name.value
+    return None
+
+
+@lru_cache(maxsize=4096)
+def misfit(kind: type, child: str) -> str | None:
+    """How methods of a class use a child otherwise than by calling it with one input, or None if they do not."""
+    for _, tree in _methods(kind, child):
+        for node in ast.walk(tree):
+            read = node.attr if isinstance(node, ast.Attribute) and _own(node.value) == child else "training"
+            if read != "training" and not hasattr(nn.Module, read):
+                return f"{kind.__name__} reads its {read!r}"
+            if isinstance(node, ast.Call) and _own(node.func) == child:
+                names = [keyword.arg for keyword in node.keywords]
+                if len(node.args) + len(names) > 1 or names not in ([], ["x"]):
+                    return f"{kind.__name__} calls it with {f'{names[-1]}=' if names and names[-1] else 'several inputs'}"
+    return None
 
 
 def _between(body: list[ast.stmt], first: str, last: str, more: int) -> list[list[ast.stmt]]:

@@ -12,6 +12,7 @@ from smoe_dropout.hosts.maps import is_adapted, linear_map, obstacle, sizes_of
 from smoe_dropout.hosts.network import Network, fits, maps_in, recognise
 from smoe_dropout.hosts.probe import ORDERS
 from smoe_dropout.hosts.site import Site
+from smoe_dropout.hosts.source import misfit
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.registry import PATTERNS
 
@@ -41,6 +42,9 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
             if found is not None:
                 place, network = found
                 done |= set(model.get_submodule(place).modules())
+                if (reason := misused(model, model.get_submodule(place))) is not None:
+                    left[place] = reason
+                    continue
                 site = whole(model, place, network)
                 (sites if _usual(site, _known(model.get_submodule(place))) else loose).append(site)
                 continue
@@ -54,7 +58,7 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
                 site = in_block(module, name, result)
                 (sites if _usual(site, known) else loose).append(site)
             elif known or (name and "one after the other" not in result and not _attention_like(module)):
-                left[name] = nearest([result, left[name]] if name in left else [result])
+                left[name] = nearest([left[name], result] if name in left else [result])
     narrow = [site for site in loose if site.d_ff < site.d_model]
     loose = [site for site in loose if site.d_ff >= site.d_model]
     if not sites and not taken and not any(isinstance(module, MoELayer) for module in model.modules()):
@@ -66,9 +70,11 @@ def survey(model: nn.Module, taken: set[nn.Module]) -> Survey:
 
 
 def nearest(reasons: list[str]) -> str:
-    """The reason that says most: what lies between the maps before how the module is built."""
-    weak = ("it has ", "its forward takes", "its input is", "its output is", "it fails")
-    return min(reasons, key=lambda reason: 2 if "one after the other" in reason else reason.startswith(weak))
+    """The first of the reasons that say most: what lies between the maps before how the module is built."""
+    levels = ("it fails",), ("it has ", "its forward takes", "its input is", "its output is")
+    return min(
+        reasons, key=lambda one: 3 * ("one after the other" in one) or sum(n for n, level in enumerate(levels, 1) if one.startswith(level))
+    )
 
 
 def innermost(module: nn.Module, name: str) -> tuple[str, Network] | None:
@@ -81,6 +87,12 @@ def innermost(module: nn.Module, name: str) -> tuple[str, Network] | None:
         if parts <= set(child.modules()) and (inner := innermost(child, f"{name}.{child_name}")) is not None:
             return inner
     return name, network
+
+
+def misused(model: nn.Module, network: nn.Module) -> str | None:
+    """How modules that have the network use it so that an MoE layer could not take its place, or None."""
+    places = [(parent, child) for parent in model.modules() for child, part in parent._modules.items() if part is network]
+    return next((reason for parent, child in places if (reason := misfit(type(parent), child)) is not None), None)
 
 
 def whole(model: nn.Module, name: str, network: Network) -> Site:
@@ -151,7 +163,9 @@ def pairs(module: nn.Module, parts: dict[str, nn.Module], done: set[nn.Module]) 
         names = pattern.get("up"), pattern.get("down")
         if "gate" not in pattern and all(name in parts and parts[name] not in done for name in names):
             seen.add(names)
-            yield (*names, True)
+            sizes = [sizes_of(parts[name]) for name in names]
+            if None in sizes or fits(*sizes):
+                yield (*names, True)
     children: dict[str, list[str]] = {}
     for name in parts:
         children.setdefault(name.split(".")[0], []).append(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import torch
@@ -96,13 +98,24 @@ _KNOWN: dict[Any, Native | str] = {}  # by signature, so that a model's blocks a
 
 
 def _signature(block: nn.Module) -> Any:
-    """Equal for blocks that compute the same, given their tensors: classes, shapes and plain settings of their modules."""
+    """Equal for blocks that compute the same, given their tensors: classes, shapes and settings of their modules."""
     tensors = [*block.named_parameters(), *block.named_buffers()]
     configs = {id(config): config for module in block.modules() if hasattr(config := getattr(module, "config", None), "__dict__")}
-    modules = tuple((name, type(module), _plain(module)) for name, module in block.named_modules())
-    return modules, tuple(map(_plain, configs.values())), tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
+    modules = tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
+    return modules, tuple(map(_settings, configs.values())), tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
 
 
-def _plain(settings: object) -> tuple:
-    values = vars(settings).items()
-    return tuple((key, v) for key, v in values if isinstance(v, bool | int | float | str) and key not in ("layer_idx", "training"))
+def _settings(owner: object) -> tuple:
+    return tuple((name, _hashable(value)) for name, value in vars(owner).items() if name not in ("layer_idx", "training"))
+
+
+def _hashable(value: object) -> Any:
+    """A setting as a key: plain values and functions, such as an activation, as they are, and of anything else the class."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if isinstance(value, functools.partial):
+        return _hashable([value.func, *value.args, *value.keywords.items()])
+    if isinstance(value, types.MethodType):
+        return value.__func__
+    plain = bool | int | float | str | torch.dtype | types.FunctionType | types.BuiltinFunctionType
+    return value if isinstance(value, plain) else type(value)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from smoe_dropout.layer import MoELayer
 
-EXPERTS = re.compile(r"expert")  # in the name of the child that holds them; distinguishes a list of experts from one of layers
+# of the child that holds them; distinguishes a list of experts from one of layers, and experts of unknown form from other networks
+EXPERTS, UNREADABLE = re.compile("expert", re.IGNORECASE), re.compile(r"experts?_?\d*", re.IGNORECASE)
 
 
 class Parts(NamedTuple):
@@ -41,14 +42,15 @@ def native_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     converted = [f"{name}." for name, module in model.named_modules() if isinstance(module, MoELayer)]
     for name, module in model.named_modules():
         inside = name.startswith(tuple(f"{outer}." for outer, _ in found)) or f"{name}.".startswith(tuple(converted))
-        if not inside and _holds_experts(module):
+        in_stack = any(part.isdigit() for part in name.split("."))
+        if not inside and any(True for _ in _experts(module, in_stack)):
             found.append((name, module))
     return found
 
 
 def parts_of(block: nn.Module) -> Parts | str:
     """The parts of a block that `native_blocks` found, or a sentence why they cannot be told apart."""
-    experts = next(_experts(block))
+    experts = next(_experts(block, in_stack=True))
     names = dict(block.named_parameters())
     own = [name for name in names if any(name.startswith(f"{child}.") for child in experts)]
     if len(experts) == 1 and _is_list_of_networks(listed := block.get_submodule(experts[0])):
@@ -84,28 +86,31 @@ def parts_of(block: nn.Module) -> Parts | str:
     return Parts(count, maps, biases, routers[0], vectors, shared, others)
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether the module is a block: it holds experts, and a map with a row for each of them."""
-    return any(True for _ in _experts(module))
+def _experts(module: nn.Module, in_stack: bool) -> Iterator[tuple[str, ...]]:
+    """Names of the children that hold the experts: one with all their maps, or several with one map each. Unreadable ones come last.
 
-
-def _experts(module: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Names of the children that hold the experts: one with all their maps, or several with one map each."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.modules.conv._ConvNd):
+    in_stack: whether the module is part of a stack of layers. If not, a list of networks is one of experts by its name only, since layers
+    and the head of a classifier may be as many.
+    """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential | nn.modules.conv._ConvNd):
         return
     single: dict[int, list[str]] = {}
+    unreadable: list[str] = []
     for name, child in module.named_children():
         stacked = _stacked(child)
         counts, named = {len(tensor) for tensor in stacked}, EXPERTS.search(name)
         together = len(stacked) > 1 and (named or (len(counts) == 1 and _has_router(module, (name,), *counts)))
-        unreadable = name == "experts" and sum(parameter.dim() > 1 for parameter in child.parameters()) > 1
-        if together or unreadable or (named and _is_list_of_networks(child)):
+        listed = _is_list_of_networks(child) and (named or (in_stack and _has_router(module, (name,), len(_listed(child)), turned=True)))
+        if together or listed:
             yield (name,)
+        elif UNREADABLE.fullmatch(name) and sum(parameter.dim() > 1 for parameter in child.parameters()) > 1:
+            unreadable.append(name)
         elif len(stacked) == 1:
             single.setdefault(len(stacked[0]), []).append(name)
     for count, names in single.items():
         if len(names) > 1 and _has_router(module, tuple(names), count):
             yield tuple(names)
+    yield from ((name,) for name in unreadable)
 
 
 def _stacked(module: nn.Module) -> list[Tensor]:
@@ -136,8 +141,8 @@ def _is_network(module: nn.Module) -> bool:
     return len(maps) in (2, 3) and {id(p) for child in maps for p in child.parameters()} == {id(p) for p in module.parameters()}
 
 
-def _has_router(block: nn.Module, experts: tuple[str, ...], count: int) -> bool:
+def _has_router(block: nn.Module, experts: tuple[str, ...], count: int, turned: bool = False) -> bool:
+    """Whether a matrix outside the experts has a row for each of them; turned: or a column."""
     inner = tuple(f"{name}." for name in experts)
-    return any(
-        parameter.dim() == 2 and len(parameter) == count and not name.startswith(inner) for name, parameter in block.named_parameters()
-    )
+    matrices = [p for name, p in block.named_parameters() if p.dim() == 2 and not name.startswith(inner)]
+    return any(count in (parameter.shape if turned else parameter.shape[:1]) for parameter in matrices)

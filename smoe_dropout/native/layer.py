@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts
-from smoe_dropout.experts.compressed import CompressedExperts, sparse_units
+from smoe_dropout.experts.compressed import experts_of
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.native.blocks import Parts
 from smoe_dropout.options import require
@@ -58,15 +58,15 @@ class AdoptedLayer(MoELayer):
     """MoE layer that keeps a native block's experts, router and shared part: y = sum_{i in top-k} g_i E_i(x) + [sigmoid(w x)] S(x).
 
     shared: the block's modules that are computed for every token: none, a feed-forward network, or one and the map to its gate. They keep
-    their names.
+    their names, with an underscore behind those that a layer has already.
     """
 
     Options = Options
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig, shared: Mapping[str, nn.Module]):
         super().__init__(d_model, experts, config)
-        self.shared_names = tuple(shared)
-        for name, module in shared.items():
+        self.shared_names = tuple(f"{name}_" if hasattr(self, name) else name for name in shared)
+        for name, module in zip(self.shared_names, shared.values(), strict=True):
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,11 +124,7 @@ def adopted(block: nn.Module, parts: Parts, layout: Layout, dropout: float, conf
     E, H, D = own.down.shape
     same = config.num_experts == E and config.d_expert in (None, H) and config.expert_rank is None
     with torch.device("meta" if same else own.up.device):
-        sizes = (config.num_experts, D, config.d_expert or H, layout.activation, dropout, config.backend, config.init_std)
-        if config.expert_rank is None:
-            experts = Experts(*sizes)
-        else:
-            experts = CompressedExperts(*sizes, config.expert_rank, sparse_units(config.d_expert or H, config.sparse_share))
+        experts = experts_of(config, D, config.d_expert or H, layout.activation, dropout)
     trained = any(tensors[name].requires_grad for name in (*parts.maps[0], *parts.maps[-1]))
     if same:
         for name, tensor in own._asdict().items():

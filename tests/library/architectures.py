@@ -119,8 +119,9 @@ def _causal(model: str, config: str, **changes: Any) -> Architecture:
     return Architecture("text", model, config, {name: value for name, value in {**LLAMA, **changes}.items() if value is not None}, networks)
 
 
-def _sparse(model: str, config: str, settings: dict[str, Any], kind: str = "text") -> Architecture:
-    return Architecture(kind, model, config, settings, refused="adopt", said="a mixture of experts already: `sd.adopt`")
+def _sparse(model: str, config: str, settings: dict[str, Any], kind: str = "text", besides: str = "") -> Architecture:
+    said = f"a mixture of experts already, and `sd.adopt` refuses it: {besides}" if besides else "a mixture of experts already: `sd.adopt`"
+    return Architecture(kind, model, config, settings, refused="adopt", said=said)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -316,14 +317,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig",
         {**T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}, "pair",
     ),
-    "GPT-OSS": _sparse("GptOssForCausalLM", "GptOssConfig", MOE),
+    "GPT-OSS": _sparse("GptOssForCausalLM", "GptOssConfig", MOE, besides="it returns a tuple"),
     "NLLB-MoE": _sparse(
         "NllbMoeForConditionalGeneration", "NllbMoeConfig", {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
-        "pair",
+        "pair", "its experts have several dropouts",
     ),
     "Jamba": _sparse("JambaForCausalLM", "JambaConfig", {**MOE, "use_mamba_kernels": False}),
     "GraniteMoE": _sparse("GraniteMoeForCausalLM", "GraniteMoeConfig", MOE),
-    "Llama 4": _sparse("Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": F}),
+    "Llama 4": _sparse("Llama4ForCausalLM", "Llama4TextConfig", {**MOE, "intermediate_size_mlp": F}, besides="it returns a tuple"),
     "Mamba": Architecture(
         "text", "MambaForCausalLM", "MambaConfig",
         {"vocab_size": 31, "hidden_size": D, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2}, refused="convolution",

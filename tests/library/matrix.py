@@ -70,7 +70,7 @@ def unavailable(architecture: Architecture) -> str | None:
 
 @functools.cache
 def outcome(name: str) -> dict[str, str]:
-    """Cells of a row by column: "yes", "no" with the error, or "–"; of a refused model "refused" with the message."""
+    """Cells of a row by column: "yes", "no" with the error, or "–"; of a refused model the messages of moefy and adopt."""
     architecture = ARCHITECTURES[name]
     model, inputs = architecture.build(), architecture.inputs()
     cells = {"class": type(model).__name__}
@@ -78,7 +78,7 @@ def outcome(name: str) -> dict[str, str]:
     try:
         sd.moefy(model, EXACT)
     except sd.ConfigError as error:
-        return cells | {"refused": str(error)}
+        return cells | {"refused": str(error), "adopted": _tried(sd.adopt, model)}
     cells["FFNs"] = str(len(sd.moe_layers(model)))
     found = outputs(model, inputs)
     with sd.top_k(model, 1):

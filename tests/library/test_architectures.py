@@ -15,6 +15,8 @@ def test_architecture(name):
     cells = outcome(name)
     if architecture.refused is not None:
         assert architecture.refused in cells["refused"]
+        if architecture.refused == "adopt":
+            assert cells["adopted"] == "yes" or architecture.said.rpartition(": ")[2] in cells["adopted"]
     else:
         assert "refused" not in cells, cells
         assert int(cells["FFNs"]) == architecture.networks

@@ -33,11 +33,13 @@ for kind, words in ((AutoModelForCausalLM, "trust_remote_code"), (GPT2LMHeadMode
         raise SystemExit(f"{kind} loaded it")
 """
 WAYS = {  # what a process does before it loads a folder as `model`
-    "trust_remote_code": PLAIN + "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)",
-    "transformers first": "import sys, torch, transformers; transformers.AutoModelForCausalLM; import smoe_dropout\n"
-    "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])",
+    "transformers first": PLAIN + "trusted = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])  # the library has been imported by now\n"
+    "assert all(torch.equal(*pair) for pair in zip(trusted.state_dict().values(), model.state_dict().values(), strict=True))",
     "smoe_dropout first": "import sys, smoe_dropout; assert not {'torch', 'transformers'} & sys.modules.keys()\n"
-    "import transformers; config = transformers.AutoConfig.from_pretrained(sys.argv[1])\n"
+    "import importlib.util, transformers; importlib.util.find_spec('transformers.modeling_utils')\n"  # a question, which imports nothing
+    "importlib.util.find_spec('transformers.models.auto.configuration_auto')\n"
+    "config = transformers.AutoConfig.from_pretrained(sys.argv[1])\n"
     "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], config=config); import torch",
 }
 

@@ -161,6 +161,11 @@ class Inline(Block):
         return x + self.down(F.relu(self.up(x)))
 
 
+class InOneStatement(Block):
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
 class Leaks(Block):
     def forward(self, x):
         h = self.act(self.up(x))
@@ -259,11 +264,130 @@ class Times(Block):
         return x + self.down(h)
 
 
+class Detaches(Block):
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)).detach())
+
+
+class Straight(Block):
+    """Straight-through estimate: the value of one function with the gradient of another."""
+
+    def forward(self, x):
+        h = self.up(x)
+        h = h + (self.act(h) - h).detach()
+        return x + self.down(h)
+
+
+class Stores(Block):
+    def forward(self, x):
+        self.last = self.act(self.up(x))
+        return x + self.down(self.last)
+
+
+class Counts(Block):
+    """Changes a buffer in place, which trying must not do to the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDE))
+
+    def forward(self, x):
+        h = self.act(self.up(x))
+        self.mean.lerp_(h.detach().mean((0, 1)), 0.5)
+        return x + self.down(h)
+
+
+class Hooked(Block):
+    def __init__(self):
+        super().__init__()
+        self.up.register_forward_hook(lambda _, __, y: 2 * y)
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)))
+
+
+class Dynamic(Block):
+    def forward(self, x):
+        h = self.act(self.up(x))
+        y = self.down(h)
+        return x + y + getattr(self, "up")(x).mean()  # noqa: B009
+
+
+class Flag(Block):
+    def forward(self, x, output_hidden=False):
+        h = self.act(self.up(x))
+        y = x + self.down(h)
+        return (y, h) if output_hidden else y
+
+
+class SharedActivation(Block):
+    """Two networks with one activation, whose statements follow each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.back = nn.Linear(D, WIDE), nn.Linear(WIDE, D)
+
+    def forward(self, x):
+        h = self.act(self.up(x))
+        h = self.down(h)
+        g = self.act(self.other(x))
+        g = self.back(g)
+        return x + h + g
+
+
+class NormInside(Block):
+    """The first map's child normalises its input, as in RoBERTa with norms before."""
+
+    def __init__(self):
+        super().__init__()
+        del self.up, self.act
+        self.wide = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, WIDE), nn.GELU())
+
+    def forward(self, x):
+        h = self.wide(x)
+        return x + self.down(h)
+
+
+class Plain(Block):
+    def __init__(self):
+        super().__init__()
+        del self.norm
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Plain()
+
+    def forward(self, x):
+        return x + self.mlp(hidden=x)
+
+
+class ReadFromOutside(Named):
+    def forward(self, x):
+        return x + self.mlp(x) + self.mlp.up(x).mean()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (Detaches, "gradients are not those"),
+        (Straight, "gradients are not those"),
+        (Stores, "changes its attribute 'last'"),
+        (Counts, "changes its attribute 'mean'"),
+        (Hooked, "'up' has hooks"),
+        (Dynamic, "uses 'up' elsewhere|fails on an input"),
+        (Flag, "uses hidden values elsewhere"),
+        (SharedActivation, "uses 'act' elsewhere"),
+        (NormInside, r"the norm '0' \(LayerNorm\) lies in 'wide'"),
+        (Named, "Named calls it with hidden="),
+        (ReadFromOutside, "ReadFromOutside reads its 'up'"),
         (Method, "uses 'act' elsewhere"),
         (Inline, "cannot be switched off"),
+        (InOneStatement, "cannot be switched off"),
         (Leaks, "uses hidden values elsewhere"),
         (LeaksLater, "uses hidden values elsewhere"),
         (Scales, "next to it, is none that experts support"),
@@ -286,3 +410,4 @@ def test_what_is_not_exact_is_refused(make, words):
     with pytest.raises(sd.ConfigError, match=words):
         sd.moefy(model, sd.SMoEConfig(**EXACT))
     assert dict(model.named_modules()) == before
+    assert all(not buffer.any() for buffer in model.buffers())

@@ -123,6 +123,29 @@ def test_towers_are_told_apart():
     assert "    vision.0-2.ffn: 8 -> 16 -> 8, gelu: stays dense, not matched by sites" in str(found).splitlines()
 
 
+def test_networks_that_are_left_have_their_reason():
+    """Before the conversion and after it."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x)))
+
+    model = hand_written(n_layer=2)
+    model.head = Head()
+    model.normed = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2)])
+    expected = [
+        "  normed.0-1 stays as it is: the norm '1' (LayerNorm) lies between its maps",
+        "  head stays as it is: is not part of a stack of layers, as a head or a projector is not: name it by sites=",
+    ]
+    for found in (sd.report(model, sd.SMoEConfig(4, 2)), sd.report(sd.moefy(model, sd.SMoEConfig(4, 2)))):
+        assert [line for line in str(found).splitlines() if "stays as it is" in line] == expected
+    assert "head" not in dict(sd.report(model, sd.SMoEConfig(4, 2, sites="head")).left)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [((None,), "model is a NoneType"), ((nn.ReLU(), {}), "config is a dict")])
 def test_arguments(arguments, message):
     with pytest.raises(sd.ConfigError, match=message):

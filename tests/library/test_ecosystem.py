@@ -1,5 +1,6 @@
-"""Libraries around transformers save, load and evaluate models with experts: peft, sentence-transformers and lm-eval."""
+"""Libraries around transformers train, save, load and evaluate models with experts: peft, sentence-transformers, Lightning, lm-eval."""
 
+import copy
 import json
 import os
 import subprocess
@@ -118,6 +119,38 @@ def check_sentences(model, inner: bool, tmp_path: Path, tolerance: float) -> Non
         loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", **options)
         assert (loaded.encode(SENTENCES) == converted).all() and sd.get_top_k(loaded) == 2
     assert abs(converted - before).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path):
+    """Trained in two steps at a growing k, and loaded from the checkpoint into a module built anew; k is not part of it."""
+    library = pytest.importorskip("lightning")
+
+    class Training(library.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = sd.moefy(made("gpt2"), LEARNED)
+            self.schedule = sd.TopKSchedule("linear_increase", 2, 4, total_steps=2)
+
+        def training_step(self, batch, index):
+            sd.set_top_k(self.model, self.schedule(self.global_step))
+            return self.model(batch, labels=batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(sd.parameter_groups(self.model, 0.1), lr=1e-2)
+
+    training = Training()
+    before = copy.deepcopy(training.state_dict())
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = library.Trainer(max_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(training, torch.utils.data.DataLoader(TOKENS, batch_size=1))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert sd.get_top_k(training) == 3
+    moved = {name for name, tensor in training.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name for name in before if ".router." in name or ".experts." in name} <= moved
+    again = Training.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    sd.set_top_k(again, 3)
+    assert torch.equal(logits(again.model.eval()), logits(training.model.eval()))
 
 
 def test_lm_eval(tmp_path):

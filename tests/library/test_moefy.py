@@ -185,7 +185,7 @@ def without(*ffn: nn.Module) -> nn.Module:
         (lambda: without(nn.Linear(D, F), nn.Softmax(-1), nn.Linear(F, D)), {}, "hidden units are mixed"),
         (lambda: without(nn.Linear(D, F), nn.Tanhshrink(), nn.Linear(F, D)), {}, "next to it, is none that experts support"),
         (lambda: without(nn.Linear(D, F), nn.LayerNorm(F), nn.ReLU(), nn.Linear(F, D)), {}, "the norm '1' \\(LayerNorm\\) lies between"),
-        (lambda: without(nn.Linear(D, F), nn.PReLU(), nn.Linear(F, D)), {}, "PReLU\\), which has parameters"),
+        (lambda: without(nn.Linear(D, F), nn.PReLU(), nn.Linear(F, D)), {}, "the parametrised '1' \\(PReLU\\)"),
         (lambda: without(nn.Linear(D, F), nn.Dropout(0.1), nn.ReLU(), nn.Linear(F, D)), {}, "finds a feed-forward network"),
         (
             lambda: without(nn.Linear(D, F), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.1), nn.Linear(F, D)),

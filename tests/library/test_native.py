@@ -163,6 +163,44 @@ def test_unlisted_names_and_separate_maps_are_recognised():
     assert model[1].router.options.scale == 0.7 and torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+class Pair(nn.Module):
+    """A feed-forward network whose activation is a plain function."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.up, self.down = act, nn.Linear(16, 8, bias=False), nn.Linear(8, 16, bias=False)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class Listed(nn.Module):
+    """A block with a router, a list of experts and a shared expert, under any names."""
+
+    def __init__(self, act, names):
+        super().__init__()
+        self.top_k, self.names = 2, names
+        for name, part in zip(names, (nn.Linear(16, 4), nn.ModuleList(Pair(act) for _ in range(4)), Pair(act)), strict=True):
+            self.add_module(name, part)
+
+    def forward(self, x):
+        router, experts, shared = (getattr(self, name) for name in self.names)
+        weights, chosen = router(x).softmax(-1).topk(self.top_k, -1)
+        outputs = torch.stack([expert(x) for expert in experts], -2).gather(-2, chosen[..., None].expand(*chosen.shape, 16))
+        return (outputs * weights[..., None]).sum(-2) + shared(x)
+
+
+@pytest.mark.parametrize("names", [("gate", "experts", "always"), ("router", "branches", "shared")])
+def test_blocks_that_differ_in_a_function_only_are_told_apart(names):
+    """Also with names that a layer has already, and with experts that only the router tells from layers."""
+    for act in (nn.functional.silu, nn.functional.gelu, lambda x: nn.functional.relu(x)):
+        layers, x = nn.ModuleList(nn.ModuleDict({"moe": Listed(act, names)}) for _ in range(2)), torch.randn(3, 4, 16)
+        expected = layers[1].moe(x)
+        with pytest.raises(sd.ConfigError, match=r"use smoe_dropout.adopt\(model\) \('\*.moe' \(2 modules, Listed\)\)"):
+            sd.moefy(layers, sd.SMoEConfig(4, 2))
+        assert torch.allclose(sd.adopt(layers)[1].moe(x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routing_decisions_are_identical(natives, family):
     """On the same input, in float32 and in bfloat16, the same experts as the native router's, in the same order of indices."""
@@ -308,6 +346,10 @@ def test_ways_that_an_adopted_model_shares_with_others(natives, tmp_path):
     """A report, a second conversion of the dense layers, weights of save_model; there is no way back to dense networks."""
     model = adopted(natives, "deepseek_v3")
     assert "8 experts of 24, 3 active" in str(sd.report(model))
+    by_name = sd.moefy(copy.deepcopy(natives["deepseek_v3"]), sd.SMoEConfig.exact(4, sites="*.layers.0.mlp"))
+    assert error(logits(by_name), logits(natives["deepseek_v3"])) < 1e-6 and len(sd.moe_layers(by_name)) == 1
+    assert "mlp stays as it is: DeepseekV3MoE is a mixture of experts already" in str(sd.report(by_name))
+    assert len(sd.moe_layers(sd.adopt(by_name))) == 2
     before = logits(model)
     sd.moefy(model, sd.SMoEConfig.exact(4, layers=(0,)))
     assert len(sd.moe_layers(model)) == 2 and error(logits(model), before) < 1e-6
@@ -330,4 +372,11 @@ def test_a_classifier_over_layers_is_not_a_block():
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3))})
     model["head"] = nn.Linear(4, 3)
     assert not native_blocks(model)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.layers, self.head = nn.LSTM(4, 4), model["layers"], nn.Linear(4, 3)
+
+    assert not native_blocks(nn.ModuleDict({"model": Classifier()}))
     assert not native_blocks(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(4, 4)))

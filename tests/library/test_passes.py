@@ -203,7 +203,7 @@ def test_language_model_with_padding_equals_the_rows_without():
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("how", ["keyword", "position", "checkpointed", "compiled", "outer"])
+@pytest.mark.parametrize("how", ["keyword", "position", "checkpointed", "outer"])
 def test_mask_arrives_however_the_model_runs(how):
     model = language_model()
     model(TOKENS, attention_mask=REAL.long(), labels=TOKENS).loss.backward()
@@ -211,14 +211,13 @@ def test_mask_arrives_however_the_model_runs(how):
     model.zero_grad()
     if how == "checkpointed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
     if how == "outer":
         with sd.token_mask(nn.Sequential(model), REAL):
-            loss = model(TOKENS, attention_mask=torch.ones_like(TOKENS), labels=TOKENS).loss
+            model(TOKENS, attention_mask=torch.ones_like(TOKENS), labels=TOKENS)
         assert all(torch.equal(real, REAL.flatten()) for real in reals(model))
         return
-    loss = (run(TOKENS, REAL.long(), labels=TOKENS) if how == "position" else run(TOKENS, attention_mask=REAL.long(), labels=TOKENS)).loss
-    loss.backward()
+    output = model(TOKENS, REAL.long(), labels=TOKENS) if how == "position" else model(TOKENS, attention_mask=REAL.long(), labels=TOKENS)
+    output.loss.backward()
     for (_, layer), gradient in zip(sd.moe_layers(model), expected, strict=True):
         torch.testing.assert_close(layer.router.weight.grad, gradient)
 

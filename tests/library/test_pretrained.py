@@ -71,6 +71,32 @@ def save_logits(folder: Path, names: list[str]) -> None:
     save_file({name: logits(sd.from_pretrained(folder / name)) for name in names}, folder / "logits")
 
 
+def save_peak(folder: Path) -> None:
+    """Memory in bytes by which loading exceeds what the process has before; the first time pays for imports."""
+    for _ in range(2):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak()
+        model = sd.from_pretrained(folder / "saved")
+        found = peak() - before
+        del model
+    (folder / "peak").write_text(str(found))
+
+
+def peak() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell the peak of memory")
+def test_loading_needs_no_memory_for_random_weights(tmp_path):
+    """Weights are mapped from the file, as by transformers; a copy of them would show."""
+    sizes = {"vocab_size": 31, "n_embd": 512, "n_layer": 3, "n_head": 2, "n_positions": 20, "bos_token_id": 0, "eos_token_id": 0}
+    model = sd.moefy(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), sd.SMoEConfig.exact(4))
+    sd.save_pretrained(model, tmp_path / "saved")
+    tiny.call(save_peak, tmp_path)
+    stored = (tmp_path / "saved" / "model.safetensors").stat().st_size
+    assert stored > 36e6 and int((tmp_path / "peak").read_text()) < stored / 2
+
+
 def test_another_process_computes_the_same(tmp_path):
     models = {host: sparse(host, expert_init="split") for host in HOSTS}
     for host, model in models.items():

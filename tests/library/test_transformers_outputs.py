@@ -43,6 +43,8 @@ def test_outputs_on_request(host, by):
     assert torch.equal(whole[0], plain.loss) and torch.equal(whole[-2], output.aux_loss) and len(whole[-1]) == 3
     evaluated = model.eval()(TOKENS, labels=TOKENS, **asked)
     assert evaluated.aux_loss == 0 and len(evaluated.router_logits) == 3 and evaluated.loss < plain.loss
+    with pytest.raises(IndexError):
+        model(TOKENS + 10**6, **asked)
     assert all(layer.router.shown is None for layer in layers)
 
 
@@ -103,8 +105,12 @@ def test_saved_configuration_loads(tmp_path):
 
 
 def test_compiled_and_checkpointed():
-    model, asked = sparse("llama").train(), {"labels": TOKENS, "output_router_logits": True}
-    expected = model(TOKENS, **asked)
+    """With the padding left out, too."""
+    mask = torch.ones_like(TOKENS)
+    mask[0, 5:] = 0
+    model, asked = sparse("llama").train(), {"attention_mask": mask, "labels": TOKENS, "output_router_logits": True}
+    unpadded, expected = model(TOKENS, output_router_logits=True), model(TOKENS, **asked)
+    assert not torch.allclose(unpadded.aux_loss, expected.aux_loss, rtol=1e-4)
     expected.aux_loss.backward()
     gradients = [layer.router.weight.grad.clone() for _, layer in sd.moe_layers(model)]
     for how in ("compiled", "checkpointed"):
