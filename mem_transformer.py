@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
+# embeddings, positions and last hidden states; output of attention; hidden units and output of the feed-forward network
+DROPOUT_PLACES = ("embedding", "attention", "hidden", "output")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class TransformerXLConfig:
 
     mem_len: positions of memory kept. same_length: every position attends equally far back; otherwise the first ones see less.
     clamp_len: distances beyond it share one position embedding; -1: no limit. pre_lnorm: LayerNorm before each sublayer instead of after.
+    dropout_only: the one of DROPOUT_PLACES at which `dropout` acts; None: all.
     """
 
     n_token: int
@@ -30,6 +33,7 @@ class TransformerXLConfig:
     d_inner: int = 8192
     dropout: float = 0.1
     dropatt: float = 0.0
+    dropout_only: str | None = None
     mem_len: int = 512
     pre_lnorm: bool = False
     same_length: bool = False
@@ -40,6 +44,12 @@ class TransformerXLConfig:
     def __post_init__(self):
         if self.same_length and self.mem_len == 0:
             raise ValueError("same_length makes every position attend to mem_len positions, including itself, so mem_len must not be 0")
+        if self.dropout_only not in (None, *DROPOUT_PLACES):
+            raise ValueError(f"dropout_only is {self.dropout_only!r}: choose one of {', '.join(DROPOUT_PLACES)}")
+
+    def dropout_at(self, place: str) -> float:
+        """Dropout rate at one of DROPOUT_PLACES."""
+        return self.dropout if self.dropout_only in (None, place) else 0.0
 
 
 def position_scores(qv_HBTC: Tensor, r_HKC: Tensor) -> Tensor:
@@ -230,7 +240,7 @@ class FeedForward(nn.Module):
         self.core = nn.Sequential(
             nn.Linear(config.d_model, config.d_inner),
             nn.ReLU(),
-            nn.Dropout(config.dropout),
+            nn.Dropout(config.dropout_at("hidden")),
             nn.Linear(config.d_inner, config.d_model),
         )
 
@@ -246,7 +256,7 @@ class DecoderLayer(nn.Module):
         self.pre_lnorm = config.pre_lnorm
         self.attention, self.attention_norm = RelativeAttention(config), nn.LayerNorm(config.d_model)
         self.feed_forward, self.feed_forward_norm = FeedForward(config), nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout, self.dropout = (nn.Dropout(config.dropout_at(place)) for place in ("attention", "output"))
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, *attention_inputs: Tensor) -> Tensor:
         if self.pre_lnorm:
@@ -259,9 +269,9 @@ class DecoderLayer(nn.Module):
 
     def _around(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_lnorm:
-            x_BTD = x_BTD + self.dropout(attend(self.attention_norm(x_BTD)))
+            x_BTD = x_BTD + self.attention_dropout(attend(self.attention_norm(x_BTD)))
             return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self.dropout(attend(x_BTD)))
+        x_BTD = self.attention_norm(x_BTD + self.attention_dropout(attend(x_BTD)))
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
@@ -279,7 +289,7 @@ class MemTransformerLM(nn.Module):
         self.head = nn.Linear(config.d_model, config.n_token)
         if config.tie_weight:
             self.head.weight = self.embedding.weight
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout_at("embedding"))
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:

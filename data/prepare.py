@@ -37,7 +37,7 @@ PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so 
 PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 PYSTDLIB_LOCAL = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize")  # files of this machine, not of the library
 LEAST_BYTES = 1_000
-HELD_OUT = 20  # one byte in 20 is for validation, and as many for the test
+HELD_OUT = 20  # unless --held_out says otherwise, one byte in 20 is for validation, and as many for the test
 READ_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, RuntimeError)  # the last: an encrypted zip
 PACKED = (".xz", ".gz", ".zip")
 
@@ -132,7 +132,7 @@ class ByteText(TextDataset):
             self.inputs = frozenset({self.name, f"{self.name}{Path(self.published.url).suffix}"})
 
     def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"official_text": self.args.official_text}
+        found: dict[str, Any] = {"official_text": self.args.official_text, "held_out": self.args.held_out}
         if self.name == PYSTDLIB:
             found["source"] = stdlib_label()
         elif self.args.sources and not self.published:  # a published text is the same from any source
@@ -166,6 +166,9 @@ class ByteText(TextDataset):
                 require_space(folder, 0)  # the size of a packed text is known only once it is unpacked
         size = whole.stat().st_size
         self.check_content(source, size, f"{algorithm}:{digest.hexdigest()}")
+        held_out = size // HELD_OUT if self.args.held_out is None else self.args.held_out
+        if not 0 < 2 * held_out < size:
+            raise UserError(f"--held_out {held_out} leaves no training text, or nothing to test on, of {source} ({size:,} bytes of text)")
         seen = np.zeros(256, dtype=bool)
 
         def edit(chunk: bytes) -> bytes:
@@ -173,7 +176,7 @@ class ByteText(TextDataset):
             seen[np.frombuffer(chunk, dtype=np.uint8)] = True
             return chunk
 
-        splits = self.split(whole, HELD_OUT, edit)
+        splits = self.split(whole, held_out, edit)
         if empty := [split for split, entry in splits.items() if not entry["bytes"]]:
             raise UserError(f"nothing of {empty[0]} is left without its newlines: leave out --official_text")
         meta = {
@@ -181,6 +184,7 @@ class ByteText(TextDataset):
             "source": source,
             "text": {"bytes": size, algorithm: digest.hexdigest()},
             "official_text": self.args.official_text,
+            **({} if self.args.held_out is None else {"held_out": self.args.held_out}),
             "splits": splits,
             "symbols": int(seen.sum()),
         }
@@ -222,12 +226,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", dest="sources", metavar="FILE", type=Path, action="append", default=[], help=source_help)
     parser.add_argument("--title", help="name of the text in tables (default: from its name and size)")
     parser.add_argument("--official_text", action="store_true", help="drop newlines, as the official code does")
+    held_out_help = "bytes for validation, and as many for the test (default: a twentieth of the text each)"
+    parser.add_argument("--held_out", metavar="BYTES", type=int, help=held_out_help)
     parser.add_argument("--fallback", choices=[PYSTDLIB], help="prepare this instead if the text cannot be downloaded")
     parser.add_argument("--verify", action="store_true", help="hash a folder that is already prepared instead of trusting its sizes")
     add_arguments(parser, "NAME")
     args = parser.parse_args(argv)
     if args.sources and args.name == PYSTDLIB:
         raise UserError(f"{PYSTDLIB} is read from Python itself: leave out --source, or choose another name")
+    if args.held_out is not None and args.name in TEXTS:
+        raise UserError(f"{args.name} is split as published: leave out --held_out, or choose another name")
     for name in TEXTS:
         if args.title is not None and args.title.strip().lower() == name != args.name:
             raise UserError(f"--title {args.title!r} is reserved for the verified text of that name: choose another title")

@@ -113,7 +113,7 @@ class PieceText(TextDataset):
         count = write_pieces(whole, tokenize(read_texts(args), tokenizer), args.limit)
         if count < LEAST_PIECES:
             raise UserError(f"{source} has {count:,} pieces: give at least {LEAST_PIECES:,}")
-        splits = self.split(whole, HELD_OUT)
+        splits = self.split(whole, count // HELD_OUT)
         tokenizer.save_pretrained(folder / "tokenizer")
         meta = {
             "title": args.title or (f"{self.name}, first {count:,} pieces" if args.limit else self.name),

@@ -1,5 +1,6 @@
 """Ablations: the rows of rows.json, which run belongs to which row, the table and the figure."""
 
+import itertools
 import json
 
 import pytest
@@ -15,7 +16,12 @@ from utils.reporting.ablations import ABLATIONS, ablation_tables, build_table, g
 from utils.reporting.tables import to_markdown
 from utils.training.identity import departures
 
-ROWS = [(ablation.name, row.name) for ablation in ABLATIONS.values() for row in ablation.rows]
+ROWS = [
+    (ablation.name, row.name, preset)
+    for ablation in ABLATIONS.values()
+    for row in ablation.rows
+    for preset in ([ablation.preset] if ablation.preset else ["paper", "laptop"])
+]
 
 
 def run_of(flags, **changes) -> dict:
@@ -29,19 +35,20 @@ def run_of(flags, **changes) -> dict:
 
 def runs_of(name: str, *more: str) -> list:
     """A run of each row as its script starts it, with further flags."""
-    rows = ABLATIONS[name].rows
-    return [(row.name, run_of(parse([*row.words, "--preset", "laptop", *more]))) for row in rows]
+    rows, preset = ABLATIONS[name].rows, ABLATIONS[name].preset or "laptop"
+    return [(row.name, run_of(parse([*row.words, "--preset", preset, *more]))) for row in rows]
 
 
-@pytest.mark.parametrize(("name", "row"), ROWS)
-@pytest.mark.parametrize("preset", ["paper", "laptop"])
+@pytest.mark.parametrize(("name", "row", "preset"), ROWS)
 def test_a_run_of_a_row_is_recognised(name, row, preset):
-    """A row is found by the recorded identity of its run, at every preset of four layers, also with a flag that all rows share."""
+    """A row is found by the recorded identity of its run, also with a flag that all rows share, at its preset or any of four layers."""
     ablation = ABLATIONS[name]
     (one,) = (one for one in ablation.rows if one.name == row)
-    for more, rest in (([], {}), (["--max_step", "9"], {"max_step": 9})):
-        index, _, further = ablation.find(run_of(parse([*one.words, "--preset", preset, *more])))
+    for more, rest in (([], {}), (["--clip", "9"], {"clip": 9.0})):
+        run = run_of(parse([*one.words, "--preset", preset, *more]))
+        index, _, further = ablation.find(run)
         assert (ablation.rows[index].name, further) == (row, rest)
+        assert not ablation.preset or ablation.find(run | {"preset": "laptop"}) is None
 
 
 def test_rows_that_share_a_run_are_the_same_run():
@@ -49,9 +56,9 @@ def test_rows_that_share_a_run_are_the_same_run():
     folders = {}
     for ablation in ABLATIONS.values():
         for row in ablation.rows:
-            flags = parse([*row.words, "--preset", "paper"])
+            flags = parse(["--preset", "paper", *row.words])
             assert folders.setdefault(flags.work_dir, flags) == flags
-            assert (flags.preset, flags.max_step, flags.d_ff) == ("paper", 400_000, 8192)
+            assert ablation.preset or (flags.preset, flags.max_step, flags.d_ff) == ("paper", 400_000, 8192)
 
 
 def test_a_row_is_listed_as_words_of_a_command_line(capsys):
@@ -141,6 +148,68 @@ def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
     assert f"(Figs/ablation/{figure.name})" in render("ablation", ablation_tables(runs_of(name), [name]), "Figs")
 
 
+def study_runs(name: str) -> list:
+    """Two seeds of every row of a study: quality by its place, worse at E/2, and in the second seed for the last label."""
+    study, found = ABLATIONS[name], []
+    for seed, (i, (row, one)) in itertools.product((1, 2), enumerate(runs_of(name))):
+        at, last = study.places.index(study.rows[i].at), study.rows[i].label == study.rows[-1].label
+        quality = [{**entry, "test": 4 - at / 2 + (0.1 * seed if last else 0) + 0.25 * (entry["k"] == 8)} for entry in one["quality"]]
+        found.append((f"{row}-{seed}", {**one, "seed": seed, "quality": quality}))
+    return found
+
+
+def test_a_study_has_a_table_for_each_place_and_differences_are_those_of_a_seed():
+    tables = ablation_tables(study_runs("length"), page="replica")
+    title = "Length of training, tokens per parameter"
+    assert [table.caption.partition(".")[0] for table in tables] == [f"{title}: {at}" for at in (5, 20, 95, 231)]
+    text = to_markdown(tables[2]).splitlines()
+    assert text[2].startswith("| Method | Test bpc, k = E/2 = 8 | Test bpc, k = E = 16 | loss from E to E/2 | gap to dense, k = E/2 |")
+    rows = {line.partition(" (n = 2)")[0]: line.split(" | ")[1:] for line in text[4:12]}
+    assert rows["| dense"] == ["–", "**3.000 ± 0.000**", "–", "–", "– |"]
+    assert rows["| SMoE-Dropout"] == [
+        "**3.250 ± 0.000**",
+        "**3.000 ± 0.000**",
+        "**0.250 ± 0.000**",
+        "**0.250 ± 0.000**",
+        "**0.000 ± 0.000** |",
+    ]
+    learned = ["3.400 ± 0.071", "3.150 ± 0.071", "**0.250 ± 0.000**", "0.400 ± 0.071", "0.150 ± 0.071 |"]
+    assert rows["| learned elastic, times E"] == learned
+    missing = [(path, one) for path, one in study_runs("length") if not (path.startswith("dense_95") and one["seed"] == 2)]
+    partly = to_markdown(ablation_tables(missing, page="replica")[2])
+    assert (
+        "| learned elastic, times E (n = 2) | 3.400 ± 0.071 | 3.150 ± 0.071 | **0.250 ± 0.000** | 0.350 (n = 1) | 0.100 (n = 1) |" in partly
+    )
+
+
+def test_a_study_needs_a_curve_or_its_baseline():
+    """Dense models at several rates, and those with experts at one, are a part of another study."""
+    one_rate = [(path, one) for path, one in study_runs("dropout") if not one["sparse"] or not one["preset_settings"]]
+    assert len(one_rate) > 10 and ablation_tables(one_rate, ["dropout"]) == []
+    one_length = [(path, one) for path, one in study_runs("length") if one["preset_settings"].get("max_step") == 880]
+    assert len(ablation_tables(one_length, ["length"])) == 1
+    assert ablation_tables([(path, one) for path, one in one_length if one["method"] != "dense"], ["length"]) == []
+
+
+@pytest.mark.parametrize("name", [name for name, one in ABLATIONS.items() if one.preset])
+def test_the_figure_of_a_study_is_drawn(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store(*(one for _, one in study_runs(name)), where="runs")
+    main(["replica", "--only", name, "--results", "runs", "--figs", "Figs"])
+    assert (tmp_path / "Figs" / "replica" / f"enwik8-prefix-{name}.png").stat().st_size > 20_000
+
+
+def test_lengths_are_the_tokens_that_a_parameter_sees():
+    """At preset replica, within two per cent."""
+    from utils.models.build import build_model
+    from utils.models.flops import parameter_counts
+
+    for row in ABLATIONS["length"].rows:
+        flags = parse(row.words)
+        tokens = flags.max_step * flags.batch_size * flags.tgt_len
+        assert tokens / parameter_counts(build_model(flags))["total"] == pytest.approx(row.at, rel=0.02), row.name
+
+
 def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
     """A run that belongs to rows of several ablations is collected under the first."""
     monkeypatch.chdir(tmp_path)
@@ -149,11 +218,14 @@ def test_a_run_is_collected_under_its_row(tmp_path, monkeypatch, capsys):
         (tmp_path / name / "result.json").write_text(json.dumps(one))
     main(["ablation", "--collect", "constant_all", "decreasing"])
     assert {path.parent.name for path in (tmp_path / "results").rglob("*.json")} == {"schedule-constant_all", "schedule-decreasing"}
+    (tmp_path / "decreasing" / "result.json").write_text(json.dumps(dict(runs_of("place"))["smoe_dropout_all"]))
+    main(["replica", "--collect", "decreasing"])
+    assert [path.parent.name for path in (tmp_path / "results" / "replica").rglob("*.json")] == ["length-smoe_dropout_95"]
     (tmp_path / "decreasing" / "result.json").write_text(json.dumps(record("thor")))
     assert "is no row of script/ablation/rows.json" in refusal(["ablation", "--collect", "decreasing"], capsys)
 
 
 def test_every_row_of_the_file_has_a_label_of_its_own():
     for name, one in json.loads((ROOT / "script" / "ablation" / "rows.json").read_text()).items():
-        labels = [row["label"] for row in one["rows"]]
+        labels = [(row["label"], row.get("at")) for row in one["rows"]]
         assert len({*labels}) == len(labels) > 1, name

@@ -1,7 +1,6 @@
 """The command line: official scripts, precedence, and a refusal for every mistake, before torch is imported."""
 
 import ast
-import itertools
 import json
 import re
 import shlex
@@ -22,7 +21,6 @@ from utils.flags.derive import evaluation_ks, parse_ks, top_k_schedule
 from utils.flags.fields import FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
 from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
-from utils.flags.presets import PRESET_NAMES
 
 # VITA-Group/Random-MoE-as-Dropout at 0272cea, script/table1/transformer_xl, whole
 OFFICIAL_SHARED = """--data ../data/enwik8/ --dataset enwik8 --n_layer 4 --d_model 256 --n_head 8 --d_head 64 --d_inner {d_inner}
@@ -93,7 +91,7 @@ def test_command_line_beats_method_beats_preset_beats_default():
     assert flags("--moe").freeze_gate is False and flags("--method smoe_dropout").freeze_gate is True
     assert flags("--method smoe_dropout --dynamic_moe_mode cosine_increase").dynamic_moe_mode == "cosine_increase"
     assert flags("--method smoe_dropout --no-freeze_gate").freeze_gate is False
-    for model, name in itertools.product(MODELS, PRESET_NAMES):
+    for model, name in ((one, name) for one in MODELS for name in presets_of(one)):
         values, run = presets_of(model)[name], flags(f"--model {model} --preset {name} --method smoe")
         assert {key: getattr(run, key) for key in values} == values and run.d_inner * 16 == run.d_ff
 
@@ -338,7 +336,7 @@ TRAINING = ["run", "data", "model", "experts", "optimiser", "machine and logging
 @pytest.mark.parametrize(
     ("program", "boxes", "shown"),
     [
-        ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--preset {paper,laptop,quick}", "--work_dir DIR"]),
+        ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--preset {paper,laptop,replica,quick}", "--work_dir DIR"]),
         ("finetune.py", ["task", *TRAINING], ["--task {sst2,", "--max_length INT"]),
         ("surgery.py", ["operation", "calibration and test"], ["--score {usage,gate_weight,router_norm}", "--by_layer"]),
         ("generate.py", ["generation"], ["--precision {fp32,bf16}", "--top_p FLOAT"]),

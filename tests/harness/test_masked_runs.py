@@ -176,6 +176,7 @@ def test_the_loss_falls_where_there_is_something_to_learn(model, arguments, tmp_
         ("transformer_xl", {"model": "roberta"}, "holds bytes, and the model reads pieces"),
         ("roberta", {"batch_size": 61}, "has 485 pieces, 60 sequences of --tgt_len 10, and 61 are needed"),
         ("bert", {"mem_len": 600}, "--mem_len has no effect with --model bert: leave it out"),
+        ("bert", {"preset": "replica"}, "--preset replica is none of --model bert: choose paper, laptop, quick"),
         ("bert", {"model": "bart"}, "--model: unknown value 'bart'; nearest: bert"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import mem_transformer
-from mem_transformer import MemTransformerLM, RelativeAttentionCPU, TransformerXLConfig, relative_attention_sdpa
+from mem_transformer import DROPOUT_PLACES, MemTransformerLM, RelativeAttentionCPU, TransformerXLConfig, relative_attention_sdpa
 
 SIZES = {"n_token": 7, "n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 3, "d_inner": 10, "mem_len": 6, "init_std": 0.4}
 EMBEDDINGS = {"plain": {}, "same_length": {"same_length": True}, "clamp": {"clamp_len": 2}, "both": {"same_length": True, "clamp_len": 3}}
@@ -272,6 +272,18 @@ def test_attention_dropout_takes_sdpa(dropatt, training, sdpa, monkeypatch):
     first, second = (model.hidden(tokens(2, 5))[0] for _ in range(2))
     assert calls == ([dropatt] * 4 if sdpa else [])
     assert torch.equal(first, second) != sdpa
+
+
+def test_dropout_acts_at_one_place_or_at_all():
+    everywhere = {"dropout", *(f"layers.{i}.{name}" for i in (0, 1) for name in ("attention_dropout", "feed_forward.core.2", "dropout"))}
+    found = {place: set() for place in (None, *DROPOUT_PLACES)}
+    for place, names in found.items():
+        model = MemTransformerLM(TransformerXLConfig(**SIZES, dropout=0.3, dropout_only=place))
+        names |= {name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p == 0.3}
+    assert found.pop(None) == everywhere == set().union(*found.values()) and sum(map(len, found.values())) == len(everywhere)
+    assert found["hidden"] == {"layers.0.feed_forward.core.2", "layers.1.feed_forward.core.2"} and found["embedding"] == {"dropout"}
+    with pytest.raises(ValueError, match="choose one of embedding, attention, hidden, output"):
+        TransformerXLConfig(**SIZES, dropout_only="heads")
 
 
 def test_routes_agree_in_the_whole_model(monkeypatch):

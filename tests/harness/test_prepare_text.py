@@ -97,6 +97,13 @@ def test_official_text_drops_newlines_after_splitting(run, source, tmp_path):
     assert meta["official_text"] and meta["symbols"] == 255 and meta["title"] == "some.txt, 0.02 MB, newlines dropped"
 
 
+def test_the_held_out_part_may_be_larger(run, refused, source):
+    folder, _ = run(prepare, "mine", "--source", source, "--held_out", "5000")
+    assert contents(folder) == [TEXT[:10_003], TEXT[10_003:15_003], TEXT[15_003:]] and Corpus.open(folder).meta["held_out"] == 5_000
+    assert "already" in run(prepare, "mine", "--held_out", "5000")[1]
+    assert "held_out 5000, not None" in refused(prepare, "mine")
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -131,6 +138,9 @@ def test_unusable_command_lines_are_refused(refused, source, tmp_path):
         (["mine", "--source", source, "--title", "enwik8"], "--title 'enwik8' is reserved for the verified text of that name"),
         (["mine", "--source", source, "--title", " Enwik8 "], "--title ' Enwik8 ' is reserved"),
         (["mine", "--source", tmp_path / "lines", "--official_text"], "leave out --official_text"),
+        (["mine", "--source", source, "--held_out", "10002"], "--held_out 10002 leaves no training text"),
+        (["mine", "--source", source, "--held_out", "0"], "--held_out 0 leaves no training text"),
+        (["enwik8", "--source", source, "--held_out", "500"], "enwik8 is split as published: leave out --held_out"),
     ):
         assert message in refused(prepare, *argv)
 

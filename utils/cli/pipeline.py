@@ -26,9 +26,8 @@ from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
 from utils.flags.derive import parse_ks, read_config, resolve, training_flags
 from utils.flags.fields import Flags, names
-from utils.flags.models import MODELS
+from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
-from utils.flags.presets import PRESET_NAMES
 
 CHECKPOINT_FLAGS = names(role="model") + names(role="experts")  # what the weights mean
 
@@ -105,7 +104,8 @@ def inherited(command: Arguments | Values, source: Source | None) -> dict[str, A
     model = known.get("model") or command.get("model") or Flags.model
     method = known.get("method") or command.get("method")
     preset = command.get("preset") or known.get("preset") or Flags.preset
-    values = training_flags(model if model in MODELS else Flags.model, method, preset if preset in PRESET_NAMES else Flags.preset)
+    known_model = model if model in MODELS else Flags.model
+    values = training_flags(known_model, method, preset if preset in presets_of(known_model) else Flags.preset)
     values |= {name: known[name] for name in CHECKPOINT_FLAGS + names(role="training") if name in known}
     return values | {"model": model, "method": method, "preset": preset}
 

@@ -204,13 +204,13 @@ class TextDataset(Dataset):
     def split(self, whole: Path, held_out: int, edit: Callable[[bytes], bytes] = bytes) -> dict[str, dict[str, Any]]:
         """Replace the file `whole` by train, valid and test, in the order of the text, and return their entries for meta.json.
 
-        One symbol in `held_out` is for valid and as many for test; `edit` is applied to each chunk that is written.
+        `held_out` symbols are for valid and as many for test; `edit` is applied to each chunk that is written.
         """
         dtype = UNITS[self.unit].dtype
         require_space(whole.parent, whole.stat().st_size)
         symbols, step, entries = np.memmap(whole, dtype, mode="r"), CHUNK // dtype.itemsize, {}
-        size, held = len(symbols), len(symbols) // held_out
-        for split, start, end in (("train", 0, size - 2 * held), ("valid", size - 2 * held, size - held), ("test", size - held, size)):
+        size, test = len(symbols), len(symbols) - held_out
+        for split, start, end in (("train", 0, test - held_out), ("valid", test - held_out, test), ("test", test, size)):
             path = split_file(whole.parent, split)
             write_synced(path, (edit(symbols[place : min(place + step, end)].tobytes()) for place in range(start, end, step)))
             entries[split] = dict(zip(("bytes", "sha256"), digest_of(read_chunks(path), "sha256"), strict=True))

@@ -78,7 +78,10 @@ def check(flags: Flags) -> list[str]:
 
 def _check_model(flags: Flags) -> list[str]:
     """Mistakes that depend on the architecture."""
-    model, preset = MODELS[flags.model], presets_of(flags.model)[flags.preset]
+    model, presets = MODELS[flags.model], presets_of(flags.model)
+    if flags.preset not in presets:
+        return [f"--preset {flags.preset} is none of --model {flags.model}: choose {', '.join(presets)}"]
+    preset = presets[flags.preset]
     usual = {name: preset.get(name, getattr(Flags, name)) for name in model.unknown_flags}
     found = [no_effect(name, f"--model {flags.model}") for name, value in usual.items() if getattr(flags, name) != value]
     if "mem_len" not in model.unknown_flags:

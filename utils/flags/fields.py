@@ -32,6 +32,8 @@ from utils.flags.declare import ABSENT, flag, groups, same_flag, specs
 from utils.flags.models import MODELS
 from utils.flags.presets import PRESET_NAMES
 
+# those of mem_transformer, which needs torch
+DROPOUT_PLACES = ("embedding", "attention", "hidden", "output")
 COMPRESS = "compress"  # the operation of surgery.py that is not in the library's registry
 ROUTER_NORM = "router_norm"  # the score that needs no calibration data
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
@@ -103,6 +105,9 @@ class ModelFlags:
     d_inner: int | None = flag(None, "official: the same, but with --moe that of one expert", "model", low=1, follows="d_ff")
     dropout: float = flag(0.1, "dropout rate", "training", low=0, below=1)
     dropatt: float = flag(0.0, "dropout rate of attention probabilities", "training", low=0, below=1)
+    dropout_only: str | None = flag(
+        None, "the one place where --dropout acts. Default: all", "training", choices=DROPOUT_PLACES, needs="dropout", since=None
+    )
     pre_lnorm: bool = flag(False, "LayerNorm before each sublayer instead of after it", "model")
     same_length: bool = flag(False, "let every position attend equally far back", "model")
     clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model")

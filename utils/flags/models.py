@@ -24,7 +24,10 @@ class Model(NamedTuple):
     first_position: int = 0
 
 
-_XL_FLAGS = ("mem_len", "eval_tgt_len", "d_head", "pre_lnorm", "same_length", "clamp_len", "not_tied", "attn_moe", "dense_width")
+_XL_FLAGS = (
+    *("mem_len", "eval_tgt_len", "d_head", "dropout_only", "pre_lnorm", "same_length", "clamp_len"),
+    *("not_tied", "attn_moe", "dense_width"),
+)
 
 MODELS: dict[str, Model] = {
     "transformer_xl": Model(

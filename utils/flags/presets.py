@@ -13,6 +13,14 @@ TRANSFORMER_XL: dict[str, dict] = {
         **{"batch_size": 16, "tgt_len": 128, "mem_len": 128, "eval_tgt_len": 128},
         **{"log_interval": 50, "eval_interval": 500, "max_eval_steps": 40, "max_test_steps": 400, "precision": "bf16", "tune_cpu": True},
     },
+    # the paper's shape and proportions scaled down: 0.36 M parameters, 95 tokens and 4.6 bytes of text per parameter (paper: 231 and 4.6),
+    # experts and attention twice as wide as the model, dropout 0.1
+    "replica": {
+        **{"dataset": "enwik8-2mb", "n_layer": 2, "d_model": 48, "n_head": 4, "d_head": 24, "d_ff": 1536},
+        **{"lr": 1e-3, "max_step": 16_700},
+        **{"batch_size": 32, "tgt_len": 64, "mem_len": 64, "eval_tgt_len": 64, "eval_batch_size": 32},
+        **{"log_interval": 100, "eval_interval": 2500, "precision": "bf16", "tune_cpu": True},
+    },
     # for the quickstart: one or two minutes per method on two cores of any processor
     "quick": {
         **{"n_layer": 2, "d_model": 128, "n_head": 4, "d_head": 32, "d_ff": 512, "dropout": 0.0},
@@ -82,6 +90,9 @@ _FINETUNING_TASK: dict[str, dict[str, dict]] = {
         **{task: _WORD_PROBLEMS_ON_A_LAPTOP for task in ("asdiv_a", "mawps", "svamp")},
     }
 }
+# the laptop's for a model of preset replica, for which nothing is published
+for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
+    _presets["replica"] = _presets["laptop"]
 
 
 def finetuning(task: str, preset: str, model: str) -> dict:

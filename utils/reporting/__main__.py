@@ -42,6 +42,9 @@ TABLES = {
     "table2": Kind(("table2",), ("table2",), partial(method_tables, "table2"), "finish a run of finetune.py first"),
     "surgery": Kind(("surgery",), ("table1", "table2", "surgery"), surgery_tables, "finish a run that starts from surgery first"),
     "ablation": Kind(("table1", "ablation"), ("table1",), ablations.ablation_tables, NO_ROWS, ablations.place),
+    "replica": Kind(
+        ("replica",), ("table1",), partial(ablations.ablation_tables, page="replica"), NO_ROWS, partial(ablations.place, page="replica")
+    ),
 }
 
 

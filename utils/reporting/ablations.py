@@ -4,11 +4,12 @@ A run belongs to a row if it has the identity that the row's flags have under it
 
     python -m utils.reporting.ablations NAME          # the names of its rows
     python -m utils.reporting.ablations NAME ROW      # the flags of a row, one word a line
+    python -m utils.reporting.ablations NAME --preset # the preset of its runs unless another is given
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from utils.flags.fields import Flags
 from utils.reporting.groups import Group, Row, frozen, gather, quality_points, titled, with_own_stems
 from utils.reporting.labels import Record, slug
 from utils.reporting.records import ROOT, Found, file_name
-from utils.reporting.tables import PARAMETERS, Figure, Table, caption, published, quality_column, table_of
+from utils.reporting.tables import (
+    PARAMETERS,
+    Figure,
+    Table,
+    caption,
+    differences,
+    mean_cell,
+    published,
+    quality_column,
+    quality_columns,
+    table_of,
+)
 from utils.training.identity import departures
 
 ROWS = ROOT / "script" / "ablation" / "rows.json"
@@ -28,12 +40,13 @@ ROWS = ROOT / "script" / "ablation" / "rows.json"
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One entry of rows.json. run: the name of its runs."""
+    """One entry of rows.json. run: the name of its runs. at: its place along the axis of a study; rows of a label are one curve."""
 
     name: str
     label: str
     flags: dict[str, Any]
     run: str
+    at: float | str | None = None
 
     @property
     def words(self) -> list[str]:
@@ -46,7 +59,11 @@ class AblationRow:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E."""
+    """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E.
+
+    A study has a preset, the only one that its runs have, and curves along its axis instead of single rows. baseline: the label that the
+    others are compared with.
+    """
 
     name: str
     title: str
@@ -54,9 +71,23 @@ class Ablation:
     axis: str = ""
     along: str = ""
     by_share: bool = False
+    preset: str = ""
+    baseline: str = ""
+
+    @property
+    def page(self) -> str:
+        """The page and the folder in results/."""
+        return self.preset or "ablation"
+
+    @property
+    def places(self) -> list[float | str]:
+        """Those along the axis of a study, in order."""
+        return list(dict.fromkeys(row.at for row in self.rows))
 
     def find(self, record: Record) -> tuple[int, float | None, dict[str, Any]] | None:
         """The row of a run, its number along the axis, and the further preset settings that the run has; None for a run of no row."""
+        if self.preset not in ("", record["preset"]):
+            return None
         identities = _identities(self.name, record["model"]["architecture"], record["preset"])
         varied = {name for (_, _, preset_settings), _ in identities for name in preset_settings}
         own, further = ({n: v for n, v in record["preset_settings"].items() if (n in varied) == of_row} for of_row in (True, False))
@@ -68,28 +99,30 @@ class Ablation:
 
 ABLATIONS: dict[str, Ablation] = {}
 for _name, _one in json.loads(ROWS.read_text(encoding="utf-8")).items():
-    _rows = tuple(AblationRow(**{"run": row["name"], **row}) for row in _one.pop("rows"))
+    _shared = {"preset": _one["preset"]} if "preset" in _one else {}
+    _rows = tuple(AblationRow(**{"run": row["name"], **row, "flags": {**row["flags"], **_shared}}) for row in _one.pop("rows"))
     ABLATIONS[_name] = Ablation(_name, rows=_rows, **_one)
 
 
 @cache
-def _identities(name: str, model: str, preset: str) -> list[tuple[tuple, float | None]]:
-    """Method, settings and preset settings of the records of each row, and its number along the axis."""
+def _identities(name: str, model: str, preset: str) -> list[tuple[tuple, float | str | None]]:
+    """Method, settings and preset settings of the records of each row, and its place along the axis."""
     found = []
     for row in ABLATIONS[name].rows:
         method, along = row.flags["method"], ABLATIONS[name].along
         flags = resolve(Flags(**{**training_flags(model, method, preset), **row.flags, "model": model, "preset": preset}))
         preset_settings, settings = departures(flags, usual_flags(flags))
-        found.append(((method, settings, preset_settings), getattr(flags, along) if along else None))
+        found.append(((method, settings, preset_settings), getattr(flags, along) if along else row.at))
     return found
 
 
-def place(record: Record) -> Path:
-    """The path of a record in results/ablation, by the first row that it belongs to. UserError for a run of no row."""
+def place(record: Record, page: str = "ablation") -> Path:
+    """The path of a record in the folder of a page, by the first row that it belongs to. UserError for a run of no row."""
     for ablation in ABLATIONS.values():
-        if found := ablation.find(record):
+        if ablation.page == page and (found := ablation.find(record)):
             index, _, rest = found
-            return Path(slug(f"{ablation.name}-{ablation.rows[index].name}")) / file_name(record | {"preset_settings": rest})
+            name = file_name(record | {"preset_settings": rest}).replace(f"-{page}", "", 1)  # the folder says it
+            return Path(slug(f"{ablation.name}-{ablation.rows[index].name}")) / name
     raise UserError(f"a run of {record['method']} with {record['settings']} is no row of {ROWS.relative_to(ROOT)}")
 
 
@@ -105,17 +138,26 @@ def groups_of(ablation: Ablation, found: Found) -> list[Group]:
         for row in rows:
             index, row.number, further = ablation.find(row.first)
             row.label = ablation.rows[index].label
-        if len({row.number if ablation.axis else row.label for row in rows}) > 1:
+        if _comparable(ablation, rows):
             group = titled(rows, further)
-            group.stem += f"-{ablation.name}"
+            group.stem = f"{group.stem.replace(f'-{ablation.page}', '', 1)}-{ablation.name}"
             groups.append(group)
     return with_own_stems(groups)
 
 
-def ablation_tables(found: Found, only: list[str] | None = None) -> list[Table]:
-    """A table and a figure for each ablation with at least two finished rows."""
-    ablations = [one for name, one in ABLATIONS.items() if only is None or name in only]
-    return [build_table(ablation, group) for ablation in ablations for group in groups_of(ablation, found)]
+def _comparable(ablation: Ablation, rows: list[Row]) -> bool:
+    """Whether two rows differ; in a study, whether there is a curve of a model with experts or a gap to the baseline."""
+    if not ablation.preset:
+        return len({row.number if ablation.axis else row.label for row in rows}) > 1
+    sparse = [row.label for row in rows if row.sparse]
+    return len({*sparse}) < len(sparse) or (bool(sparse) and ablation.baseline in {row.label for row in rows})
+
+
+def ablation_tables(found: Found, only: list[str] | None = None, page: str = "ablation") -> list[Table]:
+    """Tables and a figure for each ablation of a page with at least two finished rows, or for each of `only`."""
+    ablations = [one for name, one in ABLATIONS.items() if (one.page == page if only is None else name in only)]
+    groups = [(ablation, group) for ablation in ablations for group in groups_of(ablation, found)]
+    return [table for one, group in groups for table in (study_tables(one, group) if one.preset else [build_table(one, group)])]
 
 
 def build_table(ablation: Ablation, group: Group) -> Table:
@@ -134,12 +176,38 @@ def build_table(ablation: Ablation, group: Group) -> Table:
     return table_of("ablation", f"{ablation.title}. {caption(group)}", group, ablation.title, columns, footnotes=sources, figures=[figure])
 
 
+def study_tables(study: Ablation, group: Group) -> list[Table]:
+    """A table for each place along the axis: quality, its loss from E to E/2, and the gap to the baseline. The figure is below the last."""
+    columns = [*quality_columns(group), ("loss from E to E/2", lambda row: mean_cell(differences(row, "E/2", row, "E")))]
+    if study.baseline:
+        titles = [(share, f"gap to {study.baseline}, k = {share}") for share in ("E/2", "E")]
+        columns += [
+            (title, lambda row, share=share: mean_cell(gaps(study, group, row, share), of=len(row.records))) for share, title in titles
+        ]
+    tables = []
+    for at in study.places:
+        part = replace(group, rows=[row for row in group.rows if row.number == at], stem=f"{group.stem}-{slug(str(at))}")
+        if part.rows:
+            tables.append(table_of(study.page, f"{study.title}: {at}. {caption(part)}", part, "Method", columns))
+    tables[-1].figures = [Figure(f"{group.stem}.png", f"{study.title}: quality at k = E and E/2", "draw_study", (study, group))]
+    return tables
+
+
+def gaps(study: Ablation, group: Group, row: Row, share: str) -> list[float]:
+    """Quality at k = E/2 or E less that of the baseline at the same place, for each seed that both have; empty for the baseline itself."""
+    base = [other for other in group.rows if other.label == study.baseline and other.number == row.number]
+    return differences(row, share, base[0], "E") if base and base[0] is not row else []
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Prints the rows of an ablation, or the flags of one row."""
+    """Prints the rows of an ablation, its preset, or the flags of one row."""
     name, *rest = sys.argv[1:] if argv is None else argv
     if name not in ABLATIONS:
         raise UserError(unknown("ablation", name, list(ABLATIONS)))
     rows = {row.name: row for row in ABLATIONS[name].rows}
+    if rest == ["--preset"]:
+        print(ABLATIONS[name].preset or Flags.preset)
+        return
     if rest and rest[0] not in rows:
         raise UserError(unknown(f"row of {name}", rest[0], list(rows)))
     print("\n".join(rows[rest[0]].words if rest else rows))

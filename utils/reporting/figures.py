@@ -16,10 +16,11 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from smoe_dropout.registry import METHODS, load
 from utils.reporting import surgery_table
-from utils.reporting.ablations import Ablation
+from utils.reporting.ablations import ABLATIONS, Ablation, gaps
 from utils.reporting.groups import Group, Row, mean_and_spread, quality_points
 from utils.reporting.labels import phrases
 from utils.reporting.records import split_of
+from utils.reporting.tables import differences, values_at
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one; dense models take black and greys, yellow is too
@@ -51,7 +52,7 @@ Points = list[tuple[float, float, float]]
 class Panel:
     """One pair of axes. lines: (x, mean, standard deviation) by label. levels: horizontal lines. looks: by label, on top of the figure's.
     ks: (k, x, y) to write at a line. scale: of x, "linear", "k" (base 2) or "number" (ticks at the points). legend: its own one.
-    limits: of the y axis.
+    limits: of the y axis. ticks: the places along x, by number or in words.
     """
 
     xlabel: str
@@ -64,6 +65,7 @@ class Panel:
     scale: str = "linear"
     legend: bool = False
     limits: tuple[float, float] | None = None
+    ticks: list[float | str] = field(default_factory=list)
 
 
 def styles(rows: list[Row]) -> dict[str, dict]:
@@ -133,10 +135,16 @@ def _draw_panel(ax, panel: Panel, looks: dict[str, dict]) -> None:
         xs = sorted({x for points in panel.lines.values() for x, _, _ in points})
         if panel.scale == "k":
             ax.set_xscale("log", base=2)
-        ax.set_xticks(xs, [f"1/{1 / x:g}" if x < 1 else f"{x:g}" for x in xs])
+        names = {_position(panel.ticks, at): str(at) for at in panel.ticks}
+        ax.set_xticks(xs, [names.get(x) or (f"1/{1 / x:g}" if x < 1 else f"{x:g}") for x in xs])
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _position(ticks: list[float | str], at: float | str) -> float:
+    """Where a place along x is drawn; words stand at equal distances."""
+    return ticks.index(at) if isinstance(at, str) else at
 
 
 def _quality_label(group: Group) -> str:
@@ -192,6 +200,36 @@ def draw_ablation(ablation: Ablation, group: Group, path: Path) -> None:
                     panel.lines.setdefault(", ".join([share, *phrases(apart)]), []).append((row.number, mean, spread))
         panel.looks = {label: {"color": colour, "marker": "o"} for label, colour in zip(panel.lines, COLOURS, strict=False)}
     draw_panels(path, replace(group, title=f"{ablation.title}: {group.title}"), panels, styles(group.rows))
+
+
+def draw_study(study: Ablation, group: Group, path: Path) -> None:
+    """Panels: quality at k = E and at E/2, or its gap to the baseline, and the loss from E to E/2, against the axis; a curve per label."""
+    gap = f", gap to {study.baseline}" if study.baseline else ""
+    quality = _quality_label(group)
+    panels = [Panel(study.axis, f"k = {share}{gap}", quality) for share in ("E", "E/2")] + [
+        Panel(study.axis, "loss from E to E/2", quality)
+    ]
+    scale = "number" if isinstance(study.places[0], str) or 0 in study.places else "k"
+    for panel, share in zip(panels, ("E", "E/2", None), strict=True):
+        panel.scale, panel.ticks = scale, study.places
+        for row in group.rows:
+            if share is None:
+                values = differences(row, "E/2", row, "E")
+            else:
+                values = gaps(study, group, row, share) if study.baseline else values_at(row, share, split_of(row.first))
+            if values:
+                panel.lines.setdefault(row.label, []).append((_position(study.places, row.number), *mean_and_spread(values)))
+        if study.baseline and share:
+            panel.levels[study.baseline] = 0.0
+    rows = list({row.label: row for row in group.rows}.values())
+    labels = list(dict.fromkeys(row.label for one in ABLATIONS.values() if one.preset for row in one.rows))  # alike in every study
+    looks = styles([row for row in rows if not row.sparse])
+    for row in (row for row in rows if row.sparse):
+        i = labels.index(row.label)
+        looks[row.label] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    if any(isinstance(at, str) for at in study.places):  # places in words are no curve
+        looks = {label: look | {"linestyle": "none"} for label, look in looks.items()}
+    draw_panels(path, replace(group, title=f"{study.title}: {group.title}", rows=rows), panels, looks)
 
 
 def draw_surgery(group: Group, path: Path) -> None:

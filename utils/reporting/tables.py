@@ -94,6 +94,32 @@ def quality_column(title: str, share: str) -> Column:
     return title, lambda row: mean_cell(values_at(row, share, split_of(row.first)), form_of(row.first["metric"]), len(row.records))
 
 
+def quality_columns(group: Group) -> list[Column]:
+    """Quality at k = E/2, at E, and below E/2."""
+    counts = {row.experts for row in group.rows if row.sparse}
+    half, full = (f"E/2 = {min(counts) // 2}", f"E = {min(counts)}") if len(counts) == 1 else ("E/2", "E")
+    shown = group.shown.capitalize()
+    small = sorted({entry["k"] for row in group.rows for entry in row.first["quality"] if (entry["k"] or row.experts) < row.experts // 2})
+
+    def small_cell(row: Row) -> str:
+        means = {k: f"{mean:{form_of(group.metric)}}" for k, _, mean, _ in quality_points(row)}
+        return " / ".join(means.get(k, DASH) for k in small) if row.sparse else DASH
+
+    columns = [quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
+    return columns + [(f"Mean at k = {' / '.join(map(str, small))}", small_cell)] * bool(small)
+
+
+def differences(row: Row, share: str, other: Row, other_share: str) -> list[float]:
+    """Quality of `row` less that of `other`, each at k = E/2 or E, for each seed that both have."""
+
+    def by_seed(row: Row, share: str) -> dict[int, float]:
+        seeds = [record["seed"] for record in row.records]
+        return dict(zip(seeds, values_at(row, share, split_of(row.first)), strict=False))  # a dense row has no value at E/2
+
+    ours, theirs = by_seed(row, share), by_seed(other, other_share)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
 def _pair_cell(row: Row, name: str) -> str:
     values = [values_at(row, share, name) for share in ("E/2", "E")]
     return " / ".join(short_number(statistics.mean(v)) if v else DASH for v in values) if any(values) else DASH
@@ -166,22 +192,11 @@ def method_tables(name: str, found: Found, _only: list[str] | None = None) -> li
 
 
 def _method_table(group: Group, name: str) -> Table:
-    counts = {row.experts for row in group.rows if row.sparse}
-    half, full = (f"E/2 = {min(counts) // 2}", f"E = {min(counts)}") if len(counts) == 1 else ("E/2", "E")
-    shown = group.shown.capitalize()
-    small = sorted({entry["k"] for row in group.rows for entry in row.first["quality"] if (entry["k"] or row.experts) < row.experts // 2})
-
-    def small_cell(row: Row) -> str:
-        means = {k: f"{mean:{form_of(group.metric)}}" for k, _, mean, _ in quality_points(row)}
-        return " / ".join(means.get(k, DASH) for k in small) if row.sparse else DASH
-
     def time_cell(row: Row) -> str:
         seconds = (statistics.median(record["training"][name] for record in row.records) for name in ("seconds", "cpu_seconds"))
         return " / ".join(f"{value:,.0f}" for value in seconds)
 
-    columns = [quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
-    columns += [(f"Mean at k = {' / '.join(map(str, small))}", small_cell)] * bool(small)
-    columns += [PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
+    columns = [*quality_columns(group), PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
     columns += [("Training time (s), wall / CPU", time_cell)]
     columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
     footnotes = [TIME]

@@ -28,7 +28,7 @@ def refuse_if_too_slow(run: Run) -> None:
     if seconds * flags.max_step > CPU_PATIENCE and seconds < PROBE_PATIENCE:  # rows of a small model cost less in a batch
         seconds = timed(flags.batch_size)
     if seconds * flags.max_step > CPU_PATIENCE:
-        smaller = "use --preset laptop (about 15 minutes) or quick, " if flags.preset not in ("laptop", "quick") else ""
+        smaller = "use --preset laptop (about 15 minutes) or quick, " if flags.preset not in ("laptop", "replica", "quick") else ""
         raise UserError(
             f"{flags.max_step:,} steps of batch {flags.batch_size} would take about {duration(seconds * flags.max_step)} on this CPU "
             f"(one step was timed): {'' if smaller else 'stop what else runs on it, '}{smaller}run on a GPU, or add --yes to run anyway"
