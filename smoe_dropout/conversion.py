@@ -6,7 +6,7 @@ import fnmatch
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ def adopt(model: nn.Module, **changes: Any) -> nn.Module:
     Raises ConfigError, leaving the model untouched, for a model without such blocks, or with one that is not representable.
     """
     require_module(model)
-    return moefy(model, replace(described(model), **changes))
+    return moefy(model, SMoEConfig.from_dict({**asdict(described(model)), **changes}))
 
 
 def _adopted(model: nn.Module, config: SMoEConfig) -> nn.Module:

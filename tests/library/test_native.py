@@ -333,6 +333,7 @@ def test_settings_that_do_not_apply(natives):
         ({"router": "learned"}, "router = 'learned' cannot be combined with adopted"),
         ({"method": "competesmoe"}, "method = 'competesmoe' cannot be combined with adopted"),
         ({"options": {"temperature": 2}}, "unknown option temperature"),
+        ({"balance": 0.1}, "unknown field balance"),
     ):
         with pytest.raises(sd.ConfigError, match=message):
             adopted(natives, "mixtral", **changes)
