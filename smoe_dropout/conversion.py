@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from smoe_dropout import hosts
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
-from smoe_dropout.hosts import find_sites, why_not
 from smoe_dropout.hosts.attention import attention_before, keep_probabilities
 from smoe_dropout.hosts.named import pattern_of
 from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modules
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     of each layer.
 
     needs: of layers and routers. attentions: the attention module before each layer, and embedding: the token embedding, where needed.
+    left: names of modules that look like a network and are none, with the reasons.
     """
 
     config: SMoEConfig
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     needs: frozenset[str]
     attentions: tuple[nn.Module | None, ...]
     embedding: nn.Module | None
+    left: list[tuple[str, str]]
 
 
 def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
@@ -93,7 +95,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
         )
     if not loading and config.layers is None and config.sites is None:
         alike = {pattern_of(site.path) for site in plan.sites}
-        if missed := [(name, reason) for name, reason in why_not(model) if pattern_of(name) in alike]:
+        if missed := [(name, reason) for name, reason in plan.left if pattern_of(name) in alike]:
             _warn(
                 f"{len(missed)} of {len(missed) + len(layers)} feed-forward networks of {type(model).__name__} stay dense, "
                 f"such as {missed[0][0]!r}: {missed[0][1]}"
@@ -162,7 +164,7 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
     kind = (method.layer if method else None) or MoELayer
-    networks = numbered(model, config.sites)
+    networks, left = numbered(model, config.sites)
     indices = chosen(model, config, networks)
     if config.layers is not None:
         config = replace(config, layers=tuple(index % len(networks) for index in config.layers))
@@ -176,11 +178,14 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
     needs = kind.needs | load(ROUTERS, "router", config.router).needs
     attentions = tuple(attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in sites)
     embedding = token_embedding(model) if "tokens" in needs else None
-    return Plan(config, kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding)
+    return Plan(config, kind, indices, sites, tuple(map(config.of_layer, range(len(sites)))), needs, attentions, embedding, left)
 
 
-def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> list[Site | MoELayer]:
-    """Feed-forward networks of the model before any conversion, in order: those that are left, and the layers that replaced the others."""
+def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> tuple[list[Site | MoELayer], list[tuple[str, str]]]:
+    """Feed-forward networks of the model before any conversion, in order: those that are left, and the layers that replaced the others.
+
+    Also names of modules that look like one but are none, with the reasons.
+    """
     converted = converted_networks(model)
     if patterns is not None and converted:
         given = (patterns,) if isinstance(patterns, str) else patterns
@@ -191,16 +196,16 @@ def numbered(model: nn.Module, patterns: str | tuple[str, ...] | None = None) ->
         left = tuple(name for name in names if not inside[name] and not any(name.startswith(f"{each}.") for each in converted))
         converted = {name: layer for name, layer in converted.items() if any(name in its for its in inside.values())}
         patterns = left if left or converted else patterns
-    sites = []
+    sites, left_over = [], []
     if patterns != ():
         try:
-            sites = find_sites(model, patterns)
+            sites, left_over = hosts.find(model, patterns)
         except ConfigError:
             if not converted:
                 raise
     places = {module: place for place, module in enumerate(model.modules())}
     order = [(places[getattr(site.parent, site.name)], site) for site in sites] + [(places[layer], layer) for layer in converted.values()]
-    return [network for _, network in sorted(order, key=lambda pair: pair[0])]
+    return [network for _, network in sorted(order, key=lambda pair: pair[0])], left_over
 
 
 def converted_networks(model: nn.Module) -> dict[str, MoELayer]:

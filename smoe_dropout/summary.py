@@ -145,7 +145,7 @@ def report(model: nn.Module, config: SMoEConfig | None = None) -> Report:
         raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig: leave it out to report what was done")
     refusal, networks, plan, layers = None, [], None, {}
     try:
-        networks = numbered(model, config.sites if config else None)
+        networks, _ = numbered(model, config.sites if config else None)
         if config is not None:
             plan = planned(model, config)
             with torch.device("meta"), torch.random.fork_rng(devices=[]):

@@ -29,18 +29,21 @@ def find_sites(model: nn.Module, patterns: str | tuple[str, ...] | None = None) 
     Raises ConfigError if there are none, with the reason for the nearest candidates; for a model that is a mixture of experts already; and
     for a pattern that matches something else.
     """
+    return find(model, patterns).sites
+
+
+def find(model: nn.Module, patterns: str | tuple[str, ...] | None = None) -> Survey:
+    """Like `find_sites`, with the modules that look like feed-forward networks and are none; without these if there are `patterns`."""
     with torch.device("cpu"):  # whatever the caller's default is
-        return _find(model, patterns)
+        return Survey(find_named(model, patterns), []) if patterns is not None else _found(model)
 
 
-def _find(model: nn.Module, patterns: str | tuple[str, ...] | None) -> list[Site]:
-    if patterns is not None:
-        return find_named(model, patterns)
+def _found(model: nn.Module) -> Survey:
     if blocks := native_blocks(model):
         raise ConfigError(f"{type(model).__name__} {ALREADY_SPARSE} ({grouped((n, type(b).__name__) for n, b in blocks)})")
     found = _surveyed(model)
     if found.sites:
-        return found.sites
+        return found
     if isinstance(recognise(model), Network):
         raise ConfigError(f"{type(model).__name__} is itself a feed-forward network: pass moefy the model that contains it")
     nearest = f"nearest: {grouped(found.left)}" if found.left else "none of its modules has maps D -> F -> D with an activation between"
