@@ -254,7 +254,7 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
 
 
 def is_loaded(site: Site) -> bool:
-    """Whether the network's weights were read from a file by transformers, which marks such parameters; False for other models."""
+    """Whether transformers has read the network's weights from a file and marked them so; False for other models."""
     return getattr(base(site.up), "_is_hf_initialized", False)
 
 

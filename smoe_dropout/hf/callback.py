@@ -26,8 +26,9 @@ class TopKScheduleCallback(TrainerCallback):
 
     k depends on the global step only, so resumed runs continue exactly and all micro-batches of a step share one k. After training k stays
     at its last value; change it with `set_top_k` or `top_k`. Every entry of the Trainer's log history and of its loggers, such as
-    TensorBoard, has `top_k` and `expert_entropy`, the entropy of the expert load of this process's last pass, from 0 for a single expert
-    to 1 for equal loads, a mean over layers; evaluations have them in the loggers as `eval_top_k` and `eval_expert_entropy`.
+    TensorBoard, has `top_k`, and of the expert load of this process's last pass, as means over layers, `expert_entropy`, its entropy from
+    0 for a single expert to 1 for equal loads, and `expert_load_max`, that of the busiest expert as a multiple of an equal one; evaluations
+    have them in the loggers with `eval_` in front.
 
     Raises ValueError for an invalid schedule, and at the start of training ConfigError for a model without MoE layers, k_max or evaluate_at
     above the number of experts, or label smoothing, with which the Trainer computes the loss without the auxiliary losses.
@@ -102,21 +103,27 @@ class TopKScheduleCallback(TrainerCallback):
             self.training_k = None
 
     def on_log(self, args: Any, state: Any, control: Any, model: nn.Module, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Add k and the entropy of the expert load to the log entry."""
+        """Add k, and entropy and maximum of the expert load, to the log entry."""
         logs = {} if logs is None else logs
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
         values: dict[str, Any] = {"top_k": get_top_k(model)}
-        if (entropy := load_entropy(model)) is not None:
-            values["expert_entropy"] = entropy
+        values |= load_statistics(model)
         logs |= {prefix + name: value for name, value in values.items()}
         if state.log_history:
             state.log_history[-1] |= values
 
 
-def load_entropy(model: nn.Module) -> float | None:
-    """Entropy of the expert load of the last pass, divided by its maximum, log E: a mean over layers. None if no layer has run."""
+def load_statistics(model: nn.Module) -> dict[str, float]:
+    """Statistics of the expert load of the last pass, means over layers; empty if no layer has run.
+
+    expert_entropy: its entropy divided by the maximum, log E. expert_load_max: the largest load times E, 1 for equal loads.
+    """
     loads = [load for load in expert_load(model).values() if len(load) > 1]
-    return torch.stack([torch.special.entr(load).sum() / math.log(len(load)) for load in loads]).mean().item() if loads else None
+    if not loads:
+        return {}
+    entropies = torch.stack([torch.special.entr(load).sum() / math.log(len(load)) for load in loads])
+    largest = torch.stack([load.max() * len(load) for load in loads])
+    return {"expert_entropy": entropies.mean().item(), "expert_load_max": largest.mean().item()}
 
 
 def run_before_loggers(callback: TrainerCallback) -> None:

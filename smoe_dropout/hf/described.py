@@ -107,11 +107,6 @@ def placed_conversions(config: Any) -> list[Conversion]:
     return [_conversion(entry) for entry in entries_of(config)]
 
 
-def conversions_of(config: Any) -> list[SMoEConfig]:
-    """Conversions that a configuration describes, in their order. ConfigError as in `placed_conversions`."""
-    return [conversion.config for conversion in placed_conversions(config)]
-
-
 def _conversion(entry: Any) -> Conversion:
     if not isinstance(entry, dict):
         raise ConfigError(f"{NAME} in the configuration is {entry!r}, not the fields of an SMoEConfig")
@@ -128,7 +123,7 @@ def _conversion(entry: Any) -> Conversion:
 
 
 def entry_of(conversion: Conversion) -> dict[str, Any]:
-    """How a configuration stores a conversion."""
+    """Stored description of a conversion."""
     return ({"module": conversion.module} if conversion.module else {}) | asdict(conversion.config)
 
 

@@ -102,7 +102,7 @@ def containing(names: list[str]) -> Iterator[str]:
 
 
 def difference(model: nn.Module, entries: list[dict[str, Any]], only: list[str] | None = None) -> str | None:
-    """How the MoE layers of a model built with these conversions differ; None if they do not.
+    """Difference of the MoE layers of a model built with these conversions; None if there is none.
 
     only: names of the model's MoE layers that these conversions made; None: all.
     """

@@ -143,7 +143,7 @@ def _tree(function: Callable) -> ast.FunctionDef | None:
 
 
 def _uses(tree: ast.AST) -> dict[str, int]:
-    """How often each attribute of self is read."""
+    """Number of times that each attribute of self is read."""
     counts: dict[str, int] = {}
     for node in ast.walk(tree):
         if (name := _own(node)) is not None:
@@ -164,7 +164,7 @@ def _own(node: ast.AST) -> str | None:
 
 @lru_cache(maxsize=4096)
 def misfit(kind: type, child: str) -> str | None:
-    """How methods of a class use a child otherwise than by calling it with one input, or None if they do not."""
+    """Use that methods of a class make of a child other than calling it with one input, or None."""
     for _, tree in _methods(kind, child):
         for node in ast.walk(tree):
             read = node.attr if isinstance(node, ast.Attribute) and _own(node.value) == child else "training"
@@ -205,6 +205,7 @@ def _piece(function: Callable, tree: ast.FunctionDef, statements: list[ast.stmt]
     made = ast.FunctionDef(name="piece", args=given, body=[*statements, result], decorator_list=[], type_params=[])
     module = ast.fix_missing_locations(ast.Module([made], []))
     room: dict[str, Any] = {"_Locals": _Locals}
+    # the source of a class that is loaded and will run anyway, never text from a model's folder
     exec(compile(module, code.co_filename, "exec"), {**function.__globals__, **room}, room)
     uses: dict[str, int] = {}
     for statement in statements:

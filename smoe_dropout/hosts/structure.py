@@ -90,7 +90,7 @@ def innermost(module: nn.Module, name: str) -> tuple[str, Network] | None:
 
 
 def misused(model: nn.Module, network: nn.Module) -> str | None:
-    """How modules that have the network use it so that an MoE layer could not take its place, or None."""
+    """Use that a module makes of the network and that an MoE layer could not serve, or None."""
     places = [(parent, child) for parent in model.modules() for child, part in parent._modules.items() if part is network]
     return next((reason for parent, child in places if (reason := misfit(type(parent), child)) is not None), None)
 

@@ -20,7 +20,7 @@ from smoe_dropout.routers import Routing
 
 
 class Layout(NamedTuple):
-    """How a block stores its experts.
+    """Form in which a block stores its experts.
 
     order: places in `Parts.maps` of [gate,] up and down. into_transposed: whether the maps into the hidden units are [E, D, H] rather than
     [E, H, D]. out_transposed: whether the map out of them is [E, D, H]. interleaved: whether rows of gate and up alternate in one map.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import smoe_dropout as sd
-from smoe_dropout.hf.described import conversions_of
+from smoe_dropout.hf.described import placed_conversions
 from tests.conftest import ROOT
 from tests.library.test_hosts import TOKENS, logits, made
 
@@ -123,7 +123,7 @@ def test_another_head_on_an_incomplete_body(name, tmp_path):
 def test_configuration_builds_a_model_with_experts():
     model = sd.moefy(made("gpt2"), EXACT)
     fresh = transformers.AutoModelForCausalLM.from_config(model.config)
-    assert type(fresh) is type(model) and conversions_of(fresh.config) == conversions_of(model.config)
+    assert type(fresh) is type(model) and placed_conversions(fresh.config) == placed_conversions(model.config)
     assert fresh.state_dict().keys() == model.state_dict().keys() and len(sd.moe_layers(fresh)) == 2
 
 

@@ -291,6 +291,7 @@ def test_evaluations_and_loggers(tmp_path, monkeypatch):
     assert logged["train/top_k"][:3] == [1, 2, 3] and set(logged["eval/top_k"]) == {2}
     history = [entry["expert_entropy"] for entry in run.state.log_history if "loss" in entry]
     assert logged["train/expert_entropy"][:3] == pytest.approx(history) and all(0 < value <= 1 for value in history)
+    assert all(value >= 1 for value in logged["train/expert_load_max"])
     run.evaluate(rows(4))
     assert seen[-1] == (False, 3)
 
@@ -301,18 +302,18 @@ def test_predictions_are_logits_only(tmp_path):
     assert trainer(model, tmp_path).predict(rows(4)).predictions.shape == (4, 9, 31)
 
 
-def test_expert_entropy():
+def test_statistics_of_the_expert_load():
     model = sparse("bert", router="random", balance_loss=None)
-    from smoe_dropout.hf.callback import load_entropy
+    from smoe_dropout.hf.callback import load_statistics
 
-    assert load_entropy(model) is None
+    assert load_statistics(model) == {}
     with sd.top_k(model, 4):
         model(TOKENS)
-        assert load_entropy(model) == pytest.approx(1.0)
+        assert load_statistics(model) == pytest.approx({"expert_entropy": 1.0, "expert_load_max": 1.0})
     for _, layer in sd.moe_layers(model):
         layer.router.bias.data[:2] += 1000.0
     model(TOKENS)
-    assert load_entropy(model) == pytest.approx(0.5)
+    assert load_statistics(model) == pytest.approx({"expert_entropy": 0.5, "expert_load_max": 2.0})
 
 
 # resumed runs, precision

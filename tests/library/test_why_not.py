@@ -66,7 +66,6 @@ def test_adapters_are_named_with_the_remedy(name):
         sd.moefy(adapted, sd.SMoEConfig(**CONFIG))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_quantised_maps_are_named_with_the_remedy():
     model = nn.ModuleList([nn.ModuleDict({"ffn": network()})])
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
