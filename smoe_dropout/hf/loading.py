@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 from smoe_dropout.control import moe_layers
 from smoe_dropout.conversion import ConversionWarning, moefy
@@ -88,11 +89,8 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         raise ConfigError(
             f"quantization_config: transformers would quantise the attention of {source} but not its experts; load it without"
         )
-    built = kind.__name__ in (config.architectures or ())  # some architectures are another configuration for a class that exists
-    another = kind.config_class is not None and not isinstance(config, kind.config_class)
-    misfit = f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one"
-    if another and not built:
-        raise ConfigError(misfit)
+    if not belongs(kind, config):
+        raise ConfigError(f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one")
     files, building = Files(source, kwargs), converting(kind)
     allowed, with_info = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("output_loading_info", False)
     if files.weights == OLD_WEIGHTS:
@@ -103,8 +101,6 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
             model, info = from_pretrained(building, source, *args, **named)
         except ConfigError as error:
             raise ConfigError(f"{files.path(CONFIG)}: {error}") from None
-        except AttributeError as error:
-            raise ConfigError(f"{misfit}: {error}") if another else error from None
         except SafetensorError as error:
             raise ConfigError(files.unreadable() or f"{files.path(files.weights)} cannot be read: {error}") from None
         refuse_incomplete(model, kind, config, info, files, allowed)
@@ -114,6 +110,14 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
     chosen = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     restore(model, building.frozen, files.dtypes() if chosen == "auto" else {})
     return (model, info) if with_info else model
+
+
+def belongs(kind: type, config: Any) -> bool:
+    """Whether a model class takes this configuration: its own, or that of an architecture for which transformers uses the class, too."""
+    if kind.config_class is None or isinstance(config, kind.config_class):
+        return True
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    return any(kind.__name__ in (names if isinstance(names := table.get(config.model_type, ()), tuple) else (names,)) for table in tables)
 
 
 def refuse_incomplete(model: nn.Module, kind: type, config: Any, info: dict[str, Any], files: Files, other_sizes: bool) -> None:

@@ -223,3 +223,16 @@ def test_pipeline(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(Exception, match=r"model\.safetensors cannot be read"):
         transformers.pipeline("text-generation", str(tmp_path))
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_architecture_that_reuses_the_class_of_another(auto, tmp_path):
+    """InternLM3 is a configuration of its own for Llama's class."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = sd.moefy(
+        transformers.AutoModelForCausalLM.from_config(transformers.InternLM3Config(**sizes, vocab_size=50)), sd.SMoEConfig(4, 2)
+    )
+    assert type(model) is transformers.LlamaForCausalLM
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path) if auto else sd.from_pretrained(tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
