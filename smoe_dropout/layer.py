@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import NoOptions, build_options
-from smoe_dropout.recomputation import Pass, check, original, recomputing, record_pass
+from smoe_dropout.recomputation import Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing
 from smoe_dropout.shared import Shared
@@ -86,6 +86,22 @@ class MoELayer(nn.Module, FollowsTraining):
         """x [..., D] -> [..., D]. TypeError for integers, such as token ids."""
         if not x.is_floating_point():
             raise TypeError(f"an MoE layer takes hidden states in floating point, but got {x.dtype}: embed token ids first")
+        if torch.compiler.is_compiling() or next(self.buffers(), None) is None:
+            return self.run(x)
+        if recomputing():  # buffers as in the original pass, and changed once only
+            before = original(self.records, x)
+            with with_buffers(self, {} if before is None else before.buffers):
+                return self.run(x)
+        copies = copied_buffers(self)
+        y = self.run(x)
+        if copies and self.records and self.records[-1] is not None:
+            own = dict(self.named_buffers())
+            changed = {name: copy for name, copy in copies.items() if not identical(copy, own[name])}
+            self.records[-1] = self.records[-1]._replace(buffers=changed)
+        return y
+
+    def run(self, x: Tensor) -> Tensor:
+        """Route and combine, and keep what was found: x [..., D] -> [..., D]."""
         self.see_padding(x)
         routing = self.route(x)
         if not torch.compiler.is_compiling() and not plain.needed() and not self.uses:

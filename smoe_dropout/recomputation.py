@@ -5,22 +5,27 @@ between layers. If that has changed since the original pass, gradients would be 
 original.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REMEDY = "call backward() right after the pass it belongs to, or train without gradient checkpointing"
 
 
 class Pass(NamedTuple):
-    """Record of a layer's pass: k, a sample of its input, whether its losses are in a graph (None: it had none), and its real tokens."""
+    """Record of a layer's pass: k, a sample of its input, whether its losses are in a graph (None: it had none), and its real tokens.
+
+    buffers: by name, those that the pass changed, as they were before it.
+    """
 
     top_k: int
     sample: Tensor | None
     losses_in_graph: bool | None
     real_N: Tensor | None
+    buffers: Mapping[str, Tensor] = {}
 
 
 def recomputing() -> bool:
@@ -33,10 +38,36 @@ def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], real_N: Tensor
 
     The input is sampled only if the pass may be repeated: saved tensors are packed by hooks, or gradients are off in training mode.
     """
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if not hooked and not training:
+    if not hooked() and not training:
         return None
-    return Pass(top_k, sampled(x) if hooked or not torch.is_grad_enabled() else None, in_graph(losses), real_N)
+    return Pass(top_k, sampled(x) if hooked() or not torch.is_grad_enabled() else None, in_graph(losses), real_N)
+
+
+def hooked() -> bool:
+    """Whether hooks pack the tensors that autograd saves, as activation checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's buffers by name, if the pass that begins may be repeated; else none."""
+    repeated = hooked() or (module.training and not torch.is_grad_enabled())
+    return {name: buffer.clone() for name, buffer in module.named_buffers()} if repeated else {}
+
+
+@contextmanager
+def with_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Context manager that gives a module copies of these buffers, and its own back on exit, whatever was done to the copies."""
+    own = []
+    for name, buffer in buffers.items():
+        holder, _, leaf = name.rpartition(".")
+        table = module.get_submodule(holder)._buffers
+        own.append((table, leaf, table[leaf]))
+        table[leaf] = buffer.clone()
+    try:
+        yield
+    finally:
+        for table, leaf, buffer in own:
+            table[leaf] = buffer
 
 
 def sampled(x: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class Router(nn.Module):
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
 
     For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
-    or higher, whatever the model's precision. Activation checkpointing repeats `forward`, so a buffer that counts passes must not be
-    changed while `recomputation.recomputing()`.
+    or higher, whatever the model's precision. A buffer that `forward` changes is changed once, also if
+    activation checkpointing repeats it.
     """
 
     Options: type = NoOptions

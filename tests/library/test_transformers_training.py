@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smoe_dropout as sd
 from smoe_dropout.registry import METHODS, ROUTERS, load
+from smoe_dropout.routers import LearnedRouter
 from tests.conftest import ROOT
 from tests.library.test_hosts import HOSTS, SMALL, TOKENS, made
 
@@ -75,6 +76,30 @@ def test_recomputation_keeps_the_state_of_the_pass(host, reentrant):
         assigned = layer.assigned
         loss.backward()
         assert layer.assigned is assigned and assigned.shape[1] == k
+
+
+class BiasedByLoad(LearnedRouter):
+    """A router whose forward changes a buffer that it reads, as a bias that follows the load does."""
+
+    def __init__(self, d_model, config):
+        super().__init__(d_model, config)
+        self.register_buffer("shift", torch.zeros(config.num_experts))
+
+    def forward(self, x_ND, k):
+        routing = self.choose(self.logits(x_ND) + self.shift, k)
+        self.shift -= torch.bincount(routing.indices_NK.flatten(), minlength=self.num_experts) / len(x_ND)
+        return routing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("host", ["bert", "llama"])
+def test_buffers_change_once_under_checkpointing(host, reentrant, monkeypatch):
+    """The repeated pass reads them as the original pass did, so gradients are equal, too."""
+    monkeypatch.setitem(ROUTERS, "biased_by_load", f"{__name__}:BiasedByLoad")
+    model = sparse(host, router="biased_by_load", balance_loss=0.0)
+    plain, checkpointed = gradients(model, None), gradients(model, reentrant)
+    assert any(name.endswith("router.shift") and shift.any() for name, shift in plain.items())
+    assert_same(checkpointed, plain)
 
 
 def under_another_k(model):
