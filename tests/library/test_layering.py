@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 FLOORS = (
     ("registry",),
     ("options", "schedule", "training", "shared", "recomputation", "tuning"),
-    ("config", "attention"),
+    ("config", "attention", "files"),
     ("experts",),
     ("routers",),
     ("layer",),

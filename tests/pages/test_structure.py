@@ -19,7 +19,7 @@ MODEL = ROOT / "mem_transformer.py"
 BESIDE = sorted([*(ROOT / "data").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 CODE = [*PROGRAMS, MODEL, *HARNESS, *LIBRARY, *BESIDE]
 # the rooms of utils, lowest first: a room imports from those below it
-ROOMS = ("errors", "formatting", "data", "flags", "checkpoints", "models", "engine", "tasks", "training", "reporting", "cli")
+ROOMS = ("errors", "formatting", "documents", "data", "flags", "checkpoints", "models", "engine", "tasks", "training", "reporting", "cli")
 CORE = [path for path in LIBRARY if path.parent.name != "methods" and path.name != "registry.py"]
 DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 PACKAGE = "smoe_dropout"  # also the name of a method: fine in imports and prose, not as a value
@@ -125,8 +125,8 @@ def test_no_file_is_over_400_lines(path):
 
 
 def test_utils_stays_small():
-    """The last 150 lines were for preset replica and its studies: a curve and a paired difference for each method."""
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 7200
+    """The last 800 lines are for verified files: checksums, schemas, what a damaged folder is and what can be done about it."""
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 8000
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)

@@ -1,0 +1,44 @@
+"""JSON files from outside: read with limits on their size and depth, and one kind of error."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from smoe_dropout.options import ConfigError
+
+LARGEST, DEEPEST = 64 << 20, 64  # bytes of a JSON file, and levels of lists and objects in it
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Contents of a JSON file. ConfigError if it is missing, unreadable, too large, nested too deeply or not JSON in UTF-8."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
+    """Value of a JSON text; `source` says in messages where it comes from. ConfigError as for `read_json`."""
+    if len(content) > LARGEST:
+        raise ConfigError(f"{source} is larger than {LARGEST >> 20} MB, too large for what it should hold")
+    try:
+        value = json.loads(content)
+        too_deep = _exceeds(value, DEEPEST)
+    except RecursionError:
+        too_deep = True
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ConfigError(f"{source} is not readable as JSON ({error})") from None
+    if too_deep:
+        raise ConfigError(f"{source} is nested deeper than {DEEPEST} levels")
+    return value
+
+
+def _exceeds(value: Any, levels: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _exceeds(child, levels - 1) for child in children if isinstance(child, dict | list))

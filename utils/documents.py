@@ -1,0 +1,152 @@
+"""JSON files of runs, records and prepared data: written atomically with a checksum, verified and validated when read.
+
+A sealed file is an object {"format": 1, ..., "sha256": "..."}: the hash is that of the content between these marks, as compact JSON in its
+order, so that laying the file out anew does not matter. Files of older versions have neither mark: what they hold is validated only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from smoe_dropout.files import parse_json, read_json
+from smoe_dropout.options import ConfigError
+from utils.errors import UserError
+
+FORMAT = 1
+MARKS = ("format", "sha256")
+
+
+class Damaged(UserError):
+    """A file that cannot be used as it is. path: the file; fault: what is wrong with it; remedy: what can be done."""
+
+    def __init__(self, path: Path, fault: str, remedy: str):
+        super().__init__(f"{path} {fault}: {remedy}")
+        self.path, self.fault, self.remedy = path, fault, remedy
+
+
+def read(path: Path, schema: Any, remedy: str) -> dict[str, Any]:
+    """The content of a file without its marks. Damaged unless the checksum is right and the content is of the schema.
+
+    schema: a TypedDict or another type of msgspec for the content. Only numbers that are finite are accepted.
+    """
+    try:
+        return unsealed(read_json(path), schema, path, remedy)
+    except ConfigError as error:
+        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+
+
+def unsealed(value: Any, schema: Any, path: Path, remedy: str) -> dict[str, Any]:
+    """The content of a parsed file, as `read` returns it."""
+    if not isinstance(value, dict):
+        raise Damaged(path, "is damaged: it is not a JSON object", remedy)
+    content = {name: entry for name, entry in value.items() if name not in MARKS}
+    if is_sealed(value):
+        if value.get("format") != FORMAT:
+            raise Damaged(path, f"is damaged, or of a later version: its format is {value.get('format')!r}, not {FORMAT}", remedy)
+        if value.get("sha256") != checksum(content):
+            raise Damaged(path, "is damaged or was changed: its content does not match its checksum", remedy)
+    validate(content, schema, path, remedy)
+    return content
+
+
+def validate(content: Any, schema: Any, path: Path, remedy: str) -> None:
+    """Damaged, naming the field, unless the content is of the schema and its numbers are finite."""
+    if place := next(_not_finite(content, "$"), None):
+        raise Damaged(path, f"is damaged: {_field(place)} is not a finite number", remedy)
+    try:
+        msgspec.convert(content, schema, strict=True)
+    except msgspec.ValidationError as error:
+        fault, _, place = str(error).partition(" - at `")
+        fault = fault.replace("`", "").replace("Expected", "must be", 1).replace("Object missing required field", "lacks")
+        raise Damaged(path, f"is damaged: {_field(place.rstrip('`'))} {fault}", remedy) from None
+
+
+def is_sealed(value: Mapping[str, Any]) -> bool:
+    """Whether a parsed file has a checksum, or part of its marks."""
+    return any(mark in value for mark in MARKS)
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as it is written. A number that is not finite, which JSON has no word for, becomes null."""
+    content = _finite(dict(content))
+    return {"format": FORMAT, **content, "sha256": checksum(content)}
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """The sha256, in hex, of the content without marks."""
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def write(path: Path, content: Mapping[str, Any]) -> str:
+    """Writes a sealed file and returns its checksum. A kill leaves the old file or the new one; a failure leaves the old one."""
+    sealed = seal(content)
+    replace(path, (json.dumps(sealed, indent=1) + "\n").encode())
+    return sealed["sha256"]
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replaces a file atomically, down to the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the renames within a folder, to disk, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lines(content: bytes, schema: Any, path: Path, remedy: str) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line. Damaged, with the line, for one that is not of the schema."""
+    found = []
+    for number, text in enumerate(content.splitlines(), start=1):
+        try:
+            found.append(parse_json(text, f"line {number}"))
+        except ConfigError as error:
+            raise Damaged(path, f"is damaged: {error}", remedy) from None
+        validate(_finite(found[-1]), schema, Path(f"{path}, line {number},"), remedy)
+    return found
+
+
+def _field(place: str) -> str:
+    """$.quality[0].k of msgspec as words."""
+    return f"the field '{name}'" if (name := place.removeprefix("$").removeprefix(".")) else "the whole"
+
+
+def _not_finite(value: Any, place: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place
+    named = ((f".{key}", one) for key, one in value.items()) if isinstance(value, dict) else ()
+    numbered = ((f"[{index}]", one) for index, one in enumerate(value)) if isinstance(value, list) else ()
+    for name, one in chain(named, numbered):
+        yield from _not_finite(one, place + name)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
