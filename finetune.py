@@ -11,12 +11,13 @@ The checkpoint decides what the model is; the training loop is that of train.py,
 import sys
 from pathlib import Path
 
-from utils.cli.finetune import parse, refuse_other_rows
-from utils.data.rows import read_examples
 from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag or file is refused at once
+        from utils.cli.finetune import parse, refuse_other_rows
+        from utils.data.rows import read_examples
+
         FLAGS, SOURCE = parse()
         EXAMPLES = read_examples(FLAGS.task, Path(FLAGS.data), FLAGS.fold)
         if FLAGS.eval_only:

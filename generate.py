@@ -9,11 +9,12 @@ The text goes to stdout, prompt included; the speed to stderr. `python generate.
 import sys
 import time
 
-from utils.cli.generate import parse
 from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
+        from utils.cli.generate import parse
+
         FLAGS, SOURCE = parse()
 
 import torch

@@ -10,11 +10,12 @@ The folder it writes can be given wherever a finished run can: train.py --start_
 
 import sys
 
-from utils.cli.surgery import parse
 from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag or text is refused at once
+        from utils.cli.surgery import parse
+
         PLAN = parse()
 
 from collections.abc import Callable, Iterator

@@ -11,14 +11,15 @@ Rerun the same command to resume the run in its --work_dir. `python train.py --h
 
 import sys
 
-from utils.cli.train import parse
-from utils.data.corpus import Corpus
 from utils.errors import exit_on_user_error
 from utils.flags.derive import evaluation_ks, last_top_k, parse_ks, top_k_schedule
 from utils.flags.models import MODELS
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
+        from utils.cli.train import parse
+        from utils.data.corpus import Corpus
+
         FLAGS, SOURCE = parse()
         CORPUS = Corpus.open(FLAGS.data, MODELS[FLAGS.model].reads)
         CORPUS.verify()
