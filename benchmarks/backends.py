@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import layer
 from benchmarks.measure import Common, Precision, autocast, environment, interleave, summarise
 from smoe_dropout.experts.choice import TABLE
-from utils.training.run_folder import write_json
+from utils import documents
 
 BASELINE = "masked"
 # tokens, d_model and d_expert of the layers measured: small models, the paper's, and BERT-base's
@@ -79,4 +79,4 @@ def measure_table(flags: BackendFlags, tuned: list[str]) -> None:
                 print(f"{precision}, {case}: sorted up to k/E = {row['sorted_up_to']:g}", flush=True)
     sizes = {"num_experts": flags.num_experts, "rounds": flags.rounds, "k": flags.k}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(flags.out, {"sizes": sizes, "environment": environment(flags.device, tuned), "rows": rows})
+    documents.write(flags.out, {"sizes": sizes, "environment": environment(flags.device, tuned), "rows": rows})

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from utils import documents
 from utils.engine import Engine
-from utils.training.run_folder import describe_environment, write_json
+from utils.training.run_folder import describe_environment
 
 SCHEMA = 1
 Precision = Literal["fp32", "bf16"]
@@ -121,5 +122,5 @@ def record(benchmark: str, flags: Common, baseline: str | None, rows: list[dict[
     found = {"schema": SCHEMA, "benchmark": benchmark, "baseline": baseline, "sizes": sizes, "rows": rows}
     found["environment"] = environment(flags.device, tuned)
     flags.out.mkdir(parents=True, exist_ok=True)
-    write_json(flags.out / f"{benchmark}.json", found)
+    documents.write(flags.out / f"{benchmark}.json", found)
     return found

@@ -1,10 +1,12 @@
 """Records as Markdown tables, for the terminal and, by `python -m benchmarks.tables`, for their page. Imports no torch."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from utils import documents
 from utils.errors import UserError, run_main
 from utils.reporting.pages import update_page
 
@@ -44,6 +46,43 @@ NOTES = (
     "the most that torch had allocated at once during a pass, with gradients, without parameters and inputs; ours / the implementation "
     "named in the column before."
 )
+
+
+Positive = Annotated[float, Meta(gt=0)]
+Size = Annotated[int, Meta(ge=0)]
+
+
+class Result(Struct):
+    seconds: Positive | UnsetType = UNSET
+    ratio: Positive | UnsetType = UNSET
+    peak_mib: Annotated[float, Meta(ge=0)] | UnsetType = UNSET
+
+
+class Row(Struct):
+    results: Annotated[dict[str, Result], Meta(min_length=1)]
+    precision: str | UnsetType = UNSET
+    k: Size | UnsetType = UNSET
+    bound: Positive | UnsetType = UNSET
+    axis: str | UnsetType = UNSET
+    value: Size | UnsetType = UNSET
+
+
+class Environment(Struct):
+    commit: str | None
+    device_name: str
+    cores: Size
+    threads: Size
+    torch: str
+    tuned: list[str] = []
+
+
+class Benchmark(Struct):
+    """The schema of a record."""
+
+    benchmark: str
+    sizes: dict[str, Any]
+    rows: Annotated[list[Row], Meta(min_length=1)]
+    environment: Environment
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -168,7 +207,7 @@ def render(records: Path = RECORDS) -> str:
     record.
     """
     paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data")]
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = [documents.read(path, Benchmark, "restore it from version control, or measure again") for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]

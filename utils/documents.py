@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,20 @@ class Damaged(UserError):
         self.path, self.fault, self.remedy = path, fault, remedy
 
 
-def read(path: Path, schema: Any, remedy: str) -> dict[str, Any]:
+def read(path: Path, schema: Any, remedy: str, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
     """The content of a file without its marks. Damaged unless the checksum is right and the content is of the schema.
 
-    schema: a TypedDict or another type of msgspec for the content. Only numbers that are finite are accepted.
+    schema: a TypedDict or another type of msgspec for the content. Only numbers that are finite are accepted. unverified: called with the
+    path of a file without a checksum.
     """
     try:
-        return unsealed(read_json(path), schema, path, remedy)
+        value = read_json(path)
     except ConfigError as error:
         raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+    content = unsealed(value, schema, path, remedy)
+    if unverified and not is_sealed(value):
+        unverified(path)
+    return content
 
 
 def unsealed(value: Any, schema: Any, path: Path, remedy: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def of_fold(fold: int, seed: int = 1, **changes) -> dict:
     solved = 40.0 + 10 * fold + seed * 2
     data = {"name": "mawps", "title": "MAWPS", "fingerprint": f"fold {fold}", "note": f"{fold + 1} of 384 dev rows have no answer"}
     metric = {"name": "solved", "lower_is_better": False, "split": "dev", "training": "loss"}
-    start = {"dataset": {"title": "enwik8"}, "preset": "laptop", "preset_settings": {}, "method": "smoe_dropout", "settings": {}}
+    start = {"dataset": {"name": "enwik8"}, "preset": "laptop", "preset_settings": {}, "method": "smoe_dropout", "settings": {}}
     start |= {"steps": 3000, "operations": [], "sha256": "abcd" * 16, "transferred": True}
     own = {"fold": fold, "dataset": data, "metric": metric, "pretrained": start, "parameters__total": 2_600_000 + fold}
     made = record(seed=seed, quality={8: solved - 5, 16: solved}, table="table2", **own, **changes)

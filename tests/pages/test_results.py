@@ -1,6 +1,5 @@
 """The pages of results/: tables rendered from records of the current schema under their canonical paths, and the figures they show."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from benchmarks.tables import render as render_benchmarks
 from tests.conftest import ROOT
+from utils import documents
 from utils.reporting.__main__ import TABLES, build_tables, place, render
 from utils.reporting.labels import method_label, operations_label, preset_label, training_label
 from utils.reporting.pages import rendered
@@ -24,10 +24,18 @@ def test_records_are_of_the_current_schema_and_have_their_canonical_paths(table)
     paths = [path.relative_to(ROOT) for path in RECORDS if path.relative_to(ROOT / "results").parts[0] == table]
     assert len(paths) > 5
     for path in paths:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        assert text.startswith('{\n "schema": 2,'), path
         record = read_record(ROOT / path)
         assert str(path) == f"results/{place(record, table)}" and len(str(path)) <= 80
+
+
+def test_every_committed_record_is_sealed():
+    """So that no number of a page can be changed by hand: without a checksum, or with a wrong one, a record is refused here."""
+    measured = sorted((ROOT / "results" / "benchmarks").rglob("*.json"))
+    assert len(RECORDS) > 200 and len(measured) > 8
+    unverified = []
+    for path in [*RECORDS, *measured]:
+        documents.read(path, dict, "collect it again", unverified.append)
+    assert not unverified
 
 
 def test_labels_are_words():
@@ -80,7 +88,7 @@ def test_the_table_of_the_readme_is_made_of_records():
     }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for label, folder in rows.items():
-        records = [json.loads(path.read_text()) for path in (ROOT / "results/table1" / folder).glob("enwik8-prefix-laptop-seed*.json")]
+        records = [read_record(path) for path in (ROOT / "results/table1" / folder).glob("enwik8-prefix-laptop-seed*.json")]
         assert len(records) == 3
         by_k = {k: [row["test"] for record in records for row in record["quality"] if row["k"] == k] for k in (None, 8, 16)}
         half, full = by_k[8], by_k[16] or by_k[None]

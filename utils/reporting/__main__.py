@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from utils import documents
 from utils.errors import UserError, run_main
 from utils.reporting import ablations, records
 from utils.reporting.labels import Record
-from utils.reporting.pages import update_page
+from utils.reporting.pages import update_page, writing
 from utils.reporting.surgery_table import surgery_tables
 from utils.reporting.tables import Table, footnotes, method_tables, to_latex, to_markdown
 
@@ -117,14 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     sources = [RESULTS / source for source in TABLES[args.table].sources if (RESULTS / source).exists()]
     results = args.results or ([] if args.runs else sources or [RESULTS / args.table])
     tables = build_tables(args.table, results, args.runs, args.only)
-    print(render(args.table, tables, None))
     if args.page:
         update_page(args.page, args.table, render(args.table, tables, os.path.relpath(args.figs or FIGURES, args.page.parent)))
     if args.latex:
-        args.latex.parent.mkdir(parents=True, exist_ok=True)
-        args.latex.write_text("\n".join(map(to_latex, tables)), encoding="utf-8")
+        with writing(args.latex) as file:
+            documents.replace(file, "\n".join(map(to_latex, tables)).encode())
     if args.figs:
         draw(args.table, tables, args.figs)
+    print(render(args.table, tables, None))
 
 
 if __name__ == "__main__":

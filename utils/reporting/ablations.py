@@ -7,7 +7,6 @@ A run belongs to a row if it has the identity that the row's flags have under it
     python -m utils.reporting.ablations NAME --preset # the preset of its runs unless another is given
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from smoe_dropout.registry import unknown
+from utils import documents
 from utils.errors import UserError, run_main
 from utils.flags.derive import resolve, training_flags, usual_flags
 from utils.flags.fields import Flags
@@ -98,7 +98,7 @@ class Ablation:
 
 
 ABLATIONS: dict[str, Ablation] = {}
-for _name, _one in json.loads(ROWS.read_text(encoding="utf-8")).items():
+for _name, _one in documents.read(ROWS, dict[str, dict], "restore it from version control").items():
     _shared = {"preset": _one["preset"]} if "preset" in _one else {}
     _rows = tuple(AblationRow(**{"run": row["name"], **row, "flags": {**row["flags"], **_shared}}) for row in _one.pop("rows"))
     ABLATIONS[_name] = Ablation(_name, rows=_rows, **_one)

@@ -1,5 +1,6 @@
 """Figures of finished runs: quality against parameters and k, training curves. Imports matplotlib; tables do without."""
 
+import io
 import itertools
 import statistics
 import textwrap
@@ -15,10 +16,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from smoe_dropout.registry import METHODS, load
+from utils import documents
 from utils.reporting import surgery_table
 from utils.reporting.ablations import ABLATIONS, Ablation, gaps
 from utils.reporting.groups import Group, Row, mean_and_spread, quality_points
 from utils.reporting.labels import phrases
+from utils.reporting.pages import writing
 from utils.reporting.records import split_of
 from utils.reporting.tables import differences, values_at
 
@@ -88,9 +91,11 @@ def styles(rows: list[Row]) -> dict[str, dict]:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG without the drawing library's version in it, so that equal figures are equal files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
+    with writing(path) as file:
+        documents.replace(file, content.getvalue())
 
 
 def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, dict]) -> None:

@@ -54,6 +54,8 @@ def phrase(name: str, value: Any, tuned: int | None = None) -> str:
     """One setting in words. tuned: E of a model that is fine-tuned."""
     if name == "moe_top_k" and tuned:
         return f"k tuned at {'E/2' if value == tuned // 2 else value}"
+    if value is None:
+        return f"no {words(name)}"
     if name in PHRASES:
         return PHRASES[name](value)
     if isinstance(value, bool):

@@ -1,50 +1,51 @@
-"""Records of finished runs: one JSON file each, checked when read, kept in results/ under a path that follows from their values."""
+"""Records of finished runs: one sealed JSON file each, verified when read, kept in results/ under a path that follows from their values."""
 
-import json
-import math
+import fnmatch
+import os
+import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
+from typing import Any, NoReturn
 
+from msgspec import UNSET, Struct, UnsetType, defstruct
+
+from utils import documents
 from utils.errors import UserError
 from utils.reporting.labels import Record, method_label, preset_label, slug
+from utils.reporting.pages import writing
+from utils.training.record_schema import COMPLETE, SCHEMA, Complete, Head, Settings, Text, contradiction, measured_on
 
 Found = Sequence[tuple[Path, Record]]
-SCHEMA = 2
+REMEDY = "restore it from a copy or from version control, or write it again by its run"
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "published.json"
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+class Published(Struct):
+    """A number of a paper, and the rows beside which it stands."""
+
+    table: Text
+    method: Text
+    settings: Settings
+    architecture: Text
+    dataset: Text
+    metric: Text
+    values: dict[str, float]
+    source: Text
+    setting: Text | UnsetType = UNSET
+    note: str = ""
 
 
-def _count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _rows(value: object, length: int, second: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and all(isinstance(row, list) and len(row) == length and second(row[1]) for row in value)
-
-
-TEXTS = "table method preset dataset.name dataset.title dataset.fingerprint metric.name metric.split model.architecture"
-# What a value must be: its check, the fields of a record and those of a quality entry. A record may hold more than tables and figures use.
-FIELDS: dict[str, tuple[Callable[[object], bool], str, str]] = {
-    "a non-empty text": (lambda v: isinstance(v, str) and v.strip() != "", f"{TEXTS} environment.device environment.precision", ""),
-    "an object": (_object, "settings preset_settings", ""),
-    "a finite number": (_number, "training.seconds training.cpu_seconds", "{split} flops_per_token"),
-    "a whole number, 0 or more": (_count, "seed parameters.total training.steps environment.threads", "active_parameters"),
-    "a whole number or null": (lambda v: v is None or _count(v), "model.num_experts", "k"),
-    "true or false": (lambda v: isinstance(v, bool), "sparse metric.lower_is_better", ""),
-    "a non-empty list of objects": (lambda v: isinstance(v, list) and v != [] and all(map(_object, v)), "quality", ""),
-    "a list of [step, loss, k, lr]": (lambda v: _rows(v, 4, _number), "curve.train", ""),
-    "a list of [step, {k: value}]": (lambda v: _rows(v, 2, _object), "curve.valid", ""),
-}
+@cache
+def read_published() -> list[dict[str, Any]]:
+    """The entries of results/published.json, which is written by hand."""
+    schema = defstruct("File", [("entries", list[Published])])
+    return documents.read(PUBLISHED, schema, "correct it, or restore it from version control")["entries"]
 
 
 def split_of(record: Record) -> str:
@@ -65,55 +66,59 @@ def get(record: Record, name: str):
     return value
 
 
-def _check(record: Record, path: Path, kind: str, names: str, within: str = "") -> None:
-    for name in names.split():
-        try:
-            value = get(record, name)
-        except (KeyError, TypeError):
-            raise UserError(f"{path}: the field '{within}{name}' is missing; repeat the run or correct the record") from None
-        if not FIELDS[kind][0](value):
-            raise UserError(f"{path}: the field '{within}{name}' must be {kind}, not {json.dumps(value)[:80]}")
+def read_record(path: Path, unverified: Callable[[Path], object] | None = None) -> Record:
+    """Reads one record and verifies its checksum and its fields; of an unfinished run only schema and status. UserError for a damaged one.
 
-
-def read_record(path: Path) -> Record:
-    """Reads and checks one record. Of an incomplete run only schema and status are checked."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error})") from None
-    schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    if schema != SCHEMA:
-        older = "; a run of version 0.1 is reported by that version" if schema == 1 else ""
-        raise UserError(f"{path}: the field 'schema' is {json.dumps(schema)}, but only schema {SCHEMA} is known{older}")
-    _check(record, path, "a non-empty text", "status")
-    if record["status"] != "complete":
-        return record
-    for kind, (_, names, _) in FIELDS.items():
-        _check(record, path, kind, names)
-    for i, entry in enumerate(record["quality"]):
-        for kind, (_, _, names) in FIELDS.items():
-            _check(entry, path, kind, names.format(split=split_of(record)), f"quality[{i}].")
-    if record["sparse"] and not record["model"]["num_experts"]:
-        raise UserError(f"{path}: the field 'model.num_experts' must be 1 or more for a sparse method")
+    unverified: called with the path of a record without a checksum, by an older version.
+    """
+    record = documents.read(path, Head, REMEDY, unverified)
+    if record["schema"] != SCHEMA:
+        older = "; a run of version 0.1 is reported by that version" if record["schema"] == 1 else ""
+        raise UserError(f"{path}: the field 'schema' is {record['schema']}, but only schema {SCHEMA} is known{older}")
+    if record["status"] == COMPLETE:
+        documents.validate(record, Complete, path, REMEDY)
+        documents.validate(record, measured_on(split_of(record)), path, REMEDY)
+        if fault := contradiction(record):
+            raise documents.Damaged(path, f"is damaged: {fault}", REMEDY)
     return record
+
+
+@contextmanager
+def _noting_unverified() -> Iterator[Callable[[Path], None]]:
+    """Yields what takes the records without a checksum; one note says that there were some."""
+    found: list[Path] = []
+    yield found.append
+    if found:
+        more = f" and {len(found) - 1} more have" if len(found) > 1 else " has"
+        print(f"note: {found[0]}{more} no checksum, as in earlier versions: what they say cannot be verified", file=sys.stderr)
 
 
 def load_records(results: Iterable[Path], runs: Iterable[Path] = ()) -> list[tuple[Path, Record]]:
     """The complete records: every JSON file under `results` (folders or files) and every result.json under `runs`."""
     paths: dict[Path, None] = {}
     for source, pattern in [*((path, "*.json") for path in results), *((path, "result.json") for path in runs)]:
-        if not source.exists():
-            raise UserError(f"{source}: no such file or folder of records")
-        paths |= dict.fromkeys([source] if source.is_file() else sorted(source.rglob(pattern)))
-    kept = []
-    for path, record in ((path, read_record(path)) for path in paths if path.name != PUBLISHED.name):
-        if record["status"] == "complete":
-            kept.append((path, record))
-        else:
+        paths |= dict.fromkeys(_files(source, pattern))
+    with _noting_unverified() as unverified:
+        found = [(path, read_record(path, unverified)) for path in paths if path.name != PUBLISHED.name]
+    for path, record in found:
+        if record["status"] != COMPLETE:
             print(f"skipped {path}: its status is '{record['status']}'", file=sys.stderr)
-    return kept
+    return [(path, record) for path, record in found if record["status"] == COMPLETE]
+
+
+def _files(source: Path, pattern: str) -> list[Path]:
+    """The file itself, or those below a folder. UserError for what is missing or cannot be read."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename or source}: no file or folder of records that can be read ({error.strerror})") from None
+
+    try:
+        if not stat.S_ISDIR(source.stat().st_mode):
+            return [source]
+        walked = os.walk(source, onerror=refuse)
+        return sorted(Path(folder, name) for folder, *names in walked for name in fnmatch.filter(chain(*names), pattern))
+    except OSError as error:
+        refuse(error)
 
 
 def data_stem(record: Record, short: bool = False) -> str:
@@ -156,9 +161,10 @@ def file_name(record: Record) -> str:
 def collect(runs: Iterable[Path], place: Callable[[Record], Path], force: bool = False) -> list[Path]:
     """Copies finished runs' records to their places; writes nothing if one of them is refused."""
     planned: dict[Path, tuple[Path, Record]] = {}
-    for path in (run / "result.json" for run in runs):
-        record = read_record(path)
-        if record["status"] != "complete":
+    with _noting_unverified() as unverified:
+        found = [(path, read_record(path, unverified)) for path in (run / "result.json" for run in runs)]
+    for path, record in found:
+        if record["status"] != COMPLETE:
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected")
         try:
             target = place(record)
@@ -170,6 +176,6 @@ def collect(runs: Iterable[Path], place: Callable[[Record], Path], force: bool =
             raise UserError(f"{target}: holds another run than {path}; give --force to replace it")
         planned[target] = (path, record)
     for target, (_, record) in planned.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with writing(target):
+            documents.write(target, record)
     return list(planned)

@@ -1,7 +1,6 @@
 """Tables: columns over the rows of a group, written as Markdown or LaTeX; Tables 1 and 2."""
 
 import itertools
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from utils.formatting import short_number
 from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points
 from utils.reporting.labels import Record
-from utils.reporting.records import PUBLISHED, Found, split_of
+from utils.reporting.records import Found, read_published, split_of
 
 DASH = "–"
 FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, which get figures of their own
@@ -65,7 +64,12 @@ def table_of(label: str, caption: str, group: Group, title: str, columns: list[C
         best = (min if group.metric["lower_is_better"] else max)(values, default=None)
         for cell in column:
             cell.bold = len(values) > 1 and cell.value == best
-    return Table(f"{label}:{group.stem}", caption, [title for title, _ in columns], rows, **more)
+    table = Table(f"{label}:{group.stem}", caption, [title for title, _ in columns], rows, **more)
+    for row in group.rows:
+        for record in (record for record in row.records if record.get("lost")):
+            lost = "; ".join(record["lost"])
+            table.footnotes.append(f"{row.label}, seed {record['seed']}: parts of its run folder were damaged and are lost: {lost}.")
+    return table
 
 
 def mean_cell(values: Iterable[float | None], form: str = ".3f", of: int = 0) -> Cell:
@@ -138,7 +142,7 @@ def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
     and metric, and a dataset of the same family (enwik8-prefix: enwik8).
     """
     found: dict[str, dict[str, Any]] = {}
-    for row, entry in itertools.product(group.rows, json.loads(PUBLISHED.read_text(encoding="utf-8"))["entries"]):
+    for row, entry in itertools.product(group.rows, read_published()):
         one = row.first
         here = (name, one["method"], one["settings"], one["model"]["architecture"], one["metric"]["name"])
         same = tuple(entry[key] for key in ("table", "method", "settings", "architecture", "metric")) == here

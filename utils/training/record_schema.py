@@ -153,7 +153,7 @@ class Time(Struct):
 
 
 class Surgery(Struct):
-    """What surgery.py measured."""
+    """Measurements of surgery.py."""
 
     source_sha256: Text
     tested_on: Text
@@ -189,7 +189,9 @@ class Head(Struct):
     status: Text
 
 
-class Record(Struct):
+class Complete(Struct):
+    """The record of a finished run."""
+
     schema: Literal[SCHEMA]
     status: Literal[COMPLETE]
     table: Text
