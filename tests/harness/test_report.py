@@ -169,15 +169,18 @@ def test_a_page_changes_only_between_the_markers_and_only_once(folder):
     assert Path("page.md").read_bytes() == once
 
 
-@pytest.mark.parametrize("text", ["no markers", "<!-- table1:begin -->", "<!-- table1:end --><!-- table1:begin -->", None])
-def test_a_page_without_markers_is_refused(folder, capsys, text):
+MARKED = b"<!-- table1:begin --> <!-- table1:end -->"
+
+
+@pytest.mark.parametrize("text", [b"no markers", MARKED[:21], MARKED[22:] + MARKED[:21], MARKED * 2, b"\xff" + MARKED, None])
+def test_a_page_without_markers_or_not_utf_8_is_refused(folder, capsys, text):
     store(record())
     if text is None:
         Path("page.md").unlink()
     else:
-        Path("page.md").write_text(text)
+        Path("page.md").write_bytes(text)
     assert "page.md" in refusal(["table1", "--page", "page.md"], capsys)
-    assert text is None or Path("page.md").read_text() == text
+    assert text is None or Path("page.md").read_bytes() == text
 
 
 BROKEN = [
@@ -216,11 +219,74 @@ def test_broken_records_are_refused_by_name(folder, capsys, name, value, fault):
     assert error.startswith("error: results/table1/1.json") and fault in error
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
-def test_a_file_that_is_no_record_is_refused(folder, capsys, text):
-    Path("results/table1").mkdir(parents=True)
-    Path("results/table1/x.json").write_text(text)
-    assert "results/table1/x.json" in refusal(["table1"], capsys)
+NO_RECORD = {
+    "not JSON": (lambda path: path.write_text("{"), "is not readable as JSON"),
+    "a list": (lambda path: path.write_text("[1]"), "is not a JSON object"),
+    "binary": (lambda path: path.write_bytes(b"\x00\xff"), "is not readable as JSON"),
+    "nested": (lambda path: path.write_text("[" * 100_000 + "]" * 100_000), "is nested deeper"),
+    "1 GB": (lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 30), "is larger than 64 MB"),
+    "a pipe": (os.mkfifo, "is not a file"),
+    "a folder": (Path.mkdir, "is not a file"),
+    "a circle": (lambda path: path.symlink_to(path), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_RECORD)
+def test_a_file_that_is_no_record_is_refused(folder, capsys, kind):
+    make, fault = NO_RECORD[kind]
+    Path("runs/a").mkdir(parents=True)
+    make(Path("runs/a/result.json"))
+    for argv in (["table1", "--runs", "runs"], ["table1", "--results", "runs"], ["--collect", "runs/a"]):
+        error = refusal(argv, capsys)
+        assert error.startswith("error: runs/a/result.json") and fault in error
+
+
+NO_PLACE = {
+    "a file in the way": (lambda: Path("place").write_text("kept"), "place/below"),
+    "a pipe": (lambda: os.mkfifo("place"), "place"),
+    "a circle": (lambda: Path("place").symlink_to("place"), "place"),
+    "a name too long": (lambda: None, "a/" + "b" * 300),
+    "/proc": (lambda: None, "/proc/place"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PLACE)
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_left(folder, capsys, kind):
+    make, place = NO_PLACE[kind]
+    store(record())
+    make()
+    before = sorted(folder.rglob("*"))
+    for flag in ("--latex", "--page", "--figs"):
+        error = refusal(["table1", flag, place], capsys)
+        assert error.startswith(f"error: {place}") and len(error) < 600
+        assert sorted(folder.rglob("*")) == before
+
+
+def test_collect_is_refused_where_nothing_can_be_written(folder, capsys):
+    run_folder("runs/a", record())
+    Path("results").write_text("kept")
+    assert "results/table1/smoe_dropout/" in refusal(["--collect", "runs/a"], capsys) and Path("results").read_text() == "kept"
+
+
+def test_a_record_whose_digit_was_changed_is_refused(folder, capsys):
+    """A record of an earlier version has no checksum; it is taken, and a note says so."""
+    store(record(), dense())
+    main(["table1"])
+    assert "note: results/table1/0.json and 1 more have no checksum" in capsys.readouterr().err
+    for path in Path("results/table1").iterdir():
+        documents.write(path, json.loads(path.read_text()))
+    main(["table1"])
+    assert "note" not in capsys.readouterr().err
+    path = Path("results/table1/0.json")
+    path.write_text(path.read_text().replace("2.7", "2.6", 1))
+    assert "does not match its checksum" in refusal(["table1"], capsys)
+
+
+def test_what_a_run_lost_is_a_footnote_of_its_row(folder, capsys):
+    store(record(lost=["metrics.jsonl before step 400", "env.json"]), record(seed=2), dense())
+    main(["table1"])
+    out = capsys.readouterr().out
+    assert "- SMoE-Dropout, seed 1: parts of its run folder were damaged and are lost: metrics.jsonl before step 400; env.json." in out
 
 
 def test_incomplete_and_foreign_records_are_named_and_left_out(folder, capsys):

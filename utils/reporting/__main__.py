@@ -69,7 +69,8 @@ def draw(name: str, tables: Iterable[Table], folder: Path) -> None:
     from utils.reporting import figures  # here, because it imports matplotlib, which tables do without
 
     for figure in (figure for table in tables for figure in table.figures):
-        getattr(figures, figure.function)(*figure.arguments, folder / name / figure.name)
+        with writing(folder / name / figure.name) as file:
+            getattr(figures, figure.function)(*figure.arguments, file)
         print(f"drawn {folder / name / figure.name}", file=sys.stderr)
 
 

@@ -21,7 +21,6 @@ from utils.reporting import surgery_table
 from utils.reporting.ablations import ABLATIONS, Ablation, gaps
 from utils.reporting.groups import Group, Row, mean_and_spread, quality_points
 from utils.reporting.labels import phrases
-from utils.reporting.pages import writing
 from utils.reporting.records import split_of
 from utils.reporting.tables import differences, values_at
 
@@ -94,8 +93,7 @@ def save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
-    with writing(path) as file:
-        documents.replace(file, content.getvalue())
+    documents.replace(path, content.getvalue())
 
 
 def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, dict]) -> None:
