@@ -311,7 +311,7 @@ def save(
     writer.add_json(f"rank{engine.rank}.json", {"loss_sum": state.loss_sum, "loss_tokens": state.loss_tokens})
     engine.barrier()
     if engine.is_main:
-        save_model(model, writer.partial)
+        save_model(model, writer.partial, manifest=False)  # the checkpoint has its own
         writer.add("optimizer.safetensors", storage.optimizer_tensors(optimizer))
         if average:
             writer.add("average.safetensors", average.state())

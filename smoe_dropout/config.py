@@ -1,12 +1,13 @@
 """Configuration of MoE layers, validated on construction. Does not import torch."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, get_args
 
+from smoe_dropout.arguments import LARGEST, is_finite, plain, shown, too_large
+from smoe_dropout.files import parse_json
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
@@ -93,11 +94,11 @@ class SMoEConfig:
         """One sentence for each invalid field."""
         found, E = [], self.num_experts
         if not _is_count(E):
-            found.append(f"num_experts = {E!r} must be a whole number of at least 1")
+            found.append(f"num_experts = {shown(E)} must be a whole number of at least 1{too_large(E)}")
         if not _is_count(self.top_k) or (_is_count(E) and self.top_k > E):
-            found.append(f"top_k = {self.top_k!r} must be a whole number from 1 to num_experts = {E!r}")
+            found.append(f"top_k = {shown(self.top_k)} must be a whole number from 1 to num_experts = {shown(E)}")
         if self.d_expert is not None and not _is_count(self.d_expert):
-            found.append(f"d_expert = {self.d_expert!r} must be a whole number of at least 1, or None")
+            found.append(f"d_expert = {shown(self.d_expert)} must be a whole number of at least 1{too_large(self.d_expert)}, or None")
         names = {"router": [*ROUTERS, *ROUTER_ALIASES], "backend": ["auto", *BACKENDS], "method": [*METHODS]}
         for kind, known in names.items():
             if (given := getattr(self, kind)) not in known and not (kind == "method" and given is None):
@@ -109,10 +110,10 @@ class SMoEConfig:
         for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
             if getattr(self, name) not in get_args(choices):
                 found.append(unknown(name, str(getattr(self, name)), list(get_args(choices))))
-        if self.balance_loss is not None and not (_is_finite(self.balance_loss) and self.balance_loss >= 0):
-            found.append(f"balance_loss = {self.balance_loss!r} must be a number and not negative")
-        if not (_is_finite(self.init_std) and self.init_std > 0):
-            found.append(f"init_std = {self.init_std!r} must be a positive number")
+        if self.balance_loss is not None and not (is_finite(self.balance_loss) and self.balance_loss >= 0):
+            found.append(f"balance_loss = {shown(self.balance_loss)} must be a number and not negative")
+        if not (is_finite(self.init_std) and self.init_std > 0):
+            found.append(f"init_std = {shown(self.init_std)} must be a positive number")
         if self.layers is not None:
             found += layer_mistakes(self.layers)
         if self.experts_by_layer is not None:
@@ -120,9 +121,11 @@ class SMoEConfig:
         if self.sites is not None:
             found += site_mistakes(self.sites)
         if self.expert_rank is not None and not _is_count(self.expert_rank):
-            found.append(f"expert_rank = {self.expert_rank!r} must be a whole number of at least 1, or None")
-        if not (_is_finite(self.sparse_share) and 0 < self.sparse_share <= 1):
-            found.append(f"sparse_share = {self.sparse_share!r} must be a number above 0 and at most 1")
+            found.append(
+                f"expert_rank = {shown(self.expert_rank)} must be a whole number of at least 1{too_large(self.expert_rank)}, or None"
+            )
+        if not (is_finite(self.sparse_share) and 0 < self.sparse_share <= 1):
+            found.append(f"sparse_share = {shown(self.sparse_share)} must be a number above 0 and at most 1")
         if self.expert_rank is None and self.sparse_share != 1:
             found.append(f"sparse_share = {self.sparse_share!r} has no effect without expert_rank: leave it out")
         if self.expert_rank is not None and self.expert_init != "fresh":
@@ -173,8 +176,10 @@ class SMoEConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "SMoEConfig":
-        """Inverse of `to_json`. ConfigError for unknown or invalid fields, ValueError for invalid JSON."""
-        return cls.from_dict(json.loads(text))
+        """Inverse of `to_json`. ConfigError for invalid JSON, and for unknown or invalid fields."""
+        if not isinstance(text, str | bytes):
+            raise ConfigError(f"the configuration is a {type(text).__name__}, not JSON")
+        return cls.from_dict(parse_json(text, "the configuration"))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SMoEConfig":
@@ -225,14 +230,11 @@ def _plain(value: Any) -> Any:
     """Lists and ranges as tuples, and numbers of other libraries, such as numpy's, as Python's."""
     if isinstance(value, list | tuple | range):
         return tuple(map(_plain, value))
+    value = plain(value)
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    return float(value) if is_finite(value) else value
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST

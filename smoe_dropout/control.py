@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.arguments import require_module, truth, whole
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
@@ -18,7 +18,8 @@ from smoe_dropout.registry import PACKAGE
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    """Names and modules of all MoE layers, in the model's order."""
+    """Names and modules of all MoE layers, in the model's order. ConfigError for something that is not a model."""
+    require_module(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
 
 
@@ -45,32 +46,36 @@ def set_top_k(model: nn.Module, k: int) -> None:
     """Activate k experts per token in every MoE layer.
 
     If layers differ in their number of experts, k may be up to the largest, and layers with fewer than k activate all of theirs. Raises
-    ValueError for any other k, and if the model has no MoE layers.
+    ConfigError for any other k, and if the model has no MoE layers.
     """
     layers = _layers_or_raise(model)
-    if not isinstance(k, Integral) or isinstance(k, bool):  # Integral includes numpy's integers
-        raise ValueError(f"k = {k!r} must be a whole number")
-    counts = [layer.num_experts for _, layer in layers]
-    if not 1 <= k <= max(counts):
-        of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
-        raise ValueError(f"k = {k} must be a whole number from 1 to the {max(counts)} experts of {of}")
+    k = _checked_k(layers, k)
     for _, layer in layers:
-        layer.top_k = min(int(k), layer.num_experts)
+        layer.top_k = min(k, layer.num_experts)
     _propagate(model, layers)
 
 
+def _checked_k(layers: list[tuple[str, MoELayer]], k: int) -> int:
+    """k as a Python integer. ConfigError unless it is a whole number that some layer has experts for."""
+    k, counts = whole("k", k, None, None), [layer.num_experts for _, layer in layers]
+    if not 1 <= k <= max(counts):
+        of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
+        raise ConfigError(f"k = {k} must be a whole number from 1 to the {max(counts)} experts of {of}")
+    return k
+
+
 def get_top_k(model: nn.Module) -> int:
-    """The k that `set_top_k` would set. ValueError if the model has no MoE layers, or they do not agree."""
+    """The k that `set_top_k` would set. ConfigError if the model has no MoE layers, or they do not agree."""
     layers = _layers_or_raise(model)
     k = _largest_k(layers)
     if any(layer.top_k != min(k, layer.num_experts) for _, layer in layers):
-        raise ValueError(f"the MoE layers have different k: {dict((name, layer.top_k) for name, layer in layers)}")
+        raise ConfigError(f"the MoE layers have different k: {dict((name, layer.top_k) for name, layer in layers)}")
     return k
 
 
 @contextmanager
 def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
-    """Context manager that activates k experts and restores each layer's k on exit. ValueError as in `set_top_k`."""
+    """Context manager that activates k experts and restores each layer's k on exit. ConfigError as in `set_top_k`."""
     layers = _layers_or_raise(model)
     before = [(layer, layer.top_k) for _, layer in layers]
     set_top_k(model, k)
@@ -83,8 +88,8 @@ def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
 
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
-    """Freeze the routers' parameters, or unfreeze them with `frozen=False`. ValueError if the model has no MoE layers."""
-    layers = _layers_or_raise(model)
+    """Freeze the routers' parameters, or unfreeze them with `frozen=False`. ConfigError if the model has no MoE layers."""
+    layers, frozen = _layers_or_raise(model), truth("frozen", frozen)
     for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)
@@ -140,7 +145,7 @@ def _propagate(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: 
 def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
     layers = moe_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
     return layers
 
 
@@ -149,10 +154,11 @@ def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Modul
 
     This is the paper's self-slimmable inference: time and active parameters decrease with k. All experts are kept; `operate` removes some.
     dtype: precision of all weights except those that determine the routing, whose rounding could change which experts are chosen. Raises
-    ValueError for a model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
+    ConfigError for a model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
+        raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
+    k = _checked_k(_layers_or_raise(model), k)
     slimmed = copy.deepcopy(model).eval().requires_grad_(False)
     set_top_k(slimmed, k)
     if dtype is not None:

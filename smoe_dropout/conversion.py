@@ -7,12 +7,12 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from smoe_dropout import hosts
+from smoe_dropout.arguments import require_module
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
 from smoe_dropout.hosts.attention import attention_before, keep_probabilities
@@ -145,13 +145,6 @@ def _warn(sentence: str) -> None:
     warnings.warn(sentence, ConversionWarning, stacklevel=3)
 
 
-def require_module(model: object) -> None:
-    """Raise ConfigError for something that is not a model."""
-    if not isinstance(model, nn.Module):
-        hint = ": load the model first" if isinstance(model, str | Path) else ""
-        raise ConfigError(f"model is a {type(model).__name__}, not an nn.Module{hint}")
-
-
 def planned(model: nn.Module, config: SMoEConfig) -> Plan:
     """Check a conversion without changing anything. ConfigError as `moefy`."""
     require_module(model)
@@ -175,6 +168,10 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
     refuse_tied(model, sites)
     if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
         raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
+    for site, its in zip(sites, map(config.of_layer, range(len(sites))), strict=True):
+        numbers = 3 * its.num_experts * (its.d_expert or -(-site.d_ff // its.num_experts)) * site.d_model
+        if numbers >= 2**60:  # more than can be addressed
+            raise ConfigError(f"num_experts = {its.num_experts} and d_expert = {its.d_expert} are experts of {numbers:.0e} parameters")
     needs = kind.needs | load(ROUTERS, "router", config.router).needs
     attentions = tuple(attention_before(model, site, "probabilities" in needs) if "attention" in needs else None for site in sites)
     embedding = token_embedding(model) if "tokens" in needs else None

@@ -1,7 +1,8 @@
-"""JSON files from outside: read with limits on their size and depth, and one kind of error."""
+"""Files: JSON from outside is read with limits on its size and depth, and one kind of error for each direction."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(content, path)
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Contents of a JSON file with an object. ConfigError as for `read_json`."""
+    if not isinstance(found := read_json(path), dict):
+        raise ConfigError(f"{path} is damaged: not a JSON object")
+    return found
+
+
 def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
     """Value of a JSON text; `source` says in messages where it comes from. ConfigError as for `read_json`."""
     if len(content) > LARGEST:
@@ -37,6 +45,19 @@ def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
     if too_deep:
         raise ConfigError(f"{source} is nested deeper than {DEEPEST} levels")
     return value
+
+
+def write_tensors(tensors: dict[str, Any], path: Path, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError if that is not possible, in place of the error of safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, header)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise
 
 
 def _exceeds(value: Any, levels: int) -> bool:

@@ -1,22 +1,26 @@
 """Self-describing weight folders, loaded strictly, and conversion from and to the official checkpoint format.
 
-A folder holds `model.safetensors`, with tied tensors stored once, and `smoe_config.json`, which is absent for a dense model.
+A folder holds `model.safetensors`, with tied tensors stored once, `smoe_config.json`, which is absent for a dense model, and a manifest.
 """
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from smoe_dropout import arguments
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions
+from smoe_dropout.files import read_json, read_object, write_tensors
+from smoe_dropout.manifest import MANIFEST, hashes, publish, room, verified
 from smoe_dropout.options import ConfigError, build_options
 from smoe_dropout.registry import ROUTERS, load
 
 WEIGHTS, CONFIG = "model.safetensors", "smoe_config.json"
+STATE = "state.json"  # of a run's checkpoint, whose manifest is the run's own and is verified by it
 
 # official name -> ours, for a Transformer-XL; `{}` is the layer. Official experts store the second map as [E, D, H], ours as [E, H, D]
 _OFFICIAL = {
@@ -48,38 +52,89 @@ _OURS = {ours: official for official, ours in _OFFICIAL.items()}
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state by name, contiguous and on the CPU; a tensor with several names only under the first."""
+    return {name: tensor.cpu().contiguous() for name, tensor in _named_once(model).items()}
+
+
+def _named_once(model: nn.Module) -> dict[str, Tensor]:
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if (identity := (tensor.data_ptr(), tensor.shape, tensor.stride())) not in seen or tensor.numel() == 0:
             seen.add(identity)
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.detach()
     return tensors
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write the model's weights and configuration to the folder, creating it if needed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)
+def save_model(model: nn.Module, folder: str | Path, manifest: bool = True) -> None:
+    """Write the model's weights and configuration to the folder, creating it if needed; an earlier save by this function is overwritten.
+
+    An interrupted save leaves the folder as it was, or one that `load_weights` rejects. manifest: False writes straight to the folder
+    and no manifest, for a caller that does both. Raises ConfigError for a model without values, on the meta device, and for a folder of
+    another kind; OSError if the files cannot be written.
+    """
+    arguments.require_weights(model)
+    folder = arguments.path("folder", folder)
+    if not manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        return _write(model, folder)
+    if (folder / MANIFEST).exists() and not _is_ours(stored := read_object(folder / MANIFEST)):
+        kind = "a model of save_pretrained" if "complete" in stored else f"another {MANIFEST}"
+        raise ConfigError(f"{folder} holds {kind}: choose a new folder, or remove it first")
+    with room(folder) as made:
+        _write(model, made)
+        publish(made, folder, (CONFIG, WEIGHTS))
+
+
+def _is_ours(stored: Mapping[str, object]) -> bool:
+    """Whether a manifest is that of `save_model`, or of an interrupted save."""
+    names = stored.get("sha256", {})
+    return "complete" in stored and isinstance(names, dict) and names.keys() <= {CONFIG, WEIGHTS}
+
+
+def _write(model: nn.Module, folder: Path) -> None:
     if configs := conversions(model):
         texts = [config.to_json() for config in configs]
         (folder / CONFIG).write_text(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]")
-    save_file(stored_tensors(model), folder / WEIGHTS)
+    write_tensors(stored_tensors(model), folder / WEIGHTS)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load a folder into a model of the same architecture and configuration, and return the model.
 
     Raises ConfigError, leaving the model untouched, for a missing or unexpected tensor, a different shape or dtype, a different
-    configuration of the experts, or an unreadable file.
+    configuration of the experts, an unreadable file, an interrupted save, and a file that differs from the manifest. A checkpoint of a run
+    has a manifest of its own, which is not read here; folders of version 0.1 have none.
     """
-    folder = Path(folder)
+    arguments.require_weights(model)
+    folder = arguments.path("folder", folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder: save_model(model, folder) writes one")
+    with verified(_hashes(folder), folder, lambda name: folder / name if (folder / name).is_file() else None):
+        tensors = _fitting(model, folder)
+    model.load_state_dict(tensors, strict=False)  # the names were compared; tied tensors are stored once
+    return model
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    path = folder / MANIFEST
+    if (folder / STATE).exists() or not path.exists():
+        return {}
+    found = hashes(path)
+    if WEIGHTS not in found:
+        raise ConfigError(f"{path} does not list {WEIGHTS}: this is not a folder of save_model")
+    if (folder / CONFIG).exists() and CONFIG not in found:
+        raise ConfigError(f"{folder / CONFIG} is not part of the save: remove it")
+    return found
+
+
+def _fitting(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder. ConfigError unless they are those of this model."""
     _check_config(model, folder)
     try:
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: a precision that torch does not have
         raise ConfigError(f"{folder / WEIGHTS} cannot be read: {error}") from None
-    expected = stored_tensors(model)
+    expected = _named_once(model)
     if tensors.keys() != expected.keys():
         missing, foreign = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise ConfigError(f"{folder / WEIGHTS} belongs to another model: missing {missing[:4]}, unexpected {foreign[:4]}")
@@ -87,13 +142,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
         found, wanted = (f"shape {tuple(t.shape)} of {t.dtype}" for t in (tensor, expected[name]))
         if found != wanted:
             raise ConfigError(f"{folder / WEIGHTS}: {name} has {found}, the model expects {wanted}")
-    model.load_state_dict(tensors, strict=False)  # the names were compared above; tied tensors are stored once
-    return model
+    return tensors
 
 
 def _check_config(model: nn.Module, folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder: save_model(model, folder) writes one")
     ours, path = conversions(model), folder / CONFIG
     if path.exists() != bool(ours):
         raise ConfigError(
@@ -101,10 +153,10 @@ def _check_config(model: nn.Module, folder: Path) -> None:
         )
     if not ours:
         return
+    found = read_json(path)
     try:
-        found = json.loads(path.read_text())
         stored = [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) else [found])]
-    except (TypeError, ValueError) as error:  # not JSON, or not a configuration
+    except (TypeError, ValueError) as error:  # not a configuration
         raise ConfigError(f"{path} is damaged: {error}") from None
     if len(stored) != len(ours):
         raise ConfigError(f"{path} describes a model converted in {len(stored)} steps, but this one was in {len(ours)}")
@@ -127,20 +179,34 @@ def _compare(stored: SMoEConfig, ours: SMoEConfig, path: Path) -> None:
         if getattr(stored, name) != getattr(ours, name):
             raise ConfigError(f"{path} has {name} = {getattr(stored, name)!r}, but the model has {getattr(ours, name)!r}")
     kind = load(ROUTERS, "router", ours.router).Options
-    routed = [build_options(kind, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
+    try:
+        routed = [build_options(kind, config.options, dict.fromkeys(config.options)) for config in (stored, ours)]
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
     if routed[0] != routed[1]:
         raise ConfigError(f"{path} has a router with {routed[0]}, but the model has {routed[1]}")
 
 
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert tensors from the official names and layouts to ours. ConfigError for a name that is not official."""
+    _require_tensors(tensors)
     return {_translate(name, _OFFICIAL): _transpose_down(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `from_official`."""
+    _require_tensors(tensors)
     translated = {name: _translate(name, _OURS) for name in tensors}
     return {translated[name]: _transpose_down(translated[name], tensor) for name, tensor in tensors.items()}
+
+
+def _require_tensors(tensors: object) -> None:
+    if not isinstance(tensors, Mapping):
+        raise ConfigError(f"tensors is a {type(tensors).__name__}, not a dict of tensors by name")
+    if wrong := [name for name, tensor in tensors.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]:
+        raise ConfigError(f"the entry {wrong[0]!r} is not a tensor with a name")
+    if flat := [name for name, tensor in tensors.items() if name.endswith(("htoh4.weight", "h4toh.weight", ".down")) and tensor.dim() != 3]:
+        raise ConfigError(f"{flat[0]} has shape {tuple(tensors[flat[0]].shape)}, but maps of experts are stacked: [E, H, D]")
 
 
 def _transpose_down(official_name: str, tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Options of a method or router, declared as a frozen dataclass in its file. Does not import torch."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
@@ -47,11 +48,14 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             return words[value.lower()]
         if kind is bool and not isinstance(value, bool):
             raise ValueError
+        if kind in (int, float) and (isinstance(value, bool) or not math.isfinite(float(value))):
+            raise ValueError
         if kind is int and not float(value).is_integer():
             raise ValueError
         return kind(float(value)) if kind is int else kind(value)
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"option {name} = {value!r} must be of type {kind.__name__}") from None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        kinds = {int: "a whole number", float: "a finite number", bool: "True or False"}
+        raise ConfigError(f"option {name} = {value!r} must be {kinds.get(kind, kind.__name__)}") from None
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.arguments import shown
 from smoe_dropout.control import moe_layers
 from smoe_dropout.layer import MoELayer
+from smoe_dropout.options import ConfigError
 from smoe_dropout.recomputation import recomputing
 from smoe_dropout.shared import Shared
 
@@ -164,10 +166,12 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
 
     mask: [B, T], shaped as the tokens that the MoE layers see; layers with tokens of another shape ignore it. Models of transformers and
     torch's Transformer layers need it only where their own masks do not say. It takes precedence over these. What the model computes does
-    not change. ValueError if the model has no MoE layers.
+    not change. ConfigError if the model has no MoE layers, or for something that is not such a tensor.
     """
     if not (layers := moe_layers(model)):
-        raise ValueError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.is_complex():
+        raise ConfigError(f"mask = {shown(mask)} must be a tensor [B, T] that is nonzero at the tokens that count")
     before = {layer.shared: layer.shared.given for _, layer in layers}
     for shared in before:
         shared.given = mask > 0

@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from smoe_dropout.arguments import LARGEST, whole
+from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import unknown
 
 _DOUBLING = (1, 2, 4, 8, 16)
@@ -39,8 +41,8 @@ SCHEDULES: dict[str, Callable[["TopKSchedule", int], int]] = {
 class TopKSchedule:
     """k(step) within k_min..k_max; steps beyond `total_steps` keep the last value. Paper section 3.2: linear from E/2 to E.
 
-    mode: a name in `SCHEDULES`. seed: of modes that draw k at random. Raises ValueError for an unknown mode, k_min > k_max, k_min < 1 or
-    total_steps < 1.
+    mode: a name in `SCHEDULES`. seed: of modes that draw k at random. Raises ConfigError for an unknown mode, k_min > k_max, and numbers
+    that are not whole or below 1.
     """
 
     mode: str
@@ -50,17 +52,17 @@ class TopKSchedule:
     seed: int = 0
 
     def __post_init__(self):
-        if self.mode not in SCHEDULES:
-            raise ValueError(unknown("schedule", self.mode, SCHEDULES))
-        if not 1 <= self.k_min <= self.k_max:
-            raise ValueError(f"k_min = {self.k_min} and k_max = {self.k_max} must satisfy 1 <= k_min <= k_max")
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps = {self.total_steps} must be at least 1")
+        if not isinstance(self.mode, str) or self.mode not in SCHEDULES:
+            raise ConfigError(unknown("schedule", str(self.mode), SCHEDULES))
+        for name, least, most in (("k_min", 1, LARGEST), ("k_max", 1, LARGEST), ("total_steps", 1, None), ("seed", None, None)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least, most))
+        if self.k_min > self.k_max:
+            raise ConfigError(f"k_min = {self.k_min} and k_max = {self.k_max} must satisfy 1 <= k_min <= k_max")
 
     def __str__(self) -> str:
         return f"{self.mode}, {self.k_min} to {self.k_max} over {self.total_steps:,} steps"
 
     def __call__(self, step: int) -> int:
-        """The k of this step, counted from 0."""
-        k = SCHEDULES[self.mode](self, min(step, self.total_steps))
+        """The k of this step, counted from 0. ConfigError unless it is a whole number of at least 0."""
+        k = SCHEDULES[self.mode](self, min(whole("step", step, 0, None), self.total_steps))
         return min(max(k, self.k_min), self.k_max)

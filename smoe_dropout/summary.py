@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.arguments import require_module
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions, moe_layers
-from smoe_dropout.conversion import converted_networks, numbered, planned, require_module
+from smoe_dropout.conversion import converted_networks, numbered, planned
 from smoe_dropout.hosts import find_sites, why_not
 from smoe_dropout.hosts.original import base, dense_tensors
 from smoe_dropout.hosts.site import Site

@@ -1,9 +1,9 @@
 """Progress of training for modules that depend on it, metrics reported by modules, and random draws shared by all processes."""
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
+
+from smoe_dropout.arguments import require_module, whole
 
 
 class FollowsTraining:
@@ -29,11 +29,10 @@ class Reports:
 def set_progress(model: nn.Module, step: int, total_steps: int) -> None:
     """Tell every module whose rate, temperature or competition depends on it that training is at `step` of `total_steps`.
 
-    Raises ValueError for a negative step, or fewer than one in total.
+    Raises ConfigError for a negative step, or fewer than one in total.
     """
-    for name, value, least in (("step", step, 0), ("total_steps", total_steps, 1)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} = {value!r} must be a whole number of at least {least}")
+    require_module(model)
+    step, total_steps = whole("step", step, 0, None), whole("total_steps", total_steps, 1, None)
     for module in model.modules():
         if isinstance(module, FollowsTraining):
             module.step, module.total_steps = step, total_steps
@@ -41,6 +40,7 @@ def set_progress(model: nn.Module, step: int, total_steps: int) -> None:
 
 def method_metrics(model: nn.Module) -> dict[str, float]:
     """Metrics of all modules that report any, keyed "module name.metric"."""
+    require_module(model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Reports)]
     return {f"{name}.{quantity}": value for name, module in found for quantity, value in module.metrics().items()}
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from smoe_dropout.arguments import shown, whole
 from smoe_dropout.control import expert_load, get_top_k, moe_layers, set_top_k
 from smoe_dropout.options import ConfigError
 from smoe_dropout.schedule import TopKSchedule
@@ -30,7 +31,7 @@ class TopKScheduleCallback(TrainerCallback):
     0 for a single expert to 1 for equal loads, and `expert_load_max`, that of the busiest expert as a multiple of an equal one; evaluations
     have them in the loggers with `eval_` in front.
 
-    Raises ValueError for an invalid schedule, and at the start of training ConfigError for a model without MoE layers, k_max or evaluate_at
+    Raises ConfigError for an invalid schedule, and at the start of training for a model without MoE layers, k_max or evaluate_at
     above the number of experts, or label smoothing, with which the Trainer computes the loss without the auxiliary losses.
     """
 
@@ -44,9 +45,11 @@ class TopKScheduleCallback(TrainerCallback):
         evaluate_at: int | None = None,
     ):
         if callable(mode) and (k_min, k_max, total_steps, seed) != (None, None, None, 0):
-            raise ValueError("a schedule that is a function takes neither k_min, k_max, total_steps nor seed: leave them out")
+            raise ConfigError("a schedule that is a function takes neither k_min, k_max, total_steps nor seed: leave them out")
         if not callable(mode) and None in (k_min, k_max):
-            raise ValueError(f"the schedule {mode!r} needs k_min and k_max")
+            raise ConfigError(f"the schedule {shown(mode)} needs k_min and k_max")
+        total_steps = None if total_steps is None else whole("total_steps", total_steps, 1, None)
+        evaluate_at = None if evaluate_at is None else whole("evaluate_at", evaluate_at)
         self.settings, self.total_steps, self.seed, self.evaluate_at = (mode, k_min, k_max), total_steps, seed, evaluate_at
         self.training_k: int | None = None  # during an evaluation
         self.hook: RemovableHandle | None = None

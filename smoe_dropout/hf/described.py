@@ -6,8 +6,10 @@ in their order. An entry with "module" was a conversion of that part of the mode
 
 import copy
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -152,6 +154,8 @@ def read(stored: dict[str, Any], **kwargs: Any) -> Any:
     kind, host = _host_class(stored), stored.get("host")
     if not isinstance(host, dict):
         raise ConfigError("it is damaged: host is missing")
+    if fault := next(foreign(host, "host"), None):
+        raise ConfigError(fault)
     if kind is None:
         raise ConfigError(f"it describes a {stored.get('host_model_type')!r} model, which transformers does not know")
     if not (entries := listed(stored.get(NAME))):
@@ -163,6 +167,41 @@ def read(stored: dict[str, Any], **kwargs: Any) -> Any:
     config.architectures = stored.get("architectures")
     placed_conversions(config)
     return (config, unused) if with_unused else config
+
+
+def foreign(value: Any, place: str) -> Iterator[str]:
+    """Sentence for each setting of a host that would make transformers run code or read files from elsewhere, or that is not a number.
+
+    What the caller asks for by an argument of from_pretrained is not among these.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        yield f"it is damaged: {place} is not a number"
+    for name, entry in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        here = f"{place}.{name}"
+        if str(name).strip("_").removesuffix("_internal") == "attn_implementation":
+            known = {None, "eager", *_attention()}
+            if wrong := [one for one in _leaves(entry) if not isinstance(one, str | None) or one not in known]:
+                yield (
+                    f"{here} = {wrong[0]!r} is not an attention of transformers itself, but may be code from elsewhere: if you trust it, "
+                    "remove it there and pass attn_implementation to from_pretrained"
+                )
+        elif name == "transformers_weights" and entry is not None:
+            yield f"{here} = {entry!r} names other weights than those of the folder: remove it"
+        elif name in ("backbone", "architecture") and isinstance(entry, str) and any(mark in entry for mark in "/:\\"):
+            yield f"{here} = {entry!r} names a model elsewhere: remove it"
+        else:
+            yield from foreign(entry, here)
+
+
+def _attention() -> list[str]:
+    """Names of the attentions of transformers, and of those registered in this process, that are no kernels of the hub."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "/" not in name]
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [leaf for entry in value.values() for leaf in _leaves(entry)] if isinstance(value, dict) else [value]
 
 
 def _host_class(stored: dict[str, Any]) -> type | None:

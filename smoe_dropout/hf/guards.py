@@ -15,9 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import try_to_load_from_cache
 
 from smoe_dropout.control import moe_layers
+from smoe_dropout.files import LARGEST, parse_json
 from smoe_dropout.hf import loading, saving
 from smoe_dropout.hf.described import NAME, Described
-from smoe_dropout.hf.folder import CONFIG, MANIFEST, read_json
+from smoe_dropout.hf.folder import CONFIG
+from smoe_dropout.manifest import MANIFEST
 from smoe_dropout.options import ConfigError
 
 _init, _save_pretrained = PreTrainedModel.__init__, PreTrainedModel.save_pretrained
@@ -67,8 +69,12 @@ def has_experts(source: Any, named: dict[str, Any]) -> bool:
             found = try_to_load_from_cache(source, name, named.get("cache_dir"), named.get("revision"))
     if not isinstance(found, str) or not os.path.isfile(found):
         return False
-    text = Path(found).read_text(errors="replace")
-    return f'"{NAME}"' in text and read_json(Path(found)).get("model_type") == NAME
+    with open(found, "rb") as file:
+        content = file.read(LARGEST + 1)
+    if f'"{NAME}"'.encode() not in content:
+        return False
+    stored = parse_json(content, found)
+    return isinstance(stored, dict) and stored.get("model_type") == NAME
 
 
 @functools.wraps(_save_pretrained)

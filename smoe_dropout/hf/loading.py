@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from smoe_dropout.control import moe_layers
 from smoe_dropout.conversion import ConversionWarning, moefy
+from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import Conversion, placed_conversions, plain
 from smoe_dropout.hf.folder import CONFIG, HUB, OLD_WEIGHTS, Files
 from smoe_dropout.options import ConfigError
@@ -29,7 +30,9 @@ def read_config(source: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[s
         return kwargs["config"], {name: value for name, value in kwargs.items() if name != "config"}
     dtypes = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
     hub = {name: kwargs[name] for name in HUB if name in kwargs}
-    asked = {name: value for name, value in kwargs.items() if value != "auto"}
+    asked = {"trust_remote_code": False} | {name: value for name, value in kwargs.items() if value != "auto"}
+    if (path := Path(source, kwargs.get("subfolder") or "", CONFIG)).is_file():
+        read_object(path)  # with its limits, which transformers does not have
     try:
         config, unused = transformers.AutoConfig.from_pretrained(source, return_unused_kwargs=True, **asked)
     except ConfigError as error:
@@ -89,6 +92,11 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         raise ConfigError(
             f"quantization_config: transformers would quantise the attention of {source} but not its experts; load it without"
         )
+    for name in ("variant", "gguf_file"):
+        if kwargs.get(name) is not None or kwargs.get("use_safetensors") is False:
+            raise ConfigError(
+                f"{name} or use_safetensors = False: a model with experts is loaded from the safetensors files of its save only"
+            )
     if not belongs(kind, config):
         raise ConfigError(f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one")
     files, building = Files(source, kwargs), converting(kind)

@@ -4,9 +4,6 @@ A folder holds what transformers writes, in its format, and a manifest with the 
 the model type, so that transformers builds the experts, or nothing.
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,15 @@ import transformers
 from torch import Tensor, distributed, nn
 from transformers.utils import hf_api
 
+from smoe_dropout.arguments import path as checked_path
+from smoe_dropout.arguments import truth
 from smoe_dropout.control import moe_layers
+from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import Described, is_pretrained_model
-from smoe_dropout.hf.folder import CONFIG, MANIFEST, is_part, read_json, sha256, write_json
+from smoe_dropout.hf.folder import CONFIG, is_part
 from smoe_dropout.hf.loading import read_config
 from smoe_dropout.hf.saving import describe_for_saving
+from smoe_dropout.manifest import MANIFEST, hashes, publish, room
 from smoe_dropout.options import ConfigError
 
 UPLOAD = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
@@ -33,7 +34,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, push_to_hub: bool = Fa
     that `from_pretrained` rejects. Raises ConfigError for a model without MoE layers or not from transformers, layers with different k, or
     a folder that holds another model.
     """
-    folder, kind = Path(folder), type(model).__name__
+    folder, kind, push_to_hub = checked_path("folder", folder), type(model).__name__, truth("push_to_hub", push_to_hub)
     if not is_pretrained_model(model):
         raise ConfigError(f"{kind} is not a model of the transformers library: use smoe_dropout.save_model(model, folder)")
     if not moe_layers(model):
@@ -44,13 +45,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, push_to_hub: bool = Fa
     if sharded := any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         kwargs["state_dict"] = whole_tensors(model, first)
     if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-        try:
-            model.save_pretrained(room, **kwargs)
-            _replace(room, folder, earlier)
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
+        with room(folder) as made:
+            model.save_pretrained(made, **kwargs)
+            publish(made, folder, earlier)
         if push_to_hub:
             _upload(folder, **hub)
     if sharded:
@@ -60,7 +57,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, push_to_hub: bool = Fa
 def _upload(folder: Path, repo_id: str | None = None, private: bool | None = None, token: Any = None, **commit: Any) -> None:
     """Upload the files of a save to a repository of the hub, which is made if needed."""
     repository = hf_api().create_repo(repo_id or folder.resolve().name, private=private, token=token, exist_ok=True).repo_id
-    files = [*read_json(folder / MANIFEST)["sha256"], MANIFEST]
+    files = [*hashes(folder / MANIFEST), MANIFEST]
     hf_api().upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, token=token, **commit)
 
 
@@ -87,7 +84,9 @@ def from_pretrained(source: str | Path, model_class: type | None = None, **kwarg
     ConfigError, naming file and tensor, for a damaged or modified file, an interrupted save, and a tensor that is missing, unexpected or of
     another shape. Requires transformers.
     """
-    path = Path(source)
+    path = checked_path("source", source)
+    if model_class is not None and not isinstance(model_class, type):
+        raise ConfigError(f"model_class = {model_class!r} must be a class, such as transformers.AutoModelForCausalLM")
     if not path.is_dir() and (isinstance(source, Path) or path.is_absolute() or len(path.parts) > 2):
         raise ConfigError(f"{source} is not a folder: save_pretrained(model, folder) writes one")
     config, kwargs = read_config(source, kwargs)
@@ -97,11 +96,11 @@ def from_pretrained(source: str | Path, model_class: type | None = None, **kwarg
             "load_weights for a folder of save_model"
         )
     if model_class is None:
-        model_class = getattr(transformers, str((config.architectures or [None])[0]), None)
+        named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+        model_class = getattr(transformers, str(named), None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise ConfigError(
-                f"{path / CONFIG}: {(config.architectures or [None])[0]!r} is not a model of transformers: pass yours as "
-                "from_pretrained(folder, model_class=...)"
+                f"{path / CONFIG}: {named!r} is not a model of transformers: pass yours as from_pretrained(folder, model_class=...)"
             )
     return model_class.from_pretrained(source, config=config, **kwargs)
 
@@ -109,29 +108,15 @@ def from_pretrained(source: str | Path, model_class: type | None = None, **kwarg
 def _earlier(folder: Path) -> list[str]:
     """Files of an earlier save in the folder. ConfigError if it holds files of another origin."""
     theirs = [path.name for path in folder.iterdir() if is_part(path.name)] if folder.is_dir() else []
-    if not (folder / MANIFEST).exists():
+    stored = read_object(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    if stored is None:
         earlier: list[str] = []
-    elif "complete" in (manifest := read_json(folder / MANIFEST)):
-        earlier = list(manifest.get("sha256", theirs))
+    elif stored.get("complete") is False:  # interrupted
+        earlier = theirs
+    elif "complete" in stored and CONFIG in (names := hashes(folder / MANIFEST)):
+        earlier = [*names]
     else:
         earlier, theirs = [], [*theirs, MANIFEST]
     if foreign := sorted(set(theirs) - set(earlier)):
         raise ConfigError(f"{folder} holds {', '.join(foreign)} of another model: choose a new folder, or remove them first")
     return earlier
-
-
-def _replace(room: Path, folder: Path, earlier: list[str]) -> None:
-    """Move the files of a save into the folder; until all are there, its manifest says that the save is not complete."""
-    names = sorted(path.name for path in room.iterdir())
-    for name in names:
-        with (room / name).open("rb") as file:
-            os.fsync(file.fileno())
-    hashes = {name: sha256(room / name) for name in names}
-    write_json(room / MANIFEST, {"complete": False})
-    os.replace(room / MANIFEST, folder / MANIFEST)
-    for name in set(earlier) - set(names):
-        (folder / name).unlink(missing_ok=True)
-    for name in names:
-        os.replace(room / name, folder / name)
-    write_json(room / MANIFEST, {"complete": True, "sha256": hashes})
-    os.replace(room / MANIFEST, folder / MANIFEST)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from smoe_dropout.arguments import SEEDS, require_weights, shown, truth, whole
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import configure, get_top_k, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
 from smoe_dropout.registry import SURGERIES, load, unknown
-from smoe_dropout.surgery.calibration import Calibration, calibrate, cuttable_layers
+from smoe_dropout.surgery.calibration import Calibration, calibrate, cuttable_layers, require_finite
 from smoe_dropout.surgery.groups import Expert
 
 __all__ = ["Calibration", "calibrate", "operate"]
@@ -37,14 +38,16 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     Raises ConfigError for a dense or compressed model, a router that cannot be reduced, an invalid `keep` or option, and a missing
     calibration or one of another model; ValueError if an expert to keep received no tokens.
     """
-    require(method in SURGERIES, unknown("method of surgery", method, SURGERIES))
+    require(isinstance(method, str) and method in SURGERIES, unknown("method of surgery", str(method), SURGERIES))
     surgery, layers = load(SURGERIES, "method of surgery", method), [layer for _, layer in cuttable_layers(model)]
     only_conversion(model)
-    _check(layers, keep)
+    require_weights(model)
+    keep = _checked(layers, keep)
     if foreign := sorted(options.keys() - surgery.OPTIONS.keys()):
         raise ConfigError(f"unknown option {foreign[0]} of {method!r}; options: {', '.join(surgery.OPTIONS) or 'none'}")
-    options = {**surgery.OPTIONS, **options}
+    options = {name: _option(name, options.get(name, default), type(default)) for name, default in surgery.OPTIONS.items()}
     if calibration is not None:
+        require(isinstance(calibration, Calibration), f"calibration is a {type(calibration).__name__}: calibrate(model, passes) makes one")
         calibration.check_of(model)
     require(calibration is not None or not surgery.NEEDS, f"{method!r} needs a calibration: calibrate(model, passes) makes one")
     calibrations = [None] * len(layers) if calibration is None else calibration.layers
@@ -64,18 +67,30 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     return made, moe_layers(made)[0][1].config
 
 
-def _check(layers: Sequence[MoELayer], keep: int) -> None:
+def _option(name: str, value: object, kind: type) -> object:
+    """An option's value as its default's type. ConfigError for another."""
+    if kind is bool:
+        return truth(name, value)
+    if kind is int:
+        return whole(name, value, *SEEDS)
+    require(isinstance(value, kind), f"{name} = {shown(value)} must be a {kind.__name__}")
+    return value
+
+
+def _checked(layers: Sequence[MoELayer], keep: int) -> int:
     most = max(layer.num_experts for layer in layers)
-    require(
-        isinstance(keep, int) and not isinstance(keep, bool) and 1 <= keep <= most,
-        f"keep = {keep!r} must be a whole number from 1 to the {most} experts of a layer",
-    )
+    try:
+        keep = whole("keep", keep, 1, most)
+    except ConfigError:
+        raise ConfigError(f"keep = {shown(keep)} must be a whole number from 1 to the {most} experts of a layer") from None
+    require_finite(layers)
     require(
         not any(isinstance(layer.experts, CompressedExperts) for layer in layers),
         "the experts are already compressed: operate on the uncompressed model, and compress last",
     )
     widths = sorted({layer.experts.down.shape[1] for layer in layers})
     require(len(widths) == 1, f"the layers have experts of different widths {widths}, which a single d_expert cannot describe")
+    return keep
 
 
 @torch.no_grad()

@@ -6,17 +6,19 @@ Collected while the model reads a text or the rows of a task, and stored in a sm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smoe_dropout import arguments
+from smoe_dropout.arguments import SEEDS, require_weights, whole
 from smoe_dropout.control import get_top_k, moe_layers, top_k
+from smoe_dropout.files import parse_json, write_tensors
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
 from smoe_dropout.routers import LinearRouter
@@ -53,21 +55,43 @@ class Calibration:
         """Write a safetensors file."""
         tensors = {f"{index}.{name}": tensor for index, layer in enumerate(self.layers) for name, tensor in layer._asdict().items()}
         header = {"names": self.names, "k": self.k, "tokens": self.tokens}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"calibration": json.dumps(header)})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_tensors(tensors, arguments.path("path", path), {"calibration": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read a file written by `save`. ConfigError if it cannot be read or is not a calibration."""
+        path = arguments.path("path", path)
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["calibration"])
-                layers = [
-                    LayerCalibration(*(file.get_tensor(f"{index}.{name}") for name in LayerCalibration._fields))
-                    for index in range(len(header["names"]))
-                ]
-            return cls(tuple(header["names"]), tuple(layers), header["k"], header["tokens"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                header = parse_json((file.metadata() or {})["calibration"], "its header")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls._of(header, tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a calibration: {error}") from None
+
+    @classmethod
+    def _of(cls, header: dict, tensors: dict[str, Tensor]) -> Calibration:
+        names = header["names"]
+        require(isinstance(names, list) and all(isinstance(name, str) for name in names), "names is not a list of names")
+        expected = {f"{index}.{name}" for index in range(len(names)) for name in LayerCalibration._fields}
+        require(bool(names) and tensors.keys() == expected, f"it has not the tensors of {len(names)} layers")
+        k, tokens = whole("k", header["k"]), whole("tokens", header["tokens"], 1, None)
+        layers = [LayerCalibration(*(tensors[f"{index}.{name}"] for name in LayerCalibration._fields)) for index in range(len(names))]
+        for name, (usage_E, weight_E, logits_SE, inputs_SD) in zip(names, layers, strict=True):
+            sizes = [tensor.shape for tensor in (usage_E, weight_E, logits_SE)] if inputs_SD.dim() == logits_SE.dim() == 2 else []
+            fits = sizes and sizes[0] == sizes[1] == sizes[2][1:] and len(logits_SE) == len(inputs_SD) > 0
+            require(bool(fits), f"the tensors of {name!r} do not fit together")
+        return cls(tuple(names), tuple(layers), k, tokens).checked()
+
+    def checked(self) -> Calibration:
+        """This calibration. ConfigError if its numbers are not finite, as those of a model with NaN, or are not fractions."""
+        for name, layer in zip(self.names, self.layers, strict=True):
+            require(all(bool(tensor.isfinite().all()) for tensor in layer), f"the calibration of {name!r} has numbers that are not finite")
+            for shares_E in (layer.usage_E, layer.weight_E):
+                fractions = shares_E.is_floating_point() and bool((shares_E >= 0).all()) and abs(float(shares_E.sum()) - 1) < 1e-3
+                require(fractions, f"the usage of experts of {name!r} does not sum to 1")
+        return self
 
     def check_of(self, model: nn.Module) -> None:
         """Raise ConfigError unless the model has MoE layers with these names and sizes."""
@@ -105,13 +129,20 @@ def calibrate(
     and if no position counts or reaches a layer; ValueError for an invalid k or a mask of the wrong size.
     """
     layers, modes = cuttable_layers(model), [(module, module.training) for module in model.modules()]
-    k = get_top_k(model) if k is None else k
+    require_weights(model)
+    seed, sample = whole("seed", seed, *SEEDS), whole("sample", sample)
+    require(
+        isinstance(passes, Iterable) and not isinstance(passes, Tensor),
+        f"passes is a {type(passes).__name__}, not pairs of a function and a mask",
+    )
+    k = get_top_k(model) if k is None else whole("k", k)
     watches = [_Watch(layer, torch.Generator().manual_seed(seed), sample) for _, layer in layers]
     with top_k(model, k):
         hooks = [layer.experts.register_forward_pre_hook(watch.see) for (_, layer), watch in zip(layers, watches, strict=True)]
         model.eval()
         try:
-            for run, real in passes:
+            for one in passes:
+                run, real = _checked_pass(one)
                 for watch in watches:
                     watch.real = real
                 run()
@@ -124,7 +155,24 @@ def calibrate(
     require(any(watch.tokens for watch in watches), "the calibration data has no positions to count: it is empty or all padding")
     unseen = [name for (name, _), watch in zip(layers, watches, strict=True) if not watch.tokens]
     require(not unseen, f"no position of the calibration data reached {', '.join(unseen)}: the passes must run every MoE layer")
-    return Calibration(tuple(name for name, _ in layers), tuple(watch.result() for watch in watches), k, tokens)
+    return Calibration(tuple(name for name, _ in layers), tuple(watch.result() for watch in watches), k, tokens).checked()
+
+
+def _checked_pass(one: object) -> tuple[Callable[[], object], Tensor | None]:
+    """A pair that `calibrate` takes. ConfigError for anything else: a mask of numbers would count other positions."""
+    fits = isinstance(one, tuple | list) and len(one) == 2 and callable(one[0])
+    require(fits, "each of the passes must be a pair of a function that runs the model and a mask or None")
+    run, real = one
+    masks = real is None or (isinstance(real, Tensor) and real.dtype == torch.bool)
+    require(masks, f"the mask of a pass is a {getattr(real, 'dtype', type(real).__name__)}: it must be a bool tensor, or None for all")
+    return run, real
+
+
+def require_finite(layers: Sequence[MoELayer]) -> None:
+    """Raise ConfigError for experts or routers with values that are not finite, of which no order or mean means anything."""
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            require(bool(parameter.isfinite().all()), f"{name} of an MoE layer has values that are not finite: the training has diverged")
 
 
 class _Watch:

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoe_dropout.arguments import is_finite, require_weights, shown, whole
 from smoe_dropout.control import configure, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts, factored, sparse_units
 from smoe_dropout.options import require
+from smoe_dropout.surgery.calibration import require_finite
 
 BETA = 0.85  # decay of the running mean of importances (LoSparse)
 
@@ -33,9 +35,11 @@ def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
     layers = moe_layers(model)
     require(bool(layers), f"{type(model).__name__} has no MoE layers: there are no experts to compress")
     require(only_conversion(model).expert_rank is None, "the experts are already compressed")
+    require_weights(model)
     most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
+    rank, kept = whole("rank", rank, None, None), _checked_share(kept)
     require(1 <= rank <= most, f"rank = {rank} must be from 1 to {most}, the largest rank of an expert's maps")
-    _check_share(kept)
+    require_finite([layer for _, layer in layers])
     made = copy.deepcopy(model)
     for _, layer in moe_layers(made):
         layer.experts = factored(layer.experts, rank)
@@ -59,13 +63,11 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, kept: float, steps: int):
-        self.model, self.kept, self.steps, self.taken = model, kept, steps, 0
+        self.model, self.kept, self.steps, self.taken = model, _checked_share(kept), whole("steps", steps, 1, None), 0
         self._experts = [layer.experts for _, layer in moe_layers(model) if isinstance(layer.experts, CompressedExperts)]
         require(bool(self._experts), f"{type(model).__name__} has no compressed experts: call compress(model, rank) first")
-        _check_share(kept)
         share = moe_layers(model)[0][1].config.sparse_share
         require(kept <= share, f"kept = {kept} is more than the share {share} of hidden units that S has left")
-        require(steps >= 1, f"steps = {steps} must be at least 1")
         self.importances = [torch.zeros_like(experts.units, dtype=experts.up_s.dtype) for experts in self._experts]
 
     @torch.no_grad()
@@ -121,5 +123,6 @@ def _keep(model: nn.Module, importances: list[Tensor], share: float) -> None:
     configure(model, sparse_share=share)
 
 
-def _check_share(kept: float) -> None:
-    require(0 < kept <= 1, f"kept = {kept} must be above 0 and at most 1")
+def _checked_share(kept: float) -> float:
+    require(is_finite(kept) and 0 < kept <= 1, f"kept = {shown(kept)} must be a number above 0 and at most 1")
+    return float(kept)

@@ -12,6 +12,7 @@ from torch import nn
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.io import CONFIG, WEIGHTS, stored_tensors
+from smoe_dropout.manifest import MANIFEST
 from tests import tiny
 
 SIZES = {"n_token": 11, "n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 4, "d_inner": 16}
@@ -115,10 +116,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("damage", "file", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_folders_are_rejected_and_the_model_is_unchanged(tmp_path, damage, file, words):
+    """With a manifest, and as version 0.1 wrote them, by what they hold."""
     sd.save_model(build(0), tmp_path)
     damage(tmp_path)
     model = build(1)
     before = snapshot(model)
+    with pytest.raises(sd.ConfigError, match=r"is missing, which manifest\.json lists|differs from manifest\.json"):
+        sd.load_weights(model, tmp_path)
+    (tmp_path / MANIFEST).unlink()
     with pytest.raises(sd.ConfigError, match=re.escape(words)) as error:
         sd.load_weights(model, tmp_path)
     assert str(tmp_path / file) in str(error.value)

@@ -9,8 +9,10 @@ from tests.conftest import ROOT
 # lowest first; a part may import itself and those of lower floors
 FLOORS = (
     ("registry",),
-    ("options", "schedule", "training", "shared", "recomputation", "tuning"),
-    ("config", "attention", "files"),
+    ("options",),
+    ("arguments", "files"),
+    ("manifest", "schedule", "training", "shared", "recomputation", "tuning"),
+    ("config", "attention"),
     ("experts",),
     ("routers",),
     ("layer",),

@@ -14,7 +14,8 @@ from torch import nn
 import smoe_dropout as sd
 from smoe_dropout import registry
 from smoe_dropout.hf.described import CODE
-from smoe_dropout.hf.folder import CONFIG, GENERATION, INDEX, MANIFEST, OLD_WEIGHTS, WEIGHTS
+from smoe_dropout.hf.folder import CONFIG, GENERATION, INDEX, OLD_WEIGHTS, WEIGHTS
+from smoe_dropout.manifest import MANIFEST
 from tests import tiny
 from tests.library.test_hosts import CAUSAL, HOSTS, TOKENS, logits, made
 
@@ -163,7 +164,7 @@ def test_saving_over_an_older_version(tmp_path):
 @pytest.mark.parametrize("older", [False, True])
 def test_interrupted_save_is_rejected_or_not_started(name, older, tmp_path, monkeypatch):
     """And can be repeated."""
-    module, model, calls = sys.modules["smoe_dropout.hf.pretrained"], sparse(), []
+    module, model, calls = sys.modules["smoe_dropout.manifest"], sparse(), []
     if older:
         sd.save_pretrained(model, tmp_path)
     place = module.os if "." in name else module
@@ -262,7 +263,7 @@ OURS = {
     "weights_missing": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "is missing"),
     "config_missing": (lambda f: (f / CONFIG).unlink(), CONFIG, "is missing"),
     "nothing": (lambda f: [(f / name).unlink() for name in (MANIFEST, WEIGHTS)], "", "neither manifest.json nor model.safetensors"),
-    "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "cannot be read"),
+    "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "not readable as JSON"),
     "manifest_of_nothing": (
         lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)),
         MANIFEST,
@@ -303,7 +304,7 @@ THEIRS = {
     "foreign": (lambda f: edit(f, lambda t: t.update(extra=torch.zeros(1))), "unexpected ['extra']"),
     "misshapen": (lambda f: edit(f, lambda t: t.update({DOWN: t[DOWN].mT.contiguous()})), f"{DOWN} has shape (4, 16, 8)"),
     "truncated": (lambda f: truncate(f / WEIGHTS), "cannot be read"),
-    "index": (lambda f: (f / WEIGHTS).rename(f / INDEX), "cannot be read"),
+    "index": (lambda f: (f / WEIGHTS).rename(f / INDEX), "not readable as JSON"),
     "shard_missing": (lambda f: split(f).unlink(), "model-00002-of-00002.safetensors is missing"),
     "shard_truncated": (lambda f: truncate(split(f)), "model-00002-of-00002.safetensors cannot be read"),
     "num_experts": (experts(num_experts=2), "the model expects ("),
@@ -311,7 +312,7 @@ THEIRS = {
     "impossible": (experts(top_k=99), "top_k = 99"),
     "later_version": (experts(novelty=1), "novelty"),
     "no_experts": (lambda f: rewrite(f, CONFIG, lambda c: c.pop("smoe_dropout")), "is damaged"),
-    "garbage": (lambda f: (f / CONFIG).write_text("{"), "is not a valid JSON file"),
+    "garbage": (lambda f: (f / CONFIG).write_text("{"), "is not readable as JSON"),
     "layers": (host(num_hidden_layers=2), "unexpected ["),
     "width": (host(intermediate_size=64), "has shape"),
     "host_garbage": (host(hidden_size="wide"), "does not describe a valid model: Validation error for field 'hidden_size'"),

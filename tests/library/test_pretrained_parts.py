@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import smoe_dropout as sd
-from smoe_dropout.hf.folder import MANIFEST
+from smoe_dropout.manifest import MANIFEST
 from tests import tiny
 from tests.library.test_hosts import logits, made
 from tests.library.test_pretrained import SMOE, as_trainer_saves, in_shards, same, sparse

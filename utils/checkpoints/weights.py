@@ -23,7 +23,7 @@ def load(model: nn.Module, source: Source) -> None:
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
             model.host = host  # the host and its configuration, which may differ from ours
         else:
-            if (folder / storage.MANIFEST).exists():
+            if (folder / "state.json").exists():  # a checkpoint; load_weights verifies a folder of save_model
                 storage.verify(folder)
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
@@ -33,7 +33,7 @@ def load(model: nn.Module, source: Source) -> None:
 def store(model: nn.Module, checkpoints: Path) -> None:
     """Writes the model as a run's checkpoint at step 0, atomically."""
     writer = storage.Writer(checkpoints, 0, is_main=True)
-    save_model(model, writer.partial)
+    save_model(model, writer.partial, manifest=False)  # the checkpoint has its own
     writer.add_json("state.json", {"best_step": 0})
     writer.finish()
 
