@@ -151,12 +151,16 @@ def read(stored: dict[str, Any], **kwargs: Any) -> Any:
 
     Raises ConfigError for contents that describe no model, or one that this process cannot build.
     """
-    kind, host = _host_class(stored), stored.get("host")
+    host = stored.get("host")
     if not isinstance(host, dict):
         raise ConfigError("it is damaged: host is missing")
     if fault := next(foreign(host, "host"), None):
         raise ConfigError(fault)
-    if kind is None:
+    if not isinstance(names := stored.get("architectures"), list | None) or not all(isinstance(name, str) for name in names or ()):
+        raise ConfigError(f"it is damaged: architectures is {names!r}, not a list of names")
+    if "attn_implementation" in kwargs:  # the caller's takes precedence
+        host = {name: value for name, value in host.items() if not is_attention(name)}
+    if (kind := _host_class(stored)) is None:
         raise ConfigError(f"it describes a {stored.get('host_model_type')!r} model, which transformers does not know")
     if not (entries := listed(stored.get(NAME))):
         raise ConfigError(f"it is damaged: {NAME} is missing")
@@ -178,19 +182,26 @@ def foreign(value: Any, place: str) -> Iterator[str]:
         yield f"it is damaged: {place} is not a number"
     for name, entry in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         here = f"{place}.{name}"
-        if str(name).strip("_").removesuffix("_internal") == "attn_implementation":
+        if is_attention(name):
             known = {None, "eager", *_attention()}
             if wrong := [one for one in _leaves(entry) if not isinstance(one, str | None) or one not in known]:
                 yield (
                     f"{here} = {wrong[0]!r} is not an attention of transformers itself, but may be code from elsewhere: if you trust it, "
                     "remove it there and pass attn_implementation to from_pretrained"
                 )
+        elif name == "quantization_config" and entry is not None and place != "host":  # `load` refuses that of the whole model
+            yield f"{here}: experts are not quantised: remove it"
         elif name == "transformers_weights" and entry is not None:
             yield f"{here} = {entry!r} names other weights than those of the folder: remove it"
         elif name in ("backbone", "architecture") and isinstance(entry, str) and any(mark in entry for mark in "/:\\"):
             yield f"{here} = {entry!r} names a model elsewhere: remove it"
         else:
             yield from foreign(entry, here)
+
+
+def is_attention(name: object) -> bool:
+    """Whether a setting of this name chooses the implementation of attention."""
+    return str(name).strip("_").removesuffix("_internal") == "attn_implementation"
 
 
 def _attention() -> list[str]:

@@ -30,6 +30,7 @@ def read_config(source: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[s
         return kwargs["config"], {name: value for name, value in kwargs.items() if name != "config"}
     dtypes = {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
     hub = {name: kwargs[name] for name in HUB if name in kwargs}
+    refuse_other_weights(kwargs)
     asked = {"trust_remote_code": False} | {name: value for name, value in kwargs.items() if value != "auto"}
     if (path := Path(source, kwargs.get("subfolder") or "", CONFIG)).is_file():
         read_object(path)  # with its limits, which transformers does not have
@@ -42,7 +43,7 @@ def read_config(source: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[s
             raise ConfigError(f"{source} is neither a folder nor a model of the hub that can be read: {error}") from None
         Files(source, kwargs)  # raises if the fault is not in the configuration
         # transformers raises many kinds: missing values, wrong types, values that contradict each other
-        raise ConfigError(f"{Path(source) / CONFIG} does not describe a valid model: {error}") from error
+        raise ConfigError(f"{Path(source) / CONFIG} does not describe a valid model: {' '.join(str(error).split())}") from error
     return config, unused | hub | dtypes
 
 
@@ -92,11 +93,7 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
         raise ConfigError(
             f"quantization_config: transformers would quantise the attention of {source} but not its experts; load it without"
         )
-    for name in ("variant", "gguf_file"):
-        if kwargs.get(name) is not None or kwargs.get("use_safetensors") is False:
-            raise ConfigError(
-                f"{name} or use_safetensors = False: a model with experts is loaded from the safetensors files of its save only"
-            )
+    refuse_other_weights(kwargs)
     if not belongs(kind, config):
         raise ConfigError(f"{source} has a {config.model_type!r} model, but {kind.__name__} is not one")
     files, building = Files(source, kwargs), converting(kind)
@@ -111,6 +108,12 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
             raise ConfigError(f"{files.path(CONFIG)}: {error}") from None
         except SafetensorError as error:
             raise ConfigError(files.unreadable() or f"{files.path(files.weights)} cannot be read: {error}") from None
+        except Exception as error:
+            if fault := files.unreadable():
+                raise ConfigError(fault) from None
+            if fault := unbuildable(kind, config):
+                raise ConfigError(f"{files.path(CONFIG)}: a {kind.__name__} cannot be built from it: {fault}") from error
+            raise
         refuse_incomplete(model, kind, config, info, files, allowed)
     for part in model.modules():
         if isinstance(own := getattr(part, "config", None), transformers.PreTrainedConfig):
@@ -118,6 +121,25 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
     chosen = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
     restore(model, building.frozen, files.dtypes() if chosen == "auto" else {})
     return (model, info) if with_info else model
+
+
+def refuse_other_weights(kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError for arguments by which transformers would read other weights than those that are verified."""
+    asked = [name for name in ("variant", "gguf_file") if kwargs.get(name) is not None]
+    if asked or kwargs.get("use_safetensors") is False:
+        raise ConfigError(
+            f"{(asked or ['use_safetensors'])[0]}: a model with experts is loaded from the safetensors files of its save only"
+        )
+
+
+def unbuildable(kind: type, config: Any) -> str | None:
+    """Fault of a configuration of which no model can be built, such as a size that is none; None if that is possible."""
+    try:
+        with torch.device("meta"):
+            converting(kind)(config)
+    except Exception as error:  # of any kind: transformers and torch raise what they come upon
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return None
 
 
 def belongs(kind: type, config: Any) -> bool:
