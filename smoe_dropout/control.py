@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import require_module, truth, whole
+from smoe_dropout.arguments import require_module, shown, truth, whole
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
@@ -60,7 +60,7 @@ def _checked_k(layers: list[tuple[str, MoELayer]], k: int) -> int:
     k, counts = whole("k", k, None, None), [layer.num_experts for _, layer in layers]
     if not 1 <= k <= max(counts):
         of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
-        raise ConfigError(f"k = {k} must be a whole number from 1 to the {max(counts)} experts of {of}")
+        raise ConfigError(f"k = {shown(k)} must be a whole number from 1 to the {max(counts)} experts of {of}")
     return k
 
 

@@ -40,11 +40,15 @@ def read_config(source: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[s
         raise ConfigError(f"{Path(source) / CONFIG}: {error}") from None
     except Exception as error:
         if not Path(source).is_dir():
-            raise ConfigError(f"{source} is neither a folder nor a model of the hub that can be read: {error}") from None
+            raise ConfigError(f"{source} is neither a folder nor a model of the hub that can be read: {_line(error)}") from None
         Files(source, kwargs)  # raises if the fault is not in the configuration
         # transformers raises many kinds: missing values, wrong types, values that contradict each other
-        raise ConfigError(f"{Path(source) / CONFIG} does not describe a valid model: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{Path(source) / CONFIG} does not describe a valid model: {_line(error)}") from error
     return config, unused | hub | dtypes
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def converting(host: type) -> type:

@@ -38,7 +38,7 @@ def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
     require_weights(model)
     most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
     rank, kept = whole("rank", rank, None, None), _checked_share(kept)
-    require(1 <= rank <= most, f"rank = {rank} must be from 1 to {most}, the largest rank of an expert's maps")
+    require(1 <= rank <= most, f"rank = {shown(rank)} must be from 1 to {most}, the largest rank of an expert's maps")
     require_finite([layer for _, layer in layers])
     made = copy.deepcopy(model)
     for _, layer in moe_layers(made):
