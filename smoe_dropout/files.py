@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,13 @@ def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
     return value
 
 
-def write_tensors(tensors: dict[str, Any], path: Path, header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. OSError if that is not possible, in place of the error of safetensors."""
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """Context manager for writing a safetensors file: OSError with its path, in place of the error of safetensors, if that fails."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path, header)
+        yield
     except SafetensorError as error:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoe_dropout import arguments
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import conversions
-from smoe_dropout.files import read_json, read_object, write_tensors
+from smoe_dropout.files import read_json, read_object, writing_tensors
 from smoe_dropout.manifest import MANIFEST, hashes, publish, room, verified
 from smoe_dropout.options import ConfigError, build_options
 from smoe_dropout.registry import ROUTERS, load
@@ -95,7 +95,8 @@ def _write(model: nn.Module, folder: Path) -> None:
     if configs := conversions(model):
         texts = [config.to_json() for config in configs]
         (folder / CONFIG).write_text(texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]")
-    write_tensors(stored_tensors(model), folder / WEIGHTS)
+    with writing_tensors(folder / WEIGHTS):
+        save_file(stored_tensors(model), folder / WEIGHTS)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:

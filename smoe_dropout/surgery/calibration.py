@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smoe_dropout import arguments
 from smoe_dropout.arguments import SEEDS, require_weights, whole
 from smoe_dropout.control import get_top_k, moe_layers, top_k
-from smoe_dropout.files import parse_json, write_tensors
+from smoe_dropout.files import parse_json, writing_tensors
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
 from smoe_dropout.routers import LinearRouter
@@ -56,7 +57,8 @@ class Calibration:
         tensors = {f"{index}.{name}": tensor for index, layer in enumerate(self.layers) for name, tensor in layer._asdict().items()}
         header = {"names": self.names, "k": self.k, "tokens": self.tokens}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_tensors(tensors, arguments.path("path", path), {"calibration": json.dumps(header)})
+        with writing_tensors(path := arguments.path("path", path)):
+            save_file(tensors, path, {"calibration": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

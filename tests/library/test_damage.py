@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_the_earlier_save(tmp_path):
     resource = pytest.importorskip("resource")
     sd.save_model(sparse(0), tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
             sd.save_model(sparse(1), tmp_path)
