@@ -12,6 +12,8 @@ import gzip
 import hashlib
 import lzma
 import re
+import signal
+import struct
 import sys
 import sysconfig
 import zipfile
@@ -22,15 +24,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
 import numpy as np
 
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data.corpus import CHUNK, Corpus, digest_of, read_chunks  # noqa: E402
+from utils.data.corpus import Corpus  # noqa: E402
 from utils.data.download import Unavailable, download, log  # noqa: E402
-from utils.data.sources import PYSTDLIB, TEXTS  # noqa: E402
-from utils.data.writing import REPLACE, TextDataset, add_arguments, describe_files, display_path, require_space, run_program  # noqa: E402
+from utils.data.meta import CHUNK, digest_of, read_chunks  # noqa: E402
+from utils.data.sources import PYSTDLIB, TEXTS, Text  # noqa: E402
+from utils.data.writing import Parser, TextDataset, describe_files, display_path, require_space, run_program  # noqa: E402
+from utils.documents import naming  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
@@ -38,18 +45,24 @@ PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "
 PYSTDLIB_LOCAL = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize")  # files of this machine, not of the library
 LEAST_BYTES = 1_000
 HELD_OUT = 20  # unless --held_out says otherwise, one byte in 20 is for validation, and as many for the test
-READ_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, RuntimeError)  # the last: an encrypted zip
 PACKED = (".xz", ".gz", ".zip")
+# the last two: an encrypted or otherwise unusual zip, and nonsense in the fields of a damaged one
+READ_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError)
+RATIO, SMALL = 250, 1 << 30  # a text of more than SMALL bytes that is RATIO times smaller when it is packed is none
+PACKING = 1 << 20  # bytes that a packed file may be larger than its content
 
 
 # sources
 
 
-def read_source(path: Path, suffix: str) -> Iterator[bytes]:
-    """Yield the text in `path`, unpacked where `suffix` is in PACKED. Raises UserError for a truncated or damaged file."""
-    described = f"{path} ({path.stat().st_size:,} bytes)"
+def read_source(path: Path, suffix: str, most: int | None = None) -> Iterator[bytes]:
+    """Yield the text in `path`, unpacked where `suffix` is in PACKED. Raises UserError for a truncated or damaged file, and for one that
+    unpacks to more than `most` bytes, by default to more than a text can.
+    """
+    size = path.stat().st_size
+    described, count, most = f"{path} ({size:,} bytes)", 0, max(SMALL, RATIO * size) if most is None else most
     try:
-        with ExitStack() as stack:
+        with naming(path), ExitStack() as stack:
             if suffix == ".zip":
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 members = [member for member in archive.infolist() if not member.is_dir()]
@@ -59,13 +72,17 @@ def read_source(path: Path, suffix: str) -> Iterator[bytes]:
             else:
                 file = stack.enter_context({".xz": lzma.open, ".gz": gzip.open}.get(suffix, open)(path, "rb"))
             while chunk := file.read(CHUNK):
+                count += len(chunk)
+                if suffix in PACKED and count > most:
+                    raise UserError(f"{described} unpacks to more than {most:,} bytes: give a file with the text alone")
                 yield chunk
     except READ_ERRORS as error:
         raise UserError(f"{described} is not a complete {suffix} file ({error}): get the file again") from None
 
 
-def read_sources(paths: list[Path]) -> Iterator[bytes]:
-    return chain.from_iterable(read_source(path, path.suffix) for path in paths)
+def read_sources(paths: list[Path], published: Text | None = None) -> Iterator[bytes]:
+    most = published.bytes + 1 if published else None  # a byte more, so that the refusal is that of another text
+    return chain.from_iterable(read_source(path, path.suffix, most) for path in paths)
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -104,7 +121,7 @@ def published_file(name: str) -> Path:
 
     def check(path: Path) -> None:
         algorithm, _, expected = (text.archive_digest or text.digest).partition(":")
-        size, found = digest_of(read_chunks(path) if text.archive_digest else read_source(path, suffix), algorithm)
+        size, found = digest_of(read_chunks(path) if text.archive_digest else read_source(path, suffix, text.bytes), algorithm)
         if found != expected:
             raise UserError(f"{size:,} bytes with {algorithm} {found}, not {expected}")
 
@@ -113,7 +130,7 @@ def published_file(name: str) -> Path:
             return path
     require_space(DATA_DIR, text.bytes)
     remedy = f"put the file at {display_path(target)} by hand, or use --fallback {PYSTDLIB} to prepare Python's own source instead"
-    download(text.url, target, check, remedy)
+    download(text.url, target, check, remedy, text.bytes + PACKING)
     return target
 
 
@@ -139,14 +156,11 @@ class ByteText(TextDataset):
             found["source"] = describe_files(self.args.sources)
         return found
 
-    def check(self, found: list[str]) -> None:
-        super().check(found)
-        if self.args.verify:
-            corpus, sources = Corpus.open(self.out), self.args.sources
-            corpus.verify()
-            if sources and not self.published and digest_of(read_sources(sources), "sha256")[1] != corpus.meta["text"]["sha256"]:
-                raise UserError(f"{self.out} was made from other content of {describe_files(sources)}: {REPLACE}")
-            log(f"verified: {self.out}")
+    def other_sources(self, corpus: Corpus) -> str | None:
+        sources, recorded = self.args.sources, corpus.meta.get("text", {}).get("sha256")
+        if sources and not self.published and digest_of(read_sources(sources), "sha256")[1] != recorded:
+            return describe_files(sources)
+        return None
 
     def build(self, folder: Path) -> list[str]:
         if self.name == PYSTDLIB:
@@ -155,11 +169,15 @@ class ByteText(TextDataset):
             paths = self.args.sources or ([published_file(self.name)] if self.published else [])
             if not paths:
                 raise UserError(f"{self.name} is not one of {', '.join((*TEXTS, PYSTDLIB))}: give its text with --source FILE")
-            source, chunks, least_size = describe_files(paths), read_sources(paths), sum(path.stat().st_size for path in paths)
+            source, chunks, least_size = (
+                describe_files(paths),
+                read_sources(paths, self.published),
+                sum(path.stat().st_size for path in paths),
+            )
         require_space(folder, 2 * least_size)  # the whole text, then its splits
         algorithm = self.published.digest.partition(":")[0] if self.published else "sha256"
         digest, whole = hashlib.new(algorithm, usedforsecurity=False), folder / "whole"
-        with open(whole, "wb") as file:
+        with naming(whole), open(whole, "wb") as file:
             for chunk in chunks:
                 digest.update(chunk)
                 file.write(chunk)
@@ -220,7 +238,7 @@ class ByteText(TextDataset):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError for values that cannot be used."""
-    parser = argparse.ArgumentParser(description="Prepare a text for byte-level training and print its folder.")
+    parser = Parser(description="Prepare a text for byte-level training and print its folder.")
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(TEXTS)}, {PYSTDLIB}, or any name together with --source")
     source_help = "plain, .xz, .gz or .zip file; repeat it to join several"
     parser.add_argument("--source", dest="sources", metavar="FILE", type=Path, action="append", default=[], help=source_help)
@@ -229,13 +247,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     held_out_help = "bytes for validation, and as many for the test (default: a twentieth of the text each)"
     parser.add_argument("--held_out", metavar="BYTES", type=int, help=held_out_help)
     parser.add_argument("--fallback", choices=[PYSTDLIB], help="prepare this instead if the text cannot be downloaded")
-    parser.add_argument("--verify", action="store_true", help="hash a folder that is already prepared instead of trusting its sizes")
-    add_arguments(parser, "NAME")
+    parser.add_common("NAME", verify=True)
     args = parser.parse_args(argv)
     if args.sources and args.name == PYSTDLIB:
         raise UserError(f"{PYSTDLIB} is read from Python itself: leave out --source, or choose another name")
     if args.held_out is not None and args.name in TEXTS:
         raise UserError(f"{args.name} is split as published: leave out --held_out, or choose another name")
+    if args.held_out is not None and args.held_out < 1:
+        raise UserError(f"--held_out {args.held_out} leaves nothing to test on: give at least 1 byte")
     for name in TEXTS:
         if args.title is not None and args.title.strip().lower() == name != args.name:
             raise UserError(f"--title {args.title!r} is reserved for the verified text of that name: choose another title")

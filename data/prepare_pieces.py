@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
+import msgspec
 import numpy as np
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -24,8 +28,10 @@ DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
 from utils.data.download import log  # noqa: E402
-from utils.data.tokenizer import load_tokenizer, vocabulary_of  # noqa: E402
-from utils.data.writing import TextDataset, add_arguments, describe_files, refuse_unreadable, require_space, run_program  # noqa: E402
+from utils.data.meta import TOKENIZER, entry_of, files_below  # noqa: E402
+from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of  # noqa: E402
+from utils.data.writing import Parser, TextDataset, describe_files, refuse_unreadable, refuse_unsaved, require_space, run_program  # noqa: E402
+from utils.documents import naming, sync  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
@@ -51,6 +57,7 @@ def read_texts(args: argparse.Namespace) -> Iterator[list[str]]:
     with refuse_unreadable(source, "read files of your own with --data_files" if args.hub else "give undamaged files"):
         if args.hub:
             name, _, revision = args.hub.partition("@")
+            note_moving("--hub", name, revision)
             rows = load_dataset(name, revision=revision or None, split="train", streaming=True)
         else:
             files = [glob.escape(str(path)) for path in args.data_files]
@@ -84,7 +91,7 @@ def tokenize(texts: Iterable[list[str]], tokenizer) -> Iterator[np.ndarray]:
 def write_pieces(path: Path, chunks: Iterable[np.ndarray], limit: int | None) -> int:
     """Write at most `limit` pieces and return their number."""
     count = 0
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         for chunk in chunks:
             if limit is not None:
                 chunk = chunk[: limit - count]
@@ -98,6 +105,16 @@ def write_pieces(path: Path, chunks: Iterable[np.ndarray], limit: int | None) ->
     return count
 
 
+def save_tokenizer(tokenizer, folder: Path) -> list[str]:
+    """Save the tokenizer beside its pieces, down to the disk, and return the names of its files."""
+    with refuse_unsaved(folder / TOKENIZER):
+        tokenizer.save_pretrained(folder / TOKENIZER)
+    files = files_below(folder, TOKENIZER)
+    for path in [*(folder / name for name in files), folder / TOKENIZER]:
+        sync(path)
+    return files
+
+
 class PieceText(TextDataset):
     """The word pieces of --data_files or of a dataset on the hub, with their tokenizer."""
 
@@ -105,7 +122,7 @@ class PieceText(TextDataset):
 
     def settings(self) -> dict[str, Any]:
         args = self.args
-        return {"source": source_label(args), "limit": args.limit, "column": args.column, "tokenizer": Path(args.tokenizer).name}
+        return {"source": source_label(args), "limit": args.limit, "column": args.column, "tokenizer": label_of(args.tokenizer)}
 
     def build(self, folder: Path) -> list[str]:
         args, source = self.args, source_label(self.args)
@@ -114,7 +131,7 @@ class PieceText(TextDataset):
         if count < LEAST_PIECES:
             raise UserError(f"{source} has {count:,} pieces: give at least {LEAST_PIECES:,}")
         splits = self.split(whole, count // HELD_OUT)
-        tokenizer.save_pretrained(folder / "tokenizer")
+        files = save_tokenizer(tokenizer, folder)
         meta = {
             "title": args.title or (f"{self.name}, first {count:,} pieces" if args.limit else self.name),
             "source": source,
@@ -122,14 +139,15 @@ class PieceText(TextDataset):
             "column": args.column,
             "official_text": False,
             "splits": splits,
-            "vocabulary": asdict(vocabulary_of(tokenizer, args.tokenizer)),
+            "vocabulary": msgspec.structs.asdict(vocabulary_of(tokenizer, args.tokenizer)),
+            "files": {name: entry_of(folder / name) for name in files},
         }
         return self.write_meta(folder, meta)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError for values that cannot be used."""
-    parser = argparse.ArgumentParser(description="Prepare word pieces for masked language modelling and print their folder.")
+    parser = Parser(description="Prepare word pieces for masked language modelling and print their folder.")
     parser.add_argument("name", metavar="NAME", help="name of the dataset, best with that of the tokenizer in it")
     parser.add_argument("--tokenizer", required=True, help="folder with vocab.txt, or vocab.json and merges.txt, or a name on the hub")
     files_help = "texts (plain, .xz, .gz), .parquet, .jsonl or .csv"
@@ -138,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--column", default="text", help="column with the texts (default: text)")
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pieces only")
     parser.add_argument("--title", help="name of the text in tables (default: NAME)")
-    add_arguments(parser, "NAME")
+    parser.add_common("NAME", verify=True)
     args = parser.parse_args(argv)
     if bool(args.hub) == bool(args.data_files):
         raise UserError("give the text either with --data_files FILE... or with --hub DATASET")

@@ -10,26 +10,32 @@ The last line of stdout is the folder; everything else goes to stderr.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data import writing  # noqa: E402
-from utils.data.corpus import digest_of, read_chunks  # noqa: E402
 from utils.data.download import Unavailable, download, log  # noqa: E402
+from utils.data.meta import ROWS as RECORD  # noqa: E402
+from utils.data.meta import SCHEMA, entry_of, read_chunks  # noqa: E402
 from utils.data.rows import TASKS, Examples, kind_of, read_examples  # noqa: E402
 from utils.data.sources import ROWS, Files, Hub  # noqa: E402
-from utils.data.writing import REPLACE, Dataset, refuse_unreadable, require_space, sync, write_synced  # noqa: E402
+from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space, run_program  # noqa: E402
+from utils.documents import replace, sync, write  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 HUB_SPLITS = ("train", "validation")
+LARGEST = 16 << 20  # bytes of a file that is downloaded; the largest published one has 1.2 MB
 
 
 def sha256_of(path: Path) -> str:
-    return digest_of(read_chunks(path), "sha256")[1]
+    return entry_of(path)["sha256"]
 
 
 def file_names(task: str) -> list[str]:
@@ -48,7 +54,7 @@ def source_remedy(task: str) -> str:
 def copy_files(task: str, source: Path, folder: Path) -> str:
     require_space(folder, sum((source / name).stat().st_size for name in file_names(task)))
     for name in file_names(task):
-        write_synced(folder / name, read_chunks(source / name))
+        replace(folder / name, read_chunks(source / name))
     return str(source)
 
 
@@ -60,7 +66,7 @@ def download_files(task: str, files: Files, folder: Path) -> str:
     require_space(folder, 0)
     try:
         for name, sha256 in files.sha256.items():
-            download(f"{files.url}/{name}", folder / name, lambda path, sha256=sha256: check(path, sha256), source_remedy(task))
+            download(f"{files.url}/{name}", folder / name, lambda path, sha256=sha256: check(path, sha256), source_remedy(task), LARGEST)
     except Unavailable as error:  # the incomplete part goes with the folder
         raise UserError(f"{error.fault}: {source_remedy(task)}") from None
     return files.url
@@ -72,7 +78,7 @@ def read_hub(task: str, hub: Hub, split: str) -> Iterator[bytes]:
 
     yield hub.header.encode()
     with refuse_unreadable(hub.name, source_remedy(task)):
-        for row in load_dataset(hub.name, hub.config, split=split, streaming=True):
+        for row in load_dataset(hub.name, hub.config, revision=hub.revision, split=split, streaming=True):
             if missing := [column for column in hub.columns if column not in row]:
                 raise UserError(f"{hub.name} has the columns {', '.join(row)} and no {', '.join(missing)}: {source_remedy(task)}")
             yield hub.line(row).encode() + b"\n"
@@ -82,8 +88,8 @@ def write_hub_files(task: str, hub: Hub, folder: Path) -> str:
     require_space(folder, 0)
     for name, split in zip(kind_of(task).files(0), HUB_SPLITS, strict=True):
         log(f"reading {hub.name}, {split}")
-        write_synced(folder / name, read_hub(task, hub, split))
-    return hub.name
+        replace(folder / name, read_hub(task, hub, split))
+    return origin_of(hub)
 
 
 # the rows
@@ -105,11 +111,15 @@ def summary(fold: Examples) -> str:
     return f"{fold.title}: {len(fold.train):,} training rows, {len(fold.held_out):,} held out ({fold.split}){notes}"
 
 
+def origin_of(published: Files | Hub) -> str:
+    return f"{published.name}@{published.revision[:8]}" if isinstance(published, Hub) else published.url
+
+
 class TaskRows(Dataset):
     """The files of a task, of every fold. Rows of a published source must have the published numbers, and files the published sha256."""
 
     def owns(self, name: str) -> bool:
-        return name in file_names(self.name)
+        return name in (RECORD, *file_names(self.name))
 
     def check(self, found: list[str]) -> None:
         source, published = self.args.source, ROWS.get(self.name)
@@ -122,11 +132,11 @@ class TaskRows(Dataset):
             raise UserError(f"{error}; or choose another --out") from None
         if other and not source:
             raise UserError(f"{self.out} holds {other}: {REPLACE}")
-        digests = published.sha256 if isinstance(published, Files) else {}
+        digests = published.sha256 if published else {}
         for name in file_names(self.name):
             wanted = sha256_of(source / name) if source else digests.get(name)
             if wanted and sha256_of(self.out / name) != wanted:
-                raise UserError(f"{self.out / name} differs from the file of {source or published.url}: {REPLACE}")
+                raise UserError(f"{self.out / name} differs from the file of {source or origin_of(published)}: {REPLACE}")
 
     def build(self, folder: Path) -> list[str]:
         source, published, remedy = self.args.source, ROWS.get(self.name), source_remedy(self.name)
@@ -146,6 +156,11 @@ class TaskRows(Dataset):
             raise UserError(str(error).replace(str(folder), origin) + ("" if source else f"; {remedy}")) from None
         if not source and (other := unpublished(folds)):
             raise UserError(f"{origin} holds {other}: {remedy}")
+        files = {name: entry_of(folder / name) for name in file_names(self.name)}
+        for name, sha256 in () if source else published.sha256.items():
+            if files[name]["sha256"] != sha256:
+                raise UserError(f"{origin}/{name} has sha256 {files[name]['sha256']}, not the published {sha256}: {remedy}")
+        write(folder / RECORD, {"schema": SCHEMA, "task": self.name, "source": origin, "files": files})
         for inner in {(folder / name).parent for name in file_names(self.name)} | {folder}:
             sync(inner)
         return [f"prepared {self.out} from {origin}", *map(summary, folds)]
@@ -156,13 +171,13 @@ class TaskRows(Dataset):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError for values that cannot be used."""
-    parser = argparse.ArgumentParser(description="Prepare the labelled data of a task and print its folder.")
+    parser = Parser(description="Prepare the labelled data of a task and print its folder.")
     parser.add_argument("name", metavar="TASK", choices=TASKS, help=", ".join(TASKS))
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--source", type=Path, metavar="DIR", help="folder with the files (default: download them)")
     on_hub = [task for task, published in ROWS.items() if isinstance(published, Hub)]
     where.add_argument("--hub", action="store_true", help=f"read the hub, the default for {' and '.join(on_hub)}")
-    writing.add_arguments(parser, "TASK")
+    parser.add_common("TASK")
     args = parser.parse_args(argv)
     if args.hub and args.name not in on_hub:
         raise UserError(f"--hub has {' and '.join(on_hub)}, not {args.name}: leave it out")
@@ -179,4 +194,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    writing.run_program(main)
+    run_program(main)

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from utils import documents
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
     "the",
@@ -78,8 +80,14 @@ def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 
         (folder / f"{split}.bin").write_bytes(text[place])
         entries[split] = {"bytes": len(text[place]), "sha256": hashlib.sha256(text[place]).hexdigest()}
     meta = {"schema": 1, "name": "words", "title": "Words", "source": "tests", "official_text": False, "splits": entries, "symbols": 27}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    documents.write(folder / "meta.json", meta)
     return folder
+
+
+def change_meta(folder: Path, **changes: object) -> None:
+    """Writes the meta.json of a prepared text anew, as if it had been prepared in this way."""
+    content = {name: value for name, value in read_json(folder / "meta.json").items() if name not in documents.MARKS}
+    documents.write(folder / "meta.json", content | changes)
 
 
 def write_pieces(folder: Path, model: str = "bert", train: int = 485, held_out: int = 59, run: int = 8) -> Path:
@@ -93,7 +101,7 @@ def write_pieces(folder: Path, model: str = "bert", train: int = 485, held_out: 
         (folder / f"{split}.bin").write_bytes(content)
         entries[split] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     meta = {"schema": 1, "name": "pieces", "title": f"Pieces, {model}", "source": "tests", "official_text": False, "splits": entries}
-    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": VOCABULARY | SPECIAL[model]}))
+    documents.write(folder / "meta.json", meta | {"vocabulary": VOCABULARY | SPECIAL[model]})
     return folder
 
 

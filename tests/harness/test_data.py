@@ -99,11 +99,11 @@ def test_a_missing_text_is_refused_with_the_command_that_prepares_it(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schema": 2}, "schema 2, this program reads schema 1"),
-        ({"name": None}, "lacks the string 'name'"),
-        ({"official_text": "no"}, "lacks the boolean 'official_text'"),
-        ({"splits": []}, "'train'"),
-        ({"splits": {"train": {"bytes": "9", "sha256": ""}}}, "'train'"),
+        ({"schema": 2}, "'schema' must be int <= 1"),
+        ({"name": None}, "'name' must be str, got null"),
+        ({"official_text": "no"}, "'official_text' must be bool"),
+        ({"splits": []}, "'splits' must be object"),
+        ({"splits": {"train": {"bytes": 9, "sha256": ""}}}, "'splits.train.sha256' must be str matching regex"),
     ],
 )
 def test_a_meta_of_another_kind_is_refused(tmp_path, change, message):
@@ -116,7 +116,7 @@ def test_a_meta_of_another_kind_is_refused(tmp_path, change, message):
 def test_a_damaged_meta_is_refused(tmp_path, content):
     path = write_corpus(tmp_path / "c") / "meta.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"meta\.json is not .*--force"):
+    with pytest.raises(UserError, match=r"meta\.json is .*--force"):
         Corpus.open(tmp_path / "c")
 
 

@@ -26,7 +26,8 @@ COLUMNS = ("Question", "Numbers", "Equation", "Answer")
 def question(number: int, **changes: object) -> str:
     """A line of CommonsenseQA; `changes` apply to the row or, for keys it does not have, to its question."""
     choices = [{"label": label, "text": f"{label.lower()}{number}"} for label in "ABCDE"]
-    row = {"answerKey": "ABCDE"[number % 5], "id": f"id{number}", "question": {"stem": f"What is {number}?", "choices": choices}}
+    row = {"answerKey": "ABCDE"[number % 5], "id": f"id{number}", "question": {"question_concept": "concept"}}
+    row["question"] |= {"choices": choices, "stem": f"What is {number}?"}
     for key, value in changes.items():
         (row if key in row else row["question"])[key] = value
     return json.dumps(row) + "\n"
@@ -257,13 +258,14 @@ CSQA = [
     (question(9, choices=[*FOUR, {"label": "E", "text": " "}]), "text of choice E: ' ' is not text"),
     (question(9, choices=[*FOUR, {"label": "E"}]), "text of choice E: None is not text"),
     (question(9, stem=""), "question.stem: '' is not text"),
+    (question(9, stem="\ud800"), r"question.stem: '\ud800' is not text"),
     (question(9, stem=["What?"]), "question.stem: ['What?'] is not text"),
     ('{"answerKey": "A"}\n', "question: {'answerKey': 'A'} has no question with its stem and choices"),
     ('{"question": "What?"}\n', "question: {'question': 'What?'} has no question with its stem and choices"),
     ("[1]\n", "question: [1] has no question with its stem and choices"),
-    (question(9)[:50] + "\n", "column 46: not JSON (Unterminated string starting at)"),
-    (question(9)[:-1] + question(9), f"column {len(question(9))}: not JSON (Extra data)"),
-    ("\n", "column 1: not JSON (Expecting value)"),
+    (question(9)[:50] + "\n", "is not readable as JSON (Unterminated string starting at: column 46 (char 45))"),
+    (question(9)[:-1] + question(9), f"is not readable as JSON (Extra data: column {len(question(9))} (char {len(question(9)) - 1}))"),
+    ("\n", "is not readable as JSON (Expecting value: column 1 (char 0))"),
 ]
 
 
@@ -273,13 +275,17 @@ def test_a_row_that_is_no_question_with_its_answer(name, row, said, tmp_path):
     files = contents("csqa")
     lines = files[name].splitlines(keepends=True)
     files[name] = "".join([*lines[:2], row, *lines[2:]])
-    assert refused("csqa", write(tmp_path, files)) == f"{tmp_path / name}, line 3, {said}{remedy('csqa')}"
+    assert refused("csqa", write(tmp_path, files)) == f"{tmp_path / name}, {place(3, said)}{remedy('csqa')}"
 
 
-@pytest.mark.parametrize("line", ["[" * 200_000, "1" * 5_000], ids=["deep", "long"])
-def test_json_that_python_gives_up_on(line, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [("[" * 200_000, "nested deeper than 64 levels"), ("1" * 5_000, "not readable as JSON (Exceeds")],
+    ids=["deep", "long"],
+)
+def test_json_that_python_gives_up_on(line, fault, tmp_path):
     said = refused("csqa", write(tmp_path, contents("csqa") | {"dev_rand_split.jsonl": question(7) + line}))
-    assert said.startswith(f"{tmp_path / 'dev_rand_split.jsonl'}, line 2: not JSON (") and said.endswith(remedy("csqa"))
+    assert said.startswith(f"{tmp_path / 'dev_rand_split.jsonl'}, line 2: is {fault}") and said.endswith(remedy("csqa"))
 
 
 MATHS = [
@@ -380,6 +386,16 @@ def test_bytes_that_are_no_utf8(task, tmp_path):
     lines[2] = lines[2].replace(b" ", b"\xe9", 1)
     said = refused(task, write(tmp_path, contents(task) | {name: b"".join(lines)}))
     assert said == f"{tmp_path / name}, line 3: the byte 0xe9 is not UTF-8{remedy(task)}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_nul_byte_and_a_file_that_is_too_large(task, tmp_path, monkeypatch):
+    name = kind_of(task).files(0)[0]
+    text = contents(task)[name].replace("9", "\0", 1) if "9" in contents(task)[name] else contents(task)[name].replace("5", "\0", 1)
+    said = refused(task, write(tmp_path, contents(task) | {name: text}))
+    assert re.fullmatch(rf"{tmp_path / name}, line \d: a NUL byte is not text{re.escape(remedy(task))}", said)
+    monkeypatch.setattr("utils.data.rows.LARGEST", 50)
+    assert f"{tmp_path / name} is larger than 0 MB, too large for labelled rows" in refused(task, tmp_path)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,12 +1,11 @@
 """Tiny runs of finetune.py from tiny runs of train.py: transferred weights, scores, resuming and refusals."""
 
-import dataclasses
-import json
 import shutil
 import signal
 from functools import cache, partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -64,9 +63,7 @@ def pretrained(tmp_path_factory):
         else:
             pieces = tiny.write_pieces(root / f"pieces-{model}", model)
             tokenizer = tiny.write_tokenizer(pieces / "tokenizer")
-            meta = json.loads((pieces / "meta.json").read_text())
-            meta["vocabulary"] = dataclasses.asdict(vocabulary_of(load_tokenizer(str(tokenizer)), str(tokenizer)))
-            (pieces / "meta.json").write_text(json.dumps(meta))
+            tiny.change_meta(pieces, vocabulary=msgspec.structs.asdict(vocabulary_of(load_tokenizer(str(tokenizer)), str(tokenizer))))
             arguments = tiny.flags(pieces, folder, **{**tiny.ENCODER, **changes, "model": model})
         tiny.completed(arguments)
         return folder

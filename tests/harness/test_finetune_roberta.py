@@ -1,10 +1,9 @@
 """Fine-tuning RoBERTa, which has byte-level pieces: runs, rows and predictions."""
 
-import dataclasses
-import json
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
@@ -20,9 +19,7 @@ def pretrained(tmp_path_factory):
     root = tmp_path_factory.mktemp("pretrained")
     pieces = tiny.write_pieces(root / "pieces", "roberta")
     folder = write_byte_tokenizer(pieces / "tokenizer")
-    meta = json.loads((pieces / "meta.json").read_text())
-    meta["vocabulary"] = dataclasses.asdict(vocabulary_of(load_tokenizer(str(folder)), str(folder)))
-    (pieces / "meta.json").write_text(json.dumps(meta))
+    tiny.change_meta(pieces, vocabulary=msgspec.structs.asdict(vocabulary_of(load_tokenizer(str(folder)), str(folder))))
 
     @cache
     def of(method: str, model: str = "roberta") -> Path:

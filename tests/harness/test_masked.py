@@ -249,19 +249,17 @@ WRONG = {
 def test_a_bad_vocabulary_is_refused(entry, tmp_path):
     folder = tiny.write_pieces(tmp_path / "pieces")
     assert Corpus.open(folder).vocabulary == Vocabulary(**GOOD)
-    meta = tiny.read_json(folder / "meta.json")
-    (folder / "meta.json").write_text(json.dumps(meta | {"vocabulary": entry}))
-    with pytest.raises(UserError, match=r"meta\.json has a 'vocabulary' without name, size, sha256 and ids of this version") as caught:
+    tiny.change_meta(folder, vocabulary=entry)
+    with pytest.raises(UserError, match=r"meta\.json is damaged: the field 'vocabulary.*' .*prepare") as caught:
         Corpus.open(folder)
     assert "prepare" in one_sentence(caught)
 
 
 def test_half_a_piece_is_refused(tmp_path):
     folder = tiny.write_pieces(tmp_path / "pieces")
-    meta = tiny.read_json(folder / "meta.json")
+    splits = tiny.read_json(folder / "meta.json")["splits"]
     (folder / "valid.bin").write_bytes(b"abc")
-    meta["splits"]["valid"]["bytes"] = 3
-    (folder / "meta.json").write_text(json.dumps(meta))
+    tiny.change_meta(folder, splits=splits | {"valid": splits["valid"] | {"bytes": 3}})
     with pytest.raises(UserError, match=r"valid\.bin has 3 bytes.*prepare_pieces\.py") as caught:
         Corpus.open(folder)
     one_sentence(caught)

@@ -122,7 +122,7 @@ def test_a_folder_with_other_files_is_never_touched(case, refused, data_dir, tmp
         ("own", f"own holds thesis.txt, which is not part of {case.name}: choose another --out, or move it"),
         ("links", f"links holds books, which is not part of {case.name}: choose another --out, or move it"),
         ("file", "file is a file, not a folder: choose another --out, or move it"),
-        ("file/out", "file: File exists"),
+        ("file/out", "file/out cannot be written (File exists): choose another --out, or mend this"),
     ):
         for force in ([], ["--force"]):
             assert refused(*argv, "--out", data_dir / out, *force).startswith(f"{data_dir / fault}")
@@ -183,7 +183,7 @@ def test_interrupted_preparation_keeps_the_old_folder(case, failing, force, run,
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_replacement_that_is_interrupted_is_not_accepted(name, run, data_dir, tmp_path, monkeypatch):
     def interrupted(old: Path, new: Path) -> None:
-        if Path(new).name == "valid.bin":
+        if Path(new) == folder / "valid.bin":
             raise KeyboardInterrupt
         replace(old, new)
 
@@ -239,7 +239,7 @@ def test_a_full_disk_is_reported(case, refused, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "x")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert refused(*argv) == "x: No space left on device"
+    assert refused(*argv) == "x cannot be used (No space left on device): mend this, or give another"
 
 
 def test_a_packed_text_that_fills_the_disk_is_reported(refused, tmp_path, monkeypatch):
@@ -292,4 +292,10 @@ def test_the_commands_as_processes(case, run, tmp_path):
     again, refusal, unknown, usage = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 0 and again == [0, "out\n", "already prepared: out\n"]
     assert refusal[:2] == [2, ""] and refusal[2].startswith("error: own holds thesis.txt, ") and refusal[2].count("\n") == 1
-    assert unknown[:2] == [2, ""] and "--no_such_option" in unknown[2] and usage[0] == 0 and "--force" in usage[1]
+    assert (
+        unknown[:2] == [2, ""]
+        and unknown[2].startswith("error: ")
+        and unknown[2].count("\n") == 1
+        and usage[0] == 0
+        and "--force" in usage[1]
+    )

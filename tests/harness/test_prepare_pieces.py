@@ -140,7 +140,8 @@ def test_every_format_gives_the_pieces_of_the_tokenizer(name, run, argv, inputs,
     assert corpus.unit == "pieces" and (v.name, v.size, v.pad, v.cls, v.sep, v.mask) == ("tiny-bert", len(PIECES), 0, 2, 3, 4)
     assert corpus.meta == {
         **{"schema": 1, "name": "mine", "title": "A text", "source": source, "limit": None, "official_text": False},
-        **{"column": column[-1] if column else "text", "splits": corpus.meta["splits"], "vocabulary": corpus.meta["vocabulary"]},
+        **{"column": column[-1] if column else "text", "files": corpus.meta["files"]},
+        **{name: corpus.meta[name] for name in ("splits", "vocabulary")},
     }
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "test.bin", "tokenizer", "train.bin", "valid.bin"]
 

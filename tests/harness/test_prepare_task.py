@@ -11,8 +11,9 @@ import pytest
 from data import prepare_task
 from tests.harness.conftest import state
 from tests.harness.test_examples import contents, problem, question, real, remedy, table, write
+from utils import documents
 from utils.data import rows as examples
-from utils.data import sources, writing
+from utils.data import sources
 from utils.data.rows import TASKS, kind_of, read_examples
 
 MATHS = ("asdiv_a", "mawps", "svamp")
@@ -43,6 +44,9 @@ def published(monkeypatch):
 
     for module in (examples, prepare_task):
         monkeypatch.setattr(module, "kind_of", small)
+    for task in ("sst2", "csqa"):
+        digests = published_files(task, "").sha256
+        monkeypatch.setitem(sources.ROWS, task, sources.ROWS[task]._replace(sha256=digests))
 
 
 @pytest.fixture
@@ -51,8 +55,8 @@ def hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     hub = SimpleNamespace(rows=None, asked=[])
 
-    def load_dataset(name: str, config: str | None = None, *, split: str, streaming: bool):
-        hub.asked.append((name, config, split, streaming))
+    def load_dataset(name: str, config: str | None = None, *, revision: str, split: str, streaming: bool):
+        hub.asked.append((name, config, revision, split, streaming))
         if isinstance(hub.rows, Exception):
             raise hub.rows
         rows = hub.rows or hub_rows(contents("sst2" if "glue" in name else "csqa"))
@@ -82,7 +86,10 @@ def hub_question(row: dict) -> dict:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    """The files of a prepared folder but its record."""
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert "rows.json" in files
+    return {name: text for name, text in files.items() if name != "rows.json"}
 
 
 def change(folder: Path, name: str, old: str, new: str) -> Path:
@@ -133,10 +140,11 @@ def test_word_problems_are_downloaded_and_verified(task, piece, run, data_dir, m
 @pytest.mark.parametrize(("task", "asked"), [("sst2", ("nyu-mll/glue", "sst2")), ("csqa", ("tau/commonsense_qa", None))])
 def test_the_hub_gives_the_same_rows(task, asked, option, run, data_dir, tmp_path, hub, published):
     folder, err = run(prepare_task, task, *option)
-    assert folder == data_dir / task and hub.asked == [(*asked, "train", True), (*asked, "validation", True)]
+    pinned = sources.ROWS[task].revision
+    assert folder == data_dir / task and hub.asked == [(*asked, pinned, split, True) for split in ("train", "validation")]
     found, wanted = read_examples(task, folder), read_examples(task, write(tmp_path / "mine", contents(task)))
     assert (found.train, found.held_out) == (wanted.train, wanted.held_out)
-    assert err.splitlines()[2:] == [f"prepared {folder} from {asked[0]}", f"{wanted.title}: 6 training rows, 4 held out (dev)"]
+    assert err.splitlines()[2:] == [f"prepared {folder} from {asked[0]}@{pinned[:8]}", f"{wanted.title}: 6 training rows, 4 held out (dev)"]
     assert run(prepare_task, task)[1] == f"already prepared: {folder}\n" and len(hub.asked) == 2
 
 
@@ -197,14 +205,20 @@ def test_a_dataset_that_has_changed_on_the_hub(refused, hub, published):
     hub.rows = hub_rows(contents("sst2"))
     hub.rows["validation"][1]["label"] = -1
     line = refused(prepare_task, "sst2")
-    assert line.startswith("nyu-mll/glue/dev.tsv, line 3, column label: '-1' ") and line.endswith(f"; {BY_SOURCE['sst2']}")
+    assert line.startswith("nyu-mll/glue@bcdcba79/dev.tsv, line 3, column label: '-1' ") and line.endswith(f"; {BY_SOURCE['sst2']}")
     hub.rows = hub_rows(contents("csqa"))
     hub.rows["train"][2]["answerKey"] = ""
-    assert refused(prepare_task, "csqa").startswith("tau/commonsense_qa/train_rand_split.jsonl, line 3, answerKey: the answer is missing")
+    assert refused(prepare_task, "csqa").startswith(
+        "tau/commonsense_qa@94630fe3/train_rand_split.jsonl, line 3, answerKey: the answer is missing"
+    )
+    hub.rows = hub_rows(contents("csqa"))
+    hub.rows["train"][2]["question"] = "What?"
+    line = refused(prepare_task, "csqa")
+    assert line.startswith("tau/commonsense_qa@94630fe3/train_rand_split.jsonl has sha256 ") and line.endswith(f": {BY_SOURCE['csqa']}")
     hub.rows = hub_rows(contents("csqa"))
     hub.rows["train"].append(hub_question(json.loads(question(20))))
     title = "CommonsenseQA (7 train rows, 4 dev rows; published 6 and 4)"
-    assert refused(prepare_task, "csqa") == f"tau/commonsense_qa holds {title}: {BY_SOURCE['csqa']}"
+    assert refused(prepare_task, "csqa") == f"tau/commonsense_qa@94630fe3 holds {title}: {BY_SOURCE['csqa']}"
 
 
 def test_the_rows_of_a_source_are_checked_in_every_fold(refused, tmp_path):
@@ -220,12 +234,10 @@ def test_the_rows_of_a_source_are_checked_in_every_fold(refused, tmp_path):
         assert line == f"--source {folder} has no {name}: give a folder with {names} by --source DIR"
 
 
-def test_unusable_command_lines_are_refused(run, refused, capsys):
+def test_unusable_command_lines_are_refused(refused):
     assert refused(prepare_task, "mawps", "--hub") == "--hub has sst2 and csqa, not mawps: leave it out"
     for argv, word in ((["sst2", "--hub", "--source", "x"], "not allowed with"), (["sst-2"], "invalid choice: 'sst-2'"), ([], "TASK")):
-        with pytest.raises(SystemExit) as stop:
-            run(prepare_task, *argv)
-        assert stop.value.code == 2 and word in capsys.readouterr().err
+        assert word in refused(prepare_task, *argv)
 
 
 # folders that are there
@@ -287,9 +299,10 @@ def test_a_folder_is_replaced_even_where_the_last_step_is_interrupted(run, data_
     run(prepare_task, "svamp", "--source", change(write(tmp_path / "old", contents("svamp")), "dev.csv", "9", "8"))
 
     def interrupted(folder: Path) -> None:
-        raise KeyboardInterrupt
+        if folder == data_dir:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(writing, "sync", interrupted)
+    monkeypatch.setattr(documents, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(prepare_task, "svamp", "--source", write(tmp_path / "mine", contents("svamp")), "--force")
     assert [path.name for path in data_dir.iterdir()] == ["svamp"] and files_of(data_dir / "svamp") == contents("svamp")

@@ -139,7 +139,11 @@ def test_unusable_command_lines_are_refused(refused, source, tmp_path):
         (["mine", "--source", source, "--title", " Enwik8 "], "--title ' Enwik8 ' is reserved"),
         (["mine", "--source", tmp_path / "lines", "--official_text"], "leave out --official_text"),
         (["mine", "--source", source, "--held_out", "10002"], "--held_out 10002 leaves no training text"),
-        (["mine", "--source", source, "--held_out", "0"], "--held_out 0 leaves no training text"),
+        (["mine", "--source", source, "--held_out", "0"], "--held_out 0 leaves nothing to test on: give at least 1 byte"),
+        (["mine", "--source", source, "--held_out", "-5"], "--held_out -5 leaves nothing to test on: give at least 1 byte"),
+        (["mine", "--source", source, "--held_out", "1e12"], "argument --held_out: invalid int value: '1e12' (--help lists all options)"),
+        (["mine", "--source", source, "--held_out", "9" * 30], "leaves no training text"),
+        (["mine", "--source", source, "--title", "a\nb"], "--title 'a\\nb' cannot be shown in tables: give at most 200 characters"),
         (["enwik8", "--source", source, "--held_out", "500"], "enwik8 is split as published: leave out --held_out"),
     ):
         assert message in refused(prepare, *argv)

@@ -143,8 +143,7 @@ def test_a_text_of_other_pieces_is_refused(tmp_path):
     sizes = {**tiny.ENCODER, "model": "bert", "method": "smoe_dropout", "max_step": 2, "eval_interval": 2}
     tiny.completed(tiny.flags(tiny.write_pieces(tmp_path / "pieces"), tmp_path / "first", **sizes))
     other = tiny.write_pieces(tmp_path / "other")
-    meta = tiny.read_json(other / "meta.json")
-    (other / "meta.json").write_text(json.dumps(meta | {"vocabulary": meta["vocabulary"] | {"sha256": "1" * 64}}))
+    tiny.change_meta(other, vocabulary=tiny.VOCABULARY | tiny.SPECIAL["bert"] | {"sha256": "1" * 64})
     changes = {"work_dir": tmp_path / "run", "max_step": 2, "eval_interval": 2}
     assert "was trained on other word pieces" in refusal(command(tmp_path / "first", data=other, **changes))
     tiny.completed(command(tmp_path / "first", **changes))

@@ -1,7 +1,6 @@
 """surgery.py on tiny trained models: results, measurements and refusals, and other programs reading its folder."""
 
 import dataclasses
-import json
 import shutil
 import signal
 import subprocess
@@ -317,8 +316,7 @@ def test_refusals_of_the_library_leave_nothing_behind(words, trained, tmp_path):
 
 def test_a_text_of_another_tokenizer_is_refused(trained, tmp_path):
     other = tiny.write_pieces(tmp_path / "other")
-    meta = tiny.read_json(other / "meta.json")
-    (other / "meta.json").write_text(json.dumps(meta | {"vocabulary": meta["vocabulary"] | {"sha256": "1" * 64}}))
+    tiny.change_meta(other, vocabulary=tiny.VOCABULARY | tiny.SPECIAL["bert"] | {"sha256": "1" * 64})
     assert "does not hold the word pieces that" in refusal(command(trained("smoe", "bert"), calibrate=other, out=tmp_path / "out"))
 
 

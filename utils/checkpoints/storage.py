@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from utils import documents
 from utils.data import writing
 from utils.data.corpus import digest_of, read_chunks
 from utils.errors import UserError
@@ -53,10 +54,10 @@ class Writer:
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
         (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*files, self.partial / MANIFEST, self.partial]:
-            writing.sync(path)
+            documents.sync(path)
         shutil.rmtree(self.final, ignore_errors=True)  # a damaged checkpoint of the same step
         os.replace(self.partial, self.final)
-        writing.sync(self.final.parent)
+        documents.sync(self.final.parent)
 
 
 def read_json(path: Path) -> Any:

@@ -1,11 +1,14 @@
 """CommonsenseQA (Talmor et al. 2019): a question with five choices, one of them correct. Imports no torch."""
 
-import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
+from smoe_dropout.files import parse_json
+from smoe_dropout.options import ConfigError
 from utils.data.rows import Choice, File, Kind, shown
 
+HALF_LETTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write and UTF-8 cannot
 LETTERS = ("A", "B", "C", "D", "E")
 
 
@@ -13,18 +16,16 @@ def questions(file: File) -> Iterator[Choice]:
     """The rows of a JSON Lines file."""
     for line, text in enumerate(file.text.removesuffix("\n").split("\n"), 1):  # splitlines() would also split at other characters
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            file.refuse(f"line {line}, column {error.colno}", f"not JSON ({error.msg})")
-        except (ValueError, RecursionError) as error:  # a number too long, or brackets nested too deeply
-            file.refuse(f"line {line}", f"not JSON ({error})")
+            row = parse_json(text, f"line {line}")
+        except ConfigError as error:
+            file.refuse(f"line {line}", str(error).removeprefix(f"line {line} ").replace("line 1 column", "column"))
         yield _question(file, f"line {line}", row)
 
 
 def _question(file: File, line: str, row: Any) -> Choice:
     def text(entry: dict, key: str, column: str) -> str:
         found = entry.get(key)
-        if not isinstance(found, str) or not found.strip():
+        if not isinstance(found, str) or not found.strip() or HALF_LETTER.search(found):
             file.refuse(f"{line}, {column}", f"{shown(found)} is not text")
         return found
 

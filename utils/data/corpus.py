@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import msgspec
 import numpy as np
 
+from utils import documents
+from utils.data.meta import (
+    META,
+    SPLITS,
+    TOKENIZER,
+    TextMeta,
+    Vocabulary,
+    digest_of,
+    fault_of,
+    note_unverified,
+    read_chunks,
+    tokenizer_fault,
+)
 from utils.data.sources import PYSTDLIB, TEXTS
-from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
 
-SCHEMA = 1
-META = "meta.json"
-SPLITS = ("train", "valid", "test")
-CHUNK = 1 << 22  # bytes read at once; keeps memory flat for texts of any size
+__all__ = ["SPLITS", "UNITS", "Corpus", "digest_of", "read_chunks", "split_file"]
 
 
 class Unit(NamedTuple):
@@ -40,68 +48,30 @@ def split_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.bin"
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file, at most CHUNK bytes at a time."""
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def digest_of(chunks: Iterable[bytes], algorithm: str) -> tuple[int, str]:
-    """Return the total size of `chunks` in bytes and their hash in hex."""
-    size, digest = 0, hashlib.new(algorithm, usedforsecurity=False)
-    for chunk in chunks:
-        size += len(chunk)
-        digest.update(chunk)
-    return size, digest.hexdigest()
+def _command(name: str, unit: str, force: bool) -> str:
+    """The command that prepares a text, as a remedy."""
+    _, program, arguments = UNITS[unit]
+    source = "" if unit == "bytes" and name in (*TEXTS, PYSTDLIB) else f" {arguments}"
+    command = f"`python {program} {name or 'NAME'}{source}{' --force' if force else ''}`"
+    return f"prepare {'it again' if force else 'one'} with {command}"
 
 
 def _refuse(fault: str, name: str, unit: str, force: bool = True) -> NoReturn:
     """Raise UserError with the command that prepares the text as the remedy."""
-    _, program, arguments = UNITS[unit]
-    source = "" if unit == "bytes" and name in (*TEXTS, PYSTDLIB) else f" {arguments}"
-    command = f"`python {program} {name or 'NAME'}{source}{' --force' if force else ''}`"
-    raise UserError(f"{fault}: prepare {'it again' if force else 'one'} with {command}") from None
+    raise UserError(f"{fault}: {_command(name, unit, force)}")
 
 
-def _unit(meta: Any) -> str:
-    return "pieces" if isinstance(meta, dict) and "vocabulary" in meta else "bytes"
-
-
-def _meta_fault(meta: Any) -> str | None:
-    """Return why `meta` is not a meta.json of this version, or None."""
-    if not isinstance(meta, dict):
-        return "is not a JSON object"
-    if meta.get("schema") != SCHEMA:
-        return f"has schema {meta.get('schema')!r}, this program reads schema {SCHEMA}"
-    for key in ("name", "title", "source"):
-        if not isinstance(meta.get(key), str):
-            return f"lacks the string {key!r}"
-    if not isinstance(meta.get("official_text"), bool):
-        return "lacks the boolean 'official_text'"
-    if "vocabulary" in meta and Vocabulary.from_meta(meta["vocabulary"]) is None:
-        return "has a 'vocabulary' without name, size, sha256 and ids of this version"
-    splits = meta.get("splits")
-    for split in SPLITS:
-        entry = splits.get(split) if isinstance(splits, dict) else None
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
-            return f"lacks the bytes and sha256 of {split!r}"
-    return None
+def _unit(meta: dict[str, Any]) -> str:
+    return "pieces" if "vocabulary" in meta else "bytes"
 
 
 def _read_meta(folder: Path, unit: str) -> dict[str, Any]:
     path = folder / META
-    try:
-        meta = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        if folder.is_file():
-            raise UserError(f"{folder} is a file: prepare it with `python {UNITS[unit].program} NAME ...`, then give data/NAME") from None
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: prepare it with `python {UNITS[unit].program} NAME ...`, then give data/NAME")
+    if not path.exists():
         _refuse(f"{folder} is not a prepared text, it has no {META}", folder.name, unit, force=False)
-    except ValueError as error:  # bad JSON or bad UTF-8
-        _refuse(f"{path} is not readable as JSON ({error})", folder.name, unit)
-    if fault := _meta_fault(meta):
-        _refuse(f"{path} {fault}", folder.name, unit)
-    return meta
+    return documents.read(path, TextMeta, _command(folder.name, unit, force=True), note_unverified)
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
@@ -134,7 +104,7 @@ class Corpus:
         """
         folder = Path(path)
         try:
-            meta = _read_meta(folder, unit or "bytes")
+            meta = _read_meta(folder, unit or ("pieces" if (folder / TOKENIZER).is_dir() else "bytes"))
             if unit not in (None, _unit(meta)):
                 _refuse(f"{folder} holds {_unit(meta)}, and the model reads {unit}", "NAME", unit, force=False)
             return cls(folder, meta, *(_open_split(folder, split, meta) for split in SPLITS))
@@ -159,7 +129,7 @@ class Corpus:
     @property
     def vocabulary(self) -> Vocabulary | None:
         """The vocabulary of the word pieces, None for bytes."""
-        return Vocabulary.from_meta(self.meta["vocabulary"]) if "vocabulary" in self.meta else None
+        return msgspec.convert(self.meta["vocabulary"], Vocabulary) if "vocabulary" in self.meta else None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -172,9 +142,7 @@ class Corpus:
         return hashlib.sha256("".join(self.meta["splits"][split]["sha256"] for split in SPLITS).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every byte. Raises UserError if the sha256 of a split is not the recorded one."""
-        for split in SPLITS:
-            path, expected = split_file(self.path, split), self.meta["splits"][split]["sha256"]
-            _, found = digest_of(read_chunks(path), "sha256")
-            if found != expected:
-                _refuse(f"{path} has sha256 {found}, {META} says {expected}", self.name, self.unit)
+        """Read every byte. Raises UserError if the sha256 of a file is not the recorded one, or the tokenizer has other files."""
+        splits = {split_file(self.path, split).name: self.meta["splits"][split] for split in SPLITS}
+        if fault := fault_of(self.path, splits, META, content=True) or tokenizer_fault(self.path, self.meta):
+            _refuse(fault, self.name, self.unit)

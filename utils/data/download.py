@@ -1,20 +1,24 @@
-"""Download a file: resumed after a cut connection, and checked before it is accepted."""
+"""Download a file: resumed after a cut connection, limited in size, and checked before it is accepted."""
 
 from __future__ import annotations
 
 import http.client
 import os
+import ssl
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.documents import naming
 from utils.errors import UserError
 
 CONNECT_SECONDS = 10
 DOWNLOAD_ATTEMPTS = 5
-NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+SLOWEST, PATIENCE = 1000, 30  # a connection with fewer bytes a second is given up, judged each time that so many seconds have passed
+NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException)
 
 
 class Unavailable(UserError):
@@ -25,47 +29,76 @@ class Unavailable(UserError):
         self.fault = fault
 
 
+class TooLarge(Exception):
+    """A server sends more than the file can have."""
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https, and from http to http; never to another scheme, nor from https to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if newurl.partition(":")[0].lower() not in ("https", req.type):
+            raise urllib.error.URLError(f"it redirects to {newurl}, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def log(line: str) -> None:
     """Print a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else it would go to stdout
+        print(line, file=sys.stderr, flush=True)
 
 
-def _append(url: str, part: Path) -> bool:
-    """Append the missing bytes of `url` to `part`; return whether it is complete. Raises one of NETWORK_ERRORS."""
+def _append(url: str, part: Path, limit: int) -> bool:
+    """Append the missing bytes of `url` to `part`; return whether it is complete. Raises TooLarge, or one of NETWORK_ERRORS."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
+        response = urllib.request.build_opener(_SafeRedirects).open(request, timeout=CONNECT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
             return True  # the server has no further bytes; the content is checked by the caller
         raise
     with response:
         have = have if response.status == 206 else 0  # a server without ranges starts from 0
-        length = response.headers["Content-Length"]
-        total = have + int(length) if length else None
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length[:20]) if length.isascii() and length.isdigit() else None
         log(f"downloading {url}: {have:,} of {f'{total:,}' if total else 'unknown'} bytes received")
-        with open(part, "ab" if have else "wb") as file:
-            while chunk := response.read(1 << 16):
+        if (total or 0) > limit:
+            raise TooLarge
+        judged, before = time.monotonic(), have
+        with naming(part), open(part, "ab" if have else "wb") as file:
+            while chunk := response.read1(1 << 16):
                 have += file.write(chunk)
+                if have > limit:
+                    raise TooLarge
+                if (passed := time.monotonic() - judged) > PATIENCE:
+                    if have - before < SLOWEST * passed:
+                        raise TimeoutError(f"it sends fewer than {SLOWEST:,} bytes a second")
+                    judged, before = time.monotonic(), have
     return total is None or have >= total
 
 
-def download(url: str, target: Path, check: Callable[[Path], None], remedy: str) -> None:
+def download(url: str, target: Path, check: Callable[[Path], None], remedy: str, limit: int) -> None:
     """Download `url` to `target` through `target`.part, from which a later call resumes. `check(path)` raises UserError for a wrong file.
 
-    Raises Unavailable with `remedy`. An incomplete part is kept, one with wrong content is deleted.
+    Raises Unavailable with `remedy`. An incomplete part is kept, one with wrong content or with more than `limit` bytes is deleted.
     """
     part = target.with_name(f"{target.name}.part")
     resumed = part.exists() and part.stat().st_size > 0
     for _ in range(DOWNLOAD_ATTEMPTS):
         before = part.stat().st_size if part.exists() else 0
         try:
-            if _append(url, part):
+            if _append(url, part, limit):
                 break
             reason = "the connection was cut"
+        except TooLarge:
+            part.unlink(missing_ok=True)
+            if resumed:  # the old part may be wrong
+                return download(url, target, check, remedy, limit)
+            raise Unavailable(f"{url} is larger than {limit:,} bytes, the most that {target.name} can have", remedy) from None
         except NETWORK_ERRORS as error:
-            reason = str(error) if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+            said = getattr(error, "reason", None) or getattr(error, "strerror", None)
+            reason = str(error) if isinstance(error, urllib.error.HTTPError) else said or error
         if not part.exists() or part.stat().st_size <= before:
             raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy)
     else:
@@ -73,8 +106,8 @@ def download(url: str, target: Path, check: Callable[[Path], None], remedy: str)
     try:
         check(part)
     except UserError as error:
-        part.unlink()
+        part.unlink(missing_ok=True)
         if resumed:  # the old part may be wrong: try once from the start
-            return download(url, target, check, remedy)
+            return download(url, target, check, remedy, limit)
         raise Unavailable(f"{url} returned unexpected content ({error})", remedy) from None
     os.replace(part, target)

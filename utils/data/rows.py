@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from smoe_dropout.registry import load
+from utils import documents
 from utils.data.equations import solves
+from utils.data.meta import ROWS, RowsMeta
 from utils.errors import UserError
 
 TASKS: dict[str, str] = {
@@ -26,6 +28,7 @@ TASKS: dict[str, str] = {
     "svamp": "utils.data.problem_sets:SVAMP",
 }
 SHOWN = 80  # longest value quoted in an error message, in characters
+LARGEST = 256 << 20  # bytes of a file; the largest published one has 3.8 MB
 
 
 class Choice(NamedTuple):
@@ -118,6 +121,8 @@ class File:
         except UnicodeDecodeError as error:
             line = self.content.count(b"\n", 0, error.start) + 1
             self.refuse(f"line {line}", f"the byte 0x{self.content[error.start]:02x} is not UTF-8")
+        if "\0" in text:
+            self.refuse(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1}", "a NUL byte is not text")
         if not text.strip():
             self.refuse("", "is empty")
         return text
@@ -178,14 +183,31 @@ def read_examples(task: str, folder: Path, fold: int = 0) -> Examples:
     if len(train) < len(held_out):
         sizes = f"has {len(train):,} rows, fewer than {files[1].path.name} with {len(held_out):,}"
         raise UserError(f"{files[0].path} {sizes}: their names may have been swapped; {_remedy(task)}")
-    fingerprint = hashlib.sha256("".join(hashlib.sha256(file.content).hexdigest() for file in files).encode()).hexdigest()
+    digests = [hashlib.sha256(file.content).hexdigest() for file in files]
+    _refuse_changed(task, folder, dict(zip(kind.files(fold), digests, strict=True)))
+    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
     title, notes = _title(kind, fold, len(train), len(held_out)), _notes(kind, train, held_out)
     return Examples(folder, task, title, train, held_out, kind.split, kind.labels, notes, fingerprint)
+
+
+def _refuse_changed(task: str, folder: Path, digests: dict[str, str]) -> None:
+    """Raise UserError if the folder has a record, as prepare_task.py writes it, of other files; one brought by hand needs none."""
+    path = folder / ROWS
+    if path.exists():
+        remedy = f"prepare the files again with `python data/prepare_task.py {task} --force`, or remove {path.name} if they are your own"
+        recorded = documents.read(path, RowsMeta, remedy)
+        if recorded["task"] != task:
+            raise documents.Damaged(path, f"is of the task {recorded['task']}, not {task}", remedy)
+        for name, sha256 in digests.items():
+            if recorded["files"].get(name, {}).get("sha256") != sha256:
+                raise documents.Damaged(folder / name, f"is not the file that {path.name} records", remedy)
 
 
 def _read(task: str, folder: Path, name: str, trains: bool) -> File:
     path = folder / name
     try:
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than {LARGEST >> 20} MB, too large for labelled rows: name another folder with --data DIR")
         return File(path, task, trains, path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         no_folder = "is a file, not a folder" if folder.exists() else "does not exist"

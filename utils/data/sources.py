@@ -9,7 +9,7 @@ PYSTDLIB = "pystdlib"  # the one text that needs no network: the source of Pytho
 
 
 class Text(NamedTuple):
-    """A text with a fixed content. Digests are "algorithm:hex": `digest` of the unpacked text, `archive_digest` of the file at `url`."""
+    """A text with a fixed content of `bytes`. Digests are "algorithm:hex": `digest` of the text, `archive_digest` of the file at `url`."""
 
     url: str  # a .zip with one file, .xz, .gz or plain text
     bytes: int
@@ -25,10 +25,15 @@ class Files(NamedTuple):
 
 
 class Hub(NamedTuple):
-    """A dataset on the Hugging Face hub. `line` turns a row with `columns` into a line of the task's files, which begin with `header`."""
+    """A dataset on the Hugging Face hub at the commit `revision`, and the sha256 of the task's files made from it.
+
+    `line` turns a row with `columns` into a line of these files, which begin with `header`.
+    """
 
     name: str
     config: str | None
+    revision: str
+    sha256: dict[str, str]
     columns: tuple[str, ...]
     header: str
     line: Callable[[dict[str, Any]], str]
@@ -43,12 +48,12 @@ def csqa_line(row: dict[str, Any]) -> str:
 
 TEXTS = {  # for data/prepare.py
     "enwik8": Text(
-        "http://mattmahoney.net/dc/enwik8.zip",
+        "https://mattmahoney.net/dc/enwik8.zip",
         100_000_000,
         "sha256:2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
         "sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
     ),
-    "text8": Text("http://mattmahoney.net/dc/text8.zip", 100_000_000, "md5:3bea1919949baf155f99411df5fada7e"),
+    "text8": Text("https://mattmahoney.net/dc/text8.zip", 100_000_000, "md5:3bea1919949baf155f99411df5fada7e"),
 }
 
 SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data"
@@ -62,8 +67,30 @@ def _svamp_files(folder: str) -> Files:
 
 
 ROWS: dict[str, Files | Hub] = {  # for data/prepare_task.py
-    "sst2": Hub("nyu-mll/glue", "sst2", ("sentence", "label"), "sentence\tlabel\n", lambda row: f"{row['sentence']}\t{row['label']}"),
-    "csqa": Hub("tau/commonsense_qa", None, ("id", "question", "question_concept", "choices", "answerKey"), "", csqa_line),
+    "sst2": Hub(
+        "nyu-mll/glue",
+        "sst2",
+        "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c",
+        {
+            "train.tsv": "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
+            "dev.tsv": "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
+        },
+        ("sentence", "label"),
+        "sentence\tlabel\n",
+        lambda row: f"{row['sentence']}\t{row['label']}",
+    ),
+    "csqa": Hub(
+        "tau/commonsense_qa",
+        None,
+        "94630fe30dad47192a8546eb75f094926d47e155",
+        {
+            "train_rand_split.jsonl": "58ffa3c8472410e24b8c43f423d89c8a003d8284698a6ed7874355dedd09a2fb",
+            "dev_rand_split.jsonl": "3210497fdaae614ac085d9eb873dd7f4d49b6f965a93adadc803e1229fd8a02a",
+        },
+        ("id", "question", "question_concept", "choices", "answerKey"),
+        "",
+        csqa_line,
+    ),
     "asdiv_a": _svamp_files("cv_asdiv-a"),
     "mawps": _svamp_files("cv_mawps"),
     "svamp": _svamp_files("mawps-asdiv-a_svamp"),

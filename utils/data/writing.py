@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -11,20 +10,24 @@ import signal
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from utils.data.corpus import CHUNK, META, SCHEMA, SPLITS, UNITS, Corpus, digest_of, read_chunks, split_file
+from utils import documents
+from utils.data.corpus import UNITS, Corpus, split_file
 from utils.data.download import log
+from utils.data.meta import CHUNK, META, SCHEMA, SPLITS, TOKENIZER, entry_of, tokenizer_fault
 from utils.errors import UserError, run_main
 
 SPACE_MARGIN = 16 << 20  # bytes of disk left free
 MOVE = "choose another --out, or move it"
 REPLACE = "choose another --out, or replace it with --force"
+LEFTOVER = r"\.{name}\.[0-9a-f]{{8}}\.(tmp|old)"  # a folder that is being built, or replaced
+LONGEST_TITLE = 200
 
 
 def require_space(folder: Path, size: int, flag: str = "--out") -> None:
@@ -46,23 +49,76 @@ def refuse_unreadable(source: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{source} cannot be read ({reason}): {remedy}") from error
 
 
-def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file whose content survives a power failure after the call."""
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def refuse_unsaved(path: Path) -> Iterator[None]:
+    """Raise OSError, as Python would, for what a library cannot write below `path`: some raise errors of their own for a full disk."""
+    try:
+        with documents.naming(path):
+            yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(0, " ".join(str(error).split())[:300], str(path)) from error
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the renames within a folder, to disk, where the system can (Windows cannot open a folder)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextmanager
+def held(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder during the block. Yields False if another process holds or has removed it, None where there are no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    except OSError:  # Windows cannot open a folder
+        yield None
+        return
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):  # some network file systems have no locks, nor has Windows
+        return None
+    return True
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed processes left beside `out`, and put back a folder that one of them was about to replace.
+
+    A folder stays that another process uses, and where no locks tell this.
+    """
+    pattern = re.compile(LEFTOVER.format(name=re.escape(out.name)))
+    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+        if pattern.fullmatch(path.name):
+            with suppress(OSError), held(path) as free:
+                if free and path.suffix == ".old" and not out.exists():
+                    os.rename(path, out)
+                elif free:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, held during the block and then removed if it is still there."""
+    while True:
+        folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+        folder.mkdir()
+        with held(folder) as free:
+            if free is False or not folder.is_dir():  # another process has taken it for a leftover before it was held
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
 
 
 def install(built: Path, out: Path) -> None:
@@ -73,27 +129,31 @@ def install(built: Path, out: Path) -> None:
     """
     if not out.exists():
         os.rename(built, out)
-        sync(out.parent)
+        documents.sync(out.parent)
     elif (built / META).exists():
         (out / META).unlink(missing_ok=True)
-        sync(out)
+        documents.sync(out)
         for path in sorted(built.iterdir(), key=lambda path: path.name == META):
             if path.is_dir():
                 shutil.rmtree(out / path.name, ignore_errors=True)
             os.replace(path, out / path.name)
-        sync(out)
+        documents.sync(out)
     elif Path.cwd().is_relative_to(out):
         raise UserError(f"{out} is the working folder, which cannot be replaced: start the program from another")
     else:
         old = built.with_suffix(".old")
-        try:
-            os.rename(out, old)
-            os.rename(built, out)
-            sync(out.parent)
-        finally:
-            if old.exists() and not out.exists():
-                os.rename(old, out)
-            shutil.rmtree(old, ignore_errors=True)
+        with held(out) as free:
+            if free is False:
+                raise UserError(f"{out} is being replaced by another process: wait for it, or choose another --out")
+            try:
+                os.rename(out, old)
+                os.rename(built, out)
+                documents.sync(out.parent)
+            finally:
+                if old.exists() and not out.exists():
+                    os.rename(old, out)
+                with suppress(OSError):
+                    os.rename(old, built)  # under its first name `remove_leftovers` would put it back where `out` has gone
 
 
 def display_path(path: Path) -> Path:
@@ -115,6 +175,9 @@ class Dataset(ABC):
         """`args`: name, out, force and what the program adds. `data_dir`: where the folder is unless --out says otherwise."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
             raise UserError(f"the name {args.name!r} cannot be that of a folder: use letters, digits, '.', '_' and '-'")
+        title = getattr(args, "title", None)
+        if title and not (title.isprintable() and len(title) <= LONGEST_TITLE):
+            raise UserError(f"--title {title[:40]!r} cannot be shown in tables: give at most {LONGEST_TITLE} characters in one line")
         self.args, self.name = args, args.name
         self.out: Path = args.out or display_path(data_dir / args.name)
 
@@ -151,27 +214,41 @@ class Dataset(ABC):
     def prepare(self) -> Path:
         """Build and install the dataset unless it is already prepared; return its folder. A failure leaves nothing behind."""
         try:
+            remove_leftovers(self._place())
             log("\n".join([f"already prepared: {self.out}"] if self.is_ready() else self._install()))
+        except BrokenPipeError:  # of the output
+            raise
         except OSError as error:
-            raise UserError(f"{error.filename or self.out}: {error.strerror or error}") from None
+            self._refuse(error)
         return self.out
 
+    def _refuse(self, error: OSError) -> NoReturn:
+        """Raise the UserError for an error of the system: with the folder that is written, unless it names a file elsewhere."""
+        reason, out = error.strerror or error, self._place()
+        place = Path(os.path.realpath(str(error.filename or out)))
+        mine = place in (out, *out.parents) or out in place.parents
+        if mine or any(re.fullmatch(LEFTOVER.format(name=re.escape(out.name)), part) for part in place.parts):
+            raise UserError(f"{self.out} cannot be written ({reason}): choose another --out, or mend this") from None
+        raise UserError(f"{error.filename} cannot be used ({reason}): mend this, or give another") from None
+
+    def _place(self) -> Path:
+        """The folder itself behind a link, so that it is built on the same disk."""
+        return Path(os.path.realpath(self.out))
+
     def _install(self) -> list[str]:
-        out = self.out.resolve()  # behind a link, so that the folder is built on the same disk
+        out = self._place()
         created = [folder for folder in out.parents if not folder.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        building.mkdir()
         try:
-            lines = self.build(building)
-            install(building, out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with building(out) as folder:
+                lines = self.build(folder)
+                install(folder, out)
             return lines
         except OSError:
             if not self.is_ready():  # else another process has installed the same in the meantime
                 raise
             return [f"already prepared: {self.out}"]
         finally:
-            shutil.rmtree(building, ignore_errors=True)
             with suppress(OSError):  # a folder that is not empty stays
                 for folder in created:
                     folder.rmdir()
@@ -186,9 +263,12 @@ class TextDataset(Dataset):
     def settings(self) -> dict[str, Any]:
         """Return the entries of meta.json by which a prepared folder is recognised."""
 
+    def other_sources(self, corpus: Corpus) -> str | None:
+        """With --verify: the sources, if they are at hand and would give another text."""
+
     def owns(self, name: str) -> bool:
         """Other files may be kept beside a prepared text, but not in a folder without meta.json."""
-        known = {META, "tokenizer", *(split_file(self.out, split).name for split in SPLITS)}
+        known = {META, TOKENIZER, *(split_file(self.out, split).name for split in SPLITS)}
         return name.partition("/")[0] in known or (self.out / META).exists()
 
     def check(self, found: list[str]) -> None:
@@ -200,6 +280,13 @@ class TextDataset(Dataset):
         for key, value in ({"name": self.name, "unit": self.unit} | self.settings() | title).items():
             if found_meta.get(key) != value:
                 raise UserError(f"{self.out} has {key} {found_meta.get(key)!r}, not {value!r}: {REPLACE}")
+        if fault := tokenizer_fault(self.out, corpus.meta):
+            raise UserError(f"{fault}: {REPLACE}")
+        if self.args.verify:
+            corpus.verify()
+            if fault := self.other_sources(corpus):
+                raise UserError(f"{self.out} was made from other content of {fault}: {REPLACE}")
+            log(f"verified: {self.out}")
 
     def split(self, whole: Path, held_out: int, edit: Callable[[bytes], bytes] = bytes) -> dict[str, dict[str, Any]]:
         """Replace the file `whole` by train, valid and test, in the order of the text, and return their entries for meta.json.
@@ -212,23 +299,31 @@ class TextDataset(Dataset):
         size, test = len(symbols), len(symbols) - held_out
         for split, start, end in (("train", 0, test - held_out), ("valid", test - held_out, test), ("test", test, size)):
             path = split_file(whole.parent, split)
-            write_synced(path, (edit(symbols[place : min(place + step, end)].tobytes()) for place in range(start, end, step)))
-            entries[split] = dict(zip(("bytes", "sha256"), digest_of(read_chunks(path), "sha256"), strict=True))
+            documents.replace(path, (edit(symbols[place : min(place + step, end)].tobytes()) for place in range(start, end, step)))
+            entries[split] = entry_of(path)
         del symbols
         whole.unlink()
         return entries
 
     def write_meta(self, folder: Path, meta: dict[str, Any]) -> list[str]:
         """Complete the folder with meta.json and return the line to report."""
-        write_synced(folder / META, [(json.dumps({"schema": SCHEMA, "name": self.name, **meta}, indent=1) + "\n").encode()])
-        sync(folder)
+        documents.write(folder / META, {"schema": SCHEMA, "name": self.name, **meta})
         return [f"prepared {self.out}: {meta['title']}, from {meta['source']}"]
 
 
-def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add --out and --force; `name`: the argument that names the folder."""
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write (default: {name} in the folder of this program)")
-    parser.add_argument("--force", action="store_true", help="replace a folder that holds something else")
+class Parser(argparse.ArgumentParser):
+    """Reads the command line of a program. Mistakes are UserErrors, of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise UserError(f"{message} (--help lists all options)")
+
+    def add_common(self, name: str, verify: bool = False) -> None:
+        """Add --out, --force and with `verify` --verify; `name`: the argument that names the folder."""
+        self.add_argument("--out", type=Path, metavar="DIR", help=f"folder to write (default: {name} in the folder of this program)")
+        self.add_argument("--force", action="store_true", help="replace a folder that holds something else")
+        if verify:
+            self.add_argument("--verify", action="store_true", help="hash a folder that is already prepared instead of trusting its sizes")
 
 
 def run_program(main: Callable[[], int]) -> None:

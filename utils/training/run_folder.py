@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from utils.data.writing import sync
+from utils.documents import sync
 from utils.errors import UserError
 from utils.flags.derive import read_config
 from utils.flags.fields import Flags, names
