@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 import numpy as np
@@ -36,9 +36,9 @@ from utils.data.corpus import Corpus  # noqa: E402
 from utils.data.download import Unavailable, download, log  # noqa: E402
 from utils.data.meta import CHUNK, digest_of, read_chunks  # noqa: E402
 from utils.data.sources import PYSTDLIB, TEXTS, Text  # noqa: E402
-from utils.data.writing import Parser, TextDataset, describe_files, display_path, require_space, run_program  # noqa: E402
+from utils.data.writing import Parser, TextDataset, count, describe_files, display_path, require_space  # noqa: E402
 from utils.documents import naming  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import UserError, run_main  # noqa: E402
 
 PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
 PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
@@ -245,7 +245,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--title", help="name of the text in tables (default: from its name and size)")
     parser.add_argument("--official_text", action="store_true", help="drop newlines, as the official code does")
     held_out_help = "bytes for validation, and as many for the test (default: a twentieth of the text each)"
-    parser.add_argument("--held_out", metavar="BYTES", type=int, help=held_out_help)
+    parser.add_argument("--held_out", metavar="BYTES", type=count, help=held_out_help)
     parser.add_argument("--fallback", choices=[PYSTDLIB], help="prepare this instead if the text cannot be downloaded")
     parser.add_common("NAME", verify=True)
     args = parser.parse_args(argv)
@@ -279,4 +279,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

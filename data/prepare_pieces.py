@@ -9,6 +9,7 @@ The last line of stdout is the folder; everything else goes to stderr.
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import os
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 import msgspec
@@ -30,9 +31,9 @@ sys.path.insert(0, str(DATA_DIR.parent))
 from utils.data.download import log  # noqa: E402
 from utils.data.meta import TOKENIZER, entry_of, files_below  # noqa: E402
 from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of  # noqa: E402
-from utils.data.writing import Parser, TextDataset, describe_files, refuse_unreadable, refuse_unsaved, require_space, run_program  # noqa: E402
+from utils.data.writing import Parser, TextDataset, count, describe_files, refuse_unreadable, require_space  # noqa: E402
 from utils.documents import naming, sync  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import UserError, run_main  # noqa: E402
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
 HELD_OUT = 100  # one piece in 100 is for validation, and as many for the test
@@ -107,8 +108,13 @@ def write_pieces(path: Path, chunks: Iterable[np.ndarray], limit: int | None) ->
 
 def save_tokenizer(tokenizer, folder: Path) -> list[str]:
     """Save the tokenizer beside its pieces, down to the disk, and return the names of its files."""
-    with refuse_unsaved(folder / TOKENIZER):
-        tokenizer.save_pretrained(folder / TOKENIZER)
+    try:
+        with naming(folder / TOKENIZER):
+            tokenizer.save_pretrained(folder / TOKENIZER)
+    except OSError:
+        raise
+    except Exception as error:  # that of a full disk is of no kind of its own
+        raise OSError(errno.EIO, " ".join(str(error).split())[:300], str(folder / TOKENIZER)) from error
     files = files_below(folder, TOKENIZER)
     for path in [*(folder / name for name in files), folder / TOKENIZER]:
         sync(path)
@@ -154,7 +160,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", type=Path, nargs="+", metavar="FILE", default=[], help=files_help)
     parser.add_argument("--hub", metavar="DATASET[@REVISION]", help="dataset on the hub, in place of --data_files")
     parser.add_argument("--column", default="text", help="column with the texts (default: text)")
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N pieces only")
+    parser.add_argument("--limit", type=count, metavar="N", help="take the first N pieces only")
     parser.add_argument("--title", help="name of the text in tables (default: NAME)")
     parser.add_common("NAME", verify=True)
     args = parser.parse_args(argv)
@@ -177,4 +183,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -26,9 +26,9 @@ from utils.data.meta import ROWS as RECORD  # noqa: E402
 from utils.data.meta import SCHEMA, entry_of, read_chunks  # noqa: E402
 from utils.data.rows import TASKS, Examples, kind_of, read_examples  # noqa: E402
 from utils.data.sources import ROWS, Files, Hub  # noqa: E402
-from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space, run_program  # noqa: E402
+from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space  # noqa: E402
 from utils.documents import replace, sync, write  # noqa: E402
-from utils.errors import UserError  # noqa: E402
+from utils.errors import UserError, run_main  # noqa: E402
 
 HUB_SPLITS = ("train", "validation")
 LARGEST = 16 << 20  # bytes of a file that is downloaded; the largest published one has 1.2 MB
@@ -194,4 +194,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

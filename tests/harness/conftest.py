@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import prepare, prepare_pieces, prepare_task
-from utils.errors import UserError
+from utils.errors import UserError, sentence
 
 
 class Server(ThreadingHTTPServer):
@@ -70,10 +70,11 @@ def refused(run, data_dir):
 
     def call(program, *argv: object) -> str:
         before = state(data_dir)
-        with pytest.raises(UserError) as error:
+        with pytest.raises((UserError, OSError)) as error:
             run(program, *argv)
-        assert state(data_dir) == before and "\n" not in str(error.value)
-        return str(error.value)
+        said = sentence(error.value)
+        assert state(data_dir) == before and "\n" not in said
+        return said
 
     return call
 

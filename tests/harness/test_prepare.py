@@ -239,7 +239,7 @@ def test_a_full_disk_is_reported(case, refused, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "x")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert refused(*argv) == "x cannot be used (No space left on device): mend this, or give another"
+    assert refused(*argv) == "x cannot be used (No space left on device): mend that, or give another"
 
 
 def test_a_packed_text_that_fills_the_disk_is_reported(refused, tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_a_terminated_process_leaves_nothing(tmp_path):
         assert command.poll() is None and time.monotonic() < end, command.communicate()
         time.sleep(0.002)
     command.send_signal(signal.SIGTERM)
-    assert command.communicate() == ("", "") and command.returncode == 143
+    assert command.communicate() == ("", "stopped by SIGTERM\n") and command.returncode == 143
     assert [path.name for path in tmp_path.iterdir()] == ["long.gz"]
 
 

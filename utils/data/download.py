@@ -18,7 +18,8 @@ from utils.errors import UserError
 CONNECT_SECONDS = 10
 DOWNLOAD_ATTEMPTS = 5
 SLOWEST, PATIENCE = 1000, 30  # a connection with fewer bytes a second is given up, judged each time that so many seconds have passed
-NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException)
+# the last: a redirect to what is no address
+NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException, ValueError)
 
 
 class Unavailable(UserError):
@@ -48,9 +49,13 @@ def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _append(url: str, part: Path, limit: int) -> bool:
     """Append the missing bytes of `url` to `part`; return whether it is complete. Raises TooLarge, or one of NETWORK_ERRORS."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.build_opener(_SafeRedirects).open(request, timeout=CONNECT_SECONDS)
@@ -73,7 +78,7 @@ def _append(url: str, part: Path, limit: int) -> bool:
                     raise TooLarge
                 if (passed := time.monotonic() - judged) > PATIENCE:
                     if have - before < SLOWEST * passed:
-                        raise TimeoutError(f"it sends fewer than {SLOWEST:,} bytes a second")
+                        raise urllib.error.URLError(f"it sends fewer than {SLOWEST:,} bytes a second")
                     judged, before = time.monotonic(), have
     return total is None or have >= total
 
@@ -83,26 +88,28 @@ def download(url: str, target: Path, check: Callable[[Path], None], remedy: str,
 
     Raises Unavailable with `remedy`. An incomplete part is kept, one with wrong content or with more than `limit` bytes is deleted.
     """
-    part = target.with_name(f"{target.name}.part")
-    resumed = part.exists() and part.stat().st_size > 0
+    part, complete = target.with_name(f"{target.name}.part"), False
+    resumed = _size(part) > 0
     for _ in range(DOWNLOAD_ATTEMPTS):
-        before = part.stat().st_size if part.exists() else 0
+        before, reason = _size(part), "the connection was cut"
         try:
-            if _append(url, part, limit):
-                break
-            reason = "the connection was cut"
+            complete = _append(url, part, limit)
         except TooLarge:
             part.unlink(missing_ok=True)
             if resumed:  # the old part may be wrong
                 return download(url, target, check, remedy, limit)
             raise Unavailable(f"{url} is larger than {limit:,} bytes, the most that {target.name} can have", remedy) from None
         except NETWORK_ERRORS as error:
-            said = getattr(error, "reason", None) or getattr(error, "strerror", None)
-            reason = str(error) if isinstance(error, urllib.error.HTTPError) else said or error
-        if not part.exists() or part.stat().st_size <= before:
-            raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy)
-    else:
-        raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy, kept=part.stat().st_size)
+            said = (
+                error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or getattr(error, "strerror", None)
+            )
+            reason = " ".join(str(said or error).split())[:200]
+        if complete or _size(part) <= before:
+            break
+    if not complete:
+        if not (kept := _size(part)):
+            part.unlink(missing_ok=True)
+        raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy, kept)
     try:
         check(part)
     except UserError as error:

@@ -6,8 +6,6 @@ import argparse
 import os
 import re
 import shutil
-import signal
-import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -21,19 +19,20 @@ from utils import documents
 from utils.data.corpus import UNITS, Corpus, split_file
 from utils.data.download import log
 from utils.data.meta import CHUNK, META, SCHEMA, SPLITS, TOKENIZER, entry_of, tokenizer_fault
-from utils.errors import UserError, run_main
+from utils.errors import UserError
 
 SPACE_MARGIN = 16 << 20  # bytes of disk left free
 MOVE = "choose another --out, or move it"
 REPLACE = "choose another --out, or replace it with --force"
 LEFTOVER = r"\.{name}\.[0-9a-f]{{8}}\.(tmp|old)"  # a folder that is being built, or replaced
-LONGEST_TITLE = 200
+LONGEST_TITLE, LARGEST_COUNT = 200, 1 << 62
 
 
 def require_space(folder: Path, size: int, flag: str = "--out") -> None:
     """Raise UserError unless the disk of `folder` has room for `size` bytes; the remedy is another folder by `flag`."""
     free, needed = shutil.disk_usage(folder).free, size + SPACE_MARGIN
     if free < needed:
+        folder = folder.parent if folder.suffix == ".tmp" else folder  # one that is being built has a name of its own
         raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed: make room, or choose another {flag}")
 
 
@@ -47,18 +46,6 @@ def refuse_unreadable(source: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # many kinds: of the network, the hub, a decompressor or a parser
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{source} cannot be read ({reason}): {remedy}") from error
-
-
-@contextmanager
-def refuse_unsaved(path: Path) -> Iterator[None]:
-    """Raise OSError, as Python would, for what a library cannot write below `path`: some raise errors of their own for a full disk."""
-    try:
-        with documents.naming(path):
-            yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(0, " ".join(str(error).split())[:300], str(path)) from error
 
 
 @contextmanager
@@ -216,20 +203,18 @@ class Dataset(ABC):
         try:
             remove_leftovers(self._place())
             log("\n".join([f"already prepared: {self.out}"] if self.is_ready() else self._install()))
-        except BrokenPipeError:  # of the output
-            raise
         except OSError as error:
-            self._refuse(error)
+            if not self._is_below(error.filename):
+                raise
+            reason = error.strerror or error
+            raise UserError(f"{self.out} cannot be written ({reason}): choose another --out, or mend this") from None
         return self.out
 
-    def _refuse(self, error: OSError) -> NoReturn:
-        """Raise the UserError for an error of the system: with the folder that is written, unless it names a file elsewhere."""
-        reason, out = error.strerror or error, self._place()
-        place = Path(os.path.realpath(str(error.filename or out)))
-        mine = place in (out, *out.parents) or out in place.parents
-        if mine or any(re.fullmatch(LEFTOVER.format(name=re.escape(out.name)), part) for part in place.parts):
-            raise UserError(f"{self.out} cannot be written ({reason}): choose another --out, or mend this") from None
-        raise UserError(f"{error.filename} cannot be used ({reason}): mend this, or give another") from None
+    def _is_below(self, filename: str | None) -> bool:
+        """Whether a file is the folder, in it or above it, or in the one that is being built."""
+        out, place = self._place(), Path(os.path.realpath(filename or os.devnull))
+        built = re.compile(LEFTOVER.format(name=re.escape(out.name)))
+        return place in (out, *out.parents) or out in place.parents or any(map(built.fullmatch, place.parts))
 
     def _place(self) -> Path:
         """The folder itself behind a link, so that it is built on the same disk."""
@@ -249,8 +234,8 @@ class Dataset(ABC):
                 raise
             return [f"already prepared: {self.out}"]
         finally:
-            with suppress(OSError):  # a folder that is not empty stays
-                for folder in created:
+            for folder in created:
+                with suppress(OSError):  # it is not empty, or was not made
                     folder.rmdir()
 
 
@@ -316,7 +301,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        raise UserError(f"{message} (--help lists all options)")
+        raise UserError(f"{message if len(message) <= LONGEST_TITLE else f'{message[:LONGEST_TITLE]}...'} (--help lists all options)")
 
     def add_common(self, name: str, verify: bool = False) -> None:
         """Add --out, --force and with `verify` --verify; `name`: the argument that names the folder."""
@@ -326,7 +311,9 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--verify", action="store_true", help="hash a folder that is already prepared instead of trusting its sizes")
 
 
-def run_program(main: Callable[[], int]) -> None:
-    """Run `main` and exit. SIGTERM raises, so that an unfinished folder is removed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_main(main)
+def count(text: str) -> int:
+    """The type of arguments that count bytes or pieces."""
+    with suppress(ValueError):
+        if (value := int(text)) <= LARGEST_COUNT:
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number up to {LARGEST_COUNT:,}")
