@@ -7,12 +7,16 @@ The last line of stdout is the folder; everything else goes to stderr.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
 import argparse
 import gzip
 import hashlib
 import lzma
 import re
-import signal
 import struct
 import sys
 import sysconfig
@@ -24,21 +28,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
-
 import numpy as np
 
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data.corpus import Corpus  # noqa: E402
-from utils.data.download import Unavailable, download, log  # noqa: E402
-from utils.data.meta import CHUNK, digest_of, read_chunks  # noqa: E402
-from utils.data.sources import PYSTDLIB, TEXTS, Text  # noqa: E402
-from utils.data.writing import Parser, TextDataset, count, describe_files, display_path, require_space  # noqa: E402
-from utils.documents import naming  # noqa: E402
-from utils.errors import UserError, run_main  # noqa: E402
+from utils.data.corpus import Corpus
+from utils.data.download import Unavailable, download, log
+from utils.data.meta import CHUNK, digest_of, read_chunks
+from utils.data.sources import PYSTDLIB, TEXTS, Text
+from utils.data.writing import Parser, TextDataset, count, describe_files, display_path, require_space
+from utils.documents import naming
+from utils.errors import UserError, run_main
 
 PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
 PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}

@@ -8,18 +8,19 @@ The last line of stdout is the folder; everything else goes to stderr.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
+
 import argparse
 import errno
 import glob
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 import msgspec
 import numpy as np
@@ -28,12 +29,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data.download import log  # noqa: E402
-from utils.data.meta import TOKENIZER, entry_of, files_below  # noqa: E402
-from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of  # noqa: E402
-from utils.data.writing import Parser, TextDataset, count, describe_files, refuse_unreadable, require_space  # noqa: E402
-from utils.documents import naming, sync  # noqa: E402
-from utils.errors import UserError, run_main  # noqa: E402
+from utils.data.download import log
+from utils.data.meta import TOKENIZER, entry_of, files_below
+from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of
+from utils.data.writing import Parser, TextDataset, count, describe_files, refuse_unreadable, require_space
+from utils.documents import naming, sync
+from utils.errors import UserError, run_main
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
 HELD_OUT = 100  # one piece in 100 is for validation, and as many for the test

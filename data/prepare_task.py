@@ -9,26 +9,27 @@ The last line of stdout is the folder; everything else goes to stderr.
 
 from __future__ import annotations
 
-import argparse
 import signal
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from utils.data.download import Unavailable, download, log  # noqa: E402
-from utils.data.meta import ROWS as RECORD  # noqa: E402
-from utils.data.meta import SCHEMA, entry_of, read_chunks  # noqa: E402
-from utils.data.rows import TASKS, Examples, kind_of, read_examples  # noqa: E402
-from utils.data.sources import ROWS, Files, Hub  # noqa: E402
-from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space  # noqa: E402
-from utils.documents import replace, sync, write  # noqa: E402
-from utils.errors import UserError, run_main  # noqa: E402
+from utils.data.download import Unavailable, download, log
+from utils.data.meta import ROWS as RECORD
+from utils.data.meta import SCHEMA, entry_of, read_chunks
+from utils.data.rows import TASKS, Examples, kind_of, read_examples, refuse_changed
+from utils.data.sources import ROWS, Files, Hub
+from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space
+from utils.documents import replace, sync, write
+from utils.errors import UserError, run_main
 
 HUB_SPLITS = ("train", "validation")
 LARGEST = 16 << 20  # bytes of a file that is downloaded; the largest published one has 1.2 MB
@@ -55,6 +56,7 @@ def copy_files(task: str, source: Path, folder: Path) -> str:
     require_space(folder, sum((source / name).stat().st_size for name in file_names(task)))
     for name in file_names(task):
         replace(folder / name, read_chunks(source / name))
+    refuse_changed(task, source, {name: sha256_of(folder / name) for name in file_names(task)})
     return str(source)
 
 

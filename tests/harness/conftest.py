@@ -11,8 +11,8 @@ from utils.errors import UserError, sentence
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` by path. `ranges`: whether Range is honoured. The next `cuts` answers end after `piece` bytes. `status`: of every
-    answer unless 200. `asked`: path and Range of each request.
+    """Serves `files` by path; one may be a function of the handler, which answers in its own way. `ranges`: whether Range is honoured.
+    The next `cuts` answers end after `piece` bytes. `status`: of every answer unless 200. `asked`: path and Range of each request.
     """
 
     def __init__(self) -> None:
@@ -25,6 +25,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, wanted, content = self.server, self.headers.get("Range"), self.server.files.get(self.path)
         server.asked.append((self.path, wanted))
+        if callable(content):
+            content(self)
+            return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
         status = 404 if content is None else 416 if start >= len(content) > 0 else 206 if start else 200
         status = server.status if server.status != 200 else status

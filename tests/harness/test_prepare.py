@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -197,19 +198,50 @@ def test_a_replacement_that_is_interrupted_is_not_accepted(name, run, data_dir, 
     assert list(data_dir.iterdir()) == [folder]
 
 
-def test_the_leftover_of_a_killed_process_is_not_a_dataset(case, run, data_dir, tmp_path, monkeypatch):
-    def killed(*args: object) -> None:
-        raise KeyboardInterrupt
-
+def test_what_killed_processes_left_is_removed_at_the_next_start(case, run, data_dir, tmp_path):
+    """What a running process builds stays, and so does what belongs to another name."""
     argv = case.argv(tmp_path / "source")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", killed)
-        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-        with pytest.raises(KeyboardInterrupt):
-            run(*argv)
-    (left,) = data_dir.iterdir()
-    assert left.name.startswith(f".{case.name}.") and not (left / case.last).exists()
-    assert case.last in files_of(run(*argv)[0])
+    run(*argv)
+    names = [f".{case.name}.0123abcd.tmp", f".{case.name}.4567abcd.tmp", f".{case.name}.89abcdef.old", f".{case.name}2.0123abcd.tmp"]
+    for name in names:
+        write_files(data_dir / name, {"deep/whole": "x"})
+    with writing.held(data_dir / names[1]) as free:
+        assert free
+        run(*argv)
+        assert {path.name for path in data_dir.iterdir()} == {names[1], names[3], case.name}
+    run(*argv)
+    assert {path.name for path in data_dir.iterdir()} == {names[3], case.name}
+
+
+def test_a_folder_whose_replacement_was_killed_is_put_back(case, run, data_dir, tmp_path):
+    argv = case.argv(tmp_path / "source")
+    folder, _ = run(*argv)
+    files = files_of(folder)
+    folder.rename(data_dir / f".{case.name}.0123abcd.old")
+    assert run(*argv)[1] == f"already prepared: {folder}\n"
+    assert files_of(folder) == files and list(data_dir.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "/dev/null/out", "n" * 300, "n" * 250, "new/" + "n" * 300 + "/out", "circle", "circle/out"])
+def test_a_place_that_cannot_be_written(out, case, refused, data_dir, tmp_path):
+    (data_dir / "circle").symlink_to(data_dir / "circle")
+    for force in ([], ["--force"]):
+        line = refused(*case.argv(tmp_path / "source"), "--out", data_dir / out, *force)
+        assert line.startswith(f"{data_dir / out} cannot be written (") and line.endswith("): choose another --out, or mend this")
+
+
+@pytest.mark.parametrize("largest", [100, 250])
+def test_a_disk_that_takes_no_more(largest, case, run, refused, data_dir, tmp_path):
+    """The system refuses files of more bytes; what stands there stays."""
+    run(*case.argv(tmp_path / "other", other=True))
+    argv = case.argv(tmp_path / "source")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        line = refused(*argv, "--force")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line.startswith(f"{data_dir / case.name} cannot be written (")
 
 
 @pytest.mark.parametrize("same", [True, False])

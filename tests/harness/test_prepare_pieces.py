@@ -13,6 +13,9 @@ from data import prepare_pieces
 from tests.conftest import ROOT
 from tests.tiny import WORDS
 from utils.data.corpus import Corpus
+from utils.data.tokenizer import load_tokenizer
+from utils.documents import MARKS
+from utils.errors import UserError
 
 transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("datasets")
 
@@ -212,6 +215,45 @@ def test_a_prepared_text_is_recognised_by_its_settings(run, refused, argv, tmp_p
         (["a.txt", "--title", "T"], {}, "mine has title 'mine', not 'T'"),
     ):
         assert fault + replace in refused(*argv("--data_files", *options, **changes))
+
+
+@pytest.mark.parametrize("change", ["changed", "more", "less"])
+def test_a_tokenizer_that_is_no_longer_that_of_its_pieces_is_refused(change, run, refused, argv):
+    """By what trains on the pieces, by what reads the tokenizer, and by the program itself."""
+    folder, _ = run(*argv("--data_files", "a.txt"))
+    file = folder / "tokenizer" / ("added_tokens.json" if change == "more" else "tokenizer.json")
+    if change == "less":
+        file.unlink()
+    else:
+        file.write_text(file.read_text().replace('"##s"', '"##t"') if file.exists() else "{}")
+    for read in (Corpus.open(folder).verify, lambda: load_tokenizer(str(folder / "tokenizer"))):
+        with pytest.raises(UserError, match=rf"{file.name}( is missing|, which meta\.json does not record| has sha256 ).*: prepare "):
+            read()
+    assert file.name in refused(*argv("--data_files", "a.txt"))
+
+
+def test_a_text_of_an_older_version_is_read_with_a_note(run, argv, capsys):
+    folder, _ = run(*argv("--data_files", "a.txt"))
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({name: meta[name] for name in meta if name not in (*MARKS, "files")}))
+    Corpus.open(folder).verify()
+    assert capsys.readouterr().err.startswith(f"note: {folder / 'meta.json'} cannot be verified: it is of an older version")
+
+
+def test_an_altered_piece_is_refused(run, argv):
+    folder, _ = run(*argv("--data_files", "a.txt"))
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["vocabulary"]["mask"] = 1
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"meta\.json is damaged or was changed: .*: prepare it again with `python data/prepare_pieces\.py"):
+        Corpus.open(folder)
+
+
+def test_what_may_change_on_the_hub_is_noted(refused, argv, capsys):
+    for name, noted in (("nobody/nothing", True), (f"nobody/nothing@{'0' * 40}", False), ("bert-base-uncased", False)):
+        assert f"--tokenizer {name} cannot be loaded (" in refused(*argv("--data_files", "a.txt", tokenizer=name))
+        said = "note: --tokenizer nobody/nothing may change on the hub: nobody/nothing@COMMIT names one version of it\n"
+        assert capsys.readouterr().err == (said if noted else "")
 
 
 # refusals

@@ -15,6 +15,7 @@ from utils import documents
 from utils.data import rows as examples
 from utils.data import sources
 from utils.data.rows import TASKS, kind_of, read_examples
+from utils.errors import UserError
 
 MATHS = ("asdiv_a", "mawps", "svamp")
 REPLACE = ": choose another --out, or replace it with --force"
@@ -171,6 +172,26 @@ def test_the_published_files_have_the_recorded_hashes(task):
     assert list(digests) == prepare_task.file_names(task)
     folder = real(task)
     assert {name: prepare_task.sha256_of(folder / name) for name in digests} == digests
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prepared_row_that_has_changed_is_refused(task, run, refused, tmp_path):
+    """Every row is still a valid one. Without rows.json the files are taken for the user's own."""
+    folder, _ = run(prepare_task, task, "--source", write(tmp_path / "mine", contents(task)))
+    last, record = prepare_task.file_names(task)[-1], folder / "rows.json"
+    fold, whole = kind_of(task).folds - 1, record.read_text()
+    change(folder, last, "8", "4")
+    remedy = f"prepare the files again with `python data/prepare_task.py {task} --force`, or remove rows.json if they are your own"
+    for refusal in (lambda: refused(prepare_task, task), lambda: refused(prepare_task, task, "--source", folder, "--out", tmp_path / "b")):
+        assert refusal().startswith(f"{folder / last} is not the file that rows.json records: {remedy}")
+    change(folder, "rows.json", task, "other")
+    with pytest.raises(UserError, match=r"rows\.json is damaged or was changed"):
+        read_examples(task, folder, fold)
+    documents.write(record, {name: value for name, value in json.loads(whole).items() if name not in documents.MARKS} | {"task": "x"})
+    with pytest.raises(UserError, match=rf"rows\.json is of the task x, not {task}"):
+        read_examples(task, folder, fold)
+    record.unlink()
+    assert read_examples(task, folder, fold).name == task
 
 
 # refusals

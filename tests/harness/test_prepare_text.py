@@ -7,7 +7,10 @@ import lzma
 import shutil
 import sys
 import sysconfig
+import time
 import zipfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 
 from data import prepare
 from tests.conftest import ROOT
-from utils.data import sources
+from utils.data import download, sources
 from utils.data.corpus import Corpus
 from utils.errors import UserError
 
@@ -319,6 +322,68 @@ def test_unexpected_content_is_not_kept(refused, enwik8, content, archive, monke
     line = refused(prepare, "enwik8")
     assert line.startswith((f"{enwik8.url}/enwik8.zip returned unexpected content (", f"{enwik8.url}/enwik8.zip cannot be downloaded ("))
     assert "by hand, or use --fallback pystdlib" in line
+
+
+def endless(handler, headers: dict[str, str]) -> None:
+    """Sends zeros for as long as anybody listens."""
+    handler.send_response(200)
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    with suppress(ConnectionError):
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+
+
+def redirecting(handler, to: str) -> None:
+    handler.send_response(302)
+    handler.send_header("Location", to)
+    handler.end_headers()
+
+
+def drip(handler, size: int) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(size))
+    handler.end_headers()
+    with suppress(ConnectionError):
+        while True:
+            handler.wfile.write(b"x")
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (partial(endless, headers={}), "is larger than 1,068,579 bytes, the most that enwik8.zip can have"),
+        (partial(endless, headers={"Content-Length": "9" * 5_000}), "is larger than 1,068,579 bytes, the most that enwik8.zip can have"),
+        (partial(endless, headers={"Content-Length": "-5"}), "is larger than 1,068,579 bytes, the most that enwik8.zip can have"),
+        (partial(redirecting, to="file:///etc/hostname"), "cannot be downloaded (HTTP Error 302: "),
+        (partial(redirecting, to="ftp://127.0.0.1/enwik8.zip"), "(it redirects to ftp://127.0.0.1/enwik8.zip, which is not followed)"),
+        (partial(redirecting, to="http://[::"), "cannot be downloaded (Invalid IPv6 URL)"),
+        (partial(drip, size=10_000), "cannot be downloaded (it sends fewer than 1,000 bytes a second)"),
+    ],
+    ids=["endless", "huge", "negative", "file", "ftp", "no address", "slow"],
+)
+def test_a_server_that_cannot_be_trusted(run, data_dir, enwik8, answer, fault, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE", 0.1)
+    monkeypatch.setattr(download, "DOWNLOAD_ATTEMPTS", 1)
+    monkeypatch.setattr(prepare, "PACKING", 1_048_576)
+    enwik8.files["/enwik8.zip"] = answer
+    with pytest.raises(UserError) as error:
+        run(prepare, "enwik8")
+    assert fault in str(error.value) and "by hand, or use --fallback pystdlib" in str(error.value)
+    assert sum(path.stat().st_size for path in data_dir.iterdir()) < 1_000
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zip", zipped)])
+def test_a_file_that_unpacks_to_more_than_a_text_can_is_refused(refused, tmp_path, suffix, pack, monkeypatch):
+    monkeypatch.setattr(prepare, "SMALL", 1 << 20)
+    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
+    (tmp_path / f"bomb{suffix}").write_bytes(pack(bytes(5 << 20)))
+    line = refused(prepare, "mine", "--source", tmp_path / f"bomb{suffix}")
+    assert " unpacks to more than 1," in line and line.endswith(" bytes: give a file with the text alone")
+    publish(monkeypatch)
+    assert " unpacks to more than 20,004 bytes" in refused(prepare, "enwik8", "--source", tmp_path / f"bomb{suffix}")
 
 
 def test_without_a_network_the_refusal_names_the_remedies(refused, data_dir, monkeypatch):

@@ -184,13 +184,13 @@ def read_examples(task: str, folder: Path, fold: int = 0) -> Examples:
         sizes = f"has {len(train):,} rows, fewer than {files[1].path.name} with {len(held_out):,}"
         raise UserError(f"{files[0].path} {sizes}: their names may have been swapped; {_remedy(task)}")
     digests = [hashlib.sha256(file.content).hexdigest() for file in files]
-    _refuse_changed(task, folder, dict(zip(kind.files(fold), digests, strict=True)))
+    refuse_changed(task, folder, dict(zip(kind.files(fold), digests, strict=True)))
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
     title, notes = _title(kind, fold, len(train), len(held_out)), _notes(kind, train, held_out)
     return Examples(folder, task, title, train, held_out, kind.split, kind.labels, notes, fingerprint)
 
 
-def _refuse_changed(task: str, folder: Path, digests: dict[str, str]) -> None:
+def refuse_changed(task: str, folder: Path, digests: dict[str, str]) -> None:
     """Raise UserError if the folder has a record, as prepare_task.py writes it, of other files; one brought by hand needs none."""
     path = folder / ROWS
     if path.exists():

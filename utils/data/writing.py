@@ -97,15 +97,24 @@ def building(out: Path) -> Iterator[Path]:
     """An empty folder beside `out`, held during the block and then removed if it is still there."""
     while True:
         folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        folder.mkdir()
-        with held(folder) as free:
-            if free is False or not folder.is_dir():  # another process has taken it for a leftover before it was held
-                continue
-            try:
+        try:
+            folder.mkdir()
+            with held(folder) as free:
+                if free is False or not folder.is_dir():  # another process has taken it for a leftover before it was held
+                    continue
                 yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            return
+                return
+        finally:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder if it is there, even if Ctrl-C comes in the middle."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def install(built: Path, out: Path) -> None:
