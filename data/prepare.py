@@ -33,11 +33,12 @@ import numpy as np
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
+from data.dataset import Parser, TextDataset, count, describe_files, display_path
 from utils.data.corpus import Corpus
 from utils.data.download import Unavailable, download, log
 from utils.data.meta import CHUNK, digest_of, read_chunks
 from utils.data.sources import PYSTDLIB, TEXTS, Text
-from utils.data.writing import Parser, TextDataset, count, describe_files, display_path, require_space
+from utils.data.writing import require_space
 from utils.documents import naming
 from utils.errors import UserError, run_main
 

@@ -29,10 +29,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
+from data.dataset import Parser, TextDataset, count, describe_files, refuse_unreadable
 from utils.data.download import log
 from utils.data.meta import TOKENIZER, entry_of, files_below
 from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of
-from utils.data.writing import Parser, TextDataset, count, describe_files, refuse_unreadable, require_space
+from utils.data.writing import require_space
 from utils.documents import naming, sync
 from utils.errors import UserError, run_main
 

@@ -22,12 +22,13 @@ from pathlib import Path
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
+from data.dataset import REPLACE, Dataset, Parser, refuse_unreadable
 from utils.data.download import Unavailable, download, log
 from utils.data.meta import ROWS as RECORD
 from utils.data.meta import SCHEMA, entry_of, read_chunks
 from utils.data.rows import TASKS, Examples, kind_of, read_examples, refuse_changed
 from utils.data.sources import ROWS, Files, Hub
-from utils.data.writing import REPLACE, Dataset, Parser, refuse_unreadable, require_space
+from utils.data.writing import require_space
 from utils.documents import replace, sync, write
 from utils.errors import UserError, run_main
 

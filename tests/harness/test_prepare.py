@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from data import prepare, prepare_pieces, prepare_task
+from data import dataset, prepare, prepare_pieces, prepare_task
 from tests import tiny
 from tests.conftest import ROOT
 from tests.harness.conftest import state
@@ -90,7 +90,7 @@ def test_a_folder_is_prepared_once_and_replaced_by_force_only(case, run, refused
     assert folder.stat().st_mode == data_dir.stat().st_mode
     before, files = state(data_dir), files_of(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(writing.Dataset, "_install", None)
+        patch.setattr(dataset.Dataset, "_install", None)
         assert run(*argv) == (folder, f"already prepared: {folder}\n")
     assert state(data_dir) == before
     other = case.argv(tmp_path / "other", other=True)
@@ -175,7 +175,7 @@ def test_interrupted_preparation_keeps_the_old_folder(case, failing, force, run,
             raise KeyboardInterrupt
         fsync(*args)
 
-    monkeypatch.setattr(*((writing, "install") if failing == "install" else (os, "fsync")), interrupted)
+    monkeypatch.setattr(*((dataset, "install") if failing == "install" else (os, "fsync")), interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*case.argv(tmp_path / "source"), *["--force"] * force, *([] if force else ["--out", data_dir / "new" / "out"]))
     assert state(data_dir) == before
@@ -199,13 +199,13 @@ def test_a_replacement_that_is_interrupted_is_not_accepted(name, run, data_dir, 
 
 
 def test_what_killed_processes_left_is_removed_at_the_next_start(case, run, data_dir, tmp_path):
-    """What a running process builds stays, and so does what belongs to another name."""
+    """The folder that a running process builds stays, and so does that of another name."""
     argv = case.argv(tmp_path / "source")
     run(*argv)
     names = [f".{case.name}.0123abcd.tmp", f".{case.name}.4567abcd.tmp", f".{case.name}.89abcdef.old", f".{case.name}2.0123abcd.tmp"]
     for name in names:
         write_files(data_dir / name, {"deep/whole": "x"})
-    with writing.held(data_dir / names[1]) as free:
+    with dataset.held(data_dir / names[1]) as free:
         assert free
         run(*argv)
         assert {path.name for path in data_dir.iterdir()} == {names[1], names[3], case.name}
@@ -252,7 +252,7 @@ def test_two_processes_may_prepare_the_same(same, case, run, data_dir, tmp_path,
             (out / case.last).write_text("{")
         os.rename(built, out)  # fails, since the folder is not empty
 
-    monkeypatch.setattr(writing, "install", slower)
+    monkeypatch.setattr(dataset, "install", slower)
     if same:
         assert run(*case.argv(tmp_path / "source")) == (data_dir / case.name, f"already prepared: {data_dir / case.name}\n")
     else:
