@@ -131,9 +131,7 @@ def refuse_other_weights(kwargs: dict[str, Any]) -> None:
     """Raise ConfigError for arguments by which transformers would read other weights than those that are verified."""
     asked = [name for name in ("variant", "gguf_file") if kwargs.get(name) is not None]
     if asked or kwargs.get("use_safetensors") is False:
-        raise ConfigError(
-            f"{(asked or ['use_safetensors'])[0]}: a model with experts is loaded from the safetensors files of its save only"
-        )
+        raise ConfigError(f"{(asked or ['use_safetensors'])[0]}: a model with experts is loaded from its safetensors files only")
 
 
 def unbuildable(kind: type, config: Any) -> str | None:
