@@ -1,6 +1,7 @@
 """Folders from elsewhere: none makes transformers run code, read other files than its own, or load other weights without a word."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ from tests.library.test_pretrained import host, in_shards, rewrite, same, sparse
 transformers = pytest.importorskip("transformers")
 
 KERNEL = "org/kernel"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders as transformers writes them, in one file and in shards, and their model."""
+    model, folder = sparse("gpt2"), tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder / "whole")
+    in_shards(model, folder / "shards")
+    (folder / "shards" / MANIFEST).unlink()
+    return model, folder
 
 
 def written(text: str | bytes, name: str = CONFIG):
@@ -58,9 +69,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("change", "words"), FOREIGN.values(), ids=FOREIGN)
-def test_foreign_folders_are_refused(change, words, tmp_path):
+def test_foreign_folders_are_refused(change, words, saved, tmp_path):
     """By this library, and by the classes of transformers given the same folder."""
-    sparse("gpt2").save_pretrained(tmp_path)
+    shutil.copytree(saved[1] / "whole", tmp_path, dirs_exist_ok=True)
     change(tmp_path)
     for load in (sd.from_pretrained, transformers.GPT2LMHeadModel.from_pretrained):
         with pytest.raises(sd.ConfigError) as error:
@@ -87,9 +98,8 @@ def test_files_that_are_not_of_transformers(text, words, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../other.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", 3, "weights.bin"])
-def test_an_index_names_files_of_its_folder(place, tmp_path):
-    in_shards(sparse("gpt2"), tmp_path / "saved")
-    (tmp_path / "saved" / MANIFEST).unlink()
+def test_an_index_names_files_of_its_folder(place, saved, tmp_path):
+    shutil.copytree(saved[1] / "shards", tmp_path / "saved")
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     rewrite(tmp_path / "saved", INDEX, lambda i: i["weight_map"].update({min(i["weight_map"]): place}))
     with pytest.raises(sd.ConfigError, match=f"{INDEX} is damaged"):
@@ -97,28 +107,25 @@ def test_an_index_names_files_of_its_folder(place, tmp_path):
 
 
 @pytest.mark.parametrize("change", [index(weight_map=[1]), index(metadata=None), index(weight_map=None), written("[]", INDEX)])
-def test_damaged_index(change, tmp_path):
-    in_shards(sparse("gpt2"), tmp_path)
-    (tmp_path / MANIFEST).unlink()
+def test_damaged_index(change, saved, tmp_path):
+    shutil.copytree(saved[1] / "shards", tmp_path, dirs_exist_ok=True)
     change(tmp_path)
     with pytest.raises(sd.ConfigError, match=f"{INDEX} is damaged"):
         sd.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [{"variant": "fp16"}, {"use_safetensors": False}, {"gguf_file": "a.gguf"}], ids=str)
-def test_other_weights_than_the_verified_ones(arguments, tmp_path):
-    sd.save_pretrained(sparse("gpt2"), tmp_path)
+def test_other_weights_than_the_verified_ones(arguments, saved):
     with pytest.raises(sd.ConfigError, match="from its safetensors files only"):
-        sd.from_pretrained(tmp_path, **arguments)
+        sd.from_pretrained(saved[1] / "whole", **arguments)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", {"": "eager"}, None])
-def test_attention_of_transformers_itself(name, tmp_path):
+def test_attention_of_transformers_itself(name, saved, tmp_path):
     """In the file, and whatever the caller asks for."""
-    model = sparse("gpt2")
-    model.save_pretrained(tmp_path)
+    shutil.copytree(saved[1] / "whole", tmp_path, dirs_exist_ok=True)
     host(_attn_implementation=name)(tmp_path)
-    assert same(sd.from_pretrained(tmp_path), model)
+    assert same(sd.from_pretrained(tmp_path), saved[0])
     assert sd.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
 
 
