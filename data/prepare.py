@@ -48,8 +48,18 @@ PYSTDLIB_LOCAL = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize
 LEAST_BYTES = 1_000
 HELD_OUT = 20  # unless --held_out says otherwise, one byte in 20 is for validation, and as many for the test
 PACKED = (".xz", ".gz", ".zip")
-# the last two: an encrypted or otherwise unusual zip, and nonsense in the fields of a damaged one
-READ_ERRORS = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError)
+# the last three: an encrypted or otherwise unusual zip, and nonsense in the fields of a damaged one
+READ_ERRORS = (
+    EOFError,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    LookupError,
+)
 RATIO, SMALL = 250, 1 << 30  # a text of more than SMALL bytes that is RATIO times smaller when it is packed is none
 PACKING = 1 << 20  # bytes that a packed file may be larger than its content
 
