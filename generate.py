@@ -41,13 +41,19 @@ def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:
     return model
 
 
+def prompt_of(flags: GenerateFlags) -> bytes:
+    """The bytes of --prompt, or else of standard input; a newline for none."""
+    if flags.prompt is not None:
+        return flags.prompt.encode(errors="surrogateescape") or b"\n"  # bytes that are no UTF-8 are continued as they are
+    return (b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()) or b"\n"
+
+
 def main(flags: GenerateFlags, source: Source) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     model, made = load(flags, source), source.made
     torch.manual_seed(flags.seed)
-    prompt = flags.prompt.encode() if flags.prompt is not None else b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
-    prompt = prompt or b"\n"
+    prompt = prompt_of(flags)
     out, begin, count = sys.stdout.buffer, time.perf_counter(), 0
     out.write(prompt)
     try:

@@ -6,11 +6,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from smoe_dropout.options import ConfigError
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended; Windows has no such signal
+NAME = "checkpoints/.step-00000000.partial/optimizer.safetensors"  # about the longest that is written into a folder of a run
+LONGEST = 300  # characters of a path that a refusal shows
+DEEPEST = 200  # folders in a path
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")  # how torch words it
 
 
@@ -78,6 +82,26 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Calls `main` and ends the process with its return value."""
     with exit_on_user_error():
         sys.exit(main() or 0)
+
+
+def refuse_unwritable(option: str, folder: str | os.PathLike) -> None:
+    """Raises UserError if files cannot be written into a folder, which need not exist: tries it in what exists of it, leaving nothing."""
+    try:
+        existing = Path(folder)
+        if len(existing.parts) > DEEPEST:
+            raise UserError(f"{option} lies deeper than {DEEPEST} folders: choose another")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(existing / NAME)  # a path too long for the files in it
+        while not existing.is_dir():
+            if os.path.lexists(existing):
+                link = " to nowhere" if existing.is_symlink() and not existing.exists() else ""
+                raise UserError(f"{option} {folder} cannot be a folder, {existing} is a {'link' if link else 'file'}{link}: choose another")
+            existing = existing.parent
+        trial = existing / f".trial-{os.getpid()}"
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise UserError(f"{option} {one_line(str(folder))[:LONGEST]} cannot be written ({error.strerror}): choose another") from None
 
 
 def sentence(error: BaseException) -> str | None:

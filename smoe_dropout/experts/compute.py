@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.experts.choice import choose_backend
+from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS, load
+
+
+class BackendError(ConfigError, RuntimeError):
+    """A backend that cannot run on this machine, or on these sizes and this precision."""
 
 
 class ExpertWeights(NamedTuple):
@@ -26,11 +31,11 @@ def named_backend(backend: str, *sizes) -> str:
 
 
 def compute_with(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: ExpertWeights, backend: str, training: bool) -> Tensor:
-    """Weighted sum of the chosen experts' outputs [N, D], in the precision of the weights. RuntimeError if the backend cannot run here."""
+    """Weighted sum of the chosen experts' outputs [N, D], in the precision of the weights. BackendError if the backend cannot run here."""
     device = x_ND.device.type
     backend = named_backend(backend, *indices_NK.shape, *weights.down_EHD.shape, x_ND.dtype, device, training)
     module = load(BACKENDS, "backend", backend)
     if sentence := module.refusal(weights, device):
-        raise RuntimeError(f"experts backend {backend!r} cannot run here: {sentence}; use backend='auto'")
+        raise BackendError(f"experts backend {backend!r} cannot run here: {sentence}; use backend='auto'")
     with torch.autocast(device, enabled=False):
         return module.run(x_ND, indices_NK, weights_NK, weights)

@@ -1,58 +1,91 @@
-"""Reads the argument vector of a program: single values before parsing, then all flags with tyro. Imports no torch."""
+"""Reads the argument vector of a program: single values before the defaults are known, then all flags. Imports no torch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
+from smoe_dropout.registry import unknown
+from utils.flags.check import refuse
 from utils.flags.declare import FlagsT, Spec, groups, specs
 
 METAVARS = {"int": "INT", "float": "FLOAT", "str": "TEXT"}
 MAX_LISTED = 16  # most choices listed in --help
+LONGEST = 60  # characters of a value that a refusal shows
 
 
 class Arguments:
-    """A command line. refused: flags with the reason. mistakes: reasons for the refused flags given, which are left out of `words`."""
+    """A command line: flags with at most one value each; the last value given counts.
+
+    refused: flags with the reason. given: the text of each flag by plain name, None without one. mistakes: reasons for the refused flags
+    given, and words that belong to no flag.
+    """
 
     def __init__(self, program: str, words: Sequence[str], refused: Mapping[str, str]):
-        self.program, self.words, self.mistakes, skipped = program, [], [], False
+        self.program, self.mistakes, self.given = program, [], {}
+        self.asks_for_help, awaiting = False, None  # the flag that the next word is the value of
         for word in words:
-            if word.startswith("--"):
-                flag = word.partition("=")[0]
-                skipped = _plain(flag) in refused
-                if skipped:
-                    self.mistakes.append(f"{flag}: {refused[_plain(flag)]}")
-            if not skipped:
-                self.words.append(word)
+            flag, sign, value = word.partition("=")
+            if word in ("-h", "--help"):
+                self.asks_for_help = True
+            elif word.startswith("--"):
+                awaiting = _plain(flag)
+                if awaiting in refused:
+                    self.mistakes.append(f"{flag}: {refused[awaiting]}")
+                else:
+                    self.given[awaiting] = value if sign else None
+            elif awaiting in refused:
+                continue
+            elif awaiting is None or self.given[awaiting] is not None:
+                self.mistakes.append(f"{word!r} is not the value of a flag: leave it out")
+            else:
+                self.given[awaiting] = word
 
     def get(self, name: str) -> str | None:
-        """The last value given for a flag, readable before the defaults for parsing are known."""
-        value = None
-        for word, following in zip(self.words, [*self.words[1:], ""], strict=False):
-            flag, sign, rest = word.partition("=")
-            if flag.startswith("--") and _plain(flag) == name:
-                value = rest if sign else following or None
-        return value
+        """The value given for a flag, readable before the defaults for parsing are known; None if it is empty."""
+        return self.given.get(name) or None
 
     def has(self, name: str) -> bool:
         """Whether a switch is given."""
-        return f"--{name}" in {word.replace("-", "_").replace("__", "--", 1) for word in self.words}
+        return name in self.given
 
-    @property
-    def asks_for_help(self) -> bool:
-        return bool({"-h", "--help"} & set(self.words))
+    def gives(self, name: str) -> bool:
+        """Whether a flag is given, or its opposite."""
+        return name in self.given or f"no_{name}" in self.given
 
     def over(self, kind: type[FlagsT], defaults: dict[str, Any]) -> FlagsT:
-        """The given flags, all others from `defaults` or as declared. A flag that cannot be parsed ends the process with exit code 2."""
+        """The given flags, all others from `defaults` or as declared. UserError for flags that are unknown, missing or not of their type.
+
+        With --help, prints the help and ends the process.
+        """
+        declared, types = specs(kind), {field.name: field.type for field in dataclasses.fields(kind)}
+        if self.asks_for_help:
+            self._show_help(kind, defaults)
+        fields = {spec.name or name: name for name, spec in declared.items()}
+        values, unreadable = dict(defaults), []
+        for option, text in self.given.items():
+            switch = option.removeprefix("no_") if option not in fields else option
+            name = fields.get(switch)
+            if name is None or (switch != option and types[name] is not bool):
+                unreadable.append(f"--{option}: " + unknown("flag", option, list(fields)).partition("; known")[0])
+                continue
+            try:
+                values[name] = switch == option if types[name] is bool and text is None else _value(text, types[name], declared[name])
+            except ValueError as error:
+                unreadable.append(f"--{option}{'' if text is None else f' {text[:LONGEST]}'} {error}")
+        absent = [declared[field.name].name or field.name for field in dataclasses.fields(kind) if _absent(field, values)]
+        refuse([*self.mistakes, *unreadable, *(f"--{option} is missing" for option in absent)] if unreadable or absent else [])
+        return kind(**{name: value for name, value in values.items() if name in types})
+
+    def _show_help(self, kind: type, defaults: dict[str, Any]) -> None:
         boxes, declared, hidden = groups(kind), specs(kind), getattr(kind, "hidden", ())
         nested = dataclasses.make_dataclass(
             kind.__name__, [_box(title, group, declared, defaults, title in hidden) for title, group in boxes.items()]
         )
         nested.__doc__ = kind.__doc__
         settings = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
-        parsed = tyro.cli(nested, args=self.words, prog=self.program, use_underscores=True, config=settings)
-        return kind(**{name: value for box in vars(parsed).values() for name, value in vars(box).items()})
+        tyro.cli(nested, args=["--help"], prog=self.program, use_underscores=True, config=settings)
 
 
 class Values(dict):
@@ -70,6 +103,33 @@ class Values(dict):
 
 def _plain(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
+
+
+def _value(text: str | None, kind: Any, spec: Spec) -> Any:
+    """A value of the flag's type. ValueError, with the rest of a sentence, for a text that is none."""
+    kind = (get_args(kind) or (kind,))[0]  # of `int | None`
+    if kind is bool:
+        raise ValueError("is a switch: give it without a value")
+    if text is None:
+        raise ValueError("needs a value")
+    if "verbatim" in spec.roles:
+        return text
+    if not text:
+        raise ValueError("is empty: give a value, or leave it out")
+    if kind is str:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("is not UTF-8: choose another") from None
+        return text
+    try:
+        return kind(text.encode("ascii").decode())
+    except ValueError:
+        raise ValueError(f"must be a {'whole ' * (kind is int)}number") from None
+
+
+def _absent(field: dataclasses.Field, values: Mapping[str, Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.name not in values
 
 
 def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str, Any], hidden: bool) -> tuple[str, Any, Any]:

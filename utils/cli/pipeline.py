@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 from utils.checkpoints.origin import Source, open_source
 from utils.cli.arguments import Arguments, Values
-from utils.errors import UserError
+from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
 from utils.flags.derive import parse_ks, read_config, resolve, training_flags
 from utils.flags.fields import Flags, names
+from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
 
@@ -74,6 +75,8 @@ def decide(program: Program, given: Sequence[str] | Values | None = None) -> tup
     flags = resolve(flags)
     if source and source.flags.get("method", "") is None:  # a custom run stays custom even if its flags match a method
         flags = dataclasses.replace(flags, method=None)
+    refuse_if_too_large(flags)
+    refuse_unwritable("--work_dir", flags.work_dir)
     return flags, source
 
 
@@ -87,11 +90,14 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
         other = "finetune.py" if "task" in stored else "train.py"
         raise UserError(f"{folder} is a run of {other}: evaluate it with python {other} --eval_only")
     flags = command.over(program.flags, vars(flags_from(stored, program.flags)))
-    refuse([*command.mistakes, *check(flags), *program.mistakes(flags, None)])
+    own = [name for name in names(kind=program.flags) if name not in names(role="evaluation") and command.gives(name)]
+    refuse([*command.mistakes, *(f"--{name} is the run's own with --eval_only: leave it out" for name in own)])
+    refuse([*check(flags), *program.mistakes(flags, None)])
     if flags.k is not None:
         if not flags.moe:
             raise UserError(f"--k {flags.k}: the run in {folder} is dense; leave it out")
         parse_ks(flags.k, flags.moe_num_expert)
+    refuse_unwritable("--work_dir", folder)
     return flags
 
 

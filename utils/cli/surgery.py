@@ -15,7 +15,7 @@ from utils.cli.pipeline import Program, decide, lost_width
 from utils.data.corpus import Corpus
 from utils.data.rows import TASKS, Examples, read_examples
 from utils.data.rows import kind_of as task_kind
-from utils.errors import UserError
+from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import is_given, no_effect
 from utils.flags.derive import read_config, resized
 from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
@@ -79,6 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     if flags.max_test_steps is not None:
         given["max_test_steps"] = flags.max_test_steps
     made = dataclasses.replace(made, **given, **{name: getattr(Flags, name) for name in names(role="start")})
+    refuse_unwritable("--out", flags.out)
     refuse_occupied(Path(flags.out))
     text = open_text(made.data, source)
     earlier = source.surgery or {}

@@ -12,14 +12,28 @@ from typing import Any
 from utils.checkpoints.origin import Source, open_run
 from utils.cli.arguments import Arguments
 from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, dataset_of, decide, inherited, lost_width
+from utils.data.corpus import Corpus
+from utils.data.lanes import Lanes
 from utils.errors import exit_on_user_error
 from utils.flags.derive import method_flags
 from utils.flags.fields import Flags, names
+from utils.flags.memory import refuse_if_too_large
+from utils.flags.models import MODELS
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Flags, Source | None]:
     """The flags of a command line, and with --start_from the checkpoint. Raises UserError listing all mistakes."""
     return decide(PROGRAM, argv)
+
+
+def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
+    """Raises UserError if a text of bytes is too short for the batches, or a batch too large for memory."""
+    if MODELS[flags.model].reads == "bytes":
+        Lanes(corpus.train, flags.batch_size, flags.tgt_len)
+        for held_out in (corpus.valid, corpus.test):
+            Lanes(held_out, flags.eval_batch_size, flags.eval_tgt_len, option="--eval_batch_size")
+    if not flags.eval_only:
+        refuse_if_too_large(flags, len(corpus.train))
 
 
 def _defaults(command: Arguments, source: Source | None) -> dict[str, Any]:

@@ -20,15 +20,21 @@ class Lanes:
     """
 
     def __init__(
-        self, data: np.ndarray, batch_size: int, tgt_len: int, device: str | torch.device = "cpu", lanes: range | None = None
+        self,
+        data: np.ndarray,
+        batch_size: int,
+        tgt_len: int,
+        device: str | torch.device = "cpu",
+        lanes: range | None = None,
+        option: str = "--batch_size",
     ) -> None:
         """`data`: uint8 [bytes]. `batch_size`: lanes of all ranks together. `lanes`: those of this rank, default all; none of them, as in
         evaluation, gives tensors [0, L]. Raises UserError where `data` is too short for `batch_size` lanes of 2 bytes.
         """
         n_step, lanes = len(data) // batch_size, range(batch_size) if lanes is None else lanes
         if n_step < 2:
-            remedy = f"use --batch_size {len(data) // 2} or smaller" if len(data) >= 2 else "use a longer text"
-            raise UserError(f"a split of {len(data):,} bytes is too short for --batch_size {batch_size} lanes of 2 bytes or more: {remedy}")
+            remedy = f"use {option} {len(data) // 2} or smaller" if len(data) >= 2 else "use a longer text"
+            raise UserError(f"a split of {len(data):,} bytes is too short for {option} {batch_size} lanes of 2 bytes or more: {remedy}")
         self._lanes, self._device = data[: n_step * batch_size].reshape(batch_size, n_step)[lanes.start : lanes.stop], device
         self._starts = range(0, n_step - 1, tgt_len)
 

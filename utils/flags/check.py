@@ -1,5 +1,7 @@
 """Validates flags: one sentence per mistake, with flag, value and remedy. Imports no torch."""
 
+from importlib.util import find_spec
+from math import isfinite
 from operator import ge, gt, le, lt
 from typing import Any
 
@@ -13,6 +15,7 @@ from utils.flags.fields import Flags, names
 from utils.flags.models import MODELS, presets_of
 from utils.flags.presets import PRESET_NAMES
 
+BACKEND_PACKAGES = {"fastmoe": "fmoe", "fused": "triton"}  # what an expert backend imports
 LIMITS = {"low": ("at least", ge), "above": ("above", gt), "high": ("at most", le), "below": ("below", lt)}
 
 
@@ -52,11 +55,16 @@ def no_effect(flag: str, where: str) -> str:
 
 
 def _broken_limits(value: Any, spec: Spec) -> str | None:
-    """The limits of a flag in words, if its value is outside them; NaN always is."""
+    """The limits of a flag in words, if its value is outside them. Every number has to be finite, and a whole one to fit 64 bits."""
     limits = [(word, limit, holds) for name, (word, holds) in LIMITS.items() if (limit := getattr(spec, name)) is not None]
+    if isinstance(value, float) and not isfinite(value):
+        limits.append(("finite", "", lambda value, _: False))
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+        limits.append(("below", "2**63", lambda value, _: False))
     if value == spec.special or all(holds(value, limit) for _, limit, holds in limits):
         return None
-    return " and ".join(f"{word} {limit}" for word, limit, _ in limits) + (f", or {spec.special}" if spec.special is not None else "")
+    besides = "" if spec.special is None else f", or {spec.special}"
+    return " and ".join(f"{word} {limit}".strip() for word, limit, _ in limits) + besides
 
 
 def check(flags: Flags) -> list[str]:
@@ -70,6 +78,8 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--weight_decay {flags.weight_decay} has no effect with --optim {flags.optim}: leave it out, or use --optim adamw")
     if flags.k is not None and not flags.eval_only:
         found.append("--k selects what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
+    if flags.batch_chunk > flags.batch_size >= 1:
+        found.append(f"--batch_chunk {flags.batch_chunk} must be at most --batch_size {flags.batch_size}")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
     found += _check_average(flags) + (_check_experts(flags) if flags.moe and flags.moe_num_expert >= 1 else [])
@@ -117,6 +127,9 @@ def _check_experts(flags: Flags) -> list[str]:
         k = getattr(flags, name)
         if k is not None and not 1 <= k <= E:
             found.append(f"--{name} {k} must be from 1 to --moe_num_expert {E}")
+    package = BACKEND_PACKAGES.get(flags.expert_backend)
+    if package and find_spec(package) is None:
+        found.append(f"--expert_backend {flags.expert_backend} needs the package {package}, which is not installed: use auto")
     low, high = k_range(flags)
     if low > high:
         found.append(f"--moe_top_k_min {low} exceeds --moe_top_k_max {high}")

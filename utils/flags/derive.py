@@ -137,7 +137,7 @@ def resolve(flags: FlagsT) -> FlagsT:
     if flags.moe:
         router, implied = canonical_router(flags.gate_name)
         changes["gate_name"] = router
-        if sorted(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == list(range(flags.n_layer)):
+        if len(parse_layers(flags.moe_index, flags.n_layer)[0] or ()) == flags.n_layer:
             changes["moe_index"] = None  # all layers, the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
             changes["moe_experts_by_layer"] = None  # all equal, the default

@@ -14,6 +14,8 @@ derived      derived from another flag (`follows`) unless given
 unstored     not part of config.json: changes no number
 replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
 variant      recorded beside the method, not beside the preset
+evaluation   may be given with --eval_only: changes neither the model nor what it is tested on
+verbatim     may be empty, or bytes that are no text
 option       surgery.py: an option of the operation
 calibration  surgery.py: concerns the calibration data
 """
@@ -51,16 +53,16 @@ class RunFlags:
     model: str = flag("transformer_xl", "architecture; transformer_xl reads bytes, the others pieces", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
-        None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored"
+        None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored evaluation"
     )
     run_name: str | None = flag(None, "name in the default --work_dir. Default: the method's", "run unstored")
     method_options: str | None = flag(
-        None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training"
+        None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training verbatim"
     )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
-    yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored")
-    eval_only: bool = flag(False, "evaluate the best weights of --work_dir again, with the run's own flags", "run unstored")
-    k: str | None = flag(None, "with --eval_only: numbers of active experts, such as 1,2,4", "run unstored")
+    yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
+    eval_only: bool = flag(False, "evaluate the best weights of --work_dir again, with the run's own flags", "run unstored evaluation")
+    k: str | None = flag(None, "with --eval_only: numbers of active experts, such as 1,2,4", "run unstored evaluation")
 
 
 @group
@@ -80,7 +82,9 @@ class StartFlags:
 class DataFlags:
     title = "data"
 
-    data: str | None = folder(None, "folder made by data/prepare.py or data/prepare_pieces.py. Default: data/<dataset>", "run continued")
+    data: str | None = folder(
+        None, "folder made by data/prepare.py or data/prepare_pieces.py. Default: data/<dataset>", "run continued evaluation"
+    )
     dataset: str = flag("enwik8", "name of the data set. Default: the preset's, or the name of the --data folder", "run continued")
     batch_size: int = flag(22, "sequences per step, over all processes", low=1)
     batch_chunk: int = flag(1, "compute a batch in this many parts, to save memory", "run", low=1)
@@ -90,14 +94,16 @@ class DataFlags:
     eval_batch_size: int = flag(10, "sequences per evaluation batch", "run", low=1)
     mask_rate: float = flag(0.15, "share of pieces masked for prediction", "model", above=0, below=1)
     max_eval_steps: int = flag(-1, "batches per validation during training (-1: all)", "run", low=1, special=-1)
-    max_test_steps: int = flag(-1, "batches of the final test (-1: all); the record says how much was read", "run", low=1, special=-1)
+    max_test_steps: int = flag(
+        -1, "batches of the final test (-1: all); the record says how much was read", "run evaluation", low=1, special=-1
+    )
 
 
 @group
 class ModelFlags:
     title = "model"
 
-    n_layer: int = flag(4, "layers", "model teacher", low=1)
+    n_layer: int = flag(4, "layers", "model teacher", low=1, high=10_000)
     n_head: int = flag(8, "attention heads", "model", low=1)
     d_head: int = flag(64, "width of one head", "model", low=1)
     d_model: int = flag(256, "model width", "model teacher", low=1)
@@ -110,7 +116,7 @@ class ModelFlags:
     )
     pre_lnorm: bool = flag(False, "LayerNorm before each sublayer instead of after it", "model")
     same_length: bool = flag(False, "let every position attend equally far back", "model")
-    clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model")
+    clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model", low=1, special=-1)
     not_tied: bool = flag(False, "separate input and output embeddings", "model")
     init_std: float = flag(0.02, "standard deviation of the initial weights", "model", above=0)
     dense_drop: bool = flag(False, "official: drop whole blocks of hidden units in dense feed-forward layers", "experts")
@@ -149,7 +155,9 @@ class ExpertFlags:
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
     gate_weight: str = expert_flag("softmax", "softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight))
-    expert_backend: str = expert_flag("auto", "implementation of the experts; all give the same result", "run", choices=("auto", *BACKENDS))
+    expert_backend: str = expert_flag(
+        "auto", "implementation of the experts; all give the same result", "run evaluation", choices=("auto", *BACKENDS)
+    )
     attn_moe: bool = expert_flag(False, "official: queries, keys and values from 16 top-1 experts, in MoE layers", "experts")
     freeze_main_network: bool = expert_flag(False, "official: do not train the experts")
     freeze_main_network_all: bool = expert_flag(False, "official: within the layers, train the routers only")
@@ -162,7 +170,7 @@ class OptimiserFlags:
 
     optim: str = flag("adam", "optimiser", choices=("adam", "adamw", "sgd", "adagrad"))
     lr: float = flag(2.5e-4, "learning rate", above=0)
-    mom: float = flag(0.0, "momentum of sgd", low=0)
+    mom: float = flag(0.0, "momentum of sgd", low=0, below=1)
     weight_decay: float = flag(0.01, "weight decay of adamw", low=0)
     scheduler: str = flag("cosine", "learning-rate schedule", choices=("cosine", "linear", "inv_sqrt", "constant", "dev_perf"))
     warmup_step: int = flag(0, "steps of linear warm-up", low=0)
@@ -181,13 +189,15 @@ class OptimiserFlags:
 class MachineFlags:
     title = "machine and logging"
 
-    device: str = flag("auto", "auto: a GPU if there is one", "run", choices=("auto", "cpu", "cuda"))
-    cuda: bool = flag(False, "official: --device cuda", "run unstored")
-    multi_gpu: bool = flag(False, "official, no effect: start several GPUs with torchrun --nproc_per_node N", "run unstored")
+    device: str = flag("auto", "auto: a GPU if there is one", "run evaluation", choices=("auto", "cpu", "cuda"))
+    cuda: bool = flag(False, "official: --device cuda", "run unstored evaluation")
+    multi_gpu: bool = flag(False, "official, no effect: start several GPUs with torchrun --nproc_per_node N", "run unstored evaluation")
     precision: str = flag("fp32", "fp32, or bf16 autocast", "run", choices=("fp32", "bf16"))
-    threads: int = flag(0, "CPU threads per process (0: torch's choice)", "run", low=0)
+    threads: int = flag(0, "CPU threads per process (0: torch's choice)", "run evaluation", low=0, high=1024)
     compile: bool = flag(False, "train with torch.compile; refused for methods it cannot capture", "run", since=False)
-    tune_cpu: bool = flag(False, "on a CPU: keep freed memory, and use oneDNN for fp32 products where no precision is lost", "run")
+    tune_cpu: bool = flag(
+        False, "on a CPU: keep freed memory, and use oneDNN for fp32 products where no precision is lost", "run evaluation"
+    )
     log_interval: int = flag(200, "steps between log lines", "run", low=1)
     eval_interval: int = flag(4000, "steps between validations, each followed by a checkpoint", "run", low=1)
     save_interval: int = flag(0, "steps between additional checkpoints (0: none)", "run", low=0)
@@ -275,7 +285,7 @@ class GenerateFlags:
 
     checkpoint: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py")
     k: int | None = flag(None, "active experts. Default: all")
-    prompt: str | None = flag(None, "text to continue. Default: standard input if it is a pipe, else a newline")
+    prompt: str | None = flag(None, "text to continue. Default: standard input if it is a pipe, else a newline", "verbatim")
     length: int = flag(500, "bytes to write", low=1)
     temperature: float = flag(0.8, "sampling temperature (0: always the likeliest byte)", low=0)
     top_p: float = flag(0.95, "sample among the likeliest bytes that together have this probability", above=0, high=1)

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from mem_transformer import MemTransformerLM
 
 
+COLDEST = 1e-30  # temperature above which float32 logits stay finite
+
+
 def write(model: MemTransformerLM, prompt: bytes, length: int, temperature: float, top_p: float, segment: int) -> Iterator[int]:
     """Yields `length` bytes that continue the prompt, which is read `segment` bytes at a time; draws from torch's default generator."""
     import torch
@@ -25,8 +28,8 @@ def write(model: MemTransformerLM, prompt: bytes, length: int, temperature: floa
 
 
 def draw(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draws a symbol by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); the likeliest one at temperature 0."""
-    if temperature == 0:
+    """Draws a symbol by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); the likeliest one at temperature 0 or close to it."""
+    if temperature < COLDEST:
         return logits_V.argmax()
     p_V, order_V = (logits_V / temperature).softmax(-1).sort(descending=True)
     before_V = p_V.cumsum(-1) - p_V  # mass of all likelier symbols: the likeliest one always stays

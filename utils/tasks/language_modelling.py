@@ -29,7 +29,7 @@ class LanguageModelling(Task):
 
     def _lanes(self, split: str, lanes: range) -> Lanes:
         flags = self.flags
-        return Lanes(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes)
+        return Lanes(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes, "--eval_batch_size")
 
     @staticmethod
     def _batch(lanes: Lanes, index: int, rows: int) -> Batch:
