@@ -15,13 +15,13 @@ from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag or file is refused at once
-        from utils.cli.finetune import parse, refuse_other_rows
+        from utils.cli.finetune import parse
+        from utils.cli.pipeline import refuse_other_data
         from utils.data.rows import read_examples
 
         FLAGS, SOURCE = parse()
         EXAMPLES = read_examples(FLAGS.task, Path(FLAGS.data), FLAGS.fold)
-        if FLAGS.eval_only:
-            refuse_other_rows(FLAGS, EXAMPLES.fingerprint)
+        refuse_other_data(FLAGS, EXAMPLES)
 
 from train import evaluate_run, main
 from utils.engine import Engine

@@ -17,11 +17,13 @@ from utils.flags.models import MODELS
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
+        from utils.cli.pipeline import refuse_other_data
         from utils.cli.train import parse, refuse_sizes
         from utils.data.corpus import Corpus
 
         FLAGS, SOURCE = parse()
         CORPUS = Corpus.open(FLAGS.data, MODELS[FLAGS.model].reads)
+        refuse_other_data(FLAGS, CORPUS)
         refuse_sizes(FLAGS, CORPUS)
         CORPUS.verify()
 

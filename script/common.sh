@@ -34,6 +34,13 @@ fail() {
   exit 2
 }
 
+for name in JOBS NPROC STEPS RANK; do
+  if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then fail "$name=${!name}: expected a whole number from 1"; fi
+done
+for name in SEEDS FOLDS KEEP; do
+  if [[ ! ${!name:-1} =~ ^[0-9\ ]+$ ]]; then fail "$name=${!name}: expected whole numbers, such as \"1 2\""; fi
+done
+
 # refuse_flags "FLAG..." REMEDY ARGS...: refuses flags that a script sets for each row
 refuse_flags() {
   local flags=$1 remedy=$2 flag
@@ -43,8 +50,20 @@ refuse_flags() {
   done
 }
 
-# field NAME: prints a field of the JSON object on stdin
-field() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
+# field NAME [FILE]: prints a field of the JSON object in a file, or on stdin; of an empty one, by a program that has refused its flags, none
+field() {
+  "$PYTHON" -c '
+import json, sys
+name, source = sys.argv[1], sys.argv[2] if sys.argv[2:] else "/dev/stdin"
+text = None
+try:
+    text = open(source).read()
+    print(json.loads(text)[name])
+except (OSError, ValueError, KeyError, TypeError):
+    if text != "":
+        print(f"error: {source} is missing or damaged: it is no JSON with {name}", file=sys.stderr)
+    sys.exit(2)' "$@"
+}
 
 # print_settings: prints what the resolved flags on stdin (JSON) train with
 print_settings() {
@@ -100,6 +119,14 @@ pretrain() {
 
 # folds_of TASK: prints the folds that a task is measured on, one after the other; nothing for a task with a fixed split
 folds_of() { case $1 in asdiv_a | mawps) echo 0 1 2 3 4 ;; esac; }
+
+# check_surgery_flags RUN TASK ARGS...: checks flags that train.py and, unless TASK is empty, finetune.py are given after surgery on RUN
+check_surgery_flags() {
+  local run=$1 task=$2
+  shift 2
+  "$PYTHON" -m utils.cli.train --start_from "$run" --max_step "${STEPS:-500}" "$@" >/dev/null
+  if [ -n "$task" ]; then "$PYTHON" -m utils.cli.finetune --task "$task" --checkpoint "$run" "$@" >/dev/null; fi
+}
 
 # finetune TASK CHECKPOINT ARGS...: checks the flags of finetune.py, prepares the task's rows, prints the settings, fine-tunes; on every
 # fold of a task that has folds, unless --fold selects one

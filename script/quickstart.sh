@@ -7,6 +7,7 @@ refuse_flags "method work_dir run_name" "bash script/table1/<method>.sh trains o
 bash script/setup.sh
 PYTHON=.venv/bin/python
 
+"$PYTHON" -m utils.cli.train --preset quick "$@" --method dense >/dev/null  # a wrong flag is refused before anything is downloaded
 data=$("$PYTHON" data/prepare.py enwik8 --fallback pystdlib)
 set -- --preset quick --seed 1 --data "$data" "$@"
 export JOBS=${JOBS:-$(($(cores) < 3 ? $(cores) : 3))} LIVE=1

@@ -9,7 +9,9 @@ if wants_help "$@"; then print_header; exit; fi
 if [ $# -lt 4 ]; then fail "usage: bash $0 RUN METHOD KEEP SEED [flags]; RUN is the folder of a finished run of train.py"; fi
 run=$1 method=$2 keep=$3 seed=$4 steps=${STEPS:-500} task=${TASK-sst2}
 shift 4
-name=$(basename "$run")-$method-$keep runs=runs/$(field preset <"$run/config.json")/surgery threads=0
+preset=$(field preset "$run/config.json")
+check_surgery_flags "$run" "$task" "$@"
+name=$(basename "$run")-$method-$keep runs=runs/$preset/surgery threads=0
 previous=""
 for word in "$@"; do
   if [ "$previous" = --threads ]; then threads=$word; fi

@@ -21,11 +21,14 @@ for model in ${RUNS:-smoe smoe_dropout}; do
   for seed in ${SEEDS:-1}; do
     run=$pretrained/$model-seed$seed
     [ -e "$run/result.json" ] || continue
-    runs=runs/$(field preset <"$run/config.json")/surgery
+    preset=$(field preset "$run/config.json")
+    runs=runs/$preset/surgery
+    if [ -z "$rows" ]; then check_surgery_flags "$run" "$TASK" "${flags[@]}"; fi
     for keep in 0 ${KEEP:-8 4}; do
       methods=whole
       if [ "$keep" != 0 ]; then methods="${METHODS:-merge uncurl keep_best drop average compress} ${SCRATCH:+scratch}"; fi
       for method in $methods; do
+        case $method in whole | scratch | merge | uncurl | keep_best | drop | average | compress) ;; *) fail "METHODS: there is no $method" ;; esac
         name=$model-seed$seed-$method-$keep place=${TASK:-text}
         if [ "$method$TASK" = scratch ]; then place=scratch; fi  # row.sh trains it there, and TASK is empty
         row "$name" "$runs/$place/$name" bash script/surgery/row.sh "$run" "$method" "$keep" "$seed" "${flags[@]}"

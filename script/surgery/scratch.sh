@@ -8,5 +8,6 @@ if [ $# -lt 2 ] || [ ! -e "$1/config.json" ]; then
 fi
 run=$1 keep=$2
 shift 2
-has work_dir "$@" || set -- --work_dir "runs/$(field preset <"$run/config.json")/surgery/scratch/$(basename "$run")-$keep" "$@"
+preset=$(field preset "$run/config.json")
+has work_dir "$@" || set -- --work_dir "runs/$preset/surgery/scratch/$(basename "$run")-$keep" "$@"
 start train.py --settings_from "$run" --moe_num_expert "$keep" "$@"

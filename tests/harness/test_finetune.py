@@ -253,8 +253,9 @@ def test_eval_only_scores_again(rows, pretrained, tmp_path):
     tiny.completed(["--eval_only", "--work_dir", str(folder), "--k", "1,3,4"], program="finetune.py")
     again = {row["k"]: row["dev"] for row in tiny.read_json(folder / "eval.json")["quality"]}
     first = {row["k"]: row["dev"] for row in tiny.read_json(folder / "result.json")["quality"]}
-    other = ["--eval_only", "--work_dir", str(folder), "--data", str(rows["svamp"]), "--task", "svamp"]
+    other = ["--eval_only", "--work_dir", str(folder), "--data", str(tiny.write_rows(tmp_path / "other", "sst2", train=29))]
     assert "does not hold the rows of the run" in refusal(other)
+    assert "--task is the run's own with --eval_only" in refusal([*other, "--task", "svamp"])
     assert set(again) == {1, 3, 4} and all(again[k] == first[k] for k in (1, 4))
     assert "is a run of finetune.py" in tiny.run(["--eval_only", "--work_dir", str(folder)]).err
     run = tiny.run(["--eval_only", "--work_dir", str(pretrained("dense"))], program="finetune.py")

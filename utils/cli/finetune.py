@@ -15,8 +15,8 @@ from utils.cli.arguments import Arguments, Values
 from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, decide, inherited
 from utils.data.rows import TASKS
 from utils.data.rows import kind_of as task_kind
-from utils.errors import UserError, exit_on_user_error
-from utils.flags.derive import finetuning_k, read_config
+from utils.errors import exit_on_user_error
+from utils.flags.derive import finetuning_k
 from utils.flags.fields import FinetuneFlags, names
 from utils.flags.models import MODELS
 from utils.flags.official import REFUSED
@@ -27,12 +27,6 @@ def parse(given: Sequence[str] | Values | None = None) -> tuple[FinetuneFlags, S
     """The flags of a command line, or of values, and the checkpoint. Raises UserError listing all mistakes."""
     flags, source = decide(PROGRAM, given)
     return flags, source or open_source(Path(flags.checkpoint))
-
-
-def refuse_other_rows(flags: FinetuneFlags, fingerprint: str) -> None:
-    """Raises UserError if --eval_only would score other rows than the run's."""
-    if read_config(Path(flags.work_dir)).get("data_fingerprint") != fingerprint:
-        raise UserError(f"{flags.data} does not hold the rows of the run in {flags.work_dir}: --data, --task and --fold must be the run's")
 
 
 def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:

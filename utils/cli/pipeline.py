@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from utils.checkpoints.origin import Source, open_source
 from utils.cli.arguments import Arguments, Values
+from utils.data.corpus import Corpus
+from utils.data.rows import Examples
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
@@ -99,6 +101,12 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
         parse_ks(flags.k, flags.moe_num_expert)
     refuse_unwritable("--work_dir", folder)
     return flags
+
+
+def refuse_other_data(flags: Flags, data: Corpus | Examples) -> None:
+    """Raises UserError if --eval_only would score on other data than the run's."""
+    if flags.eval_only and read_config(Path(flags.work_dir)).get("data_fingerprint", data.fingerprint) != data.fingerprint:
+        raise UserError(f"{flags.data} does not hold the {data.unit} of the run in {flags.work_dir}: give the folder that does with --data")
 
 
 def inherited(command: Arguments | Values, source: Source | None) -> dict[str, Any]:
