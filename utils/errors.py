@@ -1,5 +1,6 @@
 """Errors shown to the user: one sentence with the value, the place and the remedy. The last net of every program."""
 
+import argparse
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from smoe_dropout.options import ConfigError
 
@@ -28,6 +30,13 @@ class TrainingError(Exception):
     """Training failed; the saved checkpoints are good. Only its text is shown."""
 
     code = 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are UserErrors, one sentence without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (nothing was started; --help lists all flags)")
 
 
 @contextmanager

@@ -91,10 +91,20 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     if not reads(flags):
         return Plan(flags, source, made, text, None, None)
     if flags.task is None:
-        return Plan(flags, source, made, text, text if flags.calibrate is None else open_text(flags.calibrate, source), None)
+        material = text if flags.calibrate is None else open_text(flags.calibrate, source)
+        _refuse_surplus(flags, len(material.train), material)
+        return Plan(flags, source, made, text, material, None)
     given = {"task": flags.task, "checkpoint": flags.source, "fold": flags.fold or 0, "threads": flags.threads, "device": flags.device}
     rows, _ = finetune.parse(Values(given | ({"data": flags.calibrate} if flags.calibrate else {})))
-    return Plan(flags, source, made, text, read_examples(flags.task, Path(rows.data), rows.fold), rows)
+    material = read_examples(flags.task, Path(rows.data), rows.fold)
+    _refuse_surplus(flags, len(material.train) * rows.max_length, material)
+    return Plan(flags, source, made, text, material, rows)
+
+
+def _refuse_surplus(flags: SurgeryFlags, positions: int, material: Corpus | Examples) -> None:
+    """Raises UserError for more positions than there are to read, unless by default: reading them again tells nothing new."""
+    if is_given(flags, "tokens") and flags.tokens > positions:
+        raise UserError(f"--tokens {flags.tokens} is more than the {positions} positions of {material.path}: give at most that many")
 
 
 def reads(flags: SurgeryFlags) -> bool:

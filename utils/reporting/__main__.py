@@ -6,7 +6,6 @@ python -m utils.reporting ablation --only schedule                     # committ
 python -m utils.reporting --collect runs/a runs/b                      # copy finished runs into results/
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils import documents
-from utils.errors import UserError, run_main
+from utils.errors import Parser, UserError, run_main
 from utils.reporting import ablations, records
 from utils.reporting.labels import Record
 from utils.reporting.pages import update_page, writing
@@ -95,7 +94,7 @@ def render_pages() -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line: see the module's docstring."""
     description = "Renders tables, figures and pages from the records of finished runs. Without arguments: every page of results/."
-    parser = argparse.ArgumentParser(prog="python -m utils.reporting", description=description)
+    parser = Parser(prog="python -m utils.reporting", description=description)
     paths = {"type": Path, "nargs": "+", "metavar": "PATH", "default": []}
     parser.add_argument("table", nargs="?", choices=TABLES, help="what to render")
     parser.add_argument("--runs", **paths, help="folders of runs, searched for result.json")

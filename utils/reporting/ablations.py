@@ -201,7 +201,7 @@ def gaps(study: Ablation, group: Group, row: Row, share: str) -> list[float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the rows of an ablation, its preset, or the flags of one row."""
-    name, *rest = sys.argv[1:] if argv is None else argv
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name not in ABLATIONS:
         raise UserError(unknown("ablation", name, list(ABLATIONS)))
     rows = {row.name: row for row in ABLATIONS[name].rows}
