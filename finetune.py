@@ -8,8 +8,12 @@ The checkpoint decides what the model is; the training loop is that of train.py,
 `python finetune.py --help` lists the flags.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exit_on_user_error handles signals
 
 from utils.errors import exit_on_user_error
 

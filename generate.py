@@ -6,8 +6,12 @@
 The text goes to stdout, prompt included; the speed to stderr. `python generate.py --help` lists the flags.
 """
 
+import signal
 import sys
 import time
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exit_on_user_error handles signals
 
 from utils.errors import exit_on_user_error
 

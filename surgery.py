@@ -8,7 +8,11 @@ The folder it writes can be given wherever a finished run can: train.py --start_
 `python surgery.py --help` lists the flags.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exit_on_user_error handles signals
 
 from utils.errors import exit_on_user_error
 

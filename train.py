@@ -9,7 +9,11 @@
 Rerun the same command to resume the run in its --work_dir. `python train.py --help` lists the flags.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exit_on_user_error handles signals
 
 from utils.errors import exit_on_user_error
 from utils.flags.derive import evaluation_ks, last_top_k, parse_ks, top_k_schedule
