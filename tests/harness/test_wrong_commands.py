@@ -7,7 +7,7 @@ import pytest
 from tests.harness import wrong_commands
 from tests.harness.wrong_commands import BY_PROCESS, WRITTEN, faults, generated, here, listing, process, written
 
-SAMPLE, PROCESSES = 250, 6
+SAMPLE, PROCESSES = 250, 4
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -345,19 +346,20 @@ def here(case: Case) -> Answer:
 
 
 def process(case: Case) -> Answer:
-    """The answer of a program or script in a process of its own."""
+    """The answer of a program or script in a process of its own; seconds of processor time, whatever else runs on the machine."""
     program, *words = case.words
     start = ["bash", str(ROOT / program)] if program.startswith("script/") else [sys.executable, str(ROOT / program)]
     start = [sys.executable, *program.split()] if program.startswith("-m ") else start
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **dict(case.environment)}
-    begin = time.perf_counter()
+    begin = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     done = subprocess.run([*start, *words], capture_output=True, stdin=subprocess.DEVNULL, env=environment)
-    return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), time.perf_counter() - begin)
+    seconds = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - begin
+    return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"), seconds)
 
 
 def faults(case: Case, answer: Answer) -> list[str]:
-    """What is wrong with an answer, in a few words each."""
+    """The faults of an answer, in a few words each."""
     lines = answer.err.splitlines()
     return [
         *(["traceback"] if "Traceback" in answer.err else []),
