@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from utils import documents
+from utils import documents, errors
 from utils.data.corpus import UNITS, Corpus, split_file
 from utils.data.download import log
 from utils.data.meta import CHUNK, META, SCHEMA, SPLITS, TOKENIZER, entry_of, tokenizer_fault
@@ -297,12 +297,8 @@ class TextDataset(Dataset):
         return [f"prepared {self.out}: {meta['title']}, from {meta['source']}"]
 
 
-class Parser(argparse.ArgumentParser):
-    """Reads the command line of a program. Mistakes are UserErrors, of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """See the class."""
-        raise UserError(f"{message if len(message) <= LONGEST_TITLE else f'{message[:LONGEST_TITLE]}...'} (--help lists all options)")
+class Parser(errors.Parser):
+    """Reads the command line of a program."""
 
     def add_common(self, name: str, verify: bool = False) -> None:
         """Add --out, --force and with `verify` --verify; `name`: the argument that names the folder."""

@@ -15,7 +15,7 @@ from smoe_dropout.options import ConfigError
 STOPS = (signal.SIGINT, signal.SIGTERM)
 BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended; Windows has no such signal
 NAME = "checkpoints/.step-00000000.partial/optimizer.safetensors"  # about the longest that is written into a folder of a run
-LONGEST = 300  # characters of a path that a refusal shows
+LONGEST = 300  # characters of a path or of a parser's message that a refusal shows
 DEEPEST = 200  # folders in a path
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")  # how torch words it
 
@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose refusals are UserErrors, one sentence without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (nothing was started; --help lists all flags)")
+        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
+        raise UserError(f"{shown} (nothing was started; --help lists all flags)")
 
 
 @contextmanager
@@ -58,9 +59,9 @@ def exit_on_user_error() -> Iterator[None]:
         try:
             yield
         except SystemExit:
-            _flush()
+            print(end="", flush=True)
             raise
-        _flush()
+        print(end="", flush=True)  # what is printed is written now, when a closed pipe can still be told from an error
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not received:
             received.append(signal.SIGINT)
@@ -151,12 +152,6 @@ def _end(number: int, frame) -> None:
 def _say_stopped(number: int) -> None:
     with suppress(OSError):
         os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-
-
-def _flush() -> None:
-    """Writes what is printed and not yet written, while a closed pipe can still be told from an error."""
-    if sys.stdout is not None:  # None: there is no standard output
-        sys.stdout.flush()
 
 
 def _detach_output() -> None:

@@ -36,7 +36,7 @@ def test_the_bound_is_below_the_parameters_and_close(words):
     [
         ("--d_model 10000000", "parameters take at least"),
         ("--d_ff 1000000000000000", "parameters take at least"),
-        ("--moe_num_expert 1000000000000 --d_inner 1", "parameters take at least"),
+        ("--moe_num_expert 1000000000 --d_inner 1", "parameters take at least"),
         ("--mem_len 1000000000000", "--mem_len 1000000000000 and --tgt_len 64 take at least"),
         ("--n_head 100000 --d_head 1 --tgt_len 2000 --batch_size 9", "--batch_size 9 in 1 parts take at least"),
         ("--batch_size 1000000", "too short for --batch_size 1000000"),

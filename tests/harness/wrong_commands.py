@@ -115,7 +115,7 @@ train.py --preset quick --data words --eval_batch_size 1000000  | too short for 
 train.py --device cpu --d_model 10000000                        | parameters take at least
 train.py --device cpu --d_ff 1000000000000000                   | parameters take at least
 train.py --device cpu --mem_len 1000000000000                   | --mem_len 1000000000000 and --tgt_len 512 take at least
-train.py --device cpu --moe --moe_num_expert 1000000000000 --d_inner 1 | parameters take at least
+train.py --device cpu --moe --moe_num_expert 1000000000 --d_inner 1 | parameters take at least
 train.py --preset quick --data words --work_dir file            | --work_dir file cannot be a folder, file is a file
 train.py --preset quick --data words --work_dir file/run        | --work_dir file/run cannot be a folder, file is a file
 train.py --preset quick --data words --work_dir nowhere_link    | nowhere_link is a link to nowhere

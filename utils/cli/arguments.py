@@ -50,10 +50,6 @@ class Arguments:
         """Whether a switch is given."""
         return name in self.given
 
-    def gives(self, name: str) -> bool:
-        """Whether a flag is given, or its opposite."""
-        return name in self.given or f"no_{name}" in self.given
-
     def over(self, kind: type[FlagsT], defaults: dict[str, Any]) -> FlagsT:
         """The given flags, all others from `defaults` or as declared. UserError for flags that are unknown, missing or not of their type.
 
@@ -74,7 +70,8 @@ class Arguments:
                 values[name] = switch == option if types[name] is bool and text is None else _value(text, types[name], declared[name])
             except ValueError as error:
                 unreadable.append(f"--{option}{'' if text is None else f' {text[:LONGEST]}'} {error}")
-        absent = [declared[field.name].name or field.name for field in dataclasses.fields(kind) if _absent(field, values)]
+        required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+        absent = [declared[name].name or name for name in required if name not in values]
         refuse([*self.mistakes, *unreadable, *(f"--{option} is missing" for option in absent)] if unreadable or absent else [])
         return kind(**{name: value for name, value in values.items() if name in types})
 
@@ -126,10 +123,6 @@ def _value(text: str | None, kind: Any, spec: Spec) -> Any:
         return kind(text.encode("ascii").decode())
     except ValueError:
         raise ValueError(f"must be a {'whole ' * (kind is int)}number") from None
-
-
-def _absent(field: dataclasses.Field, values: Mapping[str, Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.name not in values
 
 
 def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str, Any], hidden: bool) -> tuple[str, Any, Any]:

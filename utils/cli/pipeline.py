@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 
 from utils.checkpoints.origin import Source, open_source
 from utils.cli.arguments import Arguments, Values
-from utils.data.corpus import Corpus
-from utils.data.rows import Examples
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
@@ -92,7 +90,9 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
         other = "finetune.py" if "task" in stored else "train.py"
         raise UserError(f"{folder} is a run of {other}: evaluate it with python {other} --eval_only")
     flags = command.over(program.flags, vars(flags_from(stored, program.flags)))
-    own = [name for name in names(kind=program.flags) if name not in names(role="evaluation") and command.gives(name)]
+    own = [
+        name for name in names(kind=program.flags) if name not in names(role="evaluation") and {name, f"no_{name}"} & command.given.keys()
+    ]
     refuse([*command.mistakes, *(f"--{name} is the run's own with --eval_only: leave it out" for name in own)])
     refuse([*check(flags), *program.mistakes(flags, None)])
     if flags.k is not None:
@@ -103,8 +103,8 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
     return flags
 
 
-def refuse_other_data(flags: Flags, data: Corpus | Examples) -> None:
-    """Raises UserError if --eval_only would score on other data than the run's."""
+def refuse_other_data(flags: Flags, data: Any) -> None:
+    """Raises UserError if --eval_only would score on another data set, a Corpus or Examples, than the run's."""
     if flags.eval_only and read_config(Path(flags.work_dir)).get("data_fingerprint", data.fingerprint) != data.fingerprint:
         raise UserError(f"{flags.data} does not hold the {data.unit} of the run in {flags.work_dir}: give the folder that does with --data")
 

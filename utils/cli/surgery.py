@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
 
 
 def _refuse_surplus(flags: SurgeryFlags, positions: int, material: Corpus | Examples) -> None:
-    """Raises UserError for more positions than there are to read, unless by default: reading them again tells nothing new."""
+    """Raises UserError for more positions than there are to read, unless by default."""
     if is_given(flags, "tokens") and flags.tokens > positions:
         raise UserError(f"--tokens {flags.tokens} is more than the {positions} positions of {material.path}: give at most that many")
 

@@ -36,29 +36,23 @@ def refuse_if_too_large(flags: Flags, text: int | None = None) -> None:
 
 def least_parameters(flags: Flags) -> int:
     """A lower bound on the number of parameters: the large matrices of the layers, and embeddings."""
-    attention = attention_width(flags)
-    layers = flags.n_layer
+    layers, attention = flags.n_layer, flags.d_model if "d_head" in MODELS[flags.model].unknown_flags else flags.n_head * flags.d_head
     hidden = layers * flags.d_ff  # units of all feed-forward layers
     if flags.moe:
         chosen = parse_layers(flags.moe_index, layers)[0]
         sparse = layers if chosen is None else len(chosen)
-        counts = parse_counts(flags.moe_experts_by_layer)
-        experts = sum(counts) if counts else sparse * flags.moe_num_expert
+        experts = sum(parse_counts(flags.moe_experts_by_layer) or [sparse * flags.moe_num_expert])
         dense = flags.d_ff if "dense_width" in MODELS[flags.model].unknown_flags or flags.dense_width == "all" else flags.d_inner
         hidden = (0 if flags.moe_expert_rank else experts * flags.d_inner) + (layers - sparse) * dense
     symbols = BYTES if MODELS[flags.model].reads == "bytes" else flags.tgt_len  # pieces: embeddings of positions, at least
     return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
 
 
-def attention_width(flags: Flags) -> int:
-    return flags.d_model if "d_head" in MODELS[flags.model].unknown_flags else flags.n_head * flags.d_head
-
-
 def _evaluation_positions(flags: Flags) -> int:
     """Bytes of the embeddings of distances in evaluation, of the model and of each layer."""
     if "mem_len" in MODELS[flags.model].unknown_flags or not flags.mem_len:
         return 0
-    return (flags.mem_len + flags.tgt_len - flags.eval_tgt_len) * (4 * flags.d_model + 2 * flags.n_layer * attention_width(flags))
+    return (flags.mem_len + flags.tgt_len - flags.eval_tgt_len) * (4 * flags.d_model + 2 * flags.n_layer * flags.n_head * flags.d_head)
 
 
 def least_activations(flags: Flags, text: int) -> int:
