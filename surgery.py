@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout import calibrate, moe_layers, operate
-from smoe_dropout.io import load_weights
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import SURGERIES, load
 from smoe_dropout.surgery.compression import compress
-from utils.checkpoints.origin import SURGERY
-from utils.checkpoints.storage import name_of
+from utils import documents
+from utils.checkpoints.manifest import name_of
+from utils.checkpoints.run_files import SURGERY
+from utils.checkpoints.storage import Checkpoint, require_space
 from utils.checkpoints.weights import store
 from utils.cli.surgery import Plan, flags_after, is_complete
 from utils.engine import Engine
@@ -47,7 +48,7 @@ from utils.models.registry import architecture
 from utils.tasks.base import Task
 from utils.tasks.labelled import LabelledTask
 from utils.training.evaluation import chained, evaluate_all, time_ratios
-from utils.training.run_folder import RunFolder, describe_environment, write_json
+from utils.training.run_folder import RunFolder, describe_environment
 from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
 
 Pass = tuple[Callable[[], None], Tensor | None]  # runs the model once; mask of the positions [N, T] that count, None for all
@@ -72,19 +73,20 @@ def main(plan: Plan, engine: Engine) -> int:
         raise UserError(str(error)) from None
 
     after = flags_after(plan, tuple(layer.num_experts for _, layer in moe_layers(smaller)))
+    checkpoints = RunFolder.checkpoints_of(after)
+    require_space(checkpoints, list(smaller.state_dict().values()), copies=1, flag="--out")
     folder = RunFolder(after, run.fingerprints() | {"surgery": plan.provenance})
-    checkpoints = folder.checkpoints_of(after)
-    store(smaller, checkpoints)
+    store(smaller, checkpoints, folder.config_sha256)
     if calibration is not None:
         calibration.save(folder.path / "calibration.safetensors")
 
     run_after = pretraining_run(after, plan.text, engine)
-    smaller = load_weights(run_after.build(), checkpoints / name_of(0))  # measure what was saved
+    smaller = Checkpoint(checkpoints / name_of(0), folder.config_sha256).load_weights(run_after.build())  # measure what was saved
     pairs = [(run.task, engine.prepare(model)), (run_after.task, engine.prepare(smaller))]
     surgery = plan.provenance | {"metric": metric_of(run.task)}
     surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
     surgery |= {"time": chained(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
-    write_json(folder.path / SURGERY, surgery)
+    documents.write(folder.path / SURGERY, surgery | {"config_sha256": folder.config_sha256})
     print(as_text(surgery))
     print(f"done: {folder.path}")
     return 0

@@ -31,21 +31,24 @@ if __name__ == "__main__":
         refuse_sizes(FLAGS, CORPUS)
         CORPUS.verify()
 
+import hashlib
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, set_progress, set_top_k
 from smoe_dropout.control import auxiliary_losses
-from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.methods.base import Forward
+from utils import documents
 from utils.checkpoints import storage
+from utils.checkpoints.manifest import STATE, Stored, name_of, steps
+from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, note_unverified, read_config, read_result
+from utils.documents import Damaged
 from utils.engine import Engine
 from utils.errors import TrainingError, UserError
 from utils.models.build import forget_router_gradients
@@ -60,28 +63,13 @@ from utils.training.optimizer import Plateau, build_optimizer, learning_rate
 from utils.training.probe import refuse_if_too_slow
 from utils.training.progress import Progress
 from utils.training.record import build_result
-from utils.training.routing import describe_routing, validation_before_the_end
+from utils.training.routing import describe_routing
 from utils.training.run import Run
-from utils.training.run_folder import RunFolder, describe_environment, resume_command, write_json
+from utils.training.run_folder import RunFolder, describe_environment, resume_command
 from utils.training.setup import pretraining_run
+from utils.training.state import State, load_step, replacement_of_best, restore, save
 
-
-@dataclass
-class State:
-    """Progress of a run, besides weights, optimiser, the model's carried state and random generators."""
-
-    step: int = 0
-    loss_sum: float = 0.0  # nats since the last log line, over this process's tokens
-    loss_tokens: int = 0
-    best: float = float("inf")  # lower is better: negated for a metric that grows with quality
-    best_step: int = 0
-    seconds: float = 0.0  # wall time of training steps, without validations
-    cpu_seconds: float = 0.0
-    tokens: int = 0
-    flops: float = 0.0
-    data: dict = field(default_factory=dict)
-    plateau: dict = field(default_factory=dict)
-    world_size: int = 1
+EMPTY = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # metrics.jsonl before the first step
 
 
 def main(run: Run) -> int:
@@ -89,15 +77,19 @@ def main(run: Run) -> int:
     say = print if engine.is_main else (lambda sentence: None)
 
     checkpoints = RunFolder.checkpoints_of(flags)
-    if not flags.yes and not storage.steps(checkpoints):
+    if not flags.yes and not steps(checkpoints):
         refuse_if_too_slow(run)
     torch.manual_seed(flags.seed)  # the same on every process, for the same initial weights and router
     model = run.build()  # before anything is written: the checkpoint it starts from may not fit
+    if not (checkpoints.parent / RESULT).exists():
+        # weights and Adam's two moments, in four stored checkpoints and one being written; with --swad also the mean
+        storage.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + flags.swad) * 5)
     folder = RunFolder(flags, run.fingerprints()) if engine.is_main else None
-    newest = storage.latest(checkpoints, say)
-    if (checkpoints.parent / "result.json").exists():
-        say(f"this run is complete: {checkpoints.parent / 'result.json'}")
+    engine.barrier()
+    identity = config_sha256(read_config(checkpoints.parent, note_unverified if engine.is_main else None))
+    if is_complete(run, identity, say):
         return 0
+    newest = storage.latest(checkpoints, say, identity)
 
     model = engine.prepare(model)
     for callback in run.callbacks:
@@ -105,17 +97,20 @@ def main(run: Run) -> int:
     optimizer, objective = build_optimizer(model, flags), run.objective()
     schedule, plateau = top_k_schedule(flags), Plateau(flags)
     average = WeightAverage(model, flags.swad_start, flags.swad_end) if flags.swad else None
-    # weights and Adam's two moments, in four stored checkpoints and one being written; with --swad also the mean
-    storage.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + bool(average)) * 5)
 
-    state, carried = State(world_size=engine.world_size), None
+    state, carried, recorded = State(world_size=engine.world_size), None, EMPTY
     if newest is not None:
-        state, carried = restore(newest, run, model, optimizer, plateau, average)
+        best = replacement_of_best(run, newest, identity, model, say)
+        state, carried, recorded = restore(newest, run, model, optimizer, plateau, average)
+        if best:
+            state.best, state.best_step, lost = best
+            state.lost.append(lost)
     else:
         torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
     if engine.is_main:
-        folder.truncate_metrics(state.step)
-        folder.write_environment(engine, sys.argv)
+        folder.write_environment(engine, sys.argv, resumes=newest is not None)
+        folder.resume_metrics(state.step, recorded)
+        state.lost += folder.lost
     for line in describe(run, model):
         say(line)
     if state.step:
@@ -173,7 +168,7 @@ def main(run: Run) -> int:
             progress.paused += time.perf_counter() - paused
         if save_due:
             try:
-                save(checkpoints, run, model, optimizer, carried, state, plateau, average, keep=validation_before_the_end(flags))
+                save(folder, run, model, optimizer, carried, state, plateau, average)
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
                     f"step {state.step} cannot be saved in {checkpoints}: {error}; fix that and rerun the same command to resume"
@@ -183,11 +178,29 @@ def main(run: Run) -> int:
             return 128 + stop
 
     interrupt.at_once()  # everything is saved
-    finish(run, folder, model, checkpoints, state, average, progress.say)
+    finish(run, folder, model, identity, state, average, progress.say)
     return 0
 
 
-def finish(run: Run, folder: RunFolder | None, model, checkpoints, state: State, average, say) -> None:
+def is_complete(run: Run, identity: str, say) -> bool:
+    """Whether the run has its record. A damaged one is refused, or with --repair removed, to be written again."""
+    path = Path(run.flags.work_dir)
+    try:
+        if read_result(path, identity) is None:
+            return False
+    except Damaged as error:
+        if not run.flags.repair:
+            raise
+        say(f"WARNING: {error.path} {error.fault}; it is written again")
+        run.engine.barrier()
+        if run.engine.is_main:
+            error.path.unlink()
+        return False
+    say(f"this run is complete: {path / RESULT}")
+    return True
+
+
+def finish(run: Run, folder: RunFolder | None, model, identity: str, state: State, average, say) -> None:
     """Runs the final test at every k and writes the record."""
     flags, engine, task = run.flags, run.engine, run.task
     ks, splits = evaluation_ks(flags), task.splits
@@ -198,9 +211,10 @@ def finish(run: Run, folder: RunFolder | None, model, checkpoints, state: State,
         with average.applied(model):
             quality = evaluate_all(task, model, splits, ks, say)
         training["averaged"] = {"from": average.start, "to": average.end, "steps": average.count, "quality": quality}
-    routing = describe_routing(task, model, checkpoints) if run.selects_best else None
+    checkpoints, lost = RunFolder.checkpoints_of(flags), state.lost if flags.repair else None
+    routing = describe_routing(task, model, checkpoints, identity, lost) if run.selects_best else None
     chosen = state.best_step if run.selects_best else state.step
-    load_step(model, checkpoints, chosen)
+    tested = load_step(model, checkpoints, chosen, identity)
     for callback in run.callbacks:
         model = callback.finished(run, model)
     why = f"the best on validation{f' at k = {last_top_k(flags)}' if flags.moe else ''}" if run.selects_best else "the last"
@@ -209,12 +223,13 @@ def finish(run: Run, folder: RunFolder | None, model, checkpoints, state: State,
     if folder is None:
         return
     metrics = folder.metrics()
-    last = next(line for line in reversed(metrics) if line["split"] == "train")
+    last = next((line for line in reversed(metrics) if line["split"] == "train"), {})  # none if they were lost
     training["method_metrics"] = {name: value for name, value in last.items() if "." in name}  # metrics named after modules
     measured = (quality, training, routing, metrics, describe_environment(engine), engine.peak_memory_mib(), chosen)
-    write_json(folder.path / "result.json", build_result(run, model, *measured, sys.argv[1:]))
+    result = build_result(run, model, *measured, sys.argv[1:]) | ({"lost": state.lost} if state.lost else {})
+    documents.write(folder.path / RESULT, result | {"config_sha256": identity, "weights_sha256": tested.weights_sha256})
     folder.close()
-    say(f"done: {folder.path / 'result.json'}")
+    say(f"done: {folder.path / RESULT}")
 
 
 class Gradients(NamedTuple):
@@ -298,7 +313,7 @@ def validate(run: Run, folder: RunFolder | None, model, k: int | None, state: St
         raise TrainingError(f"{where}: try a smaller --lr or --clip in a new --work_dir")
     badness = quality if task.metric.lower_is_better else -quality
     plateau.observe(badness)
-    best = run.selects_best and badness < state.best
+    best = run.selects_best and (state.best is None or badness < state.best)
     if best:
         state.best, state.best_step = badness, state.step
     values = ", ".join(f"{value:.4f}" + ("" if at is None else f" at k = {at}") for at, value in found.items())
@@ -306,64 +321,11 @@ def validate(run: Run, folder: RunFolder | None, model, k: int | None, state: St
     say(f"{split} at step {state.step}: {values} {metric}{best_so_far}")
 
 
-def save(
-    root, run: Run, model, optimizer, carried: Carried, state: State, plateau: Plateau, average: WeightAverage | None, keep: int
-) -> None:
-    """Writes a checkpoint by all processes, and deletes all but the last two, the best and the one to keep."""
-    engine = run.engine
-    state.plateau = plateau.state_dict()
-    writer = storage.Writer(root, state.step, engine.is_main)
-    engine.barrier()
-    writer.add(f"rank{engine.rank}.safetensors", storage.rank_tensors(carried, engine.device))
-    writer.add_json(f"rank{engine.rank}.json", {"loss_sum": state.loss_sum, "loss_tokens": state.loss_tokens})
-    engine.barrier()
-    if engine.is_main:
-        save_model(model, writer.partial, manifest=False)  # the checkpoint has its own
-        writer.add("optimizer.safetensors", storage.optimizer_tensors(optimizer))
-        if average:
-            writer.add("average.safetensors", average.state())
-        if tensors := run.tensors():
-            writer.add("task.safetensors", tensors)
-        writer.add_json("state.json", asdict(state))
-        writer.finish()
-        storage.prune(root, keep={state.best_step, keep})
-    engine.barrier()
-
-
-def restore(folder, run: Run, model, optimizer, plateau: Plateau, average: WeightAverage | None) -> tuple[State, Carried]:
-    """Restores everything from a checkpoint. UserError for another number of processes."""
-    engine = run.engine
-    stored = storage.read_json(folder / "state.json")
-    if stored.keys() != {entry.name for entry in fields(State)}:
-        raise UserError(f"{folder} was made by another version of this program: choose another --work_dir")
-    state = State(**stored)
-    if state.world_size != engine.world_size:
-        raise UserError(f"{folder} was made by {state.world_size} processes, and this run has {engine.world_size}: start the same number")
-    state = replace(state, **storage.read_json(folder / f"rank{engine.rank}.json"))
-    load_weights(model, folder)
-    storage.load_optimizer(optimizer, folder / "optimizer.safetensors")
-    if average:
-        average.load_state(load_file(folder / "average.safetensors"))
-    if run.tensors():
-        tensors = load_file(folder / "task.safetensors")
-        for callback in run.callbacks:
-            callback.load_tensors(tensors)
-    run.task.load_state_dict(state.data | {"step": state.step})  # older runs on a text saved no step with their position
-    plateau.load_state_dict(state.plateau)
-    return state, storage.load_rank(folder / f"rank{engine.rank}.safetensors", engine.device)
-
-
-def load_step(model, checkpoints, step: int) -> None:
-    folder = checkpoints / storage.name_of(step)
-    storage.verify(folder)
-    load_weights(model, folder)
-
-
 def not_finite(step, lr, norm, loss, checkpoints) -> str:
-    last = storage.steps(checkpoints)
+    last = steps(checkpoints)
     return (
         f"loss or gradient is not finite at step {step}: loss {loss:.4g}, gradient norm {float(norm):.4g}, "
-        f"lr {lr:.3g}; the update was not applied; last good checkpoint: {checkpoints / storage.name_of(last[-1]) if last else 'none'}; "
+        f"lr {lr:.3g}; the update was not applied; last good checkpoint: {checkpoints / name_of(last[-1]) if last else 'none'}; "
         f"try a smaller --lr or --clip, or --precision fp32, in a new --work_dir"
     )
 
@@ -371,19 +333,40 @@ def not_finite(step, lr, norm, loss, checkpoints) -> str:
 def evaluate_run(run: Run) -> int:
     """--eval_only: evaluates the weights that the run's table shows, at the given k, and writes eval.json beside result.json."""
     flags, engine, task, root = run.flags, run.engine, run.task, RunFolder.checkpoints_of(run.flags)
-    newest = storage.latest(root, print)
-    if newest is None:
-        raise UserError(f"{root} holds no checkpoint: train first")
+    say = print if engine.is_main else (lambda sentence: None)
+    config = read_config(root.parent, note_unverified if engine.is_main else None)
+    if other := [name for name, found in run.fingerprints().items() if config.get(name, found) != found]:
+        raise UserError(f"{root.parent} was trained with another {', '.join(other)}: --data and --checkpoint must give those of the run")
+    identity = config_sha256(config)
+    step, weights = chosen_step(root, identity, say)
     model = run.build()
-    best_step = storage.read_json(newest / "state.json")["best_step"]
-    step = best_step or storage.steps(root)[-1]
-    load_step(model, root, step)
+    tested = load_step(model, root, step, identity, "restore it from a copy, or train again")
+    if weights not in (None, tested.weights_sha256):
+        raise UserError(
+            f"{tested.folder} does not hold the weights that {root.parent / RESULT} tells of: restore them from a copy, or train again"
+        )
     model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
-    rows = evaluate_all(task, model, task.splits[-1:], ks, print if engine.is_main else lambda sentence: None)
+    rows = evaluate_all(task, model, task.splits[-1:], ks, say)
     if engine.is_main:
-        write_json(root.parent / "eval.json", {"best_step": step, "data": task.corpus.fingerprint, "quality": rows})
+        found = {"best_step": step, "data": task.corpus.fingerprint, "config_sha256": identity, "quality": rows}
+        documents.write(root.parent / "eval.json", found)
     return 0
+
+
+def chosen_step(root: Path, identity: str, say) -> tuple[int, str | None]:
+    """The step that --eval_only scores, and the sha256 of its weights where the run's record says it."""
+    record = read_result(root.parent, identity)
+    if record is not None:
+        return record["best_step"], record.get("weights_sha256")
+    if (root.parent / SURGERY).exists():
+        return 0, None
+    newest = storage.latest(root, say, identity)
+    if newest is None:
+        raise UserError(f"{root} holds no checkpoint: train first")
+    best, last = newest.json(STATE, Stored)["best_step"], newest.step
+    say(f"the run has not ended: scoring step {best or last}, {'the best so far on validation' if best else 'the last one saved'}")
+    return best or last, None
 
 
 if __name__ == "__main__":

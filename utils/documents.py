@@ -83,7 +83,7 @@ def is_sealed(value: Mapping[str, Any]) -> bool:
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content as it is written. A number that is not finite, which JSON has no word for, becomes null."""
-    content = _finite(dict(content))
+    content = finite(dict(content))
     return {"format": FORMAT, **content, "sha256": checksum(content)}
 
 
@@ -145,7 +145,7 @@ def lines(content: bytes, schema: Any, path: Path, remedy: str) -> list[dict[str
             found.append(parse_json(text, f"line {number}"))
         except ConfigError as error:
             raise Damaged(path, f"is damaged: {error}", remedy) from None
-        validate(_finite(found[-1]), schema, Path(f"{path}, line {number},"), remedy)
+        validate(finite(found[-1]), schema, Path(f"{path}, line {number},"), remedy)
     return found
 
 
@@ -163,9 +163,10 @@ def _not_finite(value: Any, place: str) -> Iterator[str]:
         yield from _not_finite(one, place + name)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value of a JSON text with null for numbers that are not finite."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

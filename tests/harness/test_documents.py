@@ -32,7 +32,7 @@ def read(path, schema=dict):
 
 def plain(content):
     """The content as JSON can say it."""
-    return json.loads(json.dumps(documents._finite(content)))
+    return json.loads(json.dumps(documents.finite(content)))
 
 
 @given(content=CONTENTS)

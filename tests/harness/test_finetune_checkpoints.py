@@ -119,7 +119,7 @@ def test_a_damaged_run(run, refused):
     weights.unlink()
     assert "is missing or incomplete" in refused(run)
     (run / "result.json").write_text("{")
-    assert "result.json is damaged" in refused(run)
+    assert "result.json is not readable as JSON" in refused(run)
     config = tiny.read_json(run / "config.json")
     del config["d_model"]
     (run / "config.json").write_text(json.dumps(config))

@@ -267,7 +267,7 @@ def test_eval_only_uses_the_flags_of_the_run(tmp_path):
         with pytest.raises(UserError, match="from 1 to 4"):
             parse([*words, "--k", k])
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is not readable as JSON"):
         parse(words)
 
 

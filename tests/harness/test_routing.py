@@ -99,12 +99,14 @@ def test_a_frozen_hash_route_never_changes_and_a_dense_model_has_none(tmp_path):
     assert tiny.read_json(tmp_path / "dense" / "result.json")["routing"] is None
 
 
-def test_one_checkpoint_has_no_fluctuation(run):
+def test_one_checkpoint_has_no_fluctuation_and_is_only_accepted_on_request(run):
     folder, arguments = run
-    flags = parse(arguments)
-    for path in tiny.checkpoints(folder)[:-1]:
-        (path / "manifest.json").unlink()
+    flags, lost = parse(arguments), []
+    (damaged,) = [path for path in tiny.checkpoints(folder) if path.name == "step-00000016"]
+    (damaged / "manifest.json").unlink()
     with Engine(flags) as engine:
         task = pretraining_task(flags, Corpus.open(flags.data), engine)
-        found = routing.describe_routing(task, build_model(flags), folder / "checkpoints")
-    assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1
+        with pytest.raises(UserError, match=r"step-00000016/manifest\.json is missing.* --repair"):
+            routing.describe_routing(task, build_model(flags), folder / "checkpoints")
+        found = routing.describe_routing(task, build_model(flags), folder / "checkpoints", lost=lost)
+    assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1 and lost == ["the change of routing since step 16"]

@@ -96,6 +96,11 @@ def as_surgery(pretrained: dict) -> dict:
     return {"trained": trained, "operations": pretrained["operations"], **pretrained["surgery"]}
 
 
+def content(folder: Path) -> dict:
+    """The surgery.json of a folder without the hash of its config.json."""
+    return {name: value for name, value in tiny.read_json(folder / "surgery.json").items() if name != "config_sha256"}
+
+
 def refusal(arguments: list[str], program: str = "surgery.py") -> str:
     done = tiny.run(arguments, program=program)
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done
@@ -160,11 +165,20 @@ def test_cut_short_before_it_was_measured_it_ends_as_if_it_had_not_been(operated
     assert tiny.quality(ours) == tiny.quality(theirs)
 
 
+def test_killed_before_its_config_json_the_folder_is_still_its_own(operated, trained, tmp_path):
+    arguments = command(trained("smoe"), out=tmp_path / "out")
+    assert tiny.run(arguments, partial(die, "write", 1, False), program="surgery.py").code == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", ".config.json.partial"}
+    tiny.completed(arguments, program="surgery.py")
+    ours, theirs = (tiny.quality(content(folder)["after"]) for folder in (tmp_path / "out", operated("drop")[0]))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(("model", "method"), [("transformer_xl", "merge"), ("bert", "drop")])
 def test_further_training_records_the_surgery(model, method, operated, tmp_path):
     out, _ = operated(method, model)
     tiny.completed(words_of({"start_from": out, "work_dir": tmp_path / "run", **TRAINING}))
-    record, surgery = read_record(tmp_path / "run" / "result.json"), tiny.read_json(out / "surgery.json")
+    record, surgery = read_record(tmp_path / "run" / "result.json"), content(out)
     assert record["table"] == "surgery" and as_surgery(record["pretrained"]) == surgery
     assert (record["method"], record["settings"], record["preset"]) == ("smoe", {}, "quick")
     (operation,) = surgery["operations"]
@@ -180,7 +194,7 @@ def test_surgery_by_a_tasks_rows_is_fine_tuned_on_it(trained, rows, tmp_path):
     out = tmp_path / "out"
     arguments = command(trained("smoe_dropout"), method="uncurl", task="sst2", calibrate=rows, out=out)
     tiny.completed(arguments, program="surgery.py")
-    surgery = tiny.read_json(out / "surgery.json")
+    surgery = content(out)
     (operation,) = surgery["operations"]
     assert operation["method"] == "uncurl" and operation["read"]["task"] == "sst2"
     how = {"task": "sst2", "data": rows, "checkpoint": out, "work_dir": tmp_path / "run", **TRAINING}
@@ -336,7 +350,7 @@ def test_compressed_experts_are_pruned_in_training_and_stored_pruned(trained, tm
     run, out = trained("smoe"), tmp_path / "out"
     arguments = words_of({"from": run, "method": "compress", "rank": 4, "kept": 0.25, "out": out, "threads": 1, "device": "cpu"})
     tiny.completed(arguments, program="surgery.py")
-    surgery = tiny.read_json(out / "surgery.json")
+    surgery = content(out)
     before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
     assert after == pytest.approx(before, rel=1e-5) and surgery["operations"][0]["options"] == {"rank": 4, "kept": 0.25}
     how = {"start_from": out, "teacher": run, **TRAINING, "max_step": 12, "eval_interval": 4}

@@ -19,7 +19,7 @@ RESULT = {
     **{"schema": int, "status": str, "table": str, "method": str, "settings": dict, "sparse": bool},
     **{"preset": str, "preset_settings": dict, "dataset": dict},
     **{"metric": dict, "seed": int, "model": dict, "parameters": dict, "quality": list, "best_step": int, "training": dict},
-    **{"peak_memory_mib": float, "curve": dict, "environment": dict, "argv": list},
+    **{"peak_memory_mib": float, "curve": dict, "environment": dict, "argv": list, "config_sha256": str, "weights_sha256": str},
 }
 
 
@@ -60,7 +60,7 @@ def test_result_has_every_field(run):
     assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["seconds"])
     assert [point[0] for point in result["curve"]["train"]] == list(range(1, STEPS + 1))
     assert [point[0] for point in result["curve"]["valid"]] == [8, 16, 24]
-    environment = tiny.read_json(folder / "env.json")
+    environment = tiny.read_json(folder / "env.json")["starts"]
     assert len(environment) == 1 and environment[0]["argv"][1:] == result["argv"]
     assert {"commit", "torch", "device_name", "world_size"} <= result["environment"].keys() <= environment[0].keys()
     assert len(environment[0]["tuned"]) == 2  # the preset asks for it

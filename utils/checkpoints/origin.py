@@ -4,25 +4,28 @@ A run folder of train.py (its best weights), one of its checkpoints/step-*, a fo
 weights only: a folder of smoe_dropout.save_model, whose sizes must be given as flags.
 """
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.files import read_json
+from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
-from utils.checkpoints import schema_1
+from utils.checkpoints import run_files, schema_1
+from utils.checkpoints.manifest import MANIFEST, content_of, name_of
+from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
-from utils.data.corpus import digest_of, read_chunks
+from utils.documents import Damaged
 from utils.errors import UserError
 from utils.flags.declare import flags_from
-from utils.flags.derive import CONFIG_FIELDS, read_config
-from utils.flags.fields import Flags, names
+from utils.flags.derive import CONFIG_FIELDS
+from utils.flags.fields import Flags
 from utils.flags.models import MODELS, TRANSFORMERS_FIELDS
 
-WEIGHTS, EXPERTS, MANIFEST = "model.safetensors", "smoe_config.json", "manifest.json"
-SURGERY = "surgery.json"
+WEIGHTS, EXPERTS = "model.safetensors", "smoe_config.json"
 TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
 
 
@@ -32,7 +35,8 @@ class Source:
 
     path: as given. weights: the file. flags: those of train.py that made it, as far as they are known. trained: what it was trained on and
     for how long, as values. operations: what was done to the weights afterwards, surgery and training, in order. from_transformers:
-    smoe_dropout.from_pretrained reads it. surgery: what surgery.py measured, where the weights went through it.
+    smoe_dropout.from_pretrained reads it. surgery: what surgery.py measured, where the weights went through it. config_sha256: of the run
+    that the checkpoint belongs to. weights_sha256: of the weights that the run's record tells of, where it says so.
     """
 
     path: Path
@@ -42,6 +46,8 @@ class Source:
     operations: tuple[dict[str, Any], ...] = ()
     from_transformers: bool = False
     surgery: dict[str, Any] | None = None
+    config_sha256: str | None = None
+    weights_sha256: str | None = None
 
     @property
     def made(self) -> Flags:
@@ -51,7 +57,7 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        return digest_of(read_chunks(self.weights), "sha256")[1]
+        return content_of(self.weights)["sha256"]
 
     @property
     def summary(self) -> str:
@@ -86,27 +92,33 @@ def open_run(path: Path) -> Source:
 
 def _run(path: Path) -> Source:
     """The weights whose test is in the run's record."""
-    result = path / "result.json"
-    if not result.exists():
-        raise UserError(f"the run {path} has not ended, it has no {result.name}: finish it, or give one of its folders checkpoints/step-*")
-    flags, record = _flags_of_run(path), _json(result)
-    if not isinstance(record.get("best_step"), int):
-        raise UserError(f"{result} is damaged: give one of the folders {path}/checkpoints/step-*")
-    return _of_run(path, path / "checkpoints" / f"step-{record['best_step']:08d}", flags, record)
+    flags = _flags_of_run(path)
+    record = read_result(path, config_sha256(flags))
+    if record is None:
+        raise UserError(f"the run {path} has not ended, it has no {RESULT}: finish it, or give one of its folders checkpoints/step-*")
+    return _of_run(path, path / "checkpoints" / name_of(record["best_step"]), flags, record)
 
 
 def operation(path: Path) -> Source:
     """A folder of surgery.py. UserError if it is incomplete."""
-    flags, stored, folder = _flags_of_run(path), read_surgery(path), path / "checkpoints" / "step-00000000"
-    if not stored.keys() >= {"trained", "operations", "source_sha256"}:
-        raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
+    flags, stored, folder = _flags_of_run(path), read_surgery(path), path / "checkpoints" / name_of(0)
     trained, operations = stored.pop("trained"), tuple(stored.pop("operations"))
-    return Source(path, _weights_of(folder), flags, trained, operations, surgery=stored)
+    return Source(path, _weights_of(folder), flags, trained, operations, surgery=stored, config_sha256=config_sha256(flags))
 
 
 def read_surgery(path: Path) -> dict[str, Any]:
-    """The content of a folder's surgery.json; empty if it has none."""
-    return schema_1.surgery(_json(path / SURGERY))
+    """The content of a folder's surgery.json, also of version 0.1. UserError if it lacks what was done."""
+    stored = _translated(schema_1.surgery, run_files.read_surgery(path, config_sha256(read_config(path))), path / SURGERY)
+    if not stored.keys() >= {"trained", "operations", "source_sha256"}:
+        raise UserError(f"{path / SURGERY} is damaged: make it again in another folder")
+    return stored
+
+
+def _translated(translate: Callable[[dict[str, Any]], dict[str, Any]], old: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return translate(old)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Damaged(path, "is damaged: it is not what version 0.1 wrote", run_files.remedy_for(path.parent)) from None
 
 
 def _step(path: Path) -> Source:
@@ -115,15 +127,14 @@ def _step(path: Path) -> Source:
         return _weights(path)
     if (run / SURGERY).exists():
         return operation(run)
-    step = int(path.resolve().name.rpartition("-")[2])
-    return _of_run(path, path, _flags_of_run(run), _json(run / "result.json"), {"checkpoint": step})
+    step, flags = path.resolve().name.rpartition("-")[2], _flags_of_run(run)
+    if not step.isdecimal():
+        raise UserError(f"{path} is no checkpoint of the run {run}: give one of its folders checkpoints/step-*")
+    return _of_run(path, path, flags, read_result(run, config_sha256(flags)) or {}, {"checkpoint": int(step)})
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
     config = read_config(run)
-    needed = set(names(kind=Flags)) - {*names(role="run")} | {*names(role="model"), *names(role="experts"), "preset", "dataset"}
-    if absent := sorted(needed - config.keys()):
-        raise UserError(f"{run / 'config.json'} belongs to another version, without {', '.join(absent[:4])}: train it again")
     if "task" in config:
         raise UserError(f"{run} is a fine-tuned run of {config['task']}: give the pre-trained run it started from")
     return config
@@ -132,15 +143,16 @@ def _flags_of_run(run: Path) -> dict[str, Any]:
 def _of_run(path: Path, folder: Path, flags: dict[str, Any], record: dict[str, Any], at: dict[str, int] | None = None) -> Source:
     """A run of train.py. record: empty for an unfinished run. at: the checkpoint, if it is not the one the record describes."""
     steps = {"steps": flags["max_step"]} | (at or {})
-    start = schema_1.pretrained(record.get("pretrained", {}))
+    start = _translated(schema_1.pretrained, record.get("pretrained", {}), path / RESULT)
+    whose = {"config_sha256": config_sha256(flags), "weights_sha256": None if at else record.get("weights_sha256")}
     if start:
         more = {"taught": True} if flags["teacher"] else {}
         trained = {name: start[name] for name in TRAINED if name in start}
-        operations = (*start["operations"], {"method": "train", **steps, **more})
-        return Source(path, _weights_of(folder), flags, trained, operations, surgery=start.get("surgery"))
+        operations = (*start.get("operations", ()), {"method": "train", **steps, **more})
+        return Source(path, _weights_of(folder), flags, trained, operations, surgery=start.get("surgery"), **whose)
     known = record.get("dataset", {"name": flags["dataset"], "fingerprint": flags.get("data_fingerprint")})
     dataset = {name: known[name] for name in ("name", "title", "fingerprint") if name in known}
-    return Source(path, _weights_of(folder), flags, {"dataset": dataset, **steps})
+    return Source(path, _weights_of(folder), flags, {"dataset": dataset, **steps}, **whose)
 
 
 def _weights_of(folder: Path) -> Path:
@@ -156,8 +168,8 @@ def _weights(path: Path) -> Source:
     flags: dict[str, Any] = {}
     if (path / EXPERTS).exists():
         try:
-            flags = flags_of_experts(SMoEConfig.from_json((path / EXPERTS).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            flags = flags_of_experts(SMoEConfig.from_dict(read_json(path / EXPERTS)))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path / EXPERTS} is damaged: {error}") from None
     return Source(path, path / WEIGHTS, flags, {"folder": path.name})
 
@@ -198,8 +210,8 @@ def _transformers(path: Path) -> Source:
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except ConfigError:
         return {}
     return found if isinstance(found, dict) else {}
 

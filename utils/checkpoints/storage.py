@@ -1,37 +1,23 @@
-"""Atomic checkpoints: a folder of safetensors, written under another name, synced, then renamed.
-
-    checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  rank0.safetensors ...  state.json  manifest.json
-
-manifest.json, written last, holds size and sha256 of every file; a folder without it, or with other files, is not a checkpoint.
-"""
+"""Atomic checkpoints: a folder of safetensors, written under another name, synced, then renamed, and verified before it is read."""
 
 import json
 import os
-import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from smoe_dropout.io import load_weights
 from utils import documents
+from utils.checkpoints.manifest import MANIFEST, REMEDY, Content, content_of, name_of, read_nullable, steps, verify
 from utils.data import writing
-from utils.data.corpus import digest_of, read_chunks
+from utils.documents import Damaged
 from utils.errors import UserError
-
-MANIFEST = "manifest.json"
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def steps(root: Path) -> list[int]:
-    """The steps with a finished checkpoint, ascending."""
-    found = [re.fullmatch(r"step-(\d+)", entry.name) for entry in root.glob("step-*")] if root.exists() else []
-    return sorted(int(match.group(1)) for match in found if match and (root / match.group(0) / MANIFEST).exists())
 
 
 class Writer:
@@ -47,70 +33,84 @@ class Writer:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.partial / name)
 
     def add_json(self, name: str, value: Any) -> None:
-        (self.partial / name).write_text(json.dumps(value, indent=1))
+        (self.partial / name).write_text(json.dumps(documents.seal(value), indent=1))
 
     def finish(self) -> None:
         files = sorted(self.partial.iterdir())
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*files, self.partial / MANIFEST, self.partial]:
-            documents.sync(path)
-        shutil.rmtree(self.final, ignore_errors=True)  # a damaged checkpoint of the same step
+        with ThreadPoolExecutor() as pool:
+            manifest = dict(zip((file.name for file in files), pool.map(_synced, files), strict=True))
+        documents.write(self.partial / MANIFEST, manifest)
+        if self.final.exists():  # a damaged checkpoint of the same step
+            remove(self.final)
         os.replace(self.partial, self.final)
         documents.sync(self.final.parent)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def _synced(path: Path) -> Content:
+    documents.sync(path)
+    return content_of(path)
 
 
-def verify(folder: Path) -> None:
-    """Raises UserError naming the first file that is missing or contradicts the manifest."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        expectations = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        expectations = {}
-    if "state.json" not in expectations:
-        raise UserError(f"{folder / MANIFEST} is missing or damaged, so {folder} is not a complete checkpoint")
-    for name, (size, digest) in expectations.items():
-        path = folder / name
-        if not path.exists():
-            raise UserError(f"{path} is missing from the checkpoint")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise UserError(f"{path} is damaged: its size or sha256 differs from {MANIFEST}")
+class Checkpoint:
+    """A checkpoint, verified when it is opened: the only way to read one. Damaged unless it is whole and of the run."""
+
+    def __init__(self, folder: Path, config_sha256: str | None = None, remedy: str = REMEDY):
+        self.folder, self.remedy = folder, remedy
+        self.files = verify(folder, config_sha256, remedy)
+
+    @property
+    def step(self) -> int:
+        return int(self.folder.name.rpartition("-")[2])
+
+    @property
+    def weights_sha256(self) -> str:
+        return self.files["model.safetensors"]["sha256"]
+
+    def json(self, name: str, schema: Any) -> dict[str, Any]:
+        return read_nullable(self.folder / name, schema, self.remedy)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / name)
+
+    def load_weights(self, model: nn.Module) -> nn.Module:
+        return load_weights(model, self.folder)
 
 
-def latest(root: Path, warn) -> Path | None:
-    """The newest undamaged checkpoint, after `warn(sentence)` for each newer damaged one. UserError if all are damaged."""
-    candidates = [root / name_of(step) for step in reversed(steps(root))]
-    for folder in candidates:
+def latest(root: Path, warn: Callable[[str], None], config_sha256: str | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, after `warn(sentence)` for each newer damaged one. UserError if all are damaged."""
+    fault = None
+    for step in reversed(steps(root)):
         try:
-            verify(folder)
-            return folder
-        except UserError as error:
-            warn(f"WARNING: {error}; falling back to the previous checkpoint")
-    if candidates:
-        raise UserError(f"no checkpoint in {root} is undamaged; remove the folder, or choose another --work_dir, to start from step 0")
+            return Checkpoint(root / name_of(step), config_sha256)
+        except Damaged as error:
+            fault = f"{error.path} {error.fault}"
+            warn(f"WARNING: {fault}; falling back to the previous checkpoint")
+    if fault:
+        remedy = "remove the folder, or choose another --work_dir, to start from step 0"
+        raise UserError(f"no checkpoint in {root} is undamaged, at last {fault}: {remedy}")
     return None
 
 
-def prune(root: Path, keep: set[int]) -> None:
-    """Removes all checkpoints but the last two and those of the steps to keep, and the remains of unfinished ones."""
-    for step in steps(root)[:-2]:
+def prune(root: Path, newest: int, keep: set[int]) -> None:
+    """Removes the checkpoints up to the newest one but that, the one before it, and those of the steps to keep."""
+    for step in [step for step in steps(root) if step <= newest][:-2]:
         if step not in keep:
-            (root / name_of(step) / MANIFEST).unlink()  # first, so that a kill never leaves half a checkpoint
-            shutil.rmtree(root / name_of(step))
-    unfinished = [folder for folder in root.glob("step-*") if not (folder / MANIFEST).exists()]  # an interrupted removal
-    for leftover in [*root.glob(".step-*.partial"), *unfinished]:
-        shutil.rmtree(leftover)
+            remove(root / name_of(step))
 
 
-def require_space(root: Path, tensors: list[Tensor], copies: int) -> None:
-    """Raises UserError unless the disk has room for `copies` copies of the tensors and 10 % more."""
-    root.mkdir(parents=True, exist_ok=True)
+def remove(folder: Path) -> None:
+    """Removes a checkpoint. It is renamed first, so that a kill leaves a leftover and never half a checkpoint."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(folder, removed)
+    shutil.rmtree(removed)
+
+
+def require_space(root: Path, tensors: list[Tensor], copies: int, flag: str = "--work_dir") -> None:
+    """Raises UserError unless the disk has room for `copies` copies of the tensors and 10 % more. Nothing is written."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    writing.require_space(root, int(1.1 * copies * size), "--work_dir")
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
+    writing.require_space(existing, int(1.1 * copies * size), flag)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -119,9 +119,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}.{key}": value for index, values in state.items() for key, value in values.items() if isinstance(value, Tensor)}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path).items():
+    for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -136,17 +136,10 @@ def rank_tensors(memory: tuple[Tensor, ...] | None, device: torch.device) -> dic
     return tensors
 
 
-def load_rank(path: Path, device: torch.device) -> tuple[Tensor, ...] | None:
-    """Sets the random generators and returns the memory. UserError if the run had fewer processes."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: the run had fewer processes; resume it with the same number")
-    tensors = load_file(path)
+def load_rank(tensors: dict[str, Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
+    """Sets the random generators and returns the memory."""
     torch.set_rng_state(tensors["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
     count = sum(name.startswith("memory.") for name in tensors)
     return tuple(tensors[f"memory.{index}"].to(device) for index in range(count)) or None
-
-
-def _sha256(path: Path) -> str:
-    return digest_of(read_chunks(path), "sha256")[1]

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
 from torch import nn
 
 from smoe_dropout import from_pretrained
 from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.options import ConfigError
 from utils.checkpoints import storage
+from utils.checkpoints.manifest import STATE
 from utils.checkpoints.origin import Source
+from utils.documents import Damaged
 from utils.errors import UserError
 
 
@@ -23,19 +26,24 @@ def load(model: nn.Module, source: Source) -> None:
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
             model.host = host  # the host and its configuration, which may differ from ours
         else:
-            if (folder / "state.json").exists():  # a checkpoint; load_weights verifies a folder of save_model
-                storage.verify(folder)
+            if source.config_sha256 or (folder / STATE).exists():  # a checkpoint; load_weights verifies a folder of save_model
+                checkpoint = storage.Checkpoint(folder, source.config_sha256)
+                if source.weights_sha256 not in (None, checkpoint.weights_sha256):
+                    raise Damaged(source.weights, "holds other weights than those of the run's result.json", checkpoint.remedy)
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
         raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def store(model: nn.Module, checkpoints: Path) -> None:
-    """Writes the model as a run's checkpoint at step 0, atomically."""
-    writer = storage.Writer(checkpoints, 0, is_main=True)
-    save_model(model, writer.partial, manifest=False)  # the checkpoint has its own
-    writer.add_json("state.json", {"best_step": 0})
-    writer.finish()
+def store(model: nn.Module, checkpoints: Path, config_sha256: str) -> None:
+    """Writes the model as the checkpoint at step 0 of the run with this identity, atomically. UserError if it cannot be written."""
+    try:
+        writer = storage.Writer(checkpoints, 0, is_main=True)
+        save_model(model, writer.partial, manifest=False)  # the checkpoint has its own
+        writer.add_json(STATE, {"step": 0, "best_step": 0, "config_sha256": config_sha256})
+        writer.finish()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the model cannot be saved in {checkpoints}: {error}; mend that and run the same command again") from None
 
 
 class HandedOver(NamedTuple):

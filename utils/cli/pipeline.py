@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.checkpoints.origin import Source, open_source
+from utils.checkpoints.run_files import read_config
 from utils.cli.arguments import Arguments, Values
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import flags_from
-from utils.flags.derive import parse_ks, read_config, resolve, training_flags
+from utils.flags.derive import parse_ks, resolve, training_flags
 from utils.flags.fields import Flags, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of

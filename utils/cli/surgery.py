@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.origin import SURGERY, Source, kind_of, open_run, read_surgery
+from utils.checkpoints.origin import Source, kind_of, open_run, read_surgery
+from utils.checkpoints.run_files import BEGUN, CONFIG, SURGERY, read_config
 from utils.cli import finetune
 from utils.cli.arguments import Values
 from utils.cli.pipeline import Program, decide, lost_width
@@ -17,7 +18,7 @@ from utils.data.rows import TASKS, Examples, read_examples
 from utils.data.rows import kind_of as task_kind
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import is_given, no_effect
-from utils.flags.derive import read_config, resized
+from utils.flags.derive import resized
 from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
 from utils.flags.models import MODELS
 from utils.training.identity import operations_of, training_of
@@ -158,7 +159,8 @@ def refuse_occupied(out: Path) -> None:
     """Raises UserError for a folder that holds anything but an operation, finished or interrupted."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
-    if out.exists() and any(out.iterdir()) and "surgery" not in (read_config(out) if (out / "config.json").exists() else {}):
+    found = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if found - BEGUN and "surgery" not in (read_config(out) if CONFIG in found else {}):
         raise UserError(f"--out {out} holds something else: choose an empty or a new folder")
 
 

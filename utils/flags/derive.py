@@ -1,8 +1,6 @@
 """Values derived from the flags: method, options, schedule of k, configuration of the library. Imports no torch."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from smoe_dropout.config import SMoEConfig
@@ -12,7 +10,7 @@ from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
 from utils.flags.declare import FlagsT
-from utils.flags.fields import Flags, defaults_before, names
+from utils.flags.fields import Flags, names
 from utils.flags.models import presets_of
 
 CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the same values
@@ -184,17 +182,3 @@ def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
         method=method.name if method and method.layer else None,
         options=parse_options(flags.method_options),
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of a run's config.json. Raises UserError if the folder holds none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no run: {path} is missing") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object; choose another --work_dir")
-    return defaults_before() | config

@@ -61,5 +61,6 @@ class Plateau:
     def state_dict(self) -> dict[str, float]:
         return {"factor": self.factor, "best": self.best, "waited": self.waited}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.factor, self.best, self.waited = state["factor"], state["best"], int(state["waited"])
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        best = math.inf if state["best"] is None else state["best"]  # no validation yet
+        self.factor, self.best, self.waited = state["factor"], best, int(state["waited"])

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from smoe_dropout.surgery.compression import Pruner
-from utils.checkpoints.origin import SURGERY
+from utils import documents
+from utils.checkpoints.run_files import CONFIG, SURGERY, config_of, config_sha256
 from utils.checkpoints.weights import store
+from utils.flags.fields import Flags, names
 from utils.training.evaluation import chained, time_ratios
 from utils.training.identity import operations_of, own_settings, training_of
 from utils.training.run import Callback, Run
-from utils.training.run_folder import write_json
 
 FOLDER = "compressed"
 
@@ -56,11 +57,14 @@ class Pruning(Callback):
 
     def _store(self, run: Run, model: nn.Module) -> None:
         flags, folder = run.flags, Path(run.flags.work_dir) / FOLDER
-        store(model, folder / "checkpoints")
-        made = dataclasses.replace(flags, moe_sparse_share=self.kept, moe_prune_to=None, start_from=None, teacher=None)
-        write_json(folder / "config.json", dataclasses.asdict(made) | run.fingerprints())
+        made = dataclasses.replace(flags, moe_sparse_share=self.kept, **{name: getattr(Flags, name) for name in names(role="start")})
+        config = config_of(made, run.fingerprints())
+        identity = config_sha256(config)
+        store(model, folder / "checkpoints", identity)
+        documents.write(folder / CONFIG, config)
         taught = {"taught": True} if flags.teacher else {}
         settings = {"settings": own} if (own := own_settings(flags)) else {}
         training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught, **settings}
         operations = [*operations_of(run.source), training]
-        write_json(folder / SURGERY, {"trained": training_of(run.source), "operations": operations} | self._surgery)
+        operated = {"trained": training_of(run.source), "operations": operations} | self._surgery
+        documents.write(folder / SURGERY, operated | {"config_sha256": identity})

@@ -15,26 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout import moe_layers, top_k
-from smoe_dropout.io import load_weights
-from utils.checkpoints import storage
+from utils import documents
+from utils.checkpoints.manifest import name_of
+from utils.checkpoints.run_files import RESULT, config_sha256, read_config, read_result
+from utils.checkpoints.storage import Checkpoint
 from utils.data.corpus import Corpus
+from utils.documents import Damaged
 from utils.engine import Engine
 from utils.errors import UserError, run_main
 from utils.flags.declare import flags_from
-from utils.flags.derive import read_config
 from utils.flags.fields import Flags
 from utils.flags.models import MODELS
 from utils.models.build import build_model
 from utils.tasks.base import Task
 from utils.training.evaluation import forked_random
-from utils.training.run_folder import write_json
 from utils.training.setup import pretraining_task
 
 BATCHES = 20  # validation batches read
+REMEDY = "restore it from a copy, or rerun the command of the run with --repair, which finishes without it"
 
 
-def describe_routing(task: Task, model: nn.Module, checkpoints: Path) -> dict[str, Any] | None:
+def describe_routing(
+    task: Task, model: nn.Module, checkpoints: Path, identity: str | None = None, lost: list[str] | None = None
+) -> dict[str, Any] | None:
     """Measures a model at its last two validations; None for a dense model. Leaves the weights of the last checkpoint in the model.
+
+    Damaged if a checkpoint of the two is missing or damaged, or not of the run with this identity. lost: gets a word for the first one
+    instead, and the routing is that of the last.
 
     load_entropy: entropy of the shares of assignments that experts get, divided by log E, mean over layers; 1 is even use. fluctuation:
     share of tokens whose top expert differs between the end and the validation before it (arXiv 2505.00792), mean over layers; None without
@@ -43,11 +50,17 @@ def describe_routing(task: Task, model: nn.Module, checkpoints: Path) -> dict[st
     if not moe_layers(model):
         return None
     flags = task.flags
-    k, due = max(1, flags.moe_num_expert // 2), (validation_before_the_end(flags), flags.max_step)
-    steps = [step for step in storage.steps(checkpoints) if step in due]
-    chosen = []
-    for step in steps:
-        load_weights(model, checkpoints / storage.name_of(step))
+    k, before = max(1, flags.moe_num_expert // 2), validation_before_the_end(flags)
+    steps, chosen = [], []
+    for step in ([before] if before else []) + [flags.max_step]:
+        try:
+            Checkpoint(checkpoints / name_of(step), identity, REMEDY).load_weights(model)
+        except Damaged:
+            if lost is None or step == flags.max_step:
+                raise
+            lost.append(f"the change of routing since step {step}")
+            continue
+        steps.append(step)
         chosen.append(assignments(task, model, k, seed=step))
     changed = [(one[:, 0] != other[:, 0]).double().mean().item() for one, other in zip(*chosen, strict=True)] if len(steps) == 2 else None
     sizes = [layer.num_experts for _, layer in moe_layers(model)]
@@ -96,16 +109,22 @@ def main(folders: list[str]) -> None:
     """Replaces `routing` in the result.json of finished runs of train.py."""
     if not folders:
         raise UserError("usage: python -m utils.training.routing RUN..., folders of finished runs")
-    for path in (Path(folder) / "result.json" for folder in folders):
-        if not path.exists():
-            raise UserError(f"{path} is missing: only a finished run can be measured")
-        flags = flags_from(read_config(path.parent), Flags)
+    for folder in map(Path, folders):
+        if not (folder / RESULT).exists():
+            raise UserError(f"{folder / RESULT} is missing: only a finished run can be measured")
+        config = read_config(folder)
+        identity, flags = config_sha256(config), flags_from(config, Flags)
+        record = read_result(folder, identity)
+        corpus = Corpus.open(flags.data, MODELS[flags.model].reads)
+        corpus.verify()
+        if config.get("data_fingerprint", corpus.fingerprint) != corpus.fingerprint:
+            raise UserError(f"{flags.data} does not hold the {corpus.unit} of the run in {folder}: put the run's data there again")
         with Engine(flags) as engine:
-            task = pretraining_task(flags, Corpus.open(flags.data, MODELS[flags.model].reads), engine)
+            task = pretraining_task(flags, corpus, engine)
             model = engine.prepare(build_model(flags, task.vocabulary))
-            routing = describe_routing(task, model, path.parent / "checkpoints")
-        write_json(path, json.loads(path.read_text()) | {"routing": routing})
-        print(f"{path.parent}: {json.dumps(routing) if routing else 'no experts'}")
+            routing = describe_routing(task, model, folder / "checkpoints", identity)
+        documents.write(folder / RESULT, record | {"routing": routing})
+        print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")
 
 
 if __name__ == "__main__":

@@ -3,54 +3,74 @@
 config.json  env.json  metrics.jsonl  tensorboard/  checkpoints/  result.json
 """
 
-import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from utils.documents import sync
-from utils.errors import UserError
-from utils.flags.derive import read_config
+from smoe_dropout.files import read_json
+from smoe_dropout.options import ConfigError
+from utils import documents
+from utils.checkpoints.manifest import STATE, Content, Count, Sha256, Stored, clean, name_of, read_nullable, steps, verify
+from utils.checkpoints.run_files import BEGUN, CONFIG, config_of, config_sha256, read_config, remedy_for
+from utils.documents import Damaged
+from utils.errors import TrainingError, UserError
 from utils.flags.fields import Flags, names
 
+SHOWN = 40  # longest value quoted in a refusal, in characters
+LEFT = ("config", "env", "metrics", "result", "eval", "surgery")  # version 0.1 wrote NAME.partial before renaming it
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file atomically: it has the old content or the new, never a part."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    sync(partial)
-    os.replace(partial, path)
+
+class Line(TypedDict):
+    """The entries that every line of metrics.jsonl has."""
+
+    step: Count
+    split: str
+
+
+class Environments(TypedDict):
+    """env.json: how each start of the run was made."""
+
+    starts: list[dict[str, Any]]
+    config_sha256: NotRequired[Sha256]
 
 
 class RunFolder:
     """Opened by the main process only, which keeps it locked until it ends.
 
     Raises UserError when another process has locked it, or when it holds a run of another configuration (the difference is named) or
-    other files.
+    other files, or cannot be written; nothing is left behind then. lost: what --repair had to give up.
     """
 
     def __init__(self, flags: Flags, fingerprints: dict[str, str]):
-        self.path = Path(flags.work_dir)
-        config = {name: value for name, value in dataclasses.asdict(flags).items() if name not in names(role="unstored")}
-        config |= fingerprints
-        self._refuse_foreign()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-        except PermissionError as error:
-            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): choose another") from None
-        self._match_config(config)
+        self.path, self.repairs, self.lost = Path(flags.work_dir), flags.repair, []
+        config = config_of(flags, fingerprints)
         self._writer, self.metrics_path = None, self.path / "metrics.jsonl"
+        self._made: list[Path] = []  # by this process, to be removed if the run cannot begin
+        try:
+            self._refuse_foreign()
+            self._make_and_lock()
+            self._match_config(config)
+        except OSError as error:
+            self._unmake()
+            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): mend that, or choose another") from None
+        self.config_sha256 = config_sha256(config)
+        clean(self.path / "checkpoints")
+        for leftover in [*self.path.glob(".*.partial"), *(self.path / f"{name}.partial" for name in LEFT)]:
+            leftover.unlink(missing_ok=True)
 
     @staticmethod
     def checkpoints_of(flags: Flags) -> Path:
@@ -61,93 +81,189 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--work_dir {self.path} is a file: choose another")
         found = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
-        if "config.json" not in found and found - {".lock", "config.partial"}:
+        if CONFIG in found or not found - BEGUN:
+            return
+        if not steps(self.path / "checkpoints"):
             raise UserError(f"--work_dir {self.path} holds other files and no run: choose an empty or a new folder")
+        if not self.repairs:
+            raise Damaged(self.path / CONFIG, "is missing", remedy_for(self.path))
 
-    def _lock(self) -> None:
-        self._lock_file = open(self.path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+    def _make_and_lock(self) -> None:
+        lock = self.path / ".lock"
+        self._made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_file = open(lock, "w")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--work_dir {self.path} is in use by another run: wait for it, or choose another folder") from None
 
+    def _unmake(self) -> None:
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
     def _match_config(self, config: dict[str, Any]) -> None:
-        path = self.path / "config.json"
-        if not path.exists():
-            write_json(path, config)
+        path = self.path / CONFIG
+        if not path.exists() and not steps(self.path / "checkpoints"):
+            documents.write(path, config)
+            self._made = [path, *self._made]
             return
-        stored = read_config(self.path)
-        if absent := sorted(config.keys() - stored.keys()):
-            raise UserError(f"--work_dir {self.path} holds a run of another version, without {', '.join(absent)}: choose another folder")
-        differences = [
-            f"{name} was {stored.get(name)!r} and is now {config.get(name)!r}"
+        try:
+            stored = read_config(self.path)
+        except UserError:
+            if not (self.repairs and self._is_of(config_sha256(config))):
+                raise
+            documents.write(path, config)
+            stored = read_config(self.path)
+        different = [
+            name
             for name in sorted(stored.keys() | config.keys())
             if name not in names(role="replaceable") and stored.get(name) != config.get(name)
         ]
-        if differences:
-            raise UserError(f"--work_dir {self.path} holds another run: {', '.join(differences)}; choose another folder, or the same flags")
+        if different:
+            changes = [f"{name} was {_short(stored.get(name))} and is now {_short(config.get(name))}" for name in different]
+            raise UserError(
+                f"--work_dir {self.path} holds another run, of other {', '.join(different)}: {', '.join(changes)}; "
+                "choose another folder, or the same flags"
+            )
 
-    def write_environment(self, engine, argv: list[str]) -> None:
-        """Appends this start to env.json."""
+    def _is_of(self, identity: str) -> bool:
+        """Whether a whole checkpoint says that the run has this identity."""
+        for step in steps(root := self.path / "checkpoints"):
+            with suppress(Damaged):
+                verify(folder := root / name_of(step))
+                if read_nullable(folder / STATE, Stored).get("config_sha256") == identity:
+                    return True
+        return False
+
+    def write_environment(self, engine, argv: list[str], resumes: bool) -> None:
+        """Appends this start to env.json, which a run that is resumed must have."""
         path, started = self.path / "env.json", datetime.now(timezone.utc).isoformat(timespec="seconds")
-        starts = json.loads(path.read_text()) if path.exists() else []
-        write_json(path, [*starts, {"started": started, "argv": argv, **describe_environment(engine)}])
+        try:
+            starts = self._starts(path, resumes)
+        except Damaged:
+            if not self.repairs:
+                raise
+            starts = []
+            self.lost.append("env.json of earlier starts")
+        starts.append({"started": started, "argv": argv, **describe_environment(engine)})
+        try:
+            documents.write(path, {"config_sha256": self.config_sha256, "starts": starts})
+        except OSError as error:
+            self._unmake()
+            raise UserError(f"{path} cannot be written ({error.strerror}): mend that, and run the same command again") from None
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drops the lines after the checkpoint of this step, which will be recorded again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        partial = self.metrics_path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.metrics_path)
+    def _starts(self, path: Path, resumes: bool) -> list[dict[str, Any]]:
+        if not path.exists() and not resumes:
+            return []
+        remedy = remedy_for(self.path)
+        try:
+            found = read_json(path)
+        except ConfigError as error:
+            raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+        found = {"starts": found} if isinstance(found, list) else found  # as version 0.1 wrote it
+        stored = documents.unsealed(found, Environments, path, remedy)
+        if stored.get("config_sha256", self.config_sha256) != self.config_sha256:
+            raise Damaged(path, "belongs to another run", remedy)
+        return stored["starts"]
+
+    def resume_metrics(self, step: int, known: Content | None) -> None:
+        """Cuts metrics.jsonl back to what it was at a checkpoint of this step. Damaged if that is not there any more.
+
+        known: the size and hash of the file then; None for a checkpoint of version 0.1, which did not store them.
+        """
+        path, remedy = self.metrics_path, remedy_for(self.path)
+        content = path.read_bytes() if path.exists() else b""
+        try:
+            if known is None:
+                size = self._size_at(step, content, remedy)
+                print(f"note: {path} is of an older version, without a checksum: it is read, and not verified", file=sys.stderr)
+            else:
+                size = known["bytes"]
+                if len(content) < size or hashlib.sha256(content[:size]).hexdigest() != known["sha256"]:
+                    raise Damaged(
+                        path, f"is {'damaged' if content else 'missing or empty'}: it is not what was recorded up to step {step}", remedy
+                    )
+        except Damaged:
+            if not self.repairs:
+                raise
+            size = 0
+            self.lost.append(f"metrics.jsonl up to step {step}")
+        self._metrics = open(path, "ab")  # noqa: SIM115 (held until the process ends)
+        os.truncate(path, size)
+        self._digest, self._size = hashlib.sha256(content[:size]), size
+
+    def _size_at(self, step: int, content: bytes, remedy: str) -> int:
+        """The size of the lines up to a step; a last line cut by a kill does not count."""
+        texts = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        lines = documents.lines(b"".join(texts), Line, self.metrics_path, remedy)
+        return sum(len(text) for text, line in zip(texts, lines, strict=True) if line["step"] <= step)
+
+    def synced_metrics(self) -> Content:
+        """Size and hash of metrics.jsonl, which is on the disk now."""
+        os.fsync(self._metrics.fileno())
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order; a last line cut by a kill is dropped."""
-        if not self.metrics_path.exists():
-            return []
-        lines = []
-        for text in self.metrics_path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        return lines
+        """The lines of metrics.jsonl in order. Damaged if they are not the recorded ones."""
+        path, remedy = self.metrics_path, remedy_for(self.path)
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).digest() != self._digest.digest():
+            raise Damaged(path, "was changed while the run went on", remedy)
+        return documents.lines(content, Line, path, remedy)
 
     def record(self, line: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl, and its numbers to TensorBoard as scalars."""
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        text = (json.dumps(line) + "\n").encode()
+        with _writing(self.metrics_path):
+            self._metrics.write(text)
+            self._metrics.flush()
+        self._digest.update(text)
+        self._size += len(text)
         for name, value in line.items():
             if isinstance(value, int | float) and name != "step":
-                self.tensorboard(line["step"]).add_scalar(f"{line['split']}/{name}", value, line["step"])
+                with _writing(self.path / "tensorboard"):
+                    self.tensorboard(line["step"]).add_scalar(f"{line['split']}/{name}", value, line["step"])
 
     def record_histogram(self, name: str, shares: torch.Tensor, step: int) -> None:
         """Records expert load as a histogram whose bins are the experts."""
         shares = shares.double().cpu()
         edges = torch.arange(len(shares) + 1, dtype=torch.float64)
         centres = edges[:-1] + 0.5
-        self.tensorboard(step).add_histogram_raw(
-            name,
-            min=0.0,
-            max=float(len(shares)),
-            num=1.0,
-            sum=float((centres * shares).sum()),
-            sum_squares=float((centres**2 * shares).sum()),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=shares.tolist(),
-            global_step=step,
-        )
+        sums = {"sum": float((centres * shares).sum()), "sum_squares": float((centres**2 * shares).sum())}
+        bins = {"bucket_limits": edges[1:].tolist(), "bucket_counts": shares.tolist()}
+        with _writing(self.path / "tensorboard"):
+            self.tensorboard(step).add_histogram_raw(name, min=0.0, max=float(len(shares)), num=1.0, **sums, **bins, global_step=step)
 
     def tensorboard(self, step: int):
         """The event writer, opened on first use; events of later steps, from before a resume, are purged."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _raised_again
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
         return self._writer
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with _writing(self.path / "tensorboard"):
+                self._writer.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names a file of the run that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written ({error.strerror}): mend that, and rerun the same command to resume") from None
+
+
+def _raised_again(failure: threading.ExceptHookArgs) -> None:
+    """Says nothing of a full disk in TensorBoard's thread, which raises the error again at the next event."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def describe_environment(engine) -> dict[str, Any]:
@@ -173,7 +289,9 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results", ":(top,exclude)Figs")
@@ -186,3 +304,8 @@ def resume_command(world_size: int) -> str:
     """The command that resumes this run."""
     start = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
     return shlex.join([*start, *sys.argv])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -1,0 +1,99 @@
+"""Which checkpoints a run has, and whether one is whole. Imports no torch.
+
+    checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  rank0.safetensors ...  state.json  manifest.json
+
+manifest.json, written last, holds size and sha256 of every file. state.json says the step, and the config_sha256 of the run.
+"""
+
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from smoe_dropout.files import read_json
+from smoe_dropout.options import ConfigError
+from utils import documents
+from utils.data.corpus import digest_of, read_chunks
+from utils.documents import Damaged
+
+MANIFEST, STATE = "manifest.json", "state.json"
+REMEDY = "restore it from a copy, or give another checkpoint"
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Content(TypedDict):
+    """Size and hash of a file, or of its beginning."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Stored(TypedDict):
+    """The part of a state.json that says which checkpoint it is. Older ones say less."""
+
+    best_step: Count
+    step: NotRequired[Count]
+    config_sha256: NotRequired[Sha256]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(root: Path) -> list[int]:
+    """The steps with a checkpoint, whole or damaged, ascending."""
+    found = [re.fullmatch(r"step-(\d{8,})", entry.name) for entry in root.glob("step-*")] if root.exists() else []
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def content_of(path: Path) -> Content:
+    size, digest = digest_of(read_chunks(path), "sha256")
+    return {"bytes": size, "sha256": digest}
+
+
+def read_nullable(path: Path, schema: Any, remedy: str = REMEDY) -> dict[str, Any]:
+    """`documents.read` of a file in which a number may be null. Older versions wrote Infinity or NaN there."""
+    try:
+        return documents.unsealed(documents.finite(read_json(path)), schema, path, remedy)
+    except ConfigError as error:
+        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+
+
+def verify(folder: Path, config_sha256: str | None = None, remedy: str = REMEDY) -> dict[str, Content]:
+    """The manifest. Damaged, naming the first file that is missing, foreign, or contradicts it, or is of another step or run.
+
+    config_sha256: of the run that the checkpoint should belong to, None for any.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise Damaged(path, f"is missing, so {folder} is not a complete checkpoint", remedy)
+    manifest: dict[str, Content] = documents.read(path, dict[str, Content], remedy)
+    here = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+    if missing := sorted({*manifest, STATE} - here):
+        raise Damaged(folder / missing[0], "is missing from the checkpoint", remedy)
+    if foreign := sorted(here - manifest.keys()):
+        raise Damaged(folder / foreign[0], f"is not part of the checkpoint, {MANIFEST} does not list it", remedy)
+    with ThreadPoolExecutor() as pool:
+        for name, found in zip(manifest, pool.map(_content_or_none, (folder / name for name in manifest)), strict=True):
+            if found != manifest[name]:
+                raise Damaged(folder / name, f"is damaged: its size or sha256 differs from {MANIFEST}", remedy)
+    state = read_nullable(folder / STATE, Stored, remedy)
+    if folder.name.startswith("step-") and state.get("step", 0) and folder.name != name_of(state["step"]):
+        raise Damaged(folder, f"is damaged: it holds the checkpoint of step {state['step']}", remedy)
+    if config_sha256 is not None and state.get("config_sha256", config_sha256) != config_sha256:
+        raise Damaged(folder, "belongs to another run than its config.json", remedy)
+    return manifest
+
+
+def _content_or_none(path: Path) -> Content | None:
+    return content_of(path) if path.is_file() else None
+
+
+def clean(root: Path) -> None:
+    """Removes what kills left of checkpoints that were being written or removed."""
+    for leftover in [*root.glob(".step-*.partial"), *root.glob(".step-*.removed")]:
+        shutil.rmtree(leftover)

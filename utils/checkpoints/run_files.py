@@ -1,0 +1,132 @@
+"""The JSON files of a run's folder, and whether they belong together. Imports no torch.
+
+config.json is the run's identity: result.json, surgery.json, env.json and every checkpoint carry its `config_sha256`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from utils import documents
+from utils.checkpoints.manifest import Count, Sha256, read_nullable
+from utils.documents import Damaged
+from utils.errors import UserError
+from utils.flags.check import check_limits
+from utils.flags.declare import ABSENT, flags_from, specs
+from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
+
+CONFIG, RESULT, SURGERY = "config.json", "result.json", "surgery.json"
+BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a kill may leave in a folder before its config.json
+
+
+class Fingerprints(TypedDict, total=False):
+    """The entries of config.json that are no flags: hashes of the run's inputs, and the operation of surgery.py."""
+
+    data_fingerprint: Sha256
+    vocabulary_sha256: Sha256
+    checkpoint_sha256: Sha256
+    teacher_sha256: Sha256
+    surgery: dict[str, Any]
+
+
+Operation, Dataset = TypedDict("Operation", {"method": str}), TypedDict("Dataset", {"name": str})
+
+
+class Pretrained(TypedDict, total=False):
+    operations: list[Operation]
+
+
+class Result(TypedDict):
+    """The entries of result.json by which a run is continued or evaluated. Older ones lack the hashes."""
+
+    schema: Count
+    status: Literal["complete"]
+    best_step: Count
+    dataset: Dataset
+    pretrained: NotRequired[Pretrained]
+    config_sha256: NotRequired[Sha256]
+    weights_sha256: NotRequired[Sha256]
+
+
+class Surgery(TypedDict, total=False):
+    """The entries of surgery.json that say what was done; those of version 0.1 have other names."""
+
+    trained: dict[str, Any]
+    operations: list[Operation]
+    source_sha256: Sha256
+    config_sha256: Sha256
+
+
+def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+    """The contents of a run's config.json, with the values that newer flags had before. UserError if the folder holds none.
+
+    Damaged unless all its flags are known, of their types, and within their limits. unverified: called with the path of a file without a
+    checksum.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise UserError(f"{folder} holds no run: {path} is missing")
+    remedy = remedy_for(folder)
+    config = documents.read(path, Fingerprints, remedy, unverified)
+    kind = FinetuneFlags if "task" in config else Flags
+    declared = specs(kind)
+    needed = {name for name, spec in declared.items() if "unstored" not in spec.roles and spec.since is ABSENT}
+    differing = {"without": needed - config.keys(), "with": config.keys() - declared.keys() - Fingerprints.__annotations__.keys()}
+    for word, found in differing.items():
+        if found:
+            raise UserError(f"{path} belongs to another version, {word} {', '.join(sorted(found)[:4])}: train it again")
+    documents.validate(config, kind, path, remedy)
+    config = defaults_before() | config
+    started = {name: getattr(Flags, name) for name in names(role="start")}  # without meaning for the trained model
+    if mistakes := check_limits(dataclasses.replace(flags_from(config, kind), **started)):
+        raise Damaged(path, f"is damaged: {mistakes[0]}", remedy)
+    return config
+
+
+def note_unverified(path: Path) -> None:
+    print(f"note: {path} has no checksum, as in earlier versions: what it says cannot be verified", file=sys.stderr)
+
+
+def config_of(flags: Flags, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json."""
+    stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in names(role="unstored")}
+    return stored | dict(fingerprints)
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """The identity of a run: a hash of its flags and fingerprints.
+
+    Left out are flags that may differ when it is resumed, and those that have the value of runs made before they existed, so that a new
+    flag does not change the identity of an older run.
+    """
+    before, left_out = defaults_before(), names(role="replaceable")
+    own = {name: config[name] for name in sorted(config) if name not in left_out}
+    return documents.checksum({name: value for name, value in own.items() if name not in before or value != before[name]})
+
+
+def read_result(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The record of a run that has ended, None if there is none. Damaged if it is not of the run with this `config_sha256`."""
+    path = folder / RESULT
+    return _belonging(path, read_nullable(path, Result, remedy_for(folder)), identity) if path.exists() else None
+
+
+def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
+    """The content of a folder's surgery.json."""
+    path = folder / SURGERY
+    content = _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
+    return {name: value for name, value in content.items() if name != "config_sha256"}
+
+
+def _belonging(path: Path, content: dict[str, Any], identity: str) -> dict[str, Any]:
+    if content.get("config_sha256", identity) != identity:
+        raise Damaged(path, f"belongs to another run than {CONFIG}", remedy_for(path.parent))
+    return content
+
+
+def remedy_for(folder: Path) -> str:
+    """Advice for a damaged file of a run, or of a folder of surgery.py."""
+    if (folder / SURGERY).exists():
+        return "restore it from a copy, or make the folder again"
+    return "restore it from a copy, or run the command of the run with --repair, which goes on with what is whole"
