@@ -97,7 +97,7 @@ def load_records(results: Iterable[Path], runs: Iterable[Path] = ()) -> list[tup
     """The complete records: every JSON file under `results` (folders or files) and every result.json under `runs`."""
     paths: dict[Path, None] = {}
     for source, pattern in [*((path, "*.json") for path in results), *((path, "result.json") for path in runs)]:
-        paths |= dict.fromkeys(_files(source, pattern))
+        paths |= dict.fromkeys(files_below(source, pattern))
     with _noting_unverified() as unverified:
         found = [(path, read_record(path, unverified)) for path in paths if path.name != PUBLISHED.name]
     for path, record in found:
@@ -106,7 +106,7 @@ def load_records(results: Iterable[Path], runs: Iterable[Path] = ()) -> list[tup
     return [(path, record) for path, record in found if record["status"] == COMPLETE]
 
 
-def _files(source: Path, pattern: str) -> list[Path]:
+def files_below(source: Path, pattern: str) -> list[Path]:
     """The file itself, or those below a folder. UserError for what is missing or cannot be read."""
 
     def refuse(error: OSError) -> NoReturn:
