@@ -38,18 +38,12 @@ def _flag_types() -> list[tuple[str, Any, UnsetType]]:
 Settings = defstruct("Settings", _flag_types())
 
 
-class Sizes(Struct):
-    test: Count
-
-
 class Dataset(Struct):
     name: Text
     title: Text
     fingerprint: Text
     note: str = ""
-    bytes: Sizes | UnsetType = UNSET
-    pieces: dict[str, Count] = {}
-    rows: dict[str, Count] = {}
+    bytes: defstruct("Sizes", [("test", Count)]) | UnsetType = UNSET
 
 
 class TrainedOn(Struct):
@@ -64,22 +58,13 @@ class Metric(Struct):
     name: Text
     lower_is_better: bool
     split: Text
-
-
-class RecordMetric(Metric):
-    training: Text
+    training: Text | UnsetType = UNSET
 
 
 class Model(Struct):
     architecture: Text
     num_experts: Size | None
     router: Text | None = None
-    experts_by_layer: list[Size] = []
-    moe_layers: list[Count] = []
-
-
-class Parameters(Struct):
-    total: Count
 
 
 class Quality(Struct):
@@ -94,15 +79,11 @@ class Training(Struct):
     steps: Count
     seconds: Amount
     cpu_seconds: Amount
-    tokens: Count = 0
 
 
 class Routing(Struct):
     load_entropy: Share
     fluctuation: Share | None
-    k: Size = 1
-    load_entropy_by_layer: list[Share] = []
-    fluctuation_by_layer: list[Share] | None = None
 
 
 class Curve(Struct):
@@ -147,11 +128,6 @@ class Measured(Struct):
     quality: Annotated[list[Quality], Meta(min_length=1)]
 
 
-class Time(Struct):
-    k: tuple[Size, Size]
-    ratio: Annotated[float, Meta(gt=0)]
-
-
 class Surgery(Struct):
     """Measurements of surgery.py."""
 
@@ -160,7 +136,7 @@ class Surgery(Struct):
     metric: Metric
     before: Measured
     after: Measured
-    time: Annotated[list[Time], Meta(min_length=1)]
+    time: Annotated[list[defstruct("Time", [("ratio", Annotated[float, Meta(gt=0)])])], Meta(min_length=1)]
     pruned_to: Share | UnsetType = UNSET
 
 
@@ -201,10 +177,10 @@ class Complete(Struct):
     preset: Text
     preset_settings: Settings
     dataset: Dataset
-    metric: RecordMetric
+    metric: Metric
     seed: Count
     model: Model
-    parameters: Parameters
+    parameters: defstruct("Parameters", [("total", Count)])
     quality: Annotated[list[Quality], Meta(min_length=1)]
     training: Training
     curve: Curve
@@ -227,6 +203,8 @@ def contradiction(record: dict[str, Any]) -> str | None:
     """Why the fields of a record that are each valid cannot belong together; None if they can."""
     start, experts = record.get("pretrained"), record["model"]["num_experts"]
     ks = [entry["k"] for entry in record["quality"]]
+    if "training" not in record["metric"]:
+        return "'metric' lacks training"
     if record["sparse"] and not experts:
         return "'model.num_experts' must be 1 or more for a sparse method"
     if ks != [None] if not record["sparse"] else None in ks or max(ks) > experts or len({*ks}) < len(ks):
