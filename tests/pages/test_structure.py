@@ -19,7 +19,21 @@ MODEL = ROOT / "mem_transformer.py"
 BESIDE = sorted([*(ROOT / "data").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 CODE = [*PROGRAMS, MODEL, *HARNESS, *LIBRARY, *BESIDE]
 # the rooms of utils, lowest first: a room imports from those below it
-ROOMS = ("errors", "formatting", "documents", "data", "flags", "checkpoints", "models", "engine", "tasks", "training", "reporting", "cli")
+ROOMS = (
+    "errors",
+    "formatting",
+    "documents",
+    "data",
+    "flags",
+    "checkpoints",
+    "models",
+    "engine",
+    "tasks",
+    "training",
+    "reporting",
+    "doctor",
+    "cli",
+)
 CORE = [path for path in LIBRARY if path.parent.name != "methods" and path.name != "registry.py"]
 DYNAMIC_IMPORTS = ("importlib.import_module", "import_module", "__import__")
 PACKAGE = "smoe_dropout"  # also the name of a method: fine in imports and prose, not as a value

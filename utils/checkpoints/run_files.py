@@ -4,20 +4,23 @@ config.json is the run's identity: result.json, surgery.json, env.json and every
 """
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+from smoe_dropout.files import read_json
+from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.checkpoints.manifest import Count, Sha256, read_nullable
+from utils.checkpoints.manifest import Content, Count, Sha256, read_nullable
 from utils.documents import Damaged
 from utils.errors import UserError
 from utils.flags.check import check_limits
 from utils.flags.declare import ABSENT, flags_from, specs
 from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 
-CONFIG, RESULT, SURGERY = "config.json", "result.json", "surgery.json"
+CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
 BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a kill may leave in a folder before its config.json
 
 
@@ -57,6 +60,20 @@ class Surgery(TypedDict, total=False):
     operations: list[Operation]
     source_sha256: Sha256
     config_sha256: Sha256
+
+
+class Line(TypedDict):
+    """The entries that every line of metrics.jsonl has."""
+
+    step: Count
+    split: str
+
+
+class Environments(TypedDict):
+    """env.json: how each start of the run was made."""
+
+    starts: list[dict[str, Any]]
+    config_sha256: NotRequired[Sha256]
 
 
 def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
@@ -117,6 +134,36 @@ def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
     path = folder / SURGERY
     content = _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
     return {name: value for name, value in content.items() if name != "config_sha256"}
+
+
+def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:
+    """The starts of a run, from its env.json."""
+    path, remedy = folder / ENVIRONMENT, remedy_for(folder)
+    try:
+        found = read_json(path)
+    except ConfigError as error:
+        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+    found = {"starts": found} if isinstance(found, list) else found  # as version 0.1 wrote it
+    return _belonging(path, documents.unsealed(found, Environments, path, remedy), identity)["starts"]
+
+
+def metrics_size(folder: Path, step: int, known: Content | None) -> int:
+    """The size that metrics.jsonl had at a checkpoint of this step. Damaged if it is not any more what it was then.
+
+    known: its size and hash then; None for a checkpoint of version 0.1, which did not store them.
+    """
+    path, remedy = folder / METRICS, remedy_for(folder)
+    if path.exists() and not path.is_file():
+        raise Damaged(path, "is not a file", remedy)
+    content = path.read_bytes() if path.exists() else b""
+    if known is None:
+        texts = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)  # a last line cut by a kill does not count
+        lines = documents.lines(b"".join(texts), Line, path, remedy)
+        return sum(len(text) for text, line in zip(texts, lines, strict=True) if line["step"] <= step)
+    if len(content) < known["bytes"] or hashlib.sha256(content[: known["bytes"]]).hexdigest() != known["sha256"]:
+        fault = f"is {'damaged' if content else 'missing or empty'}: it is not what was recorded up to step {step}"
+        raise Damaged(path, fault, remedy)
+    return known["bytes"]
 
 
 def _belonging(path: Path, content: dict[str, Any], identity: str) -> dict[str, Any]:

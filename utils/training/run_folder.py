@@ -17,35 +17,29 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 
-from smoe_dropout.files import read_json
-from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.checkpoints.manifest import STATE, Content, Count, Sha256, Stored, clean, name_of, read_nullable, steps, verify
-from utils.checkpoints.run_files import BEGUN, CONFIG, config_of, config_sha256, read_config, remedy_for
+from utils.checkpoints.manifest import STATE, Content, Stored, clean, name_of, read_nullable, steps, verify
+from utils.checkpoints.run_files import (
+    BEGUN,
+    CONFIG,
+    Line,
+    config_of,
+    config_sha256,
+    metrics_size,
+    read_config,
+    read_starts,
+    remedy_for,
+)
 from utils.documents import Damaged
 from utils.errors import TrainingError, UserError
 from utils.flags.fields import Flags, names
 
 SHOWN = 40  # longest value quoted in a refusal, in characters
 LEFT = ("config", "env", "metrics", "result", "eval", "surgery")  # version 0.1 wrote NAME.partial before renaming it
-
-
-class Line(TypedDict):
-    """The entries that every line of metrics.jsonl has."""
-
-    step: Count
-    split: str
-
-
-class Environments(TypedDict):
-    """env.json: how each start of the run was made."""
-
-    starts: list[dict[str, Any]]
-    config_sha256: NotRequired[Sha256]
 
 
 class RunFolder:
@@ -141,7 +135,7 @@ class RunFolder:
         """Appends this start to env.json, which a run that is resumed must have."""
         path, started = self.path / "env.json", datetime.now(timezone.utc).isoformat(timespec="seconds")
         try:
-            starts = self._starts(path, resumes)
+            starts = read_starts(self.path, self.config_sha256) if resumes or path.exists() else []
         except Damaged:
             if not self.repairs:
                 raise
@@ -154,37 +148,17 @@ class RunFolder:
             self._unmake()
             raise UserError(f"{path} cannot be written ({error.strerror}): mend that, and run the same command again") from None
 
-    def _starts(self, path: Path, resumes: bool) -> list[dict[str, Any]]:
-        if not path.exists() and not resumes:
-            return []
-        remedy = remedy_for(self.path)
-        try:
-            found = read_json(path)
-        except ConfigError as error:
-            raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
-        found = {"starts": found} if isinstance(found, list) else found  # as version 0.1 wrote it
-        stored = documents.unsealed(found, Environments, path, remedy)
-        if stored.get("config_sha256", self.config_sha256) != self.config_sha256:
-            raise Damaged(path, "belongs to another run", remedy)
-        return stored["starts"]
-
     def resume_metrics(self, step: int, known: Content | None) -> None:
         """Cuts metrics.jsonl back to what it was at a checkpoint of this step. Damaged if that is not there any more.
 
         known: the size and hash of the file then; None for a checkpoint of version 0.1, which did not store them.
         """
-        path, remedy = self.metrics_path, remedy_for(self.path)
-        content = path.read_bytes() if path.exists() else b""
+        path = self.metrics_path
+        content = path.read_bytes() if path.is_file() else b""
         try:
+            size = metrics_size(self.path, step, known)
             if known is None:
-                size = self._size_at(step, content, remedy)
                 print(f"note: {path} is of an older version, without a checksum: it is read, and not verified", file=sys.stderr)
-            else:
-                size = known["bytes"]
-                if len(content) < size or hashlib.sha256(content[:size]).hexdigest() != known["sha256"]:
-                    raise Damaged(
-                        path, f"is {'damaged' if content else 'missing or empty'}: it is not what was recorded up to step {step}", remedy
-                    )
         except Damaged:
             if not self.repairs:
                 raise
@@ -193,12 +167,6 @@ class RunFolder:
         self._metrics = open(path, "ab")  # noqa: SIM115 (held until the process ends)
         os.truncate(path, size)
         self._digest, self._size = hashlib.sha256(content[:size]), size
-
-    def _size_at(self, step: int, content: bytes, remedy: str) -> int:
-        """The size of the lines up to a step; a last line cut by a kill does not count."""
-        texts = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        lines = documents.lines(b"".join(texts), Line, self.metrics_path, remedy)
-        return sum(len(text) for text, line in zip(texts, lines, strict=True) if line["step"] <= step)
 
     def synced_metrics(self) -> Content:
         """Size and hash of metrics.jsonl, which is on the disk now."""

@@ -1,0 +1,118 @@
+"""The doctor: of every kind of folder it says that it is whole, and names the file that was damaged, with a remedy."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from smoe_dropout.io import save_model
+from tests import tiny
+from tests.conftest import ROOT
+from utils import doctor
+from utils.models.build import build_model
+
+KINDS = {"run": "a finished run", "smaller": "a folder of surgery.py", "words": "a prepared text", "sst2": "the rows of a task"}
+KINDS |= {"saved": "a saved model", "record.json": "a record", "run/checkpoints/step-00000008": "a checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder of each kind."""
+    root = tmp_path_factory.mktemp("whole")
+    words = tiny.write_corpus(root / "words")
+    arguments = tiny.flags(words, root / "run", method="smoe", max_step=8, eval_interval=4)
+    tiny.completed(arguments)
+    operation = ["--from", root / "run", "--method", "merge", "--keep", 2, "--tokens", 64, "--out", root / "smaller"]
+    tiny.completed([str(word) for word in operation], program="surgery.py")
+    tiny.write_rows(root / "sst2", "sst2")
+    save_model(build_model(tiny.parse(arguments), None), root / "saved")
+    shutil.copy(next((ROOT / "results" / "table1" / "smoe").glob("*.json")), root / "record.json")
+    return root
+
+
+def examine(path: Path, capsys) -> tuple[int, str]:
+    """Exit code and output."""
+    code = doctor.main([str(path)])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_whole_folder(world, name, capsys):
+    code, said = examine(world / name, capsys)
+    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: whole" in said, said
+
+
+def test_the_committed_records_are_whole(capsys):
+    code, said = examine(ROOT / "results", capsys)
+    assert code == 0 and "a folder of records" in said and len(said.splitlines()) == 3
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "nested": lambda path: path.write_text("[" * 100_000 + "]" * 100_000),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "missing": lambda path: path.unlink(),
+}
+# what a kill leaves of tensorboard's events, and files without which a folder is one of an earlier version, which had no checksum
+HARMLESS = {("events", "cut"), ("events", "missing"), ("events", "nested"), (".lock", "cut"), (".lock", "missing"), (".lock", "nested")}
+HARMLESS |= {(".lock", "flipped"), (".lock", "a pipe"), (".lock", "a folder"), ("manifest.json", "missing")}
+HARMLESS |= {("calibration.safetensors", "flipped"), ("calibration.safetensors", "missing")}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_with_a_remedy(world, damage, tmp_path, capsys):
+    for folder in ("run", "smaller", "words", "saved"):
+        for path in [path.relative_to(world) for path in sorted((world / folder).rglob("*")) if path.is_file()]:
+            step = path.parent.name if "checkpoints" in path.parts else None  # a checkpoint is told as a whole
+            if step is None and (path.name.partition(".out.")[0], damage) in HARMLESS:
+                continue
+            shutil.copytree(world / folder, tmp_path / folder)
+            DAMAGES[damage](tmp_path / path)
+            code, said = examine(tmp_path / folder, capsys)
+            line = next((line for line in said.splitlines()[1:] if (step or path.name) in line), said)
+            line = said if path == Path("saved/manifest.json") else line  # a wrong hash in it is told of the file
+            assert code == 1 and ("damaged: " in line or "missing: " in line), (path, said)
+            shutil.rmtree(tmp_path / folder)
+
+
+def test_leftovers_of_kills_are_told_and_harmless(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    for name in (".config.json.partial", "checkpoints/.step-00000012.partial", "checkpoints/.step-00000004.removed"):
+        (tmp_path / "run" / name).mkdir()
+    code, said = examine(tmp_path / "run", capsys)
+    assert code == 0 and said.count("left behind by a kill") == 3
+
+
+def test_an_unfinished_run_says_how_it_goes_on(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    code, said = examine(tmp_path / "run", capsys)
+    assert code == 1 and said.startswith(f"{tmp_path / 'run'}: an unfinished run") and "run its command again" in said
+
+
+def test_files_of_another_run_do_not_belong(world, tmp_path, capsys):
+    tiny.completed(tiny.flags(world / "words", tmp_path / "other", method="smoe", max_step=8, eval_interval=4, seed=7))
+    for name in ("config.json", "env.json", "result.json", "metrics.jsonl", "checkpoints/step-00000008"):
+        shutil.copytree(world / "run", tmp_path / "run")
+        place = tmp_path / "run" / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        (shutil.copytree if (tmp_path / "other" / name).is_dir() else shutil.copy)(tmp_path / "other" / name, place)
+        code, said = examine(tmp_path / "run", capsys)
+        assert code == 1 and "damaged: " in said, name
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch, lambda path: path.symlink_to(path)])
+def test_other_paths_are_refused(make, tmp_path, capsys):
+    make(tmp_path / "other")
+    assert doctor.main([str(tmp_path / "other")]) == 2
+    assert f"error: {tmp_path / 'other'}" in capsys.readouterr().err

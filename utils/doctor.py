@@ -1,0 +1,307 @@
+"""Says of folders whether they are whole, what is damaged, and what can be done: python -m utils.doctor PATH...
+
+PATH: a run, a folder of surgery.py, a checkpoint, a saved model, a prepared text, the rows of a task, a record, or a folder of records.
+Each part is read by the code that uses it. Exit code 0: all is whole; 1: something is damaged, missing or unfinished; 2: a path is none
+of these.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from safetensors import SafetensorError, safe_open
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.files import read_json
+from smoe_dropout.manifest import hashes, verified
+from smoe_dropout.options import ConfigError
+from utils import documents
+from utils.checkpoints import run_files
+from utils.checkpoints.manifest import MANIFEST, STATE, Content, name_of, read_nullable, steps, verify
+from utils.checkpoints.run_files import CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
+from utils.data.corpus import split_file
+from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, fault_of, tokenizer_fault
+from utils.data.rows import TASKS, kind_of, read_examples
+from utils.errors import UserError, run_main
+from utils.reporting.records import REMEDY, files_below, read_record
+
+WEIGHTS, EXPERTS, EVALUATION = "model.safetensors", "smoe_config.json", "eval.json"
+UNVERIFIED = "readable, but without checksum, as in earlier versions: its content cannot be verified"
+LEFT = "left behind by a kill and harmless: the next start removes it"
+
+
+class WithMetrics(Struct):
+    """The part of state.json that metrics.jsonl is compared with."""
+
+    metrics: Content | None = None
+
+
+class Checkup:
+    """The parts of a folder, each told on a line. parts: how many; faults: how many of them are damaged, missing or unfinished."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.parts, self.faults, self.unverified = folder, 0, 0, 0
+
+    def tell(self, part: str | Path, state: str, fault: bool = False) -> None:
+        self.parts += 1
+        self.faults += fault
+        self.unverified += state == UNVERIFIED
+        print(f"  {part}: {state}", flush=True)
+
+    def look(self, part: str, read: Callable[[], Any], missing: str = "") -> None:
+        """Reads a part, and tells what it says or the error it raises. missing: the remedy if there is none."""
+        path = self.folder / part
+        if missing and not os.path.lexists(path):
+            return self.tell(part, f"missing: {missing}", fault=True)
+        if sys.stderr.isatty():
+            print(f"  reading {part} ...", end="", file=sys.stderr, flush=True)
+        try:
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError("it is not a file: remove it")  # a pipe, which would be read for ever
+            said = read()
+            state = said if isinstance(said, str) else UNVERIFIED if _lacks_checksum(path) else "whole"
+            fault = False
+        except (UserError, ConfigError, SafetensorError, OSError) as error:
+            state, fault = f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", True
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self.tell(part, state, fault)
+
+    def tell_left(self, paths: Iterable[Path], state: str = LEFT) -> None:
+        for path in sorted(paths):
+            self.tell(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path, state)
+
+
+def _lacks_checksum(path: Path) -> bool:
+    if path.suffix != ".json" or path.name == MANIFEST or not path.is_file():
+        return False
+    value = read_json(path)
+    return not isinstance(value, dict) or not documents.is_sealed(value)
+
+
+def check_run(checkup: Checkup) -> None:
+    """A run, or a folder of surgery.py."""
+    folder, manifests, identity = checkup.folder, {}, None
+    root, remedy, operated = folder / "checkpoints", run_files.remedy_for(folder), (folder / SURGERY).exists()
+
+    def read_config() -> None:
+        nonlocal identity, operated
+        config = run_files.read_config(folder)
+        identity, operated = run_files.config_sha256(config), operated or "surgery" in config
+
+    def belonging(read: Callable[[str], Any]) -> Callable[[], Any]:
+        return lambda: read(identity) if identity else f"not verified, for want of a whole {CONFIG}"
+
+    checkup.look(CONFIG, read_config, remedy)
+    for step in steps(root):
+        checkup.look(f"checkpoints/{name_of(step)}", lambda at=step: manifests.update({at: verify(root / name_of(at), identity, remedy)}))
+    if operated:
+        for path in folder.glob("*.safetensors"):  # what calibration collected
+            checkup.look(path.name, lambda path=path: _open_weights(path))
+        checkup.look(SURGERY, belonging(lambda own: run_files.read_surgery(folder, own)), "unfinished: run the command of surgery.py again")
+    else:
+        newest = max(manifests, default=None)
+        checkup.look(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), remedy)
+        checkup.look(METRICS, lambda: _read_metrics(folder, newest), remedy)
+        unfinished = "the run has not ended: run its command again, which goes on from the newest checkpoint"
+        checkup.look(RESULT, belonging(lambda own: _read_result(folder, own, manifests)), unfinished)
+    if (folder / EVALUATION).exists():
+        checkup.look(EVALUATION, lambda: documents.read(folder / EVALUATION, dict, "evaluate again with --eval_only"))
+    for path in sorted(folder.glob("tensorboard/events*")):
+        checkup.look(str(path.relative_to(folder)), lambda path=path: _read_events(path))
+    checkup.tell_left([*folder.glob("*.partial"), *root.glob(".step-*")])
+
+
+def _read_metrics(folder: Path, step: int | None) -> str:
+    if step is None:
+        return "not verified, for want of a whole checkpoint"
+    known = read_nullable(folder / "checkpoints" / name_of(step) / STATE, WithMetrics, run_files.remedy_for(folder)).get("metrics")
+    run_files.metrics_size(folder, step, known)
+    return f"whole up to step {step:,}, the newest whole checkpoint" if known else UNVERIFIED
+
+
+def _read_result(folder: Path, identity: str, manifests: dict[int, dict[str, Content]]) -> None:
+    record = run_files.read_result(folder, identity)
+    read_record(folder / RESULT)
+    weights = manifests.get(record["best_step"], {}).get(WEIGHTS, {}).get("sha256")
+    if weights is None or record.get("weights_sha256", weights) != weights:
+        fault = "are not whole" if weights is None else "are others than those it tells of"
+        raise UserError(f"its weights, of step {record['best_step']}, {fault}: {run_files.remedy_for(folder)}")
+
+
+def _read_events(path: Path) -> str | None:
+    """Reads all events by tensorboard's own reader, which compares their checksums."""
+    from tensorboard.compat.tensorflow_stub import errors
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    reader = PyRecordReader_New(str(path))
+    try:
+        while True:
+            reader.GetNext()
+    except errors.OutOfRangeError:
+        return None
+    except errors.DataLossError as error:
+        if "truncated" in str(error):
+            return "its last event was cut by a kill, which is harmless"
+        raise UserError(f"{str(error).removeprefix(f'{path} ')}: remove it, the numbers are in {METRICS}") from None
+
+
+def check_checkpoint(checkup: Checkup) -> None:
+    """One checkpoint of a run."""
+    checkup.look(".", lambda: verify(checkup.folder))
+
+
+def check_text(checkup: Checkup) -> None:
+    """A prepared text."""
+    folder, meta = checkup.folder, {}
+    program = "prepare_pieces" if (folder / TOKENIZER).exists() else "prepare"
+    again = f"prepare the text again with data/{program}.py and --force"
+    checkup.look(META, lambda: meta.update(documents.read(folder / META, TextMeta, again)), again)
+    for split in SPLITS if meta else ():
+        name = split_file(folder, split).name
+        entry = {name: meta["splits"][split]}
+        checkup.look(name, lambda entry=entry: _refuse(fault_of(folder, entry, META, content=True), again), again)
+    if (folder / TOKENIZER).exists() or "files" in meta:
+        checkup.look(TOKENIZER, lambda: _refuse(tokenizer_fault(folder, meta), again) or (None if "files" in meta else UNVERIFIED))
+    _tell_left_by_preparation(checkup)
+
+
+def _refuse(fault: str | None, remedy: str) -> None:
+    if fault:
+        raise UserError(f"{fault}: {remedy}")
+
+
+def _tell_left_by_preparation(checkup: Checkup) -> None:
+    folder = checkup.folder.resolve()
+    checkup.tell_left(folder.parent.glob(f".{folder.name}.*.tmp"), "left behind by a kill and harmless: preparing it again removes it")
+
+
+def check_rows(checkup: Checkup) -> None:
+    """The rows of a fine-tuning task, in every fold."""
+    folder, tasks = checkup.folder, _tasks_in(checkup.folder)
+
+    def read_rows() -> None:
+        tasks.insert(0, documents.read(folder / ROWS, RowsMeta, "prepare the rows again with data/prepare_task.py and --force")["task"])
+
+    if (folder / ROWS).exists():
+        checkup.look(ROWS, read_rows)
+    for fold in range(kind_of(tasks[0]).folds if tasks else 0):
+        title = " and ".join(kind_of(tasks[0]).files(fold))
+        checkup.look(title, lambda fold=fold: f"whole: {read_examples(tasks[0], folder, fold).title}")
+    _tell_left_by_preparation(checkup)
+
+
+def _tasks_in(folder: Path) -> list[str]:
+    """The tasks whose files are there, first the one that the folder is named after."""
+    found = [task for task in TASKS if any((folder / name).exists() for name in kind_of(task).files(0))]
+    return sorted(found, key=lambda task: task != folder.resolve().name)
+
+
+def _open_weights(path: Path) -> str:
+    """Reads the names and sizes of tensors only: there is nothing to compare their values with."""
+    with safe_open(path, "numpy"):
+        return UNVERIFIED
+
+
+def check_saved(checkup: Checkup) -> None:
+    """A folder of save_model or save_pretrained."""
+    folder, known = checkup.folder, {}
+
+    def compare(name: str) -> str:
+        with verified({name: known[name]}, folder, lambda name: folder / name if (folder / name).is_file() else None):
+            return "whole"
+
+    if (folder / MANIFEST).exists():
+        checkup.look(MANIFEST, lambda: known.update(hashes(folder / MANIFEST)))
+    for name in known:
+        checkup.look(name, lambda name=name: compare(name))
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.name not in known):
+        checkup.look(path.name, lambda path=path: _open_weights(path))
+    if (folder / EXPERTS).exists() and EXPERTS not in known:
+        checkup.look(EXPERTS, lambda: SMoEConfig.from_json((folder / EXPERTS).read_text()))
+    checkup.tell_left(folder.glob(".saving-*"), "left behind by a kill and harmless: the next save removes it")
+
+
+def check_records(checkup: Checkup) -> None:
+    """A record, or a folder of records, of which only the number of those that are whole is told."""
+    whole = 0
+    for path in files_below(checkup.folder, "*.json"):
+        unverified: list[Path] = []
+        try:
+            content = documents.read(path, dict, REMEDY, unverified.append)
+            if "status" in content:
+                read_record(path)
+        except UserError as error:
+            checkup.tell(path, f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", fault=True)
+            continue
+        if unverified and content.keys() & {"status", "benchmark"}:  # published.json is written by hand
+            checkup.tell(path, UNVERIFIED)
+        else:
+            whole += 1
+    checkup.parts += whole
+    print(f"  {whole:,} {'file is' if whole == 1 else 'files are'} whole")
+
+
+Check = Callable[[Checkup], None]
+RUN_FILES = {RESULT, ENVIRONMENT, METRICS, "checkpoints", ".lock"}
+
+
+def recognise(path: Path) -> tuple[str, Check] | None:
+    """The kind of a path, by the names of its files, in words, and its check; None for another kind."""
+    if not path.is_dir():
+        return ("a record", check_records) if path.suffix == ".json" and path.exists() else None
+    here = {entry.name for entry in path.iterdir()}
+    saved = MANIFEST in here or any(name.endswith(".safetensors") for name in here)
+    kinds: list[tuple[Any, str, Check]] = [
+        (STATE in here, "a checkpoint", check_checkpoint),
+        (SURGERY in here, "a folder of surgery.py", check_run),
+        (RESULT in here and CONFIG in here, "a finished run", check_run),
+        (here & RUN_FILES or (CONFIG in here and not saved), "an unfinished run", check_run),
+        (META in here or here & {split_file(path, split).name for split in SPLITS}, "a prepared text", check_text),
+        (ROWS in here or _tasks_in(path), "the rows of a task", check_rows),
+        (saved, "a saved model", check_saved),
+        (_holds_records(path), "a folder of records", check_records),
+    ]
+    return next(((kind, check) for holds, kind, check in kinds if holds), None)
+
+
+def _holds_records(folder: Path) -> bool:
+    """Whether there are JSON files below, and none of a run, a model or data."""
+    names = {path.name for path in files_below(folder, "*.json")}
+    return bool(names) and not names & {CONFIG, STATE, META, MANIFEST, ROWS, ENVIRONMENT}
+
+
+def examine(path: Path) -> int:
+    """Prints what a path is and the state of its parts; returns its exit code."""
+    try:
+        found = recognise(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if found is None:
+        fault = "is none of the kinds that this program knows" if os.path.lexists(path) else "does not exist"
+        print(f"error: {path} {fault}: give a run, a saved model, prepared data, or records", file=sys.stderr)
+        return 2
+    kind, check = found
+    print(f"{path}: {kind}")
+    checkup = Checkup(path)
+    check(checkup)
+    whole = "whole, as far as it can be verified" if checkup.unverified else "whole"
+    print(f"{path}: {f'{checkup.faults} of {checkup.parts} parts damaged, missing or unfinished' if checkup.faults else whole}")
+    inner = [examine(one.parent) for one in path.glob(f"*/{SURGERY}")] if check is check_run else []  # of a run that pruned experts
+    return max([int(checkup.faults > 0), *inner])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m utils.doctor", description=__doc__.partition(":")[0] + ".")
+    kinds = "run, folder of surgery.py, checkpoint, saved model, prepared text, rows of a task, record, or folder of records"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=kinds)
+    return max([examine(path) for path in parser.parse_args(argv).paths])
+
+
+if __name__ == "__main__":
+    run_main(main)
