@@ -33,7 +33,7 @@ from utils.reporting.records import read_record
 from utils.training.evaluation import evaluate_all
 from utils.training.setup import finetuning_task, pretraining_run
 
-HOW = {"tokens": 600, "threads": 1, "device": "cpu"}
+HOW = {"tokens": 480, "threads": 1, "device": "cpu"}
 TRAINING = {"preset": "quick", "max_step": 4, "eval_interval": 2, "batch_size": 4, "eval_batch_size": 2, "device": "cpu", "threads": 1}
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
@@ -32,12 +32,15 @@ class Content(TypedDict):
     sha256: Sha256
 
 
-class Stored(TypedDict):
-    """The part of a state.json that says which checkpoint it is. Older ones say less."""
-
+class _Best(TypedDict):
     best_step: Count
-    step: NotRequired[Count]
-    config_sha256: NotRequired[Sha256]
+
+
+class Stored(_Best, total=False):
+    """The part of a state.json that says which checkpoint it is. Older ones have `best_step` only."""
+
+    step: Count
+    config_sha256: Sha256
 
 
 def name_of(step: int) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 from smoe_dropout.files import read_json
 from smoe_dropout.options import ConfigError
@@ -41,16 +41,19 @@ class Pretrained(TypedDict, total=False):
     operations: list[Operation]
 
 
-class Result(TypedDict):
-    """The entries of result.json by which a run is continued or evaluated. Older ones lack the hashes."""
-
+class _Complete(TypedDict):
     schema: Count
     status: Literal["complete"]
     best_step: Count
     dataset: Dataset
-    pretrained: NotRequired[Pretrained]
-    config_sha256: NotRequired[Sha256]
-    weights_sha256: NotRequired[Sha256]
+
+
+class Result(_Complete, total=False):
+    """The entries of result.json by which a run is continued or evaluated. Older ones lack the hashes."""
+
+    pretrained: Pretrained
+    config_sha256: Sha256
+    weights_sha256: Sha256
 
 
 class Surgery(TypedDict, total=False):
@@ -69,11 +72,14 @@ class Line(TypedDict):
     split: str
 
 
-class Environments(TypedDict):
+class _Starts(TypedDict):
+    starts: list[dict[str, Any]]
+
+
+class Environments(_Starts, total=False):
     """env.json: how each start of the run was made."""
 
-    starts: list[dict[str, Any]]
-    config_sha256: NotRequired[Sha256]
+    config_sha256: Sha256
 
 
 def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
