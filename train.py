@@ -47,8 +47,8 @@ from smoe_dropout.methods.base import Forward
 from utils import documents
 from utils.checkpoints import storage
 from utils.checkpoints.manifest import STATE, Stored, name_of, steps
-from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, note_unverified, read_config, read_result
-from utils.documents import Damaged
+from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
+from utils.documents import Damaged, note_unverified
 from utils.engine import Engine
 from utils.errors import TrainingError, UserError
 from utils.models.build import forget_router_gradients
@@ -86,7 +86,7 @@ def main(run: Run) -> int:
         storage.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + flags.swad) * 5)
     folder = RunFolder(flags, run.fingerprints()) if engine.is_main else None
     engine.barrier()
-    identity = config_sha256(read_config(checkpoints.parent, note_unverified if engine.is_main else None))
+    identity = config_sha256(read_config(checkpoints.parent, note_unverified))
     if is_complete(run, identity, say):
         return 0
     newest = storage.latest(checkpoints, say, identity)
@@ -334,7 +334,7 @@ def evaluate_run(run: Run) -> int:
     """--eval_only: evaluates the weights that the run's table shows, at the given k, and writes eval.json beside result.json."""
     flags, engine, task, root = run.flags, run.engine, run.task, RunFolder.checkpoints_of(run.flags)
     say = print if engine.is_main else (lambda sentence: None)
-    config = read_config(root.parent, note_unverified if engine.is_main else None)
+    config = read_config(root.parent, note_unverified)
     if other := [name for name, found in run.fingerprints().items() if config.get(name, found) != found]:
         raise UserError(f"{root.parent} was trained with another {', '.join(other)}: --data and --checkpoint must give those of the run")
     identity = config_sha256(config)

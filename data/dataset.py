@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,17 +13,25 @@ from typing import Any
 
 import numpy as np
 
+from smoe_dropout.folders import held, remove, temporary
 from utils import documents, errors
 from utils.data.corpus import UNITS, Corpus, split_file
 from utils.data.download import log
-from utils.data.meta import CHUNK, META, SCHEMA, SPLITS, TOKENIZER, entry_of, tokenizer_fault
-from utils.data.writing import require_space
+from utils.data.meta import CHUNK, META, SCHEMA, SPLITS, TOKENIZER, tokenizer_fault
+from utils.documents import require_space
 from utils.errors import UserError
 
 MOVE = "choose another --out, or move it"
 REPLACE = "choose another --out, or replace it with --force"
 LEFTOVER = r"\.{name}\.[0-9a-f]{{8}}\.(tmp|old)"  # a folder that is being built, or replaced
 LONGEST_TITLE, LARGEST_COUNT = 200, 1 << 62
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file, at most CHUNK bytes at a time."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 @contextmanager
@@ -40,35 +46,6 @@ def refuse_unreadable(source: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{source} cannot be read ({reason}): {remedy}") from error
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder during the block. Yields False if another process holds or has removed it, None where there are no locks."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    except OSError:  # Windows cannot open a folder
-        yield None
-        return
-    try:
-        yield _lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (OSError, ImportError):  # some network file systems have no locks, nor has Windows
-        return None
-    return True
-
-
 def remove_leftovers(out: Path) -> None:
     """Remove what killed processes left beside `out`, and put back a folder that one of them was about to replace.
 
@@ -81,32 +58,7 @@ def remove_leftovers(out: Path) -> None:
                 if free and path.suffix == ".old" and not out.exists():
                     os.rename(path, out)
                 elif free:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, held during the block and then removed if it is still there."""
-    while True:
-        folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            folder.mkdir()
-            with held(folder) as free:
-                if free is False or not folder.is_dir():  # another process has taken it for a leftover before it was held
-                    continue
-                yield folder
-                return
-        finally:
-            remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder if it is there, even if Ctrl-C comes in the middle."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+                    remove(path)
 
 
 def install(built: Path, out: Path) -> None:
@@ -123,7 +75,7 @@ def install(built: Path, out: Path) -> None:
         documents.sync(out)
         for path in sorted(built.iterdir(), key=lambda path: path.name == META):
             if path.is_dir():
-                shutil.rmtree(out / path.name, ignore_errors=True)
+                remove(out / path.name)
             os.replace(path, out / path.name)
         documents.sync(out)
     elif Path.cwd().is_relative_to(out):
@@ -226,7 +178,7 @@ class Dataset(ABC):
         created = [folder for folder in out.parents if not folder.exists()]
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with building(out) as folder:
+            with temporary(out.parent, f".{out.name}.", ".tmp") as folder:
                 lines = self.build(folder)
                 install(folder, out)
             return lines
@@ -286,7 +238,7 @@ class TextDataset(Dataset):
         for split, start, end in (("train", 0, test - held_out), ("valid", test - held_out, test), ("test", test, size)):
             path = split_file(whole.parent, split)
             documents.replace(path, (edit(symbols[place : min(place + step, end)].tobytes()) for place in range(start, end, step)))
-            entries[split] = entry_of(path)
+            entries[split] = documents.content_of(path)
         del symbols
         whole.unlink()
         return entries

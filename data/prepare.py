@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -33,13 +33,12 @@ import numpy as np
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from data.dataset import Parser, TextDataset, count, describe_files, display_path
+from data.dataset import Parser, TextDataset, count, describe_files, display_path, read_chunks
 from utils.data.corpus import Corpus
 from utils.data.download import Unavailable, download, log
-from utils.data.meta import CHUNK, digest_of, read_chunks
+from utils.data.meta import CHUNK
 from utils.data.sources import PYSTDLIB, TEXTS, Text
-from utils.data.writing import require_space
-from utils.documents import naming
+from utils.documents import naming, require_space
 from utils.errors import UserError, run_main
 
 PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
@@ -123,6 +122,15 @@ def stdlib_chunks() -> Iterator[bytes]:
 
 def stdlib_label() -> str:
     return f"Python {sys.version.split()[0]} standard library"
+
+
+def digest_of(chunks: Iterable[bytes], algorithm: str) -> tuple[int, str]:
+    """Return the total size of `chunks` in bytes and their hash in hex."""
+    size, digest = 0, hashlib.new(algorithm, usedforsecurity=False)
+    for chunk in chunks:
+        size += len(chunk)
+        digest.update(chunk)
+    return size, digest.hexdigest()
 
 
 def published_file(name: str) -> Path:

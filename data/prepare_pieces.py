@@ -31,10 +31,9 @@ sys.path.insert(0, str(DATA_DIR.parent))
 
 from data.dataset import Parser, TextDataset, count, describe_files, refuse_unreadable
 from utils.data.download import log
-from utils.data.meta import TOKENIZER, entry_of, files_below
+from utils.data.meta import TOKENIZER, files_below
 from utils.data.tokenizer import label_of, load_tokenizer, note_moving, vocabulary_of
-from utils.data.writing import require_space
-from utils.documents import naming, sync
+from utils.documents import content_of, naming, require_space, sync
 from utils.errors import UserError, run_main
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}  # anything else is text, a paragraph per line
@@ -148,7 +147,7 @@ class PieceText(TextDataset):
             "official_text": False,
             "splits": splits,
             "vocabulary": msgspec.structs.asdict(vocabulary_of(tokenizer, args.tokenizer)),
-            "files": {name: entry_of(folder / name) for name in files},
+            "files": {name: content_of(folder / name) for name in files},
         }
         return self.write_meta(folder, meta)
 

@@ -17,27 +17,24 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from data.dataset import REPLACE, Dataset, Parser, refuse_unreadable
+from data.dataset import REPLACE, Dataset, Parser, read_chunks, refuse_unreadable
+from smoe_dropout.manifest import sha256
 from utils.data.download import Unavailable, download, log
 from utils.data.meta import ROWS as RECORD
-from utils.data.meta import SCHEMA, entry_of, read_chunks
+from utils.data.meta import SCHEMA
 from utils.data.rows import TASKS, Examples, kind_of, read_examples, refuse_changed
 from utils.data.sources import ROWS, Files, Hub
-from utils.data.writing import require_space
-from utils.documents import replace, sync, write
+from utils.documents import content_of, replace, require_space, sync, write
 from utils.errors import UserError, run_main
 
 HUB_SPLITS = ("train", "validation")
 LARGEST = 16 << 20  # bytes of a file that is downloaded; the largest published one has 1.2 MB
-
-
-def sha256_of(path: Path) -> str:
-    return entry_of(path)["sha256"]
 
 
 def file_names(task: str) -> list[str]:
@@ -57,19 +54,19 @@ def copy_files(task: str, source: Path, folder: Path) -> str:
     require_space(folder, sum((source / name).stat().st_size for name in file_names(task)))
     for name in file_names(task):
         replace(folder / name, read_chunks(source / name))
-    refuse_changed(task, source, {name: sha256_of(folder / name) for name in file_names(task)})
+    refuse_changed(task, source, {name: sha256(folder / name) for name in file_names(task)})
     return str(source)
 
 
 def download_files(task: str, files: Files, folder: Path) -> str:
-    def check(path: Path, sha256: str) -> None:
-        if (found := sha256_of(path)) != sha256:
-            raise UserError(f"{path.stat().st_size:,} bytes with sha256 {found}, not {sha256}")
+    def check(path: Path, expected: str) -> None:
+        if (found := sha256(path)) != expected:
+            raise UserError(f"{path.stat().st_size:,} bytes with sha256 {found}, not {expected}")
 
     require_space(folder, 0)
     try:
-        for name, sha256 in files.sha256.items():
-            download(f"{files.url}/{name}", folder / name, lambda path, sha256=sha256: check(path, sha256), source_remedy(task), LARGEST)
+        for name, expected in files.sha256.items():
+            download(f"{files.url}/{name}", folder / name, partial(check, expected=expected), source_remedy(task), LARGEST)
     except Unavailable as error:  # the incomplete part goes with the folder
         raise UserError(f"{error.fault}: {source_remedy(task)}") from None
     return files.url
@@ -137,8 +134,8 @@ class TaskRows(Dataset):
             raise UserError(f"{self.out} holds {other}: {REPLACE}")
         digests = published.sha256 if published else {}
         for name in file_names(self.name):
-            wanted = sha256_of(source / name) if source else digests.get(name)
-            if wanted and sha256_of(self.out / name) != wanted:
+            wanted = sha256(source / name) if source else digests.get(name)
+            if wanted and sha256(self.out / name) != wanted:
                 raise UserError(f"{self.out / name} differs from the file of {source or origin_of(published)}: {REPLACE}")
 
     def build(self, folder: Path) -> list[str]:
@@ -159,10 +156,10 @@ class TaskRows(Dataset):
             raise UserError(str(error).replace(str(folder), origin) + ("" if source else f"; {remedy}")) from None
         if not source and (other := unpublished(folds)):
             raise UserError(f"{origin} holds {other}: {remedy}")
-        files = {name: entry_of(folder / name) for name in file_names(self.name)}
-        for name, sha256 in () if source else published.sha256.items():
-            if files[name]["sha256"] != sha256:
-                raise UserError(f"{origin}/{name} has sha256 {files[name]['sha256']}, not the published {sha256}: {remedy}")
+        files = {name: content_of(folder / name) for name in file_names(self.name)}
+        for name, expected in () if source else published.sha256.items():
+            if files[name]["sha256"] != expected:
+                raise UserError(f"{origin}/{name} has sha256 {files[name]['sha256']}, not the published {expected}: {remedy}")
         write(folder / RECORD, {"schema": SCHEMA, "task": self.name, "source": origin, "files": files})
         for inner in {(folder / name).parent for name in file_names(self.name)} | {folder}:
             sync(inner)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smoe_dropout.files import read_object
+from smoe_dropout.folders import held, remove, temporary
 from smoe_dropout.options import ConfigError
 
 MANIFEST = "manifest.json"
@@ -81,19 +81,8 @@ def room(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{ROOM}*"):
         _remove_abandoned(left)
-    while True:
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=LOCKED))
-        try:
-            lock = _lock(made)
-            break
-        except (BlockingIOError, FileNotFoundError):  # another process took it for one left behind
-            continue
-    try:
+    with temporary(folder, LOCKED) as made:
         yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def _remove_abandoned(left: Path) -> None:
@@ -102,32 +91,12 @@ def _remove_abandoned(left: Path) -> None:
         if not left.name.startswith(LOCKED):
             if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > ABANDONED:
                 shutil.rmtree(left)
-        elif (lock := _lock(left)) is not None:
-            shutil.rmtree(left)
-            os.close(lock)
-    except OSError:  # in use, gone, not a folder, or of another user
+            return
+        with held(left) as free:
+            if free:
+                remove(left)
+    except OSError:  # gone, not a folder, or of another user
         return
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until this process ends or closes the result; None where the system has no such locks.
-
-    BlockingIOError if another process has it, FileNotFoundError if it has been removed.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(folder)
-        return descriptor
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError | FileNotFoundError):
-            raise
-        return None
 
 
 def publish(made: Path, folder: Path, earlier: Iterable[str]) -> None:

@@ -5,7 +5,6 @@ Each part is read by the code that uses it. Exit code 0: all is whole; 1: someth
 of these.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -21,15 +20,17 @@ from smoe_dropout.manifest import hashes, verified
 from smoe_dropout.options import ConfigError
 from utils import documents
 from utils.checkpoints import run_files
-from utils.checkpoints.manifest import MANIFEST, STATE, Content, name_of, read_nullable, steps, verify
+from utils.checkpoints.manifest import MANIFEST, STATE, name_of, steps, verify
+from utils.checkpoints.origin import EXPERTS, WEIGHTS
 from utils.checkpoints.run_files import CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
 from utils.data.corpus import split_file
 from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, fault_of, tokenizer_fault
 from utils.data.rows import TASKS, kind_of, read_examples
-from utils.errors import UserError, run_main
+from utils.documents import Content
+from utils.errors import Parser, UserError, run_main
 from utils.reporting.records import REMEDY, files_below, read_record
 
-WEIGHTS, EXPERTS, EVALUATION = "model.safetensors", "smoe_config.json", "eval.json"
+EVALUATION = "eval.json"
 UNVERIFIED = "readable, but without checksum, as in earlier versions: its content cannot be verified"
 LEFT = "left behind by a kill and harmless: the next start removes it"
 
@@ -119,7 +120,8 @@ def check_run(checkup: Checkup) -> None:
 def _read_metrics(folder: Path, step: int | None) -> str:
     if step is None:
         return "not verified, for want of a whole checkpoint"
-    known = read_nullable(folder / "checkpoints" / name_of(step) / STATE, WithMetrics, run_files.remedy_for(folder)).get("metrics")
+    state = folder / "checkpoints" / name_of(step) / STATE
+    known = documents.read_nullable(state, WithMetrics, run_files.remedy_for(folder)).get("metrics")
     run_files.metrics_size(folder, step, known)
     return f"whole up to step {step:,}, the newest whole checkpoint" if known else UNVERIFIED
 
@@ -297,7 +299,7 @@ def examine(path: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m utils.doctor", description=__doc__.partition(":")[0] + ".")
+    parser = Parser(prog="python -m utils.doctor", description=__doc__.partition(":")[0] + ".")
     kinds = "run, folder of surgery.py, checkpoint, saved model, prepared text, rows of a task, record, or folder of records"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=kinds)
     return max([examine(path) for path in parser.parse_args(argv).paths])

@@ -10,20 +10,35 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import msgspec
+from msgspec import Meta
 
 from smoe_dropout.files import parse_json, read_json
+from smoe_dropout.manifest import sha256
 from smoe_dropout.options import ConfigError
 from utils.errors import UserError
 
 FORMAT = 1
 MARKS = ("format", "sha256")
+SPACE_MARGIN = 16 << 20  # bytes of disk left free
+
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Content(TypedDict):
+    """Size and hash of a file, or of its beginning."""
+
+    bytes: Count
+    sha256: Sha256
 
 
 class Damaged(UserError):
@@ -40,14 +55,35 @@ def read(path: Path, schema: Any, remedy: str, unverified: Callable[[Path], Any]
     schema: a TypedDict or another type of msgspec for the content. Only numbers that are finite are accepted. unverified: called with the
     path of a file without a checksum.
     """
-    try:
-        value = read_json(path)
-    except ConfigError as error:
-        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+    value = parsed(path, remedy)
     content = unsealed(value, schema, path, remedy)
     if unverified and not is_sealed(value):
         unverified(path)
     return content
+
+
+def read_nullable(path: Path, schema: Any, remedy: str) -> dict[str, Any]:
+    """`read` of a file in which a number may be null. Older versions wrote Infinity or NaN there."""
+    return unsealed(finite(parsed(path, remedy)), schema, path, remedy)
+
+
+def parsed(path: Path, remedy: str) -> Any:
+    """The value of a JSON file as it stands there, neither verified nor validated. Damaged if there is none."""
+    try:
+        return read_json(path)
+    except ConfigError as error:
+        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+
+
+def note_unverified(path: Path) -> None:
+    """Prints, once for all processes of a run, that a file has no checksum."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {path} has no checksum, as in earlier versions: its content cannot be verified", file=sys.stderr)
+
+
+def content_of(path: Path) -> Content:
+    """Size and hash of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def unsealed(value: Any, schema: Any, path: Path, remedy: str) -> dict[str, Any]:
@@ -114,6 +150,14 @@ def replace(path: Path, content: bytes | Iterable[bytes]) -> None:
             partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def require_space(folder: Path, size: int, flag: str = "--out") -> None:
+    """Raises UserError unless the disk of `folder` has room for `size` bytes; the remedy is another folder by `flag`."""
+    free, needed = shutil.disk_usage(folder).free, size + SPACE_MARGIN
+    if free < needed:
+        folder = folder.parent if folder.suffix == ".tmp" else folder  # one that is being built has a name of its own
+        raise UserError(f"{folder} has {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB are needed: make room, or choose another {flag}")
 
 
 @contextmanager

@@ -249,11 +249,11 @@ def test_evaluation_says_what_it_scores(corpus, finished, tmp_path):
 
 
 def test_a_state_of_version_0_1_before_the_first_validation_is_read(tmp_path):
-    from utils.checkpoints.manifest import read_nullable
+    from utils.documents import read_nullable
     from utils.training.state import State
 
     (tmp_path / "state.json").write_text('{"step": 3, "best": Infinity, "best_step": 0}')
-    assert read_nullable(tmp_path / "state.json", State) == {"step": 3, "best": None, "best_step": 0}
+    assert read_nullable(tmp_path / "state.json", State, "restore it") == {"step": 3, "best": None, "best_step": 0}
 
 
 def test_repair_goes_on_with_what_is_whole_and_says_what_was_lost(corpus, finished, tmp_path):

@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.harness.conftest import state
 from tests.harness.test_examples import contents
 from tests.harness.test_examples import write as write_files
-from utils.data import writing
+from utils import documents
 from utils.data.corpus import Corpus
 from utils.errors import UserError
 
@@ -264,7 +264,7 @@ def test_two_processes_may_prepare_the_same(same, case, run, data_dir, tmp_path,
 def test_a_full_disk_is_reported(case, refused, tmp_path, monkeypatch):
     argv = case.argv(tmp_path / "source")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=writing.SPACE_MARGIN + 100))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=documents.SPACE_MARGIN + 100))
         assert "MB are needed: make room, or choose another --out" in refused(*argv)
 
     def full(*args: object) -> None:
@@ -276,7 +276,7 @@ def test_a_full_disk_is_reported(case, refused, tmp_path, monkeypatch):
 
 def test_a_packed_text_that_fills_the_disk_is_reported(refused, tmp_path, monkeypatch):
     (tmp_path / "b.xz").write_bytes(lzma.compress(b"ab" * 50_000))  # its size is known only once it is unpacked
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=writing.SPACE_MARGIN + 20_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=documents.SPACE_MARGIN + 20_000))
     assert "MB are needed" in refused(prepare, "mine", "--source", tmp_path / "b.xz")
 
 

@@ -171,7 +171,7 @@ def test_the_published_files_have_the_recorded_hashes(task):
     assert url.startswith("https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data/")
     assert list(digests) == prepare_task.file_names(task)
     folder = real(task)
-    assert {name: prepare_task.sha256_of(folder / name) for name in digests} == digests
+    assert {name: prepare_task.sha256(folder / name) for name in digests} == digests
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -75,7 +75,6 @@ train.py --moe yes                                              | --moe yes is a
 train.py --no_lr                                                | --no_lr: unknown flag
 train.py --batch_size 2.5                                       | --batch_size 2.5 must be a whole number
 train.py --batch_size ²                                         | --batch_size ² must be a whole number
-train.py --tyro-print-completion bash                           | unknown flag
 train.py --method smoe_dropou                                   | nearest: smoe_dropout
 train.py --preset lapto                                         | nearest: laptop
 train.py --model gpt                                            | --model: unknown value 'gpt'

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 FLOORS = (
     ("registry",),
     ("options",),
-    ("arguments", "files"),
+    ("arguments", "files", "folders"),
     ("manifest", "schedule", "training", "shared", "recomputation", "tuning"),
     ("config", "attention"),
     ("experts",),

@@ -9,27 +9,13 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import TypedDict
 
-from msgspec import Meta
-
-from smoe_dropout.files import read_json
-from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.data.corpus import digest_of, read_chunks
-from utils.documents import Damaged
+from utils.documents import Content, Count, Damaged, Sha256, content_of
 
 MANIFEST, STATE = "manifest.json", "state.json"
 REMEDY = "restore it from a copy, or give another checkpoint"
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Meta(ge=0)]
-
-
-class Content(TypedDict):
-    """Size and hash of a file, or of its beginning."""
-
-    bytes: Count
-    sha256: Sha256
 
 
 class _Best(TypedDict):
@@ -53,19 +39,6 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def content_of(path: Path) -> Content:
-    size, digest = digest_of(read_chunks(path), "sha256")
-    return {"bytes": size, "sha256": digest}
-
-
-def read_nullable(path: Path, schema: Any, remedy: str = REMEDY) -> dict[str, Any]:
-    """`documents.read` of a file in which a number may be null. Older versions wrote Infinity or NaN there."""
-    try:
-        return documents.unsealed(documents.finite(read_json(path)), schema, path, remedy)
-    except ConfigError as error:
-        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
-
-
 def verify(folder: Path, config_sha256: str | None = None, remedy: str = REMEDY) -> dict[str, Content]:
     """The manifest. Damaged, naming the first file that is missing, foreign, or contradicts it, or is of another step or run.
 
@@ -84,7 +57,7 @@ def verify(folder: Path, config_sha256: str | None = None, remedy: str = REMEDY)
         for name, found in zip(manifest, pool.map(_content_or_none, (folder / name for name in manifest)), strict=True):
             if found != manifest[name]:
                 raise Damaged(folder / name, f"is damaged: its size or sha256 differs from {MANIFEST}", remedy)
-    state = read_nullable(folder / STATE, Stored, remedy)
+    state = documents.read_nullable(folder / STATE, Stored, remedy)
     if folder.name.startswith("step-") and state.get("step", 0) and folder.name != name_of(state["step"]):
         raise Damaged(folder, f"is damaged: it holds the checkpoint of step {state['step']}", remedy)
     if config_sha256 is not None and state.get("config_sha256", config_sha256) != config_sha256:

@@ -12,10 +12,11 @@ from typing import Any
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.files import read_json
+from smoe_dropout.manifest import sha256
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
 from utils.checkpoints import run_files, schema_1
-from utils.checkpoints.manifest import MANIFEST, content_of, name_of
+from utils.checkpoints.manifest import MANIFEST, name_of
 from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
 from utils.documents import Damaged
@@ -57,7 +58,7 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        return content_of(self.weights)["sha256"]
+        return sha256(self.weights)
 
     @property
     def summary(self) -> str:

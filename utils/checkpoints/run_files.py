@@ -5,16 +5,12 @@ config.json is the run's identity: result.json, surgery.json, env.json and every
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from smoe_dropout.files import read_json
-from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.checkpoints.manifest import Content, Count, Sha256, read_nullable
-from utils.documents import Damaged
+from utils.documents import Content, Count, Damaged, Sha256, read_nullable
 from utils.errors import UserError
 from utils.flags.check import check_limits
 from utils.flags.declare import ABSENT, flags_from, specs
@@ -108,10 +104,6 @@ def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -
     return config
 
 
-def note_unverified(path: Path) -> None:
-    print(f"note: {path} has no checksum, as in earlier versions: what it says cannot be verified", file=sys.stderr)
-
-
 def config_of(flags: Flags, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json."""
     stored = {name: value for name, value in dataclasses.asdict(flags).items() if name not in names(role="unstored")}
@@ -145,10 +137,7 @@ def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
 def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:
     """The starts of a run, from its env.json."""
     path, remedy = folder / ENVIRONMENT, remedy_for(folder)
-    try:
-        found = read_json(path)
-    except ConfigError as error:
-        raise Damaged(path, str(error).removeprefix(f"{path} "), remedy) from None
+    found = documents.parsed(path, remedy)
     found = {"starts": found} if isinstance(found, list) else found  # as version 0.1 wrote it
     return _belonging(path, documents.unsealed(found, Environments, path, remedy), identity)["starts"]
 

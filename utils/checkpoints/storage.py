@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from smoe_dropout.io import load_weights
 from utils import documents
-from utils.checkpoints.manifest import MANIFEST, REMEDY, Content, content_of, name_of, read_nullable, steps, verify
-from utils.data import writing
-from utils.documents import Damaged
+from utils.checkpoints.manifest import MANIFEST, REMEDY, name_of, steps, verify
+from utils.documents import Content, Damaged, content_of, read_nullable
 from utils.errors import UserError
 
 
@@ -110,7 +109,7 @@ def require_space(root: Path, tensors: list[Tensor], copies: int, flag: str = "-
     """Raises UserError unless the disk has room for `copies` copies of the tensors and 10 % more. Nothing is written."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.is_dir())
-    writing.require_space(existing, int(1.1 * copies * size), flag)
+    documents.require_space(existing, int(1.1 * copies * size), flag)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

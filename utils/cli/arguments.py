@@ -1,16 +1,18 @@
 """Reads the argument vector of a program: single values before the defaults are known, then all flags. Imports no torch."""
 
+import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_args
-
-import tyro
+from functools import partial
+from typing import Any, get_args
 
 from smoe_dropout.registry import unknown
 from utils.flags.check import refuse
 from utils.flags.declare import FlagsT, Spec, groups, specs
 
-METAVARS = {"int": "INT", "float": "FLOAT", "str": "TEXT"}
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+EPILOG = "-h, --help shows this. --no_NAME turns a switch off. In names, - and _ are the same. The last value of a flag counts."
 MAX_LISTED = 16  # most choices listed in --help
 LONGEST = 60  # characters of a value that a refusal shows
 
@@ -76,13 +78,17 @@ class Arguments:
         return kind(**{name: value for name, value in values.items() if name in types})
 
     def _show_help(self, kind: type, defaults: dict[str, Any]) -> None:
-        boxes, declared, hidden = groups(kind), specs(kind), getattr(kind, "hidden", ())
-        nested = dataclasses.make_dataclass(
-            kind.__name__, [_box(title, group, declared, defaults, title in hidden) for title, group in boxes.items()]
-        )
-        nested.__doc__ = kind.__doc__
-        settings = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
-        tyro.cli(nested, args=["--help"], prog=self.program, use_underscores=True, config=settings)
+        layout = partial(argparse.HelpFormatter, max_help_position=26)
+        parser = argparse.ArgumentParser(self.program, "%(prog)s [flags]", kind.__doc__, EPILOG, formatter_class=layout, add_help=False)
+        fields, declared = {field.name: field for field in dataclasses.fields(kind)}, specs(kind)
+        for title, group in groups(kind).items():
+            if title in getattr(kind, "hidden", ()):
+                continue
+            box = parser.add_argument_group(title)
+            for name in vars(group)["__annotations__"]:
+                box.add_argument(f"--{declared[name].name or name}", **_described(fields[name], declared[name], defaults))
+        parser.print_help()
+        sys.exit()
 
 
 class Values(dict):
@@ -125,30 +131,17 @@ def _value(text: str | None, kind: Any, spec: Spec) -> Any:
         raise ValueError(f"must be a {'whole ' * (kind is int)}number") from None
 
 
-def _box(title: str, group: type, declared: dict[str, Spec], defaults: dict[str, Any], hidden: bool) -> tuple[str, Any, Any]:
-    """A group as a field of the class that tyro reads."""
-    fields = []
-    for field in dataclasses.fields(group):
-        if field.name not in vars(group).get("__annotations__", {}):
-            continue
-        spec, default = declared[field.name], defaults.get(field.name, field.default)
-        option = tyro.conf.arg(
-            name=spec.name or field.name,
-            help=f"{', '.join(spec.only)}: {spec.help}" if spec.only else spec.help,
-            metavar=_metavar(field.type, spec),
-            help_behavior_hint="" if default is None or default is False or default == "" else None,
-        )
-        options = {} if default is dataclasses.MISSING else {"default": default}
-        fields.append((field.name, Annotated[field.type, option], dataclasses.field(**options, kw_only=True)))
-    box = dataclasses.make_dataclass(group.__name__, fields)
-    box.__doc__ = ""
-    kind = Annotated[box, tyro.conf.arg(name=title)]
-    return title.replace(" ", "_"), tyro.conf.Suppress[kind] if hidden else kind, dataclasses.field(kw_only=True)
-
-
-def _metavar(kind: Any, spec: Spec) -> str | None:
+def _described(field: dataclasses.Field, spec: Spec, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A flag as argparse shows it: its value, or its choices if they are few, what it is for, and its default."""
+    kind, *_ = get_args(field.type) or (field.type,)  # of `int | None`
+    text, default = f"{', '.join(spec.only)}: {spec.help}" if spec.only else spec.help, defaults.get(field.name, field.default)
+    value = spec.metavar or METAVARS.get(kind)
     if spec.choices is not None and len(spec.choices) <= MAX_LISTED:
-        return "{" + ",".join(spec.choices) + "}"
-    if kind is bool:
-        return None
-    return spec.metavar or METAVARS[str(getattr(kind, "__name__", kind)).split(" | ")[0]]
+        value = f"{{{','.join(spec.choices)}}}"
+        if len(value) > LONGEST:
+            value, text = "NAME", f"{text}. One of {', '.join(spec.choices)}"
+    if default is dataclasses.MISSING:
+        text += " (required)"
+    elif default is not None and default is not False and default != "":
+        text += f" (default: {default})"
+    return {"help": text.replace("%", "%%"), **({"metavar": value} if value else {"action": "store_true"})}

@@ -17,16 +17,11 @@ from utils.data.meta import (
     TOKENIZER,
     TextMeta,
     Vocabulary,
-    digest_of,
     fault_of,
-    note_unverified,
-    read_chunks,
     tokenizer_fault,
 )
 from utils.data.sources import PYSTDLIB, TEXTS
 from utils.errors import UserError
-
-__all__ = ["SPLITS", "UNITS", "Corpus", "digest_of", "read_chunks", "split_file"]
 
 
 class Unit(NamedTuple):
@@ -71,7 +66,7 @@ def _read_meta(folder: Path, unit: str) -> dict[str, Any]:
         raise UserError(f"{folder} is a file: prepare it with `python {UNITS[unit].program} NAME ...`, then give data/NAME")
     if not path.exists():
         _refuse(f"{folder} is not a prepared text, it has no {META}", folder.name, unit, force=False)
-    return documents.read(path, TextMeta, _command(folder.name, unit, force=True), note_unverified)
+    return documents.read(path, TextMeta, _command(folder.name, unit, force=True), documents.note_unverified)
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:

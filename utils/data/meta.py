@@ -5,15 +5,15 @@ Imports neither torch nor numpy.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta
+
+from smoe_dropout.manifest import sha256
+from utils.documents import Content, Count, Sha256
 
 SCHEMA = 1
 META, ROWS = "meta.json", "rows.json"
@@ -23,9 +23,7 @@ CHUNK = 1 << 22  # bytes read at once; keeps memory flat for texts of any size
 MOST_PIECES = 1 << 16  # a piece is stored as uint16
 
 Version = Annotated[int, Meta(ge=SCHEMA, le=SCHEMA)]
-Size = Annotated[int, Meta(ge=0)]
 Piece = Annotated[int, Meta(ge=0, lt=MOST_PIECES)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, Meta(min_length=1)]
 
 
@@ -50,19 +48,12 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sorted({self.cls, self.sep, self.mask, self.pad})
 
 
-class Entry(TypedDict):
-    """A file as a record knows it."""
-
-    bytes: Size
-    sha256: Sha256
-
-
 class Splits(TypedDict):
     """The files of the splits."""
 
-    train: Entry
-    valid: Entry
-    test: Entry
+    train: Content
+    valid: Content
+    test: Content
 
 
 class _Text(TypedDict):
@@ -80,12 +71,12 @@ class TextMeta(_Text, total=False):
     """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them."""
 
     text: dict[str, int | str]
-    held_out: Size
-    symbols: Size
+    held_out: Count
+    symbols: Count
     limit: int | None
     column: str
     vocabulary: Vocabulary
-    files: dict[str, Entry]
+    files: dict[str, Content]
 
 
 class RowsMeta(TypedDict):
@@ -94,28 +85,7 @@ class RowsMeta(TypedDict):
     schema: Version
     task: Name
     source: str
-    files: dict[str, Entry]
-
-
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file, at most CHUNK bytes at a time."""
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
-
-
-def digest_of(chunks: Iterable[bytes], algorithm: str) -> tuple[int, str]:
-    """Return the total size of `chunks` in bytes and their hash in hex."""
-    size, digest = 0, hashlib.new(algorithm, usedforsecurity=False)
-    for chunk in chunks:
-        size += len(chunk)
-        digest.update(chunk)
-    return size, digest.hexdigest()
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """The entry of a file."""
-    return dict(zip(("bytes", "sha256"), digest_of(read_chunks(path), "sha256"), strict=True))
+    files: dict[str, Content]
 
 
 def files_below(folder: Path, inner: str) -> list[str]:
@@ -130,7 +100,7 @@ def fault_of(folder: Path, files: Mapping[str, Mapping[str, Any]], record: str, 
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
             return f"{path} {'is missing' if size is None else f'has {size:,} bytes'}, {record} says {entry['bytes']:,} bytes"
-        if content and (found := digest_of(read_chunks(path), "sha256")[1]) != entry["sha256"]:
+        if content and (found := sha256(path)) != entry["sha256"]:
             return f"{path} has sha256 {found}, {record} says {entry['sha256']}"
     return None
 
@@ -141,10 +111,3 @@ def tokenizer_fault(folder: Path, meta: Mapping[str, Any]) -> str | None:
     more = set(files_below(folder, TOKENIZER)) - files.keys() if files else ()
     unknown = f"{folder} holds {', '.join(sorted(more))}, which {META} does not record" if more else None
     return fault_of(folder, files, META, content=True) or unknown
-
-
-def note_unverified(path: Path) -> None:
-    """Say, once for all processes of a run, that a file of an older version has no checksum."""
-    if os.environ.get("RANK", "0") == "0":
-        reason = "it is of an older version, without a checksum; prepare the text again to have it verified"
-        print(f"note: {path} cannot be verified: {reason}", file=sys.stderr)

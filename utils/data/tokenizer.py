@@ -12,10 +12,8 @@ from typing import NamedTuple
 from smoe_dropout.files import read_json
 from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.data.meta import META, MOST_PIECES, TOKENIZER, TextMeta, Vocabulary, note_unverified, tokenizer_fault
+from utils.data.meta import META, MOST_PIECES, TOKENIZER, TextMeta, Vocabulary, tokenizer_fault
 from utils.errors import UserError
-
-__all__ = ["Vocabulary", "load_tokenizer", "vocabulary_of"]
 
 SPECIAL = ("cls", "sep", "mask", "pad")
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -83,7 +81,7 @@ def _refuse_changed(folder: Path) -> None:
     text = folder.resolve().parent
     if folder.resolve().name == TOKENIZER and (text / META).exists():
         remedy = f"prepare {text} again, or give another with --tokenizer"
-        if fault := tokenizer_fault(text, documents.read(text / META, TextMeta, remedy, note_unverified)):
+        if fault := tokenizer_fault(text, documents.read(text / META, TextMeta, remedy, documents.note_unverified)):
             raise UserError(f"{fault}: {remedy}")
 
 

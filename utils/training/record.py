@@ -11,9 +11,8 @@ from utils.models.flops import parameter_counts
 from utils.models.registry import architecture
 from utils.tasks.base import Metric
 from utils.training.identity import departures_of, table_of
+from utils.training.record_schema import COMPLETE, SCHEMA
 from utils.training.run import Run
-
-SCHEMA = 2
 
 
 def build_result(
@@ -34,7 +33,7 @@ def build_result(
     sparse = moe_layers(model)
     return {
         "schema": SCHEMA,
-        "status": "complete",
+        "status": COMPLETE,
         "table": table_of(flags, run.source),
         "method": flags.method or "custom",
         "settings": settings,

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct, field
 
+from utils.documents import Count
 from utils.flags.declare import specs
 from utils.flags.fields import FinetuneFlags
 
 SCHEMA, COMPLETE = 2, "complete"
 Text = Annotated[str, Meta(pattern=r"\S")]
-Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
 Amount = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1.001)]  # rounding may exceed 1

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from utils import documents
-from utils.checkpoints.manifest import STATE, Content, Stored, clean, name_of, read_nullable, steps, verify
+from utils.checkpoints.manifest import STATE, Stored, clean, name_of, steps, verify
 from utils.checkpoints.run_files import (
     BEGUN,
     CONFIG,
@@ -34,7 +34,7 @@ from utils.checkpoints.run_files import (
     read_starts,
     remedy_for,
 )
-from utils.documents import Damaged
+from utils.documents import Content, Damaged, note_unverified
 from utils.errors import TrainingError, UserError
 from utils.flags.fields import Flags, names
 
@@ -127,7 +127,7 @@ class RunFolder:
         for step in steps(root := self.path / "checkpoints"):
             with suppress(Damaged):
                 verify(folder := root / name_of(step))
-                if read_nullable(folder / STATE, Stored).get("config_sha256") == identity:
+                if documents.read_nullable(folder / STATE, Stored, remedy_for(self.path)).get("config_sha256") == identity:
                     return True
         return False
 
@@ -158,7 +158,7 @@ class RunFolder:
         try:
             size = metrics_size(self.path, step, known)
             if known is None:
-                print(f"note: {path} is of an older version, without a checksum: it is read, and not verified", file=sys.stderr)
+                note_unverified(path)
         except Damaged:
             if not self.repairs:
                 raise

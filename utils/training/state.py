@@ -10,9 +10,9 @@ from torch import nn
 
 from smoe_dropout.io import save_model
 from utils.checkpoints import storage
-from utils.checkpoints.manifest import STATE, Content, Stored, name_of, steps
+from utils.checkpoints.manifest import STATE, Stored, name_of, steps
 from utils.checkpoints.storage import Checkpoint
-from utils.documents import Damaged
+from utils.documents import Content, Damaged
 from utils.errors import UserError
 from utils.flags.derive import last_top_k
 from utils.tasks.base import State as Carried
