@@ -160,7 +160,7 @@ class Dataset(ABC):
             if not self._is_below(error.filename):
                 raise
             reason = error.strerror or error
-            raise UserError(f"{self.out} cannot be written ({reason}): choose another --out, or mend this") from None
+            raise UserError(f"{self.out} cannot be written ({reason}): choose another --out, or fix this") from None
         return self.out
 
     def _is_below(self, filename: str | None) -> bool:

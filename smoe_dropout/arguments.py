@@ -22,7 +22,7 @@ def plain(value: Any) -> Any:
     return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
-def whole(name: str, value: Any, least: int | None = 1, most: int | None = LARGEST) -> int:
+def integer(name: str, value: Any, least: int | None = 1, most: int | None = LARGEST) -> int:
     """The value as a Python integer. ConfigError unless it is a whole number, Python's or numpy's, in this range."""
     known = isinstance(value, Integral) and not isinstance(value, bool)
     if known and (least is None or least <= value) and (most is None or value <= most):
@@ -51,7 +51,7 @@ def is_finite(value: Any) -> bool:
         return False
 
 
-def truth(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any) -> bool:
     """The value as True or False. ConfigError for anything else, such as "false"."""
     if not isinstance(plain(value), bool):
         raise ConfigError(f"{name} = {shown(value)} must be True or False")

@@ -4,10 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from smoe_dropout.arguments import LARGEST, is_finite, plain, shown, too_large
-from smoe_dropout.files import parse_json
+from smoe_dropout.files import parse_json, read_json
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
@@ -224,6 +225,15 @@ def site_mistakes(sites: str | tuple[str, ...]) -> list[str]:
     if not isinstance(patterns, tuple) or not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         return [f"sites = {sites!r} must be a pattern of module names such as 'encoder.layers.*.mlp', a list of them, or None"]
     return []
+
+
+def read_configs(path: Path) -> list[SMoEConfig]:
+    """The configurations in a file that `save_model` wrote, one for each call of `moefy`. ConfigError for anything else."""
+    found = read_json(path)
+    try:
+        return [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) else [found])]
+    except (TypeError, ValueError) as error:  # not a configuration
+        raise ConfigError(f"{path} is damaged: {error}") from None
 
 
 def _plain(value: Any) -> Any:

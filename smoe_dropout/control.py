@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import require_module, shown, truth, whole
+from smoe_dropout.arguments import boolean, integer, require_module, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
@@ -57,7 +57,7 @@ def set_top_k(model: nn.Module, k: int) -> None:
 
 def _checked_k(layers: list[tuple[str, MoELayer]], k: int) -> int:
     """k as a Python integer. ConfigError unless it is a whole number that some layer has experts for."""
-    k, counts = whole("k", k, None, None), [layer.num_experts for _, layer in layers]
+    k, counts = integer("k", k, None, None), [layer.num_experts for _, layer in layers]
     if not 1 <= k <= max(counts):
         of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
         raise ConfigError(f"k = {shown(k)} must be a whole number from 1 to the {max(counts)} experts of {of}")
@@ -89,7 +89,7 @@ def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Freeze the routers' parameters, or unfreeze them with `frozen=False`. ConfigError if the model has no MoE layers."""
-    layers, frozen = _layers_or_raise(model), truth("frozen", frozen)
+    layers, frozen = _layers_or_raise(model), boolean("frozen", frozen)
     for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)

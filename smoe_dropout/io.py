@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smoe_dropout import arguments
-from smoe_dropout.config import SMoEConfig
+from smoe_dropout.config import SMoEConfig, read_configs
 from smoe_dropout.control import conversions
-from smoe_dropout.files import read_json, read_object, writing_tensors
+from smoe_dropout.files import read_object, writing_tensors
 from smoe_dropout.manifest import MANIFEST, hashes, publish, room, verified
 from smoe_dropout.options import ConfigError, build_options
 from smoe_dropout.registry import ROUTERS, load
@@ -154,11 +154,7 @@ def _check_config(model: nn.Module, folder: Path) -> None:
         )
     if not ours:
         return
-    found = read_json(path)
-    try:
-        stored = [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) else [found])]
-    except (TypeError, ValueError) as error:  # not a configuration
-        raise ConfigError(f"{path} is damaged: {error}") from None
+    stored = read_configs(path)
     if len(stored) != len(ours):
         raise ConfigError(f"{path} describes a model converted in {len(stored)} steps, but this one was in {len(ours)}")
     for theirs, own in zip(stored, ours, strict=True):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import whole
+from smoe_dropout.arguments import integer
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
@@ -62,7 +62,7 @@ class MoELayer(nn.Module, FollowsTraining):
         if not isinstance(config, SMoEConfig) or not isinstance(experts, nn.Module):
             given = type(config if isinstance(experts, nn.Module) else experts).__name__
             raise ConfigError(f"a {given} is not what an MoE layer is made of: MoELayer(d_model, experts, SMoEConfig(...))")
-        d_model = whole("d_model", d_model)
+        d_model = integer("d_model", d_model)
         self.config = config
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.top_k = config.num_experts, config.top_k

@@ -1,6 +1,6 @@
-"""Folders of a saved model with a manifest, the sha256 of each file: a kill leaves one save whole, or a folder that is not complete.
+"""Folders of a saved model with a manifest, the sha256 of each file: a save that was interrupted is recognised as incomplete.
 
-A save is written to a room, a folder inside the one it goes to, and moved. Meanwhile its manifest says that the save is not complete.
+A save is written to a room, a folder inside the one it goes to, and moved. Meanwhile its manifest says that the save is incomplete.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def verified(known: Mapping[str, str], source: Path, find: Callable[[str], Path 
     """
     places = {name: find(name) for name in known}
     if missing := [name for name, place in places.items() if place is None]:
-        raise ConfigError(f"{source / missing[0]} is missing, which {MANIFEST} lists: the save is not whole")
+        raise ConfigError(f"{source / missing[0]} is missing, which {MANIFEST} lists: the save is incomplete")
     small = {name for name, place in places.items() if place.stat().st_size <= SMALL}
     _refuse(_differing(known, places, small), source)
     with ThreadPoolExecutor(1) as pool:

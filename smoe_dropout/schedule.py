@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from smoe_dropout.arguments import LARGEST, whole
+from smoe_dropout.arguments import LARGEST, integer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import unknown
 
@@ -55,7 +55,7 @@ class TopKSchedule:
         if not isinstance(self.mode, str) or self.mode not in SCHEDULES:
             raise ConfigError(unknown("schedule", str(self.mode), SCHEDULES))
         for name, least, most in (("k_min", 1, LARGEST), ("k_max", 1, LARGEST), ("total_steps", 1, None), ("seed", None, None)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least, most))
+            object.__setattr__(self, name, integer(name, getattr(self, name), least, most))
         if self.k_min > self.k_max:
             raise ConfigError(f"k_min = {self.k_min} and k_max = {self.k_max} must satisfy 1 <= k_min <= k_max")
 
@@ -64,5 +64,5 @@ class TopKSchedule:
 
     def __call__(self, step: int) -> int:
         """The k of this step, counted from 0. ConfigError unless it is a whole number of at least 0."""
-        k = SCHEDULES[self.mode](self, min(whole("step", step, 0, None), self.total_steps))
+        k = SCHEDULES[self.mode](self, min(integer("step", step, 0, None), self.total_steps))
         return min(max(k, self.k_min), self.k_max)

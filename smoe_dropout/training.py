@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import require_module, whole
+from smoe_dropout.arguments import integer, require_module
 
 
 class FollowsTraining:
@@ -32,7 +32,7 @@ def set_progress(model: nn.Module, step: int, total_steps: int) -> None:
     Raises ConfigError for a negative step, or fewer than one in total.
     """
     require_module(model)
-    step, total_steps = whole("step", step, 0, None), whole("total_steps", total_steps, 1, None)
+    step, total_steps = integer("step", step, 0, None), integer("total_steps", total_steps, 1, None)
     for module in model.modules():
         if isinstance(module, FollowsTraining):
             module.step, module.total_steps = step, total_steps

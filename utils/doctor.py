@@ -1,7 +1,7 @@
-"""Says of folders whether they are whole, what is damaged, and what can be done: python -m utils.doctor PATH...
+"""Checks whether folders are intact, and names what is damaged and what can be done: python -m utils.doctor PATH...
 
 PATH: a run, a folder of surgery.py, a checkpoint, a saved model, a prepared text, the rows of a task, a record, or a folder of records.
-Each part is read by the code that uses it. Exit code 0: all is whole; 1: something is damaged, missing or unfinished; 2: a path is none
+Each part is read by the code that uses it. Exit code 0: all is intact; 1: something is damaged, missing or unfinished; 2: a path is none
 of these.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 from safetensors import SafetensorError, safe_open
 
-from smoe_dropout.config import SMoEConfig
+from smoe_dropout.config import read_configs
 from smoe_dropout.files import read_json
 from smoe_dropout.manifest import hashes, verified
 from smoe_dropout.options import ConfigError
@@ -32,7 +32,7 @@ from utils.reporting.records import REMEDY, files_below, read_record
 
 EVALUATION = "eval.json"
 UNVERIFIED = "readable, but without checksum, as in earlier versions: its content cannot be verified"
-LEFT = "left behind by a kill and harmless: the next start removes it"
+LEFT = "harmless, left by an interrupted process: the next start removes it"
 
 
 class WithMetrics(Struct):
@@ -42,39 +42,39 @@ class WithMetrics(Struct):
 
 
 class Checkup:
-    """The parts of a folder, each told on a line. parts: how many; faults: how many of them are damaged, missing or unfinished."""
+    """The parts of a folder, each reported on a line. parts: how many; faults: how many are damaged, missing or unfinished."""
 
     def __init__(self, folder: Path):
         self.folder, self.parts, self.faults, self.unverified = folder, 0, 0, 0
 
-    def tell(self, part: str | Path, state: str, fault: bool = False) -> None:
+    def report(self, part: str | Path, state: str, fault: bool = False) -> None:
         self.parts += 1
         self.faults += fault
         self.unverified += state == UNVERIFIED
         print(f"  {part}: {state}", flush=True)
 
-    def look(self, part: str, read: Callable[[], Any], missing: str = "") -> None:
-        """Reads a part, and tells what it says or the error it raises. missing: the remedy if there is none."""
+    def read(self, part: str, reading: Callable[[], Any], missing: str = "") -> None:
+        """Reads a part, and reports what it returns or the error it raises. missing: the remedy if there is none."""
         path = self.folder / part
         if missing and not os.path.lexists(path):
-            return self.tell(part, f"missing: {missing}", fault=True)
+            return self.report(part, f"missing: {missing}", fault=True)
         if sys.stderr.isatty():
             print(f"  reading {part} ...", end="", file=sys.stderr, flush=True)
         try:
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise UserError("it is not a file: remove it")  # a pipe, which would be read for ever
-            said = read()
-            state = said if isinstance(said, str) else UNVERIFIED if _lacks_checksum(path) else "whole"
+            said = reading()
+            state = said if isinstance(said, str) else UNVERIFIED if _lacks_checksum(path) else "intact"
             fault = False
         except (UserError, ConfigError, SafetensorError, OSError) as error:
             state, fault = f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", True
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        self.tell(part, state, fault)
+        self.report(part, state, fault)
 
-    def tell_left(self, paths: Iterable[Path], state: str = LEFT) -> None:
+    def report_left(self, paths: Iterable[Path], state: str = LEFT) -> None:
         for path in sorted(paths):
-            self.tell(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path, state)
+            self.report(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path, state)
 
 
 def _lacks_checksum(path: Path) -> bool:
@@ -95,35 +95,35 @@ def check_run(checkup: Checkup) -> None:
         identity, operated = run_files.config_sha256(config), operated or "surgery" in config
 
     def belonging(read: Callable[[str], Any]) -> Callable[[], Any]:
-        return lambda: read(identity) if identity else f"not verified, for want of a whole {CONFIG}"
+        return lambda: read(identity) if identity else f"not verified, because {CONFIG} is not intact"
 
-    checkup.look(CONFIG, read_config, remedy)
+    checkup.read(CONFIG, read_config, remedy)
     for step in steps(root):
-        checkup.look(f"checkpoints/{name_of(step)}", lambda at=step: manifests.update({at: verify(root / name_of(at), identity, remedy)}))
+        checkup.read(f"checkpoints/{name_of(step)}", lambda at=step: manifests.update({at: verify(root / name_of(at), identity, remedy)}))
     if operated:
         for path in folder.glob("*.safetensors"):  # what calibration collected
-            checkup.look(path.name, lambda path=path: _open_weights(path))
-        checkup.look(SURGERY, belonging(lambda own: run_files.read_surgery(folder, own)), "unfinished: run the command of surgery.py again")
+            checkup.read(path.name, lambda path=path: _open_weights(path))
+        checkup.read(SURGERY, belonging(lambda own: run_files.read_surgery(folder, own)), "unfinished: run the command of surgery.py again")
     else:
         newest = max(manifests, default=None)
-        checkup.look(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), remedy)
-        checkup.look(METRICS, lambda: _read_metrics(folder, newest), remedy)
-        unfinished = "the run has not ended: run its command again, which goes on from the newest checkpoint"
-        checkup.look(RESULT, belonging(lambda own: _read_result(folder, own, manifests)), unfinished)
+        checkup.read(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), remedy)
+        checkup.read(METRICS, lambda: _read_metrics(folder, newest), remedy)
+        unfinished = "the run has not ended: run its command again, which resumes from the newest checkpoint"
+        checkup.read(RESULT, belonging(lambda own: _read_result(folder, own, manifests)), unfinished)
     if (folder / EVALUATION).exists():
-        checkup.look(EVALUATION, lambda: documents.read(folder / EVALUATION, dict, "evaluate again with --eval_only"))
+        checkup.read(EVALUATION, lambda: documents.read(folder / EVALUATION, dict, "evaluate again with --eval_only"))
     for path in sorted(folder.glob("tensorboard/events*")):
-        checkup.look(str(path.relative_to(folder)), lambda path=path: _read_events(path))
-    checkup.tell_left([*folder.glob("*.partial"), *root.glob(".step-*")])
+        checkup.read(str(path.relative_to(folder)), lambda path=path: _read_events(path))
+    checkup.report_left([*folder.glob("*.partial"), *root.glob(".step-*")])
 
 
 def _read_metrics(folder: Path, step: int | None) -> str:
     if step is None:
-        return "not verified, for want of a whole checkpoint"
+        return "not verified, because there is no intact checkpoint"
     state = folder / "checkpoints" / name_of(step) / STATE
     known = documents.read_nullable(state, WithMetrics, run_files.remedy_for(folder)).get("metrics")
     run_files.metrics_size(folder, step, known)
-    return f"whole up to step {step:,}, the newest whole checkpoint" if known else UNVERIFIED
+    return f"intact up to step {step:,}, the newest intact checkpoint" if known else UNVERIFIED
 
 
 def _read_result(folder: Path, identity: str, manifests: dict[int, dict[str, Content]]) -> None:
@@ -131,7 +131,7 @@ def _read_result(folder: Path, identity: str, manifests: dict[int, dict[str, Con
     read_record(folder / RESULT)
     weights = manifests.get(record["best_step"], {}).get(WEIGHTS, {}).get("sha256")
     if weights is None or record.get("weights_sha256", weights) != weights:
-        fault = "are not whole" if weights is None else "are others than those it tells of"
+        fault = "are not intact" if weights is None else "are not those that it records"
         raise UserError(f"its weights, of step {record['best_step']}, {fault}: {run_files.remedy_for(folder)}")
 
 
@@ -154,7 +154,7 @@ def _read_events(path: Path) -> str | None:
 
 def check_checkpoint(checkup: Checkup) -> None:
     """One checkpoint of a run."""
-    checkup.look(".", lambda: verify(checkup.folder))
+    checkup.read(".", lambda: verify(checkup.folder))
 
 
 def check_text(checkup: Checkup) -> None:
@@ -162,14 +162,14 @@ def check_text(checkup: Checkup) -> None:
     folder, meta = checkup.folder, {}
     program = "prepare_pieces" if (folder / TOKENIZER).exists() else "prepare"
     again = f"prepare the text again with data/{program}.py and --force"
-    checkup.look(META, lambda: meta.update(documents.read(folder / META, TextMeta, again)), again)
+    checkup.read(META, lambda: meta.update(documents.read(folder / META, TextMeta, again)), again)
     for split in SPLITS if meta else ():
         name = split_file(folder, split).name
         entry = {name: meta["splits"][split]}
-        checkup.look(name, lambda entry=entry: _refuse(fault_of(folder, entry, META, content=True), again), again)
+        checkup.read(name, lambda entry=entry: _refuse(fault_of(folder, entry, META, content=True), again), again)
     if (folder / TOKENIZER).exists() or "files" in meta:
-        checkup.look(TOKENIZER, lambda: _refuse(tokenizer_fault(folder, meta), again) or (None if "files" in meta else UNVERIFIED))
-    _tell_left_by_preparation(checkup)
+        checkup.read(TOKENIZER, lambda: _refuse(tokenizer_fault(folder, meta), again) or (None if "files" in meta else UNVERIFIED))
+    _report_left_by_preparation(checkup)
 
 
 def _refuse(fault: str | None, remedy: str) -> None:
@@ -177,9 +177,10 @@ def _refuse(fault: str | None, remedy: str) -> None:
         raise UserError(f"{fault}: {remedy}")
 
 
-def _tell_left_by_preparation(checkup: Checkup) -> None:
+def _report_left_by_preparation(checkup: Checkup) -> None:
     folder = checkup.folder.resolve()
-    checkup.tell_left(folder.parent.glob(f".{folder.name}.*.tmp"), "left behind by a kill and harmless: preparing it again removes it")
+    remedy = "harmless, left by an interrupted process: preparing it again removes it"
+    checkup.report_left(folder.parent.glob(f".{folder.name}.*.tmp"), remedy)
 
 
 def check_rows(checkup: Checkup) -> None:
@@ -190,11 +191,11 @@ def check_rows(checkup: Checkup) -> None:
         tasks.insert(0, documents.read(folder / ROWS, RowsMeta, "prepare the rows again with data/prepare_task.py and --force")["task"])
 
     if (folder / ROWS).exists():
-        checkup.look(ROWS, read_rows)
+        checkup.read(ROWS, read_rows)
     for fold in range(kind_of(tasks[0]).folds if tasks else 0):
         title = " and ".join(kind_of(tasks[0]).files(fold))
-        checkup.look(title, lambda fold=fold: f"whole: {read_examples(tasks[0], folder, fold).title}")
-    _tell_left_by_preparation(checkup)
+        checkup.read(title, lambda fold=fold: f"intact: {read_examples(tasks[0], folder, fold).title}")
+    _report_left_by_preparation(checkup)
 
 
 def _tasks_in(folder: Path) -> list[str]:
@@ -215,22 +216,22 @@ def check_saved(checkup: Checkup) -> None:
 
     def compare(name: str) -> str:
         with verified({name: known[name]}, folder, lambda name: folder / name if (folder / name).is_file() else None):
-            return "whole"
+            return "intact"
 
     if (folder / MANIFEST).exists():
-        checkup.look(MANIFEST, lambda: known.update(hashes(folder / MANIFEST)))
+        checkup.read(MANIFEST, lambda: known.update(hashes(folder / MANIFEST)))
     for name in known:
-        checkup.look(name, lambda name=name: compare(name))
+        checkup.read(name, lambda name=name: compare(name))
     for path in sorted(path for path in folder.glob("*.safetensors") if path.name not in known):
-        checkup.look(path.name, lambda path=path: _open_weights(path))
+        checkup.read(path.name, lambda path=path: _open_weights(path))
     if (folder / EXPERTS).exists() and EXPERTS not in known:
-        checkup.look(EXPERTS, lambda: SMoEConfig.from_json((folder / EXPERTS).read_text()))
-    checkup.tell_left(folder.glob(".saving-*"), "left behind by a kill and harmless: the next save removes it")
+        checkup.read(EXPERTS, lambda: read_configs(folder / EXPERTS))
+    checkup.report_left(folder.glob(".saving-*"), "harmless, left by an interrupted process: the next save removes it")
 
 
 def check_records(checkup: Checkup) -> None:
-    """A record, or a folder of records, of which only the number of those that are whole is told."""
-    whole = 0
+    """A record, or a folder of records, of which only the number of intact ones is reported."""
+    intact = 0
     for path in files_below(checkup.folder, "*.json"):
         unverified: list[Path] = []
         try:
@@ -238,14 +239,14 @@ def check_records(checkup: Checkup) -> None:
             if "status" in content:
                 read_record(path)
         except UserError as error:
-            checkup.tell(path, f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", fault=True)
+            checkup.report(path, f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", fault=True)
             continue
         if unverified and content.keys() & {"status", "benchmark"}:  # published.json is written by hand
-            checkup.tell(path, UNVERIFIED)
+            checkup.report(path, UNVERIFIED)
         else:
-            whole += 1
-    checkup.parts += whole
-    print(f"  {whole:,} {'file is' if whole == 1 else 'files are'} whole")
+            intact += 1
+    checkup.parts += intact
+    print(f"  {intact:,} {'file is' if intact == 1 else 'files are'} intact")
 
 
 Check = Callable[[Checkup], None]
@@ -291,8 +292,8 @@ def examine(path: Path) -> int:
     print(f"{path}: {kind}")
     checkup = Checkup(path)
     check(checkup)
-    whole = "whole, as far as it can be verified" if checkup.unverified else "whole"
-    print(f"{path}: {f'{checkup.faults} of {checkup.parts} parts damaged, missing or unfinished' if checkup.faults else whole}")
+    verdict = "intact, as far as it can be verified" if checkup.unverified else "intact"
+    print(f"{path}: {f'{checkup.faults} of {checkup.parts} parts damaged, missing or unfinished' if checkup.faults else verdict}")
     inner = [examine(one.parent) for one in path.glob(f"*/{SURGERY}")] if check is check_run else []  # of a run that pruned experts
     return max([int(checkup.faults > 0), *inner])
 

@@ -1,7 +1,7 @@
 """JSON files of runs, records and prepared data: written atomically with a checksum, verified and validated when read.
 
 A sealed file is an object {"format": 1, ..., "sha256": "..."}: the hash is that of the content between these marks, as compact JSON in its
-order, so that laying the file out anew does not matter. Files of older versions have neither mark: what they hold is validated only.
+order, so that the layout of the file does not matter. Files of older versions have neither mark: what they hold is validated only.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def lines(content: bytes, schema: Any, path: Path, remedy: str) -> list[dict[str
 
 def _field(place: str) -> str:
     """$.quality[0].k of msgspec as words."""
-    return f"the field '{name}'" if (name := place.removeprefix("$").removeprefix(".")) else "the whole"
+    return f"the field '{name}'" if (name := place.removeprefix("$").removeprefix(".")) else "the content"
 
 
 def _not_finite(value: Any, place: str) -> Iterator[str]:

@@ -124,9 +124,9 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         if error.filename is None:
-            return f"a file or connection cannot be used ({reason}): mend that, then run the same command again"
+            return f"a file or connection cannot be used ({reason}): fix that, then run the same command again"
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
-        return f"{path} cannot be used ({reason}): mend that, or give another"
+        return f"{path} cannot be used ({reason}): fix that, or give another"
     return None
 
 

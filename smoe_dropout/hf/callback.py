@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from smoe_dropout.arguments import shown, whole
+from smoe_dropout.arguments import integer, shown
 from smoe_dropout.control import expert_load, get_top_k, moe_layers, set_top_k
 from smoe_dropout.options import ConfigError
 from smoe_dropout.schedule import TopKSchedule
@@ -48,8 +48,8 @@ class TopKScheduleCallback(TrainerCallback):
             raise ConfigError("a schedule that is a function takes neither k_min, k_max, total_steps nor seed: leave them out")
         if not callable(mode) and None in (k_min, k_max):
             raise ConfigError(f"the schedule {shown(mode)} needs k_min and k_max")
-        total_steps = None if total_steps is None else whole("total_steps", total_steps, 1, None)
-        evaluate_at = None if evaluate_at is None else whole("evaluate_at", evaluate_at)
+        total_steps = None if total_steps is None else integer("total_steps", total_steps, 1, None)
+        evaluate_at = None if evaluate_at is None else integer("evaluate_at", evaluate_at)
         self.settings, self.total_steps, self.seed, self.evaluate_at = (mode, k_min, k_max), total_steps, seed, evaluate_at
         self.training_k: int | None = None  # during an evaluation
         self.hook: RemovableHandle | None = None

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, distributed, nn
 from transformers.utils import hf_api
 
+from smoe_dropout.arguments import boolean
 from smoe_dropout.arguments import path as checked_path
-from smoe_dropout.arguments import truth
 from smoe_dropout.control import moe_layers
 from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import Described, is_pretrained_model
@@ -34,7 +34,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, push_to_hub: bool = Fa
     that `from_pretrained` rejects. Raises ConfigError for a model without MoE layers or not from transformers, layers with different k, or
     a folder that holds another model.
     """
-    folder, kind, push_to_hub = checked_path("folder", folder), type(model).__name__, truth("push_to_hub", push_to_hub)
+    folder, kind, push_to_hub = checked_path("folder", folder), type(model).__name__, boolean("push_to_hub", push_to_hub)
     if not is_pretrained_model(model):
         raise ConfigError(f"{kind} is not a model of the transformers library: use smoe_dropout.save_model(model, folder)")
     if not moe_layers(model):

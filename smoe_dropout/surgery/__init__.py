@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from smoe_dropout.arguments import SEEDS, require_weights, shown, truth, whole
+from smoe_dropout.arguments import SEEDS, boolean, integer, require_weights, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import configure, get_top_k, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts
@@ -70,9 +70,9 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
 def _option(name: str, value: object, kind: type) -> object:
     """An option's value as its default's type. ConfigError for another."""
     if kind is bool:
-        return truth(name, value)
+        return boolean(name, value)
     if kind is int:
-        return whole(name, value, *SEEDS)
+        return integer(name, value, *SEEDS)
     require(isinstance(value, kind), f"{name} = {shown(value)} must be a {kind.__name__}")
     return value
 
@@ -80,7 +80,7 @@ def _option(name: str, value: object, kind: type) -> object:
 def _checked(layers: Sequence[MoELayer], keep: int) -> int:
     most = max(layer.num_experts for layer in layers)
     try:
-        keep = whole("keep", keep, 1, most)
+        keep = integer("keep", keep, 1, most)
     except ConfigError:
         raise ConfigError(f"keep = {shown(keep)} must be a whole number from 1 to the {most} experts of a layer") from None
     require_finite(layers)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smoe_dropout import arguments
-from smoe_dropout.arguments import SEEDS, require_weights, whole
+from smoe_dropout.arguments import SEEDS, integer, require_weights
 from smoe_dropout.control import get_top_k, moe_layers, top_k
 from smoe_dropout.files import parse_json, writing_tensors
 from smoe_dropout.layer import MoELayer
@@ -78,7 +78,7 @@ class Calibration:
         require(isinstance(names, list) and all(isinstance(name, str) for name in names), "names is not a list of names")
         expected = {f"{index}.{name}" for index in range(len(names)) for name in LayerCalibration._fields}
         require(bool(names) and tensors.keys() == expected, f"it has not the tensors of {len(names)} layers")
-        k, tokens = whole("k", header["k"]), whole("tokens", header["tokens"], 1, None)
+        k, tokens = integer("k", header["k"]), integer("tokens", header["tokens"], 1, None)
         layers = [LayerCalibration(*(tensors[f"{index}.{name}"] for name in LayerCalibration._fields)) for index in range(len(names))]
         for name, (usage_E, weight_E, logits_SE, inputs_SD) in zip(names, layers, strict=True):
             sizes = [tensor.shape for tensor in (usage_E, weight_E, logits_SE)] if inputs_SD.dim() == logits_SE.dim() == 2 else []
@@ -132,12 +132,12 @@ def calibrate(
     """
     layers, modes = cuttable_layers(model), [(module, module.training) for module in model.modules()]
     require_weights(model)
-    seed, sample = whole("seed", seed, *SEEDS), whole("sample", sample)
+    seed, sample = integer("seed", seed, *SEEDS), integer("sample", sample)
     require(
         isinstance(passes, Iterable) and not isinstance(passes, Tensor),
         f"passes is a {type(passes).__name__}, not pairs of a function and a mask",
     )
-    k = get_top_k(model) if k is None else whole("k", k)
+    k = get_top_k(model) if k is None else integer("k", k)
     watches = [_Watch(layer, torch.Generator().manual_seed(seed), sample) for _, layer in layers]
     with top_k(model, k):
         hooks = [layer.experts.register_forward_pre_hook(watch.see) for (_, layer), watch in zip(layers, watches, strict=True)]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import is_finite, require_weights, shown, whole
+from smoe_dropout.arguments import integer, is_finite, require_weights, shown
 from smoe_dropout.control import configure, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts, factored, sparse_units
 from smoe_dropout.options import require
@@ -37,7 +37,7 @@ def compress(model: nn.Module, rank: int, kept: float = 1.0) -> nn.Module:
     require(only_conversion(model).expert_rank is None, "the experts are already compressed")
     require_weights(model)
     most = min(min(layer.experts.down.shape[1:]) for _, layer in layers)
-    rank, kept = whole("rank", rank, None, None), _checked_share(kept)
+    rank, kept = integer("rank", rank, None, None), _checked_share(kept)
     require(1 <= rank <= most, f"rank = {shown(rank)} must be from 1 to {most}, the largest rank of an expert's maps")
     require_finite([layer for _, layer in layers])
     made = copy.deepcopy(model)
@@ -63,7 +63,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, kept: float, steps: int):
-        self.model, self.kept, self.steps, self.taken = model, _checked_share(kept), whole("steps", steps, 1, None), 0
+        self.model, self.kept, self.steps, self.taken = model, _checked_share(kept), integer("steps", steps, 1, None), 0
         self._experts = [layer.experts for _, layer in moe_layers(model) if isinstance(layer.experts, CompressedExperts)]
         require(bool(self._experts), f"{type(model).__name__} has no compressed experts: call compress(model, rank) first")
         share = moe_layers(model)[0][1].config.sparse_share

@@ -1,4 +1,4 @@
-"""Damaged run folders: whatever is done with one, the numbers are those of the whole one, or the damaged file is named."""
+"""Damaged run folders: whatever is done with one, the numbers are those of the intact one, or the damaged file is named."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""The doctor: of every kind of folder it says that it is whole, and names the file that was damaged, with a remedy."""
+"""The doctor: it finds a folder of every kind intact, and names the file that was damaged, with a remedy."""
 
 import os
 import shutil
@@ -38,12 +38,12 @@ def examine(path: Path, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_whole_folder(world, name, capsys):
+def test_an_intact_folder(world, name, capsys):
     code, said = examine(world / name, capsys)
-    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: whole" in said, said
+    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: intact" in said, said
 
 
-def test_the_committed_records_are_whole(capsys):
+def test_the_committed_records_are_intact(capsys):
     code, said = examine(ROOT / "results", capsys)
     assert code == 0 and "a folder of records" in said and len(said.splitlines()) == 3
 
@@ -72,27 +72,27 @@ HARMLESS |= {("calibration.safetensors", "flipped"), ("calibration.safetensors",
 def test_a_damaged_file_is_named_with_a_remedy(world, damage, tmp_path, capsys):
     for folder in ("run", "smaller", "words", "saved"):
         for path in [path.relative_to(world) for path in sorted((world / folder).rglob("*")) if path.is_file()]:
-            step = path.parent.name if "checkpoints" in path.parts else None  # a checkpoint is told as a whole
+            step = path.parent.name if "checkpoints" in path.parts else None  # a checkpoint is one part
             if step is None and (path.name.partition(".out.")[0], damage) in HARMLESS:
                 continue
             shutil.copytree(world / folder, tmp_path / folder)
             DAMAGES[damage](tmp_path / path)
             code, said = examine(tmp_path / folder, capsys)
             line = next((line for line in said.splitlines()[1:] if (step or path.name) in line), said)
-            line = said if path == Path("saved/manifest.json") else line  # a wrong hash in it is told of the file
+            line = said if path == Path("saved/manifest.json") else line  # a wrong hash in it is reported of the file
             assert code == 1 and ("damaged: " in line or "missing: " in line), (path, said)
             shutil.rmtree(tmp_path / folder)
 
 
-def test_leftovers_of_kills_are_told_and_harmless(world, tmp_path, capsys):
+def test_leftovers_are_reported_and_harmless(world, tmp_path, capsys):
     shutil.copytree(world / "run", tmp_path / "run")
     for name in (".config.json.partial", "checkpoints/.step-00000012.partial", "checkpoints/.step-00000004.removed"):
         (tmp_path / "run" / name).mkdir()
     code, said = examine(tmp_path / "run", capsys)
-    assert code == 0 and said.count("left behind by a kill") == 3
+    assert code == 0 and said.count("left by an interrupted process") == 3
 
 
-def test_an_unfinished_run_says_how_it_goes_on(world, tmp_path, capsys):
+def test_an_unfinished_run_says_how_to_resume_it(world, tmp_path, capsys):
     shutil.copytree(world / "run", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     code, said = examine(tmp_path / "run", capsys)

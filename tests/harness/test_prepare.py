@@ -123,7 +123,7 @@ def test_a_folder_with_other_files_is_never_touched(case, refused, data_dir, tmp
         ("own", f"own holds thesis.txt, which is not part of {case.name}: choose another --out, or move it"),
         ("links", f"links holds books, which is not part of {case.name}: choose another --out, or move it"),
         ("file", "file is a file, not a folder: choose another --out, or move it"),
-        ("file/out", "file/out cannot be written (File exists): choose another --out, or mend this"),
+        ("file/out", "file/out cannot be written (File exists): choose another --out, or fix this"),
     ):
         for force in ([], ["--force"]):
             assert refused(*argv, "--out", data_dir / out, *force).startswith(f"{data_dir / fault}")
@@ -227,7 +227,7 @@ def test_a_place_that_cannot_be_written(out, case, refused, data_dir, tmp_path):
     (data_dir / "circle").symlink_to(data_dir / "circle")
     for force in ([], ["--force"]):
         line = refused(*case.argv(tmp_path / "source"), "--out", data_dir / out, *force)
-        assert line.startswith(f"{data_dir / out} cannot be written (") and line.endswith("): choose another --out, or mend this")
+        assert line.startswith(f"{data_dir / out} cannot be written (") and line.endswith("): choose another --out, or fix this")
 
 
 @pytest.mark.parametrize("largest", [100, 250])
@@ -271,7 +271,7 @@ def test_a_full_disk_is_reported(case, refused, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "x")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert refused(*argv) == "x cannot be used (No space left on device): mend that, or give another"
+    assert refused(*argv) == "x cannot be used (No space left on device): fix that, or give another"
 
 
 def test_a_packed_text_that_fills_the_disk_is_reported(refused, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
-"""Which checkpoints a run has, and whether one is whole. Imports no torch.
+"""The checkpoints of a run, and their verification. Imports no torch.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  rank0.safetensors ...  state.json  manifest.json
 
-manifest.json, written last, holds size and sha256 of every file. state.json says the step, and the config_sha256 of the run.
+manifest.json, written last, holds size and sha256 of every file. state.json holds the step, and the config_sha256 of the run.
 """
 
 import re
@@ -34,7 +34,7 @@ def name_of(step: int) -> str:
 
 
 def steps(root: Path) -> list[int]:
-    """The steps with a checkpoint, whole or damaged, ascending."""
+    """The steps with a checkpoint, intact or damaged, ascending."""
     found = [re.fullmatch(r"step-(\d{8,})", entry.name) for entry in root.glob("step-*")] if root.exists() else []
     return sorted(int(match.group(1)) for match in found if match)
 
@@ -70,6 +70,6 @@ def _content_or_none(path: Path) -> Content | None:
 
 
 def clean(root: Path) -> None:
-    """Removes what kills left of checkpoints that were being written or removed."""
+    """Removes what killed processes left of checkpoints that were being written or removed."""
     for leftover in [*root.glob(".step-*.partial"), *root.glob(".step-*.removed")]:
         shutil.rmtree(leftover)

@@ -37,7 +37,7 @@ class Source:
     path: as given. weights: the file. flags: those of train.py that made it, as far as they are known. trained: what it was trained on and
     for how long, as values. operations: what was done to the weights afterwards, surgery and training, in order. from_transformers:
     smoe_dropout.from_pretrained reads it. surgery: what surgery.py measured, where the weights went through it. config_sha256: of the run
-    that the checkpoint belongs to. weights_sha256: of the weights that the run's record tells of, where it says so.
+    that the checkpoint belongs to. weights_sha256: of the weights that the run's record names, where it says so.
     """
 
     path: Path

@@ -17,7 +17,7 @@ from utils.flags.declare import ABSENT, flags_from, specs
 from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
-BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a kill may leave in a folder before its config.json
+BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
 
 
 class Fingerprints(TypedDict, total=False):
@@ -171,4 +171,4 @@ def remedy_for(folder: Path) -> str:
     """Advice for a damaged file of a run, or of a folder of surgery.py."""
     if (folder / SURGERY).exists():
         return "restore it from a copy, or make the folder again"
-    return "restore it from a copy, or run the command of the run with --repair, which goes on with what is whole"
+    return "restore it from a copy, or run the command of the run with --repair, which continues from what is intact"

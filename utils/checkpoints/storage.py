@@ -51,7 +51,7 @@ def _synced(path: Path) -> Content:
 
 
 class Checkpoint:
-    """A checkpoint, verified when it is opened: the only way to read one. Damaged unless it is whole and of the run."""
+    """A checkpoint, verified when it is opened: the only way to read one. Damaged unless it is intact and of the run."""
 
     def __init__(self, folder: Path, config_sha256: str | None = None, remedy: str = REMEDY):
         self.folder, self.remedy = folder, remedy
@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def latest(root: Path, warn: Callable[[str], None], config_sha256: str | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint, after `warn(sentence)` for each newer damaged one. UserError if all are damaged."""
+    """The newest intact checkpoint, after `warn(sentence)` for each newer damaged one. UserError if all are damaged."""
     fault = None
     for step in reversed(steps(root)):
         try:

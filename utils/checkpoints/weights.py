@@ -43,7 +43,7 @@ def store(model: nn.Module, checkpoints: Path, config_sha256: str) -> None:
         writer.add_json(STATE, {"step": 0, "best_step": 0, "config_sha256": config_sha256})
         writer.finish()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the model cannot be saved in {checkpoints}: {error}; mend that and run the same command again") from None
+        raise UserError(f"the model cannot be saved in {checkpoints}: {error}; fix that and run the same command again") from None
 
 
 class HandedOver(NamedTuple):

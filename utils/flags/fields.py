@@ -61,7 +61,7 @@ class RunFlags:
     )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
     yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
-    repair: bool = flag(False, "go on with what is whole of a damaged run; the record says what was lost", "run unstored")
+    repair: bool = flag(False, "resume a damaged run from what is intact; the record lists what was lost", "run unstored")
     eval_only: bool = flag(False, "evaluate the best weights of --work_dir again, with the run's own flags", "run unstored evaluation")
     k: str | None = flag(None, "with --eval_only: numbers of active experts, such as 1,2,4", "run unstored evaluation")
 

@@ -1,4 +1,4 @@
-"""Files that reports write, each replaced as a whole; in a page, what is rendered stands between two markers."""
+"""Files that reports write, each replaced atomically; in a page, what is rendered stands between two markers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

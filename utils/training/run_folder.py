@@ -60,7 +60,7 @@ class RunFolder:
             self._match_config(config)
         except OSError as error:
             self._unmake()
-            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): mend that, or choose another") from None
+            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): fix that, or choose another") from None
         self.config_sha256 = config_sha256(config)
         clean(self.path / "checkpoints")
         for leftover in [*self.path.glob(".*.partial"), *(self.path / f"{name}.partial" for name in LEFT)]:
@@ -123,7 +123,7 @@ class RunFolder:
             )
 
     def _is_of(self, identity: str) -> bool:
-        """Whether a whole checkpoint says that the run has this identity."""
+        """Whether an intact checkpoint has this identity."""
         for step in steps(root := self.path / "checkpoints"):
             with suppress(Damaged):
                 verify(folder := root / name_of(step))
@@ -146,7 +146,7 @@ class RunFolder:
             documents.write(path, {"config_sha256": self.config_sha256, "starts": starts})
         except OSError as error:
             self._unmake()
-            raise UserError(f"{path} cannot be written ({error.strerror}): mend that, and run the same command again") from None
+            raise UserError(f"{path} cannot be written ({error.strerror}): fix that, and run the same command again") from None
 
     def resume_metrics(self, step: int, known: Content | None) -> None:
         """Cuts metrics.jsonl back to what it was at a checkpoint of this step. Damaged if that is not there any more.
@@ -178,7 +178,7 @@ class RunFolder:
         path, remedy = self.metrics_path, remedy_for(self.path)
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(content).digest() != self._digest.digest():
-            raise Damaged(path, "was changed while the run went on", remedy)
+            raise Damaged(path, "was changed while the run was in progress", remedy)
         return documents.lines(content, Line, path, remedy)
 
     def record(self, line: dict[str, Any]) -> None:
@@ -225,7 +225,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"{path} cannot be written ({error.strerror}): mend that, and rerun the same command to resume") from None
+        raise TrainingError(f"{path} cannot be written ({error.strerror}): fix that, and rerun the same command to resume") from None
 
 
 def _raised_again(failure: threading.ExceptHookArgs) -> None:

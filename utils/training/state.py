@@ -24,7 +24,7 @@ from utils.training.run import Run
 from utils.training.run_folder import RunFolder
 
 BELONGING = ("config_sha256", "metrics")  # entries of a state.json that are no fields of `State`
-REPAIR = "restore it from a copy, or rerun the command with --repair, which goes on without it"
+REPAIR = "restore it from a copy, or rerun the command with --repair, which continues without it"
 
 
 @dataclass
@@ -123,8 +123,8 @@ def restore(
 def replacement_of_best(
     run: Run, newest: Checkpoint, identity: str, model: nn.Module, say: Callable[[str], None]
 ) -> tuple[float, int, str] | None:
-    """With --repair, what takes the place of a damaged best checkpoint: the quality and step of the best whole one, evaluated again, and a
-    word for what was lost. None if the best checkpoint is whole; without --repair Damaged if it is not. Changes the weights of the model.
+    """With --repair, what takes the place of a damaged best checkpoint: the quality and step of the best intact one, evaluated again, and a
+    word for what was lost. None if the best checkpoint is intact; without --repair Damaged if it is not. Changes the weights of the model.
     """
     root, step = newest.folder.parent, newest.json(STATE, Stored)["best_step"]
     if not run.selects_best or not step:
@@ -135,7 +135,7 @@ def replacement_of_best(
     except Damaged as error:
         if not run.flags.repair:
             raise
-        say(f"WARNING: {error.path} {error.fault}; the best of the whole checkpoints is tested instead")
+        say(f"WARNING: {error.path} {error.fault}; the best intact checkpoint is tested instead")
     found = {}
     for other in steps(root):
         with suppress(Damaged):
