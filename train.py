@@ -340,9 +340,7 @@ def evaluate_run(run: Run) -> int:
     identity = config_sha256(config)
     step, weights = chosen_step(root, identity, say)
     model = run.build()
-    tested = load_step(model, root, step, identity, "restore it from a copy, or train again")
-    if weights not in (None, tested.weights_sha256):
-        raise UserError(f"{tested.folder} does not hold the weights of {root.parent / RESULT}: restore them from a copy, or train again")
+    load_step(model, root, step, identity, "restore it from a copy, or train again", weights)
     model = engine.prepare(model)
     ks = parse_ks(flags.k, flags.moe_num_expert) if flags.k and flags.moe else evaluation_ks(flags)
     rows = evaluate_all(task, model, task.splits[-1:], ks, say)

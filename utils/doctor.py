@@ -20,8 +20,8 @@ from smoe_dropout.manifest import hashes, verified
 from smoe_dropout.options import ConfigError
 from utils import documents
 from utils.checkpoints import run_files
-from utils.checkpoints.manifest import MANIFEST, STATE, name_of, steps, verify
-from utils.checkpoints.origin import EXPERTS, WEIGHTS
+from utils.checkpoints.manifest import MANIFEST, STATE, WEIGHTS, name_of, steps, verify
+from utils.checkpoints.origin import EXPERTS
 from utils.checkpoints.run_files import CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
 from utils.data.corpus import split_file
 from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, fault_of, tokenizer_fault

@@ -14,7 +14,7 @@ from typing import TypedDict
 from utils import documents
 from utils.documents import Content, Count, Damaged, Sha256, content_of
 
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "model.safetensors"
 REMEDY = "restore it from a copy, or give another checkpoint"
 
 

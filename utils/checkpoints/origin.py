@@ -16,7 +16,7 @@ from smoe_dropout.manifest import sha256
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
 from utils.checkpoints import run_files, schema_1
-from utils.checkpoints.manifest import MANIFEST, name_of
+from utils.checkpoints.manifest import MANIFEST, WEIGHTS, name_of
 from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
 from utils.documents import Damaged
@@ -26,8 +26,8 @@ from utils.flags.derive import CONFIG_FIELDS
 from utils.flags.fields import Flags
 from utils.flags.models import MODELS, TRANSFORMERS_FIELDS
 
-WEIGHTS, EXPERTS = "model.safetensors", "smoe_config.json"
-TRANSFORMERS_WEIGHTS, LIBRARY = "experts.safetensors", SMoEConfig.__module__.partition(".")[0]
+EXPERTS, TRANSFORMERS_WEIGHTS = "smoe_config.json", "experts.safetensors"
+LIBRARY = SMoEConfig.__module__.partition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from utils.flags.check import check_limits
 from utils.flags.declare import ABSENT, flags_from, specs
 from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 
+REPAIR = "restore it from a copy, or run the command of the run with --repair, which continues without it"
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
 BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
 
@@ -169,6 +170,4 @@ def _belonging(path: Path, content: dict[str, Any], identity: str) -> dict[str, 
 
 def remedy_for(folder: Path) -> str:
     """Advice for a damaged file of a run, or of a folder of surgery.py."""
-    if (folder / SURGERY).exists():
-        return "restore it from a copy, or make the folder again"
-    return "restore it from a copy, or run the command of the run with --repair, which continues from what is intact"
+    return "restore it from a copy, or make the folder again" if (folder / SURGERY).exists() else REPAIR

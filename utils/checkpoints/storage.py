@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.io import load_weights
 from utils import documents
-from utils.checkpoints.manifest import MANIFEST, REMEDY, name_of, steps, verify
+from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of, steps, verify
 from utils.documents import Content, Damaged, content_of, read_nullable
 from utils.errors import UserError
 
@@ -51,11 +51,16 @@ def _synced(path: Path) -> Content:
 
 
 class Checkpoint:
-    """A checkpoint, verified when it is opened: the only way to read one. Damaged unless it is intact and of the run."""
+    """A checkpoint, verified when it is opened: the only way to read one. Damaged unless it is intact, of the run, and with these weights.
 
-    def __init__(self, folder: Path, config_sha256: str | None = None, remedy: str = REMEDY):
+    config_sha256: of the run. weights_sha256: as the run's result.json has it. None for any.
+    """
+
+    def __init__(self, folder: Path, config_sha256: str | None = None, remedy: str = REMEDY, weights_sha256: str | None = None):
         self.folder, self.remedy = folder, remedy
         self.files = verify(folder, config_sha256, remedy)
+        if weights_sha256 not in (None, self.weights_sha256):
+            raise Damaged(folder / WEIGHTS, "holds other weights than those of the run's result.json", remedy)
 
     @property
     def step(self) -> int:
@@ -63,7 +68,7 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        return self.files["model.safetensors"]["sha256"]
+        return self.files[WEIGHTS]["sha256"]
 
     def json(self, name: str, schema: Any) -> dict[str, Any]:
         return read_nullable(self.folder / name, schema, self.remedy)

@@ -12,7 +12,6 @@ from smoe_dropout.options import ConfigError
 from utils.checkpoints import storage
 from utils.checkpoints.manifest import STATE
 from utils.checkpoints.origin import Source
-from utils.documents import Damaged
 from utils.errors import UserError
 
 
@@ -27,9 +26,7 @@ def load(model: nn.Module, source: Source) -> None:
             model.host = host  # the host and its configuration, which may differ from ours
         else:
             if source.config_sha256 or (folder / STATE).exists():  # a checkpoint; load_weights verifies a folder of save_model
-                checkpoint = storage.Checkpoint(folder, source.config_sha256)
-                if source.weights_sha256 not in (None, checkpoint.weights_sha256):
-                    raise Damaged(source.weights, "holds other weights than those of the run's result.json", checkpoint.remedy)
+                storage.Checkpoint(folder, source.config_sha256, weights_sha256=source.weights_sha256)
             load_weights(model, folder)
     except (ConfigError, RuntimeError) as error:
         raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smoe_dropout import moe_layers, top_k
 from utils import documents
 from utils.checkpoints.manifest import name_of
-from utils.checkpoints.run_files import RESULT, config_sha256, read_config, read_result
+from utils.checkpoints.run_files import REPAIR, RESULT, config_sha256, read_config, read_result
 from utils.checkpoints.storage import Checkpoint
 from utils.data.corpus import Corpus
 from utils.documents import Damaged
@@ -32,7 +32,6 @@ from utils.training.evaluation import forked_random
 from utils.training.setup import pretraining_task
 
 BATCHES = 20  # validation batches read
-REMEDY = "restore it from a copy, or rerun the command of the run with --repair, which finishes without it"
 
 
 def describe_routing(
@@ -54,7 +53,7 @@ def describe_routing(
     steps, chosen = [], []
     for step in ([before] if before else []) + [flags.max_step]:
         try:
-            Checkpoint(checkpoints / name_of(step), identity, REMEDY).load_weights(model)
+            Checkpoint(checkpoints / name_of(step), identity, REPAIR).load_weights(model)
         except Damaged:
             if lost is None or step == flags.max_step:
                 raise

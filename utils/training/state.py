@@ -11,6 +11,7 @@ from torch import nn
 from smoe_dropout.io import save_model
 from utils.checkpoints import storage
 from utils.checkpoints.manifest import STATE, Stored, name_of, steps
+from utils.checkpoints.run_files import REPAIR
 from utils.checkpoints.storage import Checkpoint
 from utils.documents import Content, Damaged
 from utils.errors import UserError
@@ -24,7 +25,6 @@ from utils.training.run import Run
 from utils.training.run_folder import RunFolder
 
 BELONGING = ("config_sha256", "metrics")  # entries of a state.json that are no fields of `State`
-REPAIR = "restore it from a copy, or rerun the command with --repair, which continues without it"
 
 
 @dataclass
@@ -152,8 +152,10 @@ def badness(run: Run, model: nn.Module) -> float:
     return quality if task.metric.lower_is_better else -quality
 
 
-def load_step(model: nn.Module, root: Path, step: int, identity: str, remedy: str = REPAIR) -> Checkpoint:
+def load_step(
+    model: nn.Module, root: Path, step: int, identity: str, remedy: str = REPAIR, weights_sha256: str | None = None
+) -> Checkpoint:
     """Loads the weights of a step, verified, and returns its checkpoint."""
-    checkpoint = Checkpoint(root / name_of(step), identity, remedy)
+    checkpoint = Checkpoint(root / name_of(step), identity, remedy, weights_sha256)
     checkpoint.load_weights(model)
     return checkpoint
