@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
 from safetensors import SafetensorError, safe_open
 
 from smoe_dropout.config import read_configs
@@ -20,7 +19,7 @@ from smoe_dropout.manifest import hashes, verified
 from smoe_dropout.options import ConfigError
 from utils import documents
 from utils.checkpoints import run_files
-from utils.checkpoints.manifest import MANIFEST, STATE, WEIGHTS, name_of, steps, verify
+from utils.checkpoints.manifest import MANIFEST, STATE, WEIGHTS, Stored, name_of, steps, verify
 from utils.checkpoints.origin import EXPERTS
 from utils.checkpoints.run_files import CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
 from utils.data.corpus import split_file
@@ -33,12 +32,6 @@ from utils.reporting.records import REMEDY, files_below, read_record
 EVALUATION = "eval.json"
 UNVERIFIED = "readable, but without checksum, as in earlier versions: its content cannot be verified"
 LEFT = "harmless, left by an interrupted process: the next start removes it"
-
-
-class WithMetrics(Struct):
-    """The part of state.json that metrics.jsonl is compared with."""
-
-    metrics: Content | None = None
 
 
 class Checkup:
@@ -121,8 +114,8 @@ def _read_metrics(folder: Path, step: int | None) -> str:
     if step is None:
         return "not verified, because there is no intact checkpoint"
     state = folder / "checkpoints" / name_of(step) / STATE
-    known = documents.read_nullable(state, WithMetrics, run_files.remedy_for(folder)).get("metrics")
-    run_files.metrics_size(folder, step, known)
+    known = documents.read_nullable(state, Stored, run_files.remedy_for(folder)).get("metrics")
+    run_files.recorded_metrics(folder, step, known)
     return f"intact up to step {step:,}, the newest intact checkpoint" if known else UNVERIFIED
 
 

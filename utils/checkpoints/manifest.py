@@ -9,7 +9,8 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
+
+from msgspec import UNSET, Struct, UnsetType
 
 from utils import documents
 from utils.documents import Content, Count, Damaged, Sha256, content_of
@@ -18,15 +19,13 @@ MANIFEST, STATE, WEIGHTS = "manifest.json", "state.json", "model.safetensors"
 REMEDY = "restore it from a copy, or give another checkpoint"
 
 
-class _Best(TypedDict):
+class Stored(Struct):
+    """The part of a state.json that identifies the checkpoint, and metrics.jsonl at that step. Older ones have `best_step` only."""
+
     best_step: Count
-
-
-class Stored(_Best, total=False):
-    """The part of a state.json that says which checkpoint it is. Older ones have `best_step` only."""
-
-    step: Count
-    config_sha256: Sha256
+    step: Count | UnsetType = UNSET
+    config_sha256: Sha256 | UnsetType = UNSET
+    metrics: Content | UnsetType = UNSET
 
 
 def name_of(step: int) -> str:

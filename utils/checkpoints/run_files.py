@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from msgspec import UNSET, Struct, UnsetType
+
 from utils import documents
 from utils.documents import Content, Count, Damaged, Sha256, read_nullable
 from utils.errors import UserError
@@ -38,19 +40,16 @@ class Pretrained(TypedDict, total=False):
     operations: list[Operation]
 
 
-class _Complete(TypedDict):
+class Result(Struct):
+    """The entries of result.json by which a run is continued or evaluated. Older ones lack the hashes."""
+
     schema: Count
     status: Literal["complete"]
     best_step: Count
     dataset: Dataset
-
-
-class Result(_Complete, total=False):
-    """The entries of result.json by which a run is continued or evaluated. Older ones lack the hashes."""
-
-    pretrained: Pretrained
-    config_sha256: Sha256
-    weights_sha256: Sha256
+    pretrained: Pretrained | UnsetType = UNSET
+    config_sha256: Sha256 | UnsetType = UNSET
+    weights_sha256: Sha256 | UnsetType = UNSET
 
 
 class Surgery(TypedDict, total=False):
@@ -69,14 +68,11 @@ class Line(TypedDict):
     split: str
 
 
-class _Starts(TypedDict):
-    starts: list[dict[str, Any]]
-
-
-class Environments(_Starts, total=False):
+class Environments(Struct):
     """env.json: how each start of the run was made."""
 
-    config_sha256: Sha256
+    starts: list[dict[str, Any]]
+    config_sha256: Sha256 | UnsetType = UNSET
 
 
 def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
@@ -143,8 +139,8 @@ def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:
     return _belonging(path, documents.unsealed(found, Environments, path, remedy), identity)["starts"]
 
 
-def metrics_size(folder: Path, step: int, known: Content | None) -> int:
-    """The size that metrics.jsonl had at a checkpoint of this step. Damaged if it is not any more what it was then.
+def recorded_metrics(folder: Path, step: int, known: Content | None) -> bytes:
+    """The content of metrics.jsonl up to a checkpoint of this step. Damaged if it is not any more what it was then.
 
     known: its size and hash then; None for a checkpoint of version 0.1, which did not store them.
     """
@@ -155,11 +151,12 @@ def metrics_size(folder: Path, step: int, known: Content | None) -> int:
     if known is None:
         texts = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)  # a last line cut by a kill does not count
         lines = documents.lines(b"".join(texts), Line, path, remedy)
-        return sum(len(text) for text, line in zip(texts, lines, strict=True) if line["step"] <= step)
-    if len(content) < known["bytes"] or hashlib.sha256(content[: known["bytes"]]).hexdigest() != known["sha256"]:
+        return b"".join(text for text, line in zip(texts, lines, strict=True) if line["step"] <= step)
+    recorded = content[: known["bytes"]]
+    if len(recorded) < known["bytes"] or hashlib.sha256(recorded).hexdigest() != known["sha256"]:
         fault = f"is {'damaged' if content else 'missing or empty'}: it is not what was recorded up to step {step}"
         raise Damaged(path, fault, remedy)
-    return known["bytes"]
+    return recorded
 
 
 def _belonging(path: Path, content: dict[str, Any], identity: str) -> dict[str, Any]:

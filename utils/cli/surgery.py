@@ -157,8 +157,6 @@ def _default_folder(flags: SurgeryFlags, source: Source) -> str:
 
 def refuse_occupied(out: Path) -> None:
     """Raises UserError for a folder that holds anything but an operation, finished or interrupted."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: choose another")
     found = {entry.name for entry in out.iterdir()} if out.exists() else set()
     if found - BEGUN and "surgery" not in (read_config(out) if CONFIG in found else {}):
         raise UserError(f"--out {out} holds something else: choose an empty or a new folder")

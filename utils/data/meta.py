@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from smoe_dropout.manifest import sha256
 from utils.documents import Content, Count, Sha256
@@ -56,8 +56,8 @@ class Splits(TypedDict):
     test: Content
 
 
-class _Text(TypedDict):
-    """The part of meta.json that every version has."""
+class TextMeta(msgspec.Struct):
+    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them."""
 
     schema: Version
     name: Name
@@ -65,18 +65,13 @@ class _Text(TypedDict):
     source: str
     official_text: bool
     splits: Splits
-
-
-class TextMeta(_Text, total=False):
-    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them."""
-
-    text: dict[str, int | str]
-    held_out: Count
-    symbols: Count
-    limit: int | None
-    column: str
-    vocabulary: Vocabulary
-    files: dict[str, Content]
+    text: dict[str, int | str] | UnsetType = UNSET
+    held_out: Count | UnsetType = UNSET
+    symbols: Count | UnsetType = UNSET
+    limit: int | UnsetType | None = UNSET
+    column: str | UnsetType = UNSET
+    vocabulary: Vocabulary | UnsetType = UNSET
+    files: dict[str, Content] | UnsetType = UNSET
 
 
 class RowsMeta(TypedDict):

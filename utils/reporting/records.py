@@ -4,8 +4,7 @@ import fnmatch
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha256
 from itertools import chain
@@ -83,23 +82,12 @@ def read_record(path: Path, unverified: Callable[[Path], object] | None = None) 
     return record
 
 
-@contextmanager
-def _noting_unverified() -> Iterator[Callable[[Path], None]]:
-    """Yields what takes the records without a checksum; one note says that there were some."""
-    found: list[Path] = []
-    yield found.append
-    if found:
-        more = f" and {len(found) - 1} more have" if len(found) > 1 else " has"
-        print(f"note: {found[0]}{more} no checksum, as in earlier versions: what they say cannot be verified", file=sys.stderr)
-
-
 def load_records(results: Iterable[Path], runs: Iterable[Path] = ()) -> list[tuple[Path, Record]]:
     """The complete records: every JSON file under `results` (folders or files) and every result.json under `runs`."""
     paths: dict[Path, None] = {}
     for source, pattern in [*((path, "*.json") for path in results), *((path, "result.json") for path in runs)]:
         paths |= dict.fromkeys(files_below(source, pattern))
-    with _noting_unverified() as unverified:
-        found = [(path, read_record(path, unverified)) for path in paths if path.name != PUBLISHED.name]
+    found = [(path, read_record(path, documents.note_unverified)) for path in paths if path.name != PUBLISHED.name]
     for path, record in found:
         if record["status"] != COMPLETE:
             print(f"skipped {path}: its status is '{record['status']}'", file=sys.stderr)
@@ -161,8 +149,7 @@ def file_name(record: Record) -> str:
 def collect(runs: Iterable[Path], place: Callable[[Record], Path], force: bool = False) -> list[Path]:
     """Copies finished runs' records to their places; writes nothing if one of them is refused."""
     planned: dict[Path, tuple[Path, Record]] = {}
-    with _noting_unverified() as unverified:
-        found = [(path, read_record(path, unverified)) for path in (run / "result.json" for run in runs)]
+    found = [(path, read_record(path, documents.note_unverified)) for path in (run / "result.json" for run in runs)]
     for path, record in found:
         if record["status"] != COMPLETE:
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected")

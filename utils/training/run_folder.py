@@ -29,9 +29,9 @@ from utils.checkpoints.run_files import (
     Line,
     config_of,
     config_sha256,
-    metrics_size,
     read_config,
     read_starts,
+    recorded_metrics,
     remedy_for,
 )
 from utils.documents import Content, Damaged, note_unverified
@@ -72,8 +72,6 @@ class RunFolder:
         return Path(flags.work_dir) / "checkpoints"
 
     def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--work_dir {self.path} is a file: choose another")
         found = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         if CONFIG in found or not found - BEGUN:
             return
@@ -153,20 +151,18 @@ class RunFolder:
 
         known: the size and hash of the file then; None for a checkpoint of version 0.1, which did not store them.
         """
-        path = self.metrics_path
-        content = path.read_bytes() if path.is_file() else b""
+        path, recorded = self.metrics_path, b""
         try:
-            size = metrics_size(self.path, step, known)
+            recorded = recorded_metrics(self.path, step, known)
             if known is None:
                 note_unverified(path)
         except Damaged:
             if not self.repairs:
                 raise
-            size = 0
             self.lost.append(f"metrics.jsonl up to step {step}")
         self._metrics = open(path, "ab")  # noqa: SIM115 (held until the process ends)
-        os.truncate(path, size)
-        self._digest, self._size = hashlib.sha256(content[:size]), size
+        os.truncate(path, len(recorded))
+        self._digest, self._size = hashlib.sha256(recorded), len(recorded)
 
     def synced_metrics(self) -> Content:
         """Size and hash of metrics.jsonl, which is on the disk now."""

@@ -53,12 +53,6 @@ class OfProcess(TypedDict):
     loss_tokens: int
 
 
-class Recorded(Stored, total=False):
-    """The entries of a state.json by which its run is recognised."""
-
-    metrics: Content
-
-
 def save(
     folder: RunFolder | None,
     run: Run,
@@ -98,7 +92,7 @@ def restore(
     Returns state and carried state as saved, and size and hash of metrics.jsonl at that time; None in older runs.
     """
     engine, folder = run.engine, checkpoint.folder
-    recorded = checkpoint.json(STATE, Recorded)
+    recorded = checkpoint.json(STATE, Stored)
     stored = {"lost": []} | {name: value for name, value in checkpoint.json(STATE, State).items() if name not in BELONGING}
     if stored.keys() != {entry.name for entry in fields(State)}:
         raise UserError(f"{folder} was made by another version of this program: choose another --work_dir")
