@@ -256,5 +256,5 @@ def test_a_state_of_version_0_1_before_the_first_validation_is_read(tmp_path):
     assert read_nullable(tmp_path / "state.json", State, "restore it") == {"step": 3, "best": None, "best_step": 0}
 
 
-def test_repair_goes_on_with_what_is_whole_and_says_what_was_lost(corpus, finished, tmp_path):
+def test_repair_continues_from_what_is_intact_and_records_what_was_lost(corpus, finished, tmp_path):
     tiny.call(repair_all, str(corpus), *map(str, finished), str(tmp_path / "work"))
