@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from utils import documents
+from utils.documents import Count
 from utils.errors import UserError, run_main
 from utils.reporting.pages import update_page
 
@@ -49,7 +50,6 @@ NOTES = (
 
 
 Positive = Annotated[float, Meta(gt=0)]
-Size = Annotated[int, Meta(ge=0)]
 
 
 class Result(Struct):
@@ -61,17 +61,17 @@ class Result(Struct):
 class Row(Struct):
     results: Annotated[dict[str, Result], Meta(min_length=1)]
     precision: str | UnsetType = UNSET
-    k: Size | UnsetType = UNSET
+    k: Count | UnsetType = UNSET
     bound: Positive | UnsetType = UNSET
     axis: str | UnsetType = UNSET
-    value: Size | UnsetType = UNSET
+    value: Count | UnsetType = UNSET
 
 
 class Environment(Struct):
     commit: str | None
     device_name: str
-    cores: Size
-    threads: Size
+    cores: Count
+    threads: Count
     torch: str
     tuned: list[str] = []
 

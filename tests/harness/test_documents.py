@@ -66,7 +66,7 @@ def test_a_damaged_file_is_refused_or_says_the_same(tmp_path_factory, content, d
         ('{"steps": 3, "seconds": NaN}', "the field 'seconds' is not a finite number"),
         ('{"steps": -3, "seconds": 1.5}', "the field 'steps' must be int >= 0"),
         ('{"steps": 3.0, "seconds": 1.5}', "the field 'steps' must be int, got float"),
-        ('{"seconds": 1.5}', "the whole lacks steps"),
+        ('{"seconds": 1.5}', "the content lacks steps"),
         ("[1]", "is not a JSON object"),
         ("[" * (DEEPEST + 2) + "]" * (DEEPEST + 2), "is nested deeper"),
         ("[" * 100_000 + "]" * 100_000, "is nested deeper"),
