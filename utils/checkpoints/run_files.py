@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 from smoe_dropout.files import read_json
 from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.checkpoints.manifest import Content, Count, Sha256, read_nullable
+from utils.checkpoints.manifest import Content, Count, Sha256, content_of, read_nullable
 from utils.documents import Damaged
 from utils.errors import UserError
 from utils.flags.check import check_limits
@@ -21,6 +21,7 @@ from utils.flags.declare import ABSENT, flags_from, specs
 from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
+CALIBRATION = "calibration.safetensors"  # in a folder of surgery.py: what an operation was decided by
 BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a kill may leave in a folder before its config.json
 
 
@@ -63,6 +64,7 @@ class Surgery(TypedDict, total=False):
     operations: list[Operation]
     source_sha256: Sha256
     config_sha256: Sha256
+    calibration_sha256: Sha256
 
 
 class Line(TypedDict):
@@ -99,7 +101,7 @@ def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -
     differing = {"without": needed - config.keys(), "with": config.keys() - declared.keys() - Fingerprints.__annotations__.keys()}
     for word, found in differing.items():
         if found:
-            raise UserError(f"{path} belongs to another version, {word} {', '.join(sorted(found)[:4])}: train it again")
+            raise Damaged(path, f"is damaged, or of another version, {word} {', '.join(sorted(found)[:4])}", remedy)
     documents.validate(config, kind, path, remedy)
     config = defaults_before() | config
     started = {name: getattr(Flags, name) for name in names(role="start")}  # without meaning for the trained model
@@ -136,10 +138,22 @@ def read_result(folder: Path, identity: str) -> dict[str, Any] | None:
 
 
 def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
-    """The content of a folder's surgery.json."""
+    """The content of a folder's surgery.json, without hashes of its other files."""
+    content = _surgery(folder, identity)
+    return {name: value for name, value in content.items() if name not in ("config_sha256", "calibration_sha256")}
+
+
+def verify_calibration(folder: Path, identity: str) -> bool:
+    """Whether surgery.json tells of a calibration. Damaged if that is not the one in the folder."""
+    path, known = folder / CALIBRATION, _surgery(folder, identity).get("calibration_sha256")
+    if known and (not path.is_file() or content_of(path)["sha256"] != known):
+        raise Damaged(path, f"is {'damaged' if path.exists() else 'missing'}: {SURGERY} tells of another", remedy_for(folder))
+    return known is not None
+
+
+def _surgery(folder: Path, identity: str) -> dict[str, Any]:
     path = folder / SURGERY
-    content = _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
-    return {name: value for name, value in content.items() if name != "config_sha256"}
+    return _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
 
 
 def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:
