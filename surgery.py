@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout import calibrate, moe_layers, operate
+from smoe_dropout.manifest import sha256
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import SURGERIES, load
 from smoe_dropout.surgery.compression import compress
 from utils import documents
 from utils.checkpoints.manifest import name_of
-from utils.checkpoints.run_files import SURGERY
+from utils.checkpoints.run_files import CALIBRATION, SURGERY
 from utils.checkpoints.storage import Checkpoint, require_space
 from utils.checkpoints.weights import store
 from utils.cli.surgery import Plan, flags_after, is_complete
@@ -77,8 +78,10 @@ def main(plan: Plan, engine: Engine) -> int:
     require_space(checkpoints, list(smaller.state_dict().values()), copies=1, flag="--out")
     folder = RunFolder(after, run.fingerprints() | {"surgery": plan.provenance})
     store(smaller, checkpoints, folder.config_sha256)
+    hashes = {"config_sha256": folder.config_sha256}
     if calibration is not None:
-        calibration.save(folder.path / "calibration.safetensors")
+        calibration.save(folder.path / CALIBRATION)
+        hashes["calibration_sha256"] = sha256(folder.path / CALIBRATION)
 
     run_after = pretraining_run(after, plan.text, engine)
     smaller = Checkpoint(checkpoints / name_of(0), folder.config_sha256).load_weights(run_after.build())  # measure what was saved
@@ -86,7 +89,7 @@ def main(plan: Plan, engine: Engine) -> int:
     surgery = plan.provenance | {"metric": metric_of(run.task)}
     surgery |= {"before": plan.earlier.get("before") or measured("before", *pairs[0], print), "after": measured("after", *pairs[1], print)}
     surgery |= {"time": chained(plan.earlier, time_ratios(*pairs)), "environment": describe_environment(engine)}
-    documents.write(folder.path / SURGERY, surgery | {"config_sha256": folder.config_sha256})
+    documents.write(folder.path / SURGERY, surgery | hashes)
     print(as_text(surgery))
     print(f"done: {folder.path}")
     return 0

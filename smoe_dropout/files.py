@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,30 @@ def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
 
 @contextmanager
 def writing_tensors(path: Path) -> Iterator[None]:
-    """Context manager for writing a safetensors file: OSError with its path, in place of the error of safetensors, if that fails."""
+    """Context manager for writing a safetensors file: OSError with its path, in place of the error of safetensors, if that fails.
+
+    The file gets the mode of one that is opened for writing, while safetensors lets only its owner read it.
+    """
     from safetensors import SafetensorError
 
+    if is_new := not path.exists():
+        path.touch()
+    mode = path.stat().st_mode
     try:
         yield
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
+    except BaseException as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise
+    set_mode(path, mode)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Set who may read and write a file, where the file system knows of that."""
+    with suppress(OSError):
+        path.chmod(stat.S_IMODE(mode))
 
 
 def _exceeds(value: Any, levels: int) -> bool:

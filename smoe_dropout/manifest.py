@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smoe_dropout.files import read_object
+from smoe_dropout.files import read_object, set_mode
 from smoe_dropout.folders import held, remove, temporary
 from smoe_dropout.options import ConfigError
 
@@ -102,11 +102,13 @@ def _remove_abandoned(left: Path) -> None:
 def publish(made: Path, folder: Path, earlier: Iterable[str]) -> None:
     """Move the files of a save into the folder and remove those of an `earlier` one, whose manifest is replaced first and last."""
     names = sorted(path.name for path in made.iterdir())
+    _write(made / MANIFEST, {"complete": False})
+    mode = (made / MANIFEST).stat().st_mode
     for name in names:
+        set_mode(made / name, mode)  # safetensors, by which transformers writes, lets only the owner read
         with (made / name).open("rb") as file:
             os.fsync(file.fileno())
     found = {name: sha256(made / name) for name in names}
-    _write(made / MANIFEST, {"complete": False})
     os.replace(made / MANIFEST, folder / MANIFEST)
     for name in set(earlier) - set(names):
         (folder / name).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from utils import documents
 from utils.checkpoints import run_files
 from utils.checkpoints.manifest import MANIFEST, STATE, WEIGHTS, Stored, name_of, steps, verify
 from utils.checkpoints.origin import EXPERTS
-from utils.checkpoints.run_files import CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
+from utils.checkpoints.run_files import CALIBRATION, CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
 from utils.data.corpus import split_file
 from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, fault_of, tokenizer_fault
 from utils.data.rows import TASKS, kind_of, read_examples
@@ -91,12 +91,13 @@ def check_run(checkup: Checkup) -> None:
         return lambda: read(identity) if identity else f"not verified, because {CONFIG} is not intact"
 
     checkup.read(CONFIG, read_config, remedy)
-    for step in steps(root):
-        checkup.read(f"checkpoints/{name_of(step)}", lambda at=step: manifests.update({at: verify(root / name_of(at), identity, remedy)}))
+    unfinished = "unfinished: run the command of surgery.py again"
+    for step in sorted({*steps(root), *([0] if operated else [])}):
+        part = f"checkpoints/{name_of(step)}"
+        checkup.read(part, lambda at=step: manifests.update({at: verify(root / name_of(at), identity, remedy)}), unfinished)
     if operated:
-        for path in folder.glob("*.safetensors"):  # what calibration collected
-            checkup.read(path.name, lambda path=path: _open_weights(path))
-        checkup.read(SURGERY, belonging(lambda own: run_files.read_surgery(folder, own)), "unfinished: run the command of surgery.py again")
+        checkup.read(SURGERY, belonging(lambda own: run_files.read_surgery(folder, own)), unfinished)
+        checkup.read(CALIBRATION, belonging(lambda own: _read_calibration(folder, own)))
     else:
         newest = max(manifests, default=None)
         checkup.read(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), remedy)
@@ -108,6 +109,11 @@ def check_run(checkup: Checkup) -> None:
     for path in sorted(folder.glob("tensorboard/events*")):
         checkup.read(str(path.relative_to(folder)), lambda path=path: _read_events(path))
     checkup.report_left([*folder.glob("*.partial"), *root.glob(".step-*")])
+
+
+def _read_calibration(folder: Path, identity: str) -> str | None:
+    known = run_files.verify_calibration(folder, identity)
+    return None if known else UNVERIFIED if (folder / CALIBRATION).exists() else "none"
 
 
 def _read_metrics(folder: Path, step: int | None) -> str:

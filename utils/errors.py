@@ -15,6 +15,7 @@ from smoe_dropout.options import ConfigError
 STOPS = (signal.SIGINT, signal.SIGTERM)
 BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended; Windows has no such signal
 NAME = "checkpoints/.step-00000000.partial/optimizer.safetensors"  # about the longest that is written into a folder of a run
+TRIAL = ".trial-of-writing"  # always the same, so that the next start removes it after a kill
 LONGEST = 300  # characters of a path or of a parser's message that a refusal shows
 DEEPEST = 200  # folders in a path
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")  # how torch words it
@@ -107,9 +108,12 @@ def refuse_unwritable(option: str, folder: str | os.PathLike) -> None:
                 link = " to nowhere" if existing.is_symlink() and not existing.exists() else ""
                 raise UserError(f"{option} {folder} cannot be a folder, {existing} is a {'link' if link else 'file'}{link}: choose another")
             existing = existing.parent
-        trial = existing / f".trial-{os.getpid()}"
-        trial.mkdir()
-        trial.rmdir()
+        trial = existing / TRIAL
+        try:
+            trial.mkdir(exist_ok=True)
+        finally:
+            with suppress(FileNotFoundError):  # another process has removed it
+                trial.rmdir()
     except OSError as error:
         raise UserError(f"{option} {one_line(str(folder))[:LONGEST]} cannot be written ({error.strerror}): choose another") from None
 

@@ -12,13 +12,13 @@ from utils.errors import UserError
 from utils.flags.derive import usual_flags
 from utils.reporting import ablations
 from utils.reporting.__main__ import main, render
-from utils.reporting.ablations import ABLATIONS, ablation_tables, build_table, groups_of
+from utils.reporting.ablations import ablation_tables, all_ablations, build_table, groups_of
 from utils.reporting.tables import to_markdown
 from utils.training.identity import departures
 
 ROWS = [
     (ablation.name, row.name, preset)
-    for ablation in ABLATIONS.values()
+    for ablation in all_ablations().values()
     for row in ablation.rows
     for preset in ([ablation.preset] if ablation.preset else ["paper", "laptop"])
 ]
@@ -35,14 +35,14 @@ def run_of(flags, **changes) -> dict:
 
 def runs_of(name: str, *more: str) -> list:
     """A run of each row as its script starts it, with further flags."""
-    rows, preset = ABLATIONS[name].rows, ABLATIONS[name].preset or "laptop"
+    rows, preset = all_ablations()[name].rows, all_ablations()[name].preset or "laptop"
     return [(row.name, run_of(parse([*row.words, "--preset", preset, *more]))) for row in rows]
 
 
 @pytest.mark.parametrize(("name", "row", "preset"), ROWS)
 def test_a_run_of_a_row_is_recognised(name, row, preset):
     """A row is found by the recorded identity of its run, also with a flag that all rows share, at its preset or any of four layers."""
-    ablation = ABLATIONS[name]
+    ablation = all_ablations()[name]
     (one,) = (one for one in ablation.rows if one.name == row)
     for more, rest in (([], {}), (["--clip", "9"], {"clip": 9.0})):
         run = run_of(parse([*one.words, "--preset", preset, *more]))
@@ -54,7 +54,7 @@ def test_a_run_of_a_row_is_recognised(name, row, preset):
 def test_rows_that_share_a_run_are_the_same_run():
     """No two rows train into one folder unless all their flags agree, at the presets of four layers."""
     folders = {}
-    for ablation in ABLATIONS.values():
+    for ablation in all_ablations().values():
         for row in ablation.rows:
             flags = parse(["--preset", "paper", *row.words])
             assert folders.setdefault(flags.work_dir, flags) == flags
@@ -63,7 +63,7 @@ def test_rows_that_share_a_run_are_the_same_run():
 
 def test_a_row_is_listed_as_words_of_a_command_line(capsys):
     ablations.main(["router"])
-    assert capsys.readouterr().out.split() == [row.name for row in ABLATIONS["router"].rows]
+    assert capsys.readouterr().out.split() == [row.name for row in all_ablations()["router"].rows]
     ablations.main(["router", "balanced"])
     words = capsys.readouterr().out.split("\n")
     assert words == ["--method", "smoe_dropout", "--gate_name", "learned", "--no-freeze_gate", "--run_name", "balanced", ""]
@@ -90,8 +90,8 @@ def test_layers_without_experts_are_as_wide_as_requested():
 def test_the_table_of_a_schedule_has_the_order_of_its_rows_and_published_numbers():
     exponential = record(settings={"dynamic_moe_mode": "exp_increase"}, quality={8: 6.0, 16: 3.0})
     found = [("b", exponential), ("a", record(quality={8: 4.0, 16: 2.0})), ("c", record("thor", quality={8: 1.0, 16: 1.0}))]
-    (group,) = groups_of(ABLATIONS["schedule"], found)
-    lines = to_markdown(build_table(ABLATIONS["schedule"], group)).splitlines()
+    (group,) = groups_of(all_ablations()["schedule"], found)
+    lines = to_markdown(build_table(all_ablations()["schedule"], group)).splitlines()
     assert [line.split(" | ")[:4] for line in lines[4:6]] == [
         ["| linear, E/2 to E (n = 1)", "**4.000**", "**2.000**", "2.000 (k = 16)"],
         ["| exponential (n = 1)", "6.000", "3.000", "3.000 (k = 16)"],
@@ -101,15 +101,17 @@ def test_the_table_of_a_schedule_has_the_order_of_its_rows_and_published_numbers
 
 def test_runs_of_other_presets_are_not_compared_and_depth_is_no_other_preset():
     deep = [("a", record()), ("b", record(preset_settings={"n_layer": 8}))]
-    assert [len(group.rows) for group in groups_of(ABLATIONS["depth"], deep)] == [2]
-    assert groups_of(ABLATIONS["schedule"], deep) == []
-    assert groups_of(ABLATIONS["router"], [("a", record()), ("b", record(settings={"gate_name": "hash"}, preset="quick"))]) == []
+    assert [len(group.rows) for group in groups_of(all_ablations()["depth"], deep)] == [2]
+    assert groups_of(all_ablations()["schedule"], deep) == []
+    assert groups_of(all_ablations()["router"], [("a", record()), ("b", record(settings={"gate_name": "hash"}, preset="quick"))]) == []
 
 
 def test_runs_with_further_flags_are_compared_among_themselves():
     found = runs_of("depth")[:2] + runs_of("depth", "--max_step", "9")[:2]
     rows = ["4 layers, SMoE-Dropout", "8 layers, SMoE-Dropout"]
-    groups = {group.title.partition("preset ")[2]: [row.label for row in group.rows] for group in groups_of(ABLATIONS["depth"], found)}
+    groups = {
+        group.title.partition("preset ")[2]: [row.label for row in group.rows] for group in groups_of(all_ablations()["depth"], found)
+    }
     assert groups == {"laptop": rows, "laptop, 9 steps": rows}
 
 
@@ -123,13 +125,13 @@ def test_runs_with_further_flags_are_compared_among_themselves():
     ],
 )
 def test_a_run_of_no_row_is_left_out(changes, name):
-    assert ABLATIONS[name].find(record() | changes) is None
+    assert all_ablations()[name].find(record() | changes) is None
 
 
 def test_runs_of_different_texts_are_refused():
     found = [("a", record()), ("b", record(settings={"gate_name": "hash"}, dataset__fingerprint="other"))]
     with pytest.raises(UserError, match="fingerprint"):
-        groups_of(ABLATIONS["router"], found)
+        groups_of(all_ablations()["router"], found)
 
 
 def test_one_row_alone_is_no_ablation(tmp_path, monkeypatch, capsys):
@@ -150,7 +152,7 @@ def test_figures_along_a_number_have_a_panel_of_it(name, tmp_path, monkeypatch):
 
 def study_runs(name: str) -> list:
     """Two seeds of every row of a study: quality by its place, worse at E/2, and in the second seed for the last label."""
-    study, found = ABLATIONS[name], []
+    study, found = all_ablations()[name], []
     for seed, (i, (row, one)) in itertools.product((1, 2), enumerate(runs_of(name))):
         at, last = study.places.index(study.rows[i].at), study.rows[i].label == study.rows[-1].label
         quality = [{**entry, "test": 4 - at / 2 + (0.1 * seed if last else 0) + 0.25 * (entry["k"] == 8)} for entry in one["quality"]]
@@ -191,7 +193,7 @@ def test_a_study_needs_a_curve_or_its_baseline():
     assert ablation_tables([(path, one) for path, one in one_length if one["method"] != "dense"], ["length"]) == []
 
 
-@pytest.mark.parametrize("name", [name for name, one in ABLATIONS.items() if one.preset])
+@pytest.mark.parametrize("name", [name for name, one in all_ablations().items() if one.preset])
 def test_the_figure_of_a_study_is_drawn(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store(*(one for _, one in study_runs(name)), where="runs")
@@ -204,7 +206,7 @@ def test_lengths_are_the_tokens_that_a_parameter_sees():
     from utils.models.build import build_model
     from utils.models.flops import parameter_counts
 
-    for row in ABLATIONS["length"].rows:
+    for row in all_ablations()["length"].rows:
         flags = parse(row.words)
         tokens = flags.max_step * flags.batch_size * flags.tgt_len
         assert tokens / parameter_counts(build_model(flags))["total"] == pytest.approx(row.at, rel=0.02), row.name
@@ -229,3 +231,27 @@ def test_every_row_of_the_file_has_a_label_of_its_own():
     for name, one in json.loads((ROOT / "script" / "ablation" / "rows.json").read_text()).items():
         labels = [(row["label"], row.get("at")) for row in one["rows"]]
         assert len({*labels}) == len(labels) > 1, name
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "is not readable as JSON"),
+        (lambda text: "[]", "is not a JSON object"),
+        (lambda text: text.replace('"rows"', '"rowz"', 1), "the field '[...]' lacks rows"),
+        (lambda text: text.replace('"n_layer": 4', '"n_layes": 4', 1), "or the unknown flag n_layes"),
+        (lambda text: text.replace('"n_layer": 4', '"n_layer": "4"', 1), "the field 'n_layer' must be int"),
+        (lambda text: text.replace('"method"', '"methof"', 1), "has no method"),
+    ],
+)
+def test_a_damaged_list_of_rows_is_named(damage, said, tmp_path, monkeypatch):
+    damaged = tmp_path / "rows.json"
+    damaged.write_text(damage(ablations.ROWS.read_text()))
+    monkeypatch.setattr(ablations, "ROWS", damaged)
+    ablations.all_ablations.cache_clear()
+    try:
+        with pytest.raises(UserError) as error:
+            ablations.main(["depth"])
+    finally:
+        ablations.all_ablations.cache_clear()
+    assert said in str(error.value) and str(damaged) in str(error.value)

@@ -74,6 +74,8 @@ def test_the_last_two_the_best_and_the_last_validation_are_kept_and_nothing_else
         assert sorted(file.name for file in path.iterdir()) == list(FILES)
         storage.verify(path)
     assert not list((finished / "checkpoints").glob(".*"))
+    modes = {path.stat().st_mode for path in finished.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # safetensors by itself lets only the owner read
     changes = {**SHORT, "max_step": 24, "eval_interval": 4, "method": "dense", "save_interval": 0}
     tiny.completed(tiny.flags(corpus, tmp_path, **changes), second_validation_is_the_best)
     assert [path.name for path in tiny.checkpoints(tmp_path)] == ["step-00000008", "step-00000020", "step-00000024"]

@@ -137,7 +137,7 @@ class Uses:
     def routing(self, folder: Path):
         from utils.training import routing
 
-        routing.main([str(folder)])
+        routing.main(routing.open_finished([str(folder)]))
         return tiny.read_json(folder / "result.json")["routing"]
 
 
@@ -212,9 +212,9 @@ def repair_all(corpus: str, run: str, other: str, work: str) -> None:
         return folder
 
     for (name, lost), damage in zip(table.items(), itertools.cycle((delete, flip)), strict=False):
-        with pytest.raises(UserError, match=f"{name}.* --repair") as error:
+        with pytest.raises(UserError, match=f"{name}.* --repair") as error, contextlib.redirect_stdout(io.StringIO()) as said:
             uses.complete(damaged(name, damage))
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "resumed" not in said.getvalue()  # it is refused before training goes on
         damaged(name, damage)
         quality, step, curve, routing, _ = uses.finish(folder, "--repair")
         result = tiny.read_json(folder / "result.json")

@@ -1,5 +1,6 @@
 """The last net of the programs: whatever comes from outside ends them with an exit code and at most one sentence."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -87,3 +88,14 @@ def test_signals_leave_no_traceback(number, body, after):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert (process.wait(20), process.stderr.read()) == (128 + number, f"stopped by {number.name}\n")
+
+
+MODULES = ("doctor", "reporting", "reporting.ablations", "training.routing", "cli.train", "cli.finetune")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_ctrl_c_while_a_module_is_imported_leaves_no_traceback(name, tmp_path):
+    (tmp_path / "msgspec.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    words = [sys.executable, "-m", f"utils.{name}", "nowhere"]
+    found = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert found.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in found.stderr, found.stderr

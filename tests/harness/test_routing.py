@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -70,15 +71,31 @@ def test_a_finished_run_is_measured_again_with_the_same_result(run, capsys):
     before = tiny.read_json(folder / "result.json")
     assert before["routing"] is not None
     (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
-    routing.main([str(folder)])
+    routing.main(routing.open_finished([str(folder)]))
     assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
 
 
-def test_unfinished_runs_are_refused(tmp_path):
-    with pytest.raises(UserError, match="only a finished run"):
-        routing.main([str(tmp_path)])
-    with pytest.raises(UserError, match="usage"):
-        routing.main([])
+def test_unfinished_and_damaged_runs_are_refused(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, copy := tmp_path / "copy")
+    result = (copy / "result.json").read_text()
+    (copy / "result.json").unlink()
+    for damage, said in (
+        (None, "only a finished run"),
+        (result[:99], "result.json is not readable"),
+        (result.replace("3", "4"), "checksum"),
+    ):
+        if damage:
+            (copy / "result.json").write_text(damage)
+        with pytest.raises(UserError, match=said):
+            routing.open_finished([str(folder), str(copy)])
+    with pytest.raises(UserError, match="holds no run"):
+        routing.open_finished([str(tmp_path)])
+    (copy / "result.json").write_text(result)
+    (copy / "checkpoints" / "step-00000016" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-00000016/model\.safetensors is missing.* or train again"):
+        routing.main(routing.open_finished([str(copy)]))
+    assert (copy / "result.json").read_text() == result
 
 
 def test_other_checkpoints_change_nothing(run, tmp_path):

@@ -97,8 +97,9 @@ def as_surgery(pretrained: dict) -> dict:
 
 
 def content(folder: Path) -> dict:
-    """The surgery.json of a folder without the hash of its config.json."""
-    return {name: value for name, value in tiny.read_json(folder / "surgery.json").items() if name != "config_sha256"}
+    """The surgery.json of a folder without the hashes of its other files."""
+    hashes = ("config_sha256", "calibration_sha256")
+    return {name: value for name, value in tiny.read_json(folder / "surgery.json").items() if name not in hashes}
 
 
 def refusal(arguments: list[str], program: str = "surgery.py") -> str:

@@ -135,6 +135,7 @@ train.py --eval_only --work_dir file                            | file holds no 
 train.py --eval_only --work_dir smoe --k 9                      | --k 9: expected numbers of active experts from 1 to 4
 train.py --eval_only --work_dir smoe --k x                      | --k x: expected numbers of active experts from 1 to 4
 train.py --eval_only --work_dir dense --k 2                     | --k 2: the run in dense is dense
+train.py --eval_only --work_dir smoe --repair                   | --repair is only for training, not for --eval_only: leave it out
 train.py --eval_only --work_dir smoe --pre_lnorm                | --pre_lnorm is the run's own with --eval_only: leave it out
 train.py --eval_only --work_dir smoe --no_moe                   | --moe is the run's own with --eval_only: leave it out
 train.py --eval_only --work_dir smoe --clamp_len 2              | --clamp_len is the run's own

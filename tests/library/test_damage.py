@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import nn
 
 import smoe_dropout as sd
 from smoe_dropout import manifest
+from smoe_dropout.files import writing_tensors
 from smoe_dropout.io import CONFIG, WEIGHTS
 from smoe_dropout.manifest import LOCKED, MANIFEST, ROOM
 from tests.conftest import ROOT
@@ -157,6 +159,24 @@ def test_folders_of_another_kind_are_not_overwritten(tmp_path):
     with pytest.raises(sd.ConfigError, match=r"holds another manifest\.json: choose a new folder"):
         sd.save_model(sparse(0), tmp_path)
     assert os.listdir(tmp_path) == [MANIFEST]
+
+
+def test_whoever_may_read_files_of_the_process_may_read_its_saves(saved, tmp_path):
+    """A mode that the user gave to a file stays, and so does the file if it cannot be replaced."""
+    (tmp_path / "other").write_text("")
+    usual = (tmp_path / "other").stat().st_mode
+    assert {path.stat().st_mode for path in (saved[1] / "0").iterdir()} == {usual}
+    with writing_tensors(path := tmp_path / "tensors"):
+        path.unlink()
+        os.close(os.open(path, os.O_CREAT, 0o600))
+    assert path.stat().st_mode == usual
+    path.chmod(0o640)
+    with pytest.raises(OSError, match="tensors"), writing_tensors(path):
+        raise SafetensorError("I/O error: os error 28")
+    assert path.exists()
+    with writing_tensors(path):
+        path.write_bytes(b"")
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_full_disk_leaves_the_earlier_save(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from msgspec import UNSET, Struct, UnsetType
 
+from smoe_dropout.manifest import sha256
 from utils import documents
 from utils.documents import Content, Count, Damaged, Sha256, read_nullable
 from utils.errors import UserError
@@ -20,6 +21,7 @@ from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 
 REPAIR = "restore it from a copy, or run the command of the run with --repair, which continues without it"
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
+CALIBRATION = "calibration.safetensors"  # in a folder of surgery.py: what an operation was decided by
 BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
 
 
@@ -59,6 +61,7 @@ class Surgery(TypedDict, total=False):
     operations: list[Operation]
     source_sha256: Sha256
     config_sha256: Sha256
+    calibration_sha256: Sha256
 
 
 class Line(TypedDict):
@@ -92,7 +95,7 @@ def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -
     differing = {"without": needed - config.keys(), "with": config.keys() - declared.keys() - Fingerprints.__annotations__.keys()}
     for word, found in differing.items():
         if found:
-            raise UserError(f"{path} belongs to another version, {word} {', '.join(sorted(found)[:4])}: train it again")
+            raise Damaged(path, f"is damaged, or of another version, {word} {', '.join(sorted(found)[:4])}", remedy)
     documents.validate(config, kind, path, remedy)
     config = defaults_before() | config
     started = {name: getattr(Flags, name) for name in names(role="start")}  # without meaning for the trained model
@@ -125,10 +128,22 @@ def read_result(folder: Path, identity: str) -> dict[str, Any] | None:
 
 
 def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
-    """The content of a folder's surgery.json."""
+    """The content of a folder's surgery.json, without hashes of its other files."""
+    content = _surgery(folder, identity)
+    return {name: value for name, value in content.items() if name not in ("config_sha256", "calibration_sha256")}
+
+
+def verify_calibration(folder: Path, identity: str) -> bool:
+    """Whether surgery.json records a calibration. Damaged if that is not the one in the folder."""
+    path, known = folder / CALIBRATION, _surgery(folder, identity).get("calibration_sha256")
+    if known and (not path.is_file() or sha256(path) != known):
+        raise Damaged(path, f"is {'damaged' if path.exists() else 'missing'}: {SURGERY} records another", remedy_for(folder))
+    return known is not None
+
+
+def _surgery(folder: Path, identity: str) -> dict[str, Any]:
     path = folder / SURGERY
-    content = _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
-    return {name: value for name, value in content.items() if name != "config_sha256"}
+    return _belonging(path, documents.read(path, Surgery, remedy_for(folder)), identity)
 
 
 def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from smoe_dropout.files import writing_tensors
 from smoe_dropout.io import load_weights
 from utils import documents
 from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of, steps, verify
@@ -29,7 +30,8 @@ class Writer:
             self.partial.mkdir(parents=True)
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.partial / name)
+        with writing_tensors(self.partial / name):
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, self.partial / name)
 
     def add_json(self, name: str, value: Any) -> None:
         (self.partial / name).write_text(json.dumps(documents.seal(value), indent=1))

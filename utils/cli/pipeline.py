@@ -94,7 +94,9 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
     own = [
         name for name in names(kind=program.flags) if name not in names(role="evaluation") and {name, f"no_{name}"} & command.given.keys()
     ]
-    refuse([*command.mistakes, *(f"--{name} is the run's own with --eval_only: leave it out" for name in own)])
+    why = {True: "only for training, not for", False: "the run's own with"}
+    own = [f"--{name} is {why[name in names(role='unstored')]} --eval_only: leave it out" for name in own]
+    refuse([*command.mistakes, *own])
     refuse([*check(flags), *program.mistakes(flags, None)])
     if flags.k is not None:
         if not flags.moe:

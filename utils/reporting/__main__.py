@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("table", nargs="?", choices=TABLES, help="what to render")
     parser.add_argument("--runs", **paths, help="folders of runs, searched for result.json")
     parser.add_argument("--results", **paths, help="folders or files of records; default those of results/ unless --runs is given")
-    parser.add_argument("--only", nargs="+", choices=list(ablations.ABLATIONS), help="these ablations; default all")
+    parser.add_argument("--only", nargs="+", choices=list(ablations.all_ablations()), help="these ablations; default all")
     parser.add_argument("--collect", **paths, help="finished runs to copy into results/TABLE; default the table they name")
     parser.add_argument("--force", action="store_true", help="let --collect replace a record that differs")
     parser.add_argument("--page", type=Path, help="Markdown file with <!-- TABLE:begin --> and <!-- TABLE:end -->, to render between them")

@@ -13,9 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from smoe_dropout.registry import unknown
 from utils import documents
+from utils.documents import Damaged
 from utils.errors import UserError, run_main
+from utils.flags.declare import specs
 from utils.flags.derive import resolve, training_flags, usual_flags
 from utils.flags.fields import Flags
 from utils.reporting.groups import Group, Row, frozen, gather, quality_points, titled, with_own_stems
@@ -45,8 +49,8 @@ class AblationRow:
     name: str
     label: str
     flags: dict[str, Any]
-    run: str
-    at: float | str | None = None
+    run: str = ""
+    at: int | float | str | None = None
 
     @property
     def words(self) -> list[str]:
@@ -65,9 +69,9 @@ class Ablation:
     others are compared with.
     """
 
-    name: str
     title: str
     rows: tuple[AblationRow, ...]
+    name: str = ""
     axis: str = ""
     along: str = ""
     by_share: bool = False
@@ -97,19 +101,29 @@ class Ablation:
         return None
 
 
-ABLATIONS: dict[str, Ablation] = {}
-for _name, _one in documents.read(ROWS, dict[str, dict], "restore it from version control").items():
-    _shared = {"preset": _one["preset"]} if "preset" in _one else {}
-    _rows = tuple(AblationRow(**{"run": row["name"], **row, "flags": {**row["flags"], **_shared}}) for row in _one.pop("rows"))
-    ABLATIONS[_name] = Ablation(_name, rows=_rows, **_one)
+@cache
+def all_ablations() -> dict[str, Ablation]:
+    """Those of rows.json by name. Damaged if it cannot be used."""
+    found, remedy = documents.read(ROWS, dict[str, Ablation], "restore it from version control"), "correct it"
+    for name, one in msgspec.convert(found, dict[str, Ablation]).items():
+        rows = []
+        for row in one.rows:
+            flags, known = row.flags | ({"preset": one.preset} if one.preset else {}), specs(Flags).keys()
+            if wrong := {"method"} - flags.keys() or {*flags, one.along or "method"} - known:
+                fault = f"is damaged: the row {row.name} of {name} has no method, or the unknown flag {min(wrong)}"
+                raise Damaged(ROWS, fault, remedy)
+            documents.validate(flags, Flags, ROWS, remedy)
+            rows.append(replace(row, flags=flags, run=row.run or row.name))
+        found[name] = replace(one, name=name, rows=tuple(rows))
+    return found
 
 
 @cache
 def _identities(name: str, model: str, preset: str) -> list[tuple[tuple, float | str | None]]:
     """Method, settings and preset settings of the records of each row, and its place along the axis."""
     found = []
-    for row in ABLATIONS[name].rows:
-        method, along = row.flags["method"], ABLATIONS[name].along
+    for row in all_ablations()[name].rows:
+        method, along = row.flags["method"], all_ablations()[name].along
         flags = resolve(Flags(**{**training_flags(model, method, preset), **row.flags, "model": model, "preset": preset}))
         preset_settings, settings = departures(flags, usual_flags(flags))
         found.append(((method, settings, preset_settings), getattr(flags, along) if along else row.at))
@@ -118,7 +132,7 @@ def _identities(name: str, model: str, preset: str) -> list[tuple[tuple, float |
 
 def place(record: Record, page: str = "ablation") -> Path:
     """The path of a record in the folder of a page, by the first row that it belongs to. UserError for a run of no row."""
-    for ablation in ABLATIONS.values():
+    for ablation in all_ablations().values():
         if ablation.page == page and (found := ablation.find(record)):
             index, _, rest = found
             name = file_name(record | {"preset_settings": rest}).replace(f"-{page}", "", 1)  # the folder says it
@@ -155,7 +169,7 @@ def _comparable(ablation: Ablation, rows: list[Row]) -> bool:
 
 def ablation_tables(found: Found, only: list[str] | None = None, page: str = "ablation") -> list[Table]:
     """Tables and a figure for each ablation of a page with at least two finished rows, or for each of `only`."""
-    ablations = [one for name, one in ABLATIONS.items() if (one.page == page if only is None else name in only)]
+    ablations = [one for name, one in all_ablations().items() if (one.page == page if only is None else name in only)]
     groups = [(ablation, group) for ablation in ablations for group in groups_of(ablation, found)]
     return [table for one, group in groups for table in (study_tables(one, group) if one.preset else [build_table(one, group)])]
 
@@ -202,11 +216,11 @@ def gaps(study: Ablation, group: Group, row: Row, share: str) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     """Prints the rows of an ablation, its preset, or the flags of one row."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if name not in ABLATIONS:
-        raise UserError(unknown("ablation", name, list(ABLATIONS)))
-    rows = {row.name: row for row in ABLATIONS[name].rows}
+    if name not in all_ablations():
+        raise UserError(unknown("ablation", name, list(all_ablations())))
+    rows = {row.name: row for row in all_ablations()[name].rows}
     if rest == ["--preset"]:
-        print(ABLATIONS[name].preset or Flags.preset)
+        print(all_ablations()[name].preset or Flags.preset)
         return
     if rest and rest[0] not in rows:
         raise UserError(unknown(f"row of {name}", rest[0], list(rows)))

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from smoe_dropout.registry import METHODS, load
 from utils import documents
 from utils.reporting import surgery_table
-from utils.reporting.ablations import ABLATIONS, Ablation, gaps
+from utils.reporting.ablations import Ablation, all_ablations, gaps
 from utils.reporting.groups import Group, Row, mean_and_spread, quality_points
 from utils.reporting.labels import phrases
 from utils.reporting.records import split_of
@@ -225,7 +225,7 @@ def draw_study(study: Ablation, group: Group, path: Path) -> None:
         if study.baseline and share:
             panel.levels[study.baseline] = 0.0
     rows = list({row.label: row for row in group.rows}.values())
-    labels = list(dict.fromkeys(row.label for one in ABLATIONS.values() if one.preset for row in one.rows))  # alike in every study
+    labels = list(dict.fromkeys(row.label for one in all_ablations().values() if one.preset for row in one.rows))  # alike in every study
     looks = styles([row for row in rows if not row.sparse])
     for row in (row for row in rows if row.sparse):
         i = labels.index(row.label)

@@ -9,23 +9,60 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from utils import documents
+from utils.checkpoints.manifest import name_of
+from utils.checkpoints.run_files import REPAIR, RESULT, config_sha256, read_config, read_result
+from utils.data.corpus import Corpus
+from utils.documents import Damaged
+from utils.errors import UserError, exit_on_user_error
+from utils.flags.declare import flags_from
+from utils.flags.fields import Flags
+from utils.flags.models import MODELS
+
+
+class Finished(NamedTuple):
+    """A finished run of train.py. identity: its config_sha256."""
+
+    folder: Path
+    identity: str
+    flags: Flags
+    record: dict[str, Any]
+    corpus: Corpus
+
+
+def open_finished(folders: list[str]) -> list[Finished]:
+    """Raises UserError unless all are finished runs of train.py, with their data."""
+    if not folders:
+        raise UserError("usage: python -m utils.training.routing RUN..., folders of finished runs")
+    return [_open(Path(folder)) for folder in folders]
+
+
+def _open(folder: Path) -> Finished:
+    config = read_config(folder)
+    identity, flags = config_sha256(config), flags_from(config, Flags)
+    record = read_result(folder, identity)
+    if record is None or "task" in config:
+        fault = "is missing" if record is None else "is of finetune.py"
+        raise UserError(f"{folder / RESULT} {fault}: only a finished run of train.py can be measured")
+    corpus = Corpus.open(flags.data, MODELS[flags.model].reads)
+    corpus.verify()
+    if config.get("data_fingerprint", corpus.fingerprint) != corpus.fingerprint:
+        raise UserError(f"{flags.data} does not hold the {corpus.unit} of the run in {folder}: put the run's data there again")
+    return Finished(folder, identity, flags, record, corpus)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():  # before torch is imported, so that a wrong folder is refused at once
+        RUNS = open_finished(sys.argv[1:])
 
 import torch
 from torch import Tensor, nn
 
 from smoe_dropout import moe_layers, top_k
-from utils import documents
-from utils.checkpoints.manifest import name_of
-from utils.checkpoints.run_files import REPAIR, RESULT, config_sha256, read_config, read_result
 from utils.checkpoints.storage import Checkpoint
-from utils.data.corpus import Corpus
-from utils.documents import Damaged
 from utils.engine import Engine
-from utils.errors import UserError, run_main
-from utils.flags.declare import flags_from
-from utils.flags.fields import Flags
-from utils.flags.models import MODELS
 from utils.models.build import build_model
 from utils.tasks.base import Task
 from utils.training.evaluation import forked_random
@@ -35,7 +72,7 @@ BATCHES = 20  # validation batches read
 
 
 def describe_routing(
-    task: Task, model: nn.Module, checkpoints: Path, identity: str | None = None, lost: list[str] | None = None
+    task: Task, model: nn.Module, checkpoints: Path, identity: str | None = None, lost: list[str] | None = None, remedy: str = REPAIR
 ) -> dict[str, Any] | None:
     """Measures a model at its last two validations; None for a dense model. Leaves the weights of the last checkpoint in the model.
 
@@ -53,7 +90,7 @@ def describe_routing(
     steps, chosen = [], []
     for step in ([before] if before else []) + [flags.max_step]:
         try:
-            Checkpoint(checkpoints / name_of(step), identity, REPAIR).load_weights(model)
+            Checkpoint(checkpoints / name_of(step), identity, remedy).load_weights(model)
         except Damaged:
             if lost is None or step == flags.max_step:
                 raise
@@ -104,27 +141,17 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
     return torch.special.entr(shares_E).sum().item() / math.log(num_experts)
 
 
-def main(folders: list[str]) -> None:
-    """Replaces `routing` in the result.json of finished runs of train.py."""
-    if not folders:
-        raise UserError("usage: python -m utils.training.routing RUN..., folders of finished runs")
-    for folder in map(Path, folders):
-        if not (folder / RESULT).exists():
-            raise UserError(f"{folder / RESULT} is missing: only a finished run can be measured")
-        config = read_config(folder)
-        identity, flags = config_sha256(config), flags_from(config, Flags)
-        record = read_result(folder, identity)
-        corpus = Corpus.open(flags.data, MODELS[flags.model].reads)
-        corpus.verify()
-        if config.get("data_fingerprint", corpus.fingerprint) != corpus.fingerprint:
-            raise UserError(f"{flags.data} does not hold the {corpus.unit} of the run in {folder}: put the run's data there again")
+def main(runs: list[Finished]) -> None:
+    """Replaces `routing` in the result.json of finished runs."""
+    for folder, identity, flags, record, corpus in runs:
         with Engine(flags) as engine:
             task = pretraining_task(flags, corpus, engine)
             model = engine.prepare(build_model(flags, task.vocabulary))
-            routing = describe_routing(task, model, folder / "checkpoints", identity)
+            routing = describe_routing(task, model, folder / "checkpoints", identity, remedy="restore it from a copy, or train again")
         documents.write(folder / RESULT, record | {"routing": routing})
         print(f"{folder}: {json.dumps(routing) if routing else 'no experts'}")
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    with exit_on_user_error():
+        main(RUNS)

@@ -8,9 +8,10 @@ from typing import Any, TypedDict
 
 from torch import nn
 
+from smoe_dropout import moe_layers
 from smoe_dropout.io import save_model
 from utils.checkpoints import storage
-from utils.checkpoints.manifest import STATE, Stored, name_of, steps
+from utils.checkpoints.manifest import STATE, Stored, name_of, steps, verify
 from utils.checkpoints.run_files import REPAIR
 from utils.checkpoints.storage import Checkpoint
 from utils.documents import Content, Damaged
@@ -118,18 +119,28 @@ def replacement_of_best(
     run: Run, newest: Checkpoint, identity: str, model: nn.Module, say: Callable[[str], None]
 ) -> tuple[float, int, str] | None:
     """With --repair, what takes the place of a damaged best checkpoint: the quality and step of the best intact one, evaluated again, and a
-    word for what was lost. None if the best checkpoint is intact; without --repair Damaged if it is not. Changes the weights of the model.
+    word for what was lost. None if the best checkpoint is intact. Changes the weights of the model.
+
+    Without --repair Damaged if an earlier checkpoint that the final test will read is not intact.
     """
     root, step = newest.folder.parent, newest.json(STATE, Stored)["best_step"]
-    if not run.selects_best or not step:
+
+    def is_intact(step: int, otherwise: str) -> bool:
+        try:
+            verify(root / name_of(step), identity, REPAIR)
+            return True
+        except Damaged as error:
+            if not run.flags.repair:
+                raise
+            say(f"WARNING: {error.path} {error.fault}; {otherwise}")
+            return False
+
+    if not run.selects_best:
         return None
-    try:
-        Checkpoint(root / name_of(step), identity, REPAIR)
+    if moe_layers(model) and 0 < (before := validation_before_the_end(run.flags)) < newest.step:
+        is_intact(before, f"how routing has changed since step {before} is not measured")
+    if not step or is_intact(step, "the best intact checkpoint is tested instead"):
         return None
-    except Damaged as error:
-        if not run.flags.repair:
-            raise
-        say(f"WARNING: {error.path} {error.fault}; the best intact checkpoint is tested instead")
     found = {}
     for other in steps(root):
         with suppress(Damaged):
