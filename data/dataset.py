@@ -202,7 +202,7 @@ class TextDataset(Dataset):
         """Return the entries of meta.json by which a prepared folder is recognised."""
 
     def other_sources(self, corpus: Corpus) -> str | None:
-        """With --verify: the sources, if they are at hand and would give another text."""
+        """The sources, with --verify, if they are at hand and would give another text."""
 
     def owns(self, name: str) -> bool:
         """Other files may be kept beside a prepared text, but not in a folder without meta.json."""

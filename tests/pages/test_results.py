@@ -29,7 +29,7 @@ def test_records_are_of_the_current_schema_and_have_their_canonical_paths(table)
 
 
 def test_every_committed_record_is_sealed():
-    """So that no number of a page can be changed by hand: without a checksum, or with a wrong one, a record is refused here."""
+    """No number of a page can be changed by hand: a record without a checksum, or with a wrong one, is refused here."""
     measured = sorted((ROOT / "results" / "benchmarks").rglob("*.json"))
     assert len(RECORDS) > 200 and len(measured) > 8
     unverified = []

@@ -200,7 +200,7 @@ def measured_on(split: str) -> type[Struct]:
 
 
 def contradiction(record: dict[str, Any]) -> str | None:
-    """Why the fields of a record that are each valid cannot belong together; None if they can."""
+    """The reason why the fields of a record, each valid, cannot belong together; None if they can."""
     start, experts = record.get("pretrained"), record["model"]["num_experts"]
     ks = [entry["k"] for entry in record["quality"]]
     if "training" not in record["metric"]:

@@ -225,7 +225,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _raised_again(failure: threading.ExceptHookArgs) -> None:
-    """Says nothing of a full disk in TensorBoard's thread, which raises the error again at the next event."""
+    """Ignores a full disk in TensorBoard's thread, which raises the error again at the next event."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 

@@ -118,8 +118,8 @@ def restore(
 def replacement_of_best(
     run: Run, newest: Checkpoint, identity: str, model: nn.Module, say: Callable[[str], None]
 ) -> tuple[float, int, str] | None:
-    """With --repair, what takes the place of a damaged best checkpoint: the quality and step of the best intact one, evaluated again, and a
-    word for what was lost. None if the best checkpoint is intact. Changes the weights of the model.
+    """The replacement of a damaged best checkpoint, with --repair: quality and step of the best intact one, evaluated again, and a word for
+    what was lost. None if the best checkpoint is intact. Changes the weights of the model.
 
     Without --repair Damaged if an earlier checkpoint that the final test will read is not intact.
     """
