@@ -84,8 +84,7 @@ def main(run: Run) -> int:
     if not (checkpoints.parent / RESULT).exists():
         # weights and Adam's two moments, in four stored checkpoints and one being written; with --swad also the mean
         storage.require_space(checkpoints, list(model.state_dict().values()), copies=(3 + flags.swad) * 5)
-    folder = RunFolder(flags, run.fingerprints()) if engine.is_main else None
-    engine.barrier()
+    folder = engine.on_main(lambda: RunFolder(flags, run.fingerprints()))
     identity = config_sha256(read_config(checkpoints.parent, note_unverified))
     if is_complete(run, identity, say):
         return 0
@@ -107,10 +106,13 @@ def main(run: Run) -> int:
             state.lost.append(lost)
     else:
         torch.manual_seed(flags.seed + engine.rank)  # dropout differs between processes
-    if engine.is_main:
+
+    def begin() -> None:
         folder.write_environment(engine, sys.argv, resumes=newest is not None)
         folder.resume_metrics(state.step, recorded)
         state.lost += folder.lost
+
+    engine.on_main(begin)
     for line in describe(run, model):
         say(line)
     if state.step:
@@ -184,18 +186,24 @@ def main(run: Run) -> int:
 
 def is_complete(run: Run, identity: str, say) -> bool:
     """Whether the run has its record. A damaged one is refused, or with --repair removed, to be written again."""
-    path = Path(run.flags.work_dir)
+    path, checkpoints = Path(run.flags.work_dir), RunFolder.checkpoints_of(run.flags)
     try:
-        if read_result(path, identity) is None:
+        if (record := read_result(path, identity)) is None:
             return False
+        if (folder := checkpoints / name_of(record["best_step"])).exists() or (run.flags.repair and steps(checkpoints)):
+            storage.Checkpoint(folder, identity)
     except Damaged as error:
-        if not run.flags.repair:
+        own = error.path == path / RESULT
+        if not run.flags.repair and own:
             raise
-        say(f"WARNING: {error.path} {error.fault}; it is written again")
-        run.engine.barrier()
-        if run.engine.is_main:
-            error.path.unlink()
-        return False
+        say(f"WARNING: {error.path} {error.fault}" + (f"; {RESULT} is written again" if run.flags.repair else ""))
+        if run.flags.repair:
+            if not own:
+                storage.latest(checkpoints, say, identity)  # refused if there is nothing to go on with
+            run.engine.barrier()
+            if run.engine.is_main:
+                (path / RESULT).unlink()
+            return False
     say(f"this run is complete: {path / RESULT}")
     return True
 

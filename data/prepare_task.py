@@ -123,6 +123,8 @@ class TaskRows(Dataset):
 
     def check(self, found: list[str]) -> None:
         source, published = self.args.source, ROWS.get(self.name)
+        if RECORD not in found:
+            log(f"note: {self.out} has no {RECORD}, so that its files cannot be verified: --force prepares them again")
         for name in file_names(self.name):
             if name not in found:
                 raise UserError(f"{self.out} holds {found[0]} but no {name}: {REPLACE}")

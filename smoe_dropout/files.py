@@ -40,6 +40,8 @@ def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
         raise ConfigError(f"{source} is larger than {LARGEST >> 20} MB, too large for what it should hold")
     try:
         value = json.loads(content)
+        if any(mark in content for mark in ((b"\\ud", b"\\uD") if isinstance(content, bytes) else ("\\ud", "\\uD"))):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates is no text
         too_deep = _exceeds(value, DEEPEST)
     except RecursionError:
         too_deep = True

@@ -8,13 +8,14 @@ of these.
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from smoe_dropout.config import read_configs
-from smoe_dropout.files import read_json
+from smoe_dropout.files import read_json, read_object
 from smoe_dropout.manifest import hashes, verified
 from smoe_dropout.options import ConfigError
 from utils import documents
@@ -193,8 +194,13 @@ def check_rows(checkup: Checkup) -> None:
         checkup.read(ROWS, read_rows)
     for fold in range(kind_of(tasks[0]).folds if tasks else 0):
         title = " and ".join(kind_of(tasks[0]).files(fold))
-        checkup.read(title, lambda fold=fold: f"intact: {read_examples(tasks[0], folder, fold).title}")
+        checkup.read(title, lambda fold=fold: _read_rows(tasks[0], folder, fold))
     _report_left_by_preparation(checkup)
+
+
+def _read_rows(task: str, folder: Path, fold: int) -> str:
+    title = read_examples(task, folder, fold).title
+    return f"intact: {title}" if (folder / ROWS).exists() else UNVERIFIED
 
 
 def _tasks_in(folder: Path) -> list[str]:
@@ -225,6 +231,10 @@ def check_saved(checkup: Checkup) -> None:
         checkup.read(path.name, lambda path=path: _open_weights(path))
     if (folder / EXPERTS).exists() and EXPERTS not in known:
         checkup.read(EXPERTS, lambda: read_configs(folder / EXPERTS))
+    if (folder / CONFIG).exists() and CONFIG not in known:
+        checkup.read(CONFIG, lambda: read_object(folder / CONFIG) and UNVERIFIED)
+    if not any(folder.glob("*.safetensors")):
+        checkup.report(WEIGHTS, "missing: save the model again", fault=True)
     checkup.report_left(folder.glob(".saving-*"), "harmless, left by an interrupted process: the next save removes it")
 
 
@@ -237,10 +247,12 @@ def check_records(checkup: Checkup) -> None:
             content = documents.read(path, dict, REMEDY, unverified.append)
             if "status" in content:
                 read_record(path)
+            elif "benchmark" not in content and path.name != "published.json":  # which is written by hand
+                raise UserError("it is no record: restore it from a copy")
         except UserError as error:
             checkup.report(path, f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", fault=True)
             continue
-        if unverified and content.keys() & {"status", "benchmark"}:  # published.json is written by hand
+        if unverified and path.name != "published.json":
             checkup.report(path, UNVERIFIED)
         else:
             intact += 1
@@ -257,18 +269,24 @@ def recognise(path: Path) -> tuple[str, Check] | None:
     if not path.is_dir():
         return ("a record", check_records) if path.suffix == ".json" and path.exists() else None
     here = {entry.name for entry in path.iterdir()}
-    saved = MANIFEST in here or any(name.endswith(".safetensors") for name in here)
+    saved = here & {MANIFEST, EXPERTS} or any(name.endswith(".safetensors") for name in here) or _is_of_transformers(path / CONFIG)
     kinds: list[tuple[Any, str, Check]] = [
         (STATE in here, "a checkpoint", check_checkpoint),
         (SURGERY in here, "a folder of surgery.py", check_run),
         (RESULT in here and CONFIG in here, "a finished run", check_run),
-        (here & RUN_FILES or (CONFIG in here and not saved), "an unfinished run", check_run),
+        (saved and not here & RUN_FILES, "a saved model", check_saved),
+        (here & RUN_FILES or CONFIG in here, "an unfinished run", check_run),
         (META in here or here & {split_file(path, split).name for split in SPLITS}, "a prepared text", check_text),
         (ROWS in here or _tasks_in(path), "the rows of a task", check_rows),
-        (saved, "a saved model", check_saved),
         (_holds_records(path), "a folder of records", check_records),
     ]
     return next(((kind, check) for holds, kind, check in kinds if holds), None)
+
+
+def _is_of_transformers(path: Path) -> bool:
+    with suppress(ConfigError):
+        return "model_type" in read_object(path)
+    return False
 
 
 def _holds_records(folder: Path) -> bool:

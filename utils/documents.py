@@ -93,9 +93,9 @@ def unsealed(value: Any, schema: Any, path: Path, remedy: str) -> dict[str, Any]
     content = {name: entry for name, entry in value.items() if name not in MARKS}
     if is_sealed(value):
         if value.get("format") != FORMAT:
-            raise Damaged(path, f"is damaged, or of a later version: its format is {value.get('format')!r}, not {FORMAT}", remedy)
+            raise Damaged(path, f"is damaged: its format is {value.get('format')!r}, not {FORMAT}, as of a later version", remedy)
         if value.get("sha256") != checksum(content):
-            raise Damaged(path, "is damaged or was changed: its content does not match its checksum", remedy)
+            raise Damaged(path, "is damaged: its content does not match its checksum", remedy)
     validate(content, schema, path, remedy)
     return content
 

@@ -1,8 +1,8 @@
 """Device, precision and data parallelism, through accelerate: the same script runs under python, torchrun and accelerate launch."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from smoe_dropout import tune_cpu
 from utils.errors import UserError
 from utils.flags.fields import Flags
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -71,6 +73,18 @@ class Engine:
             return value
         gathered: Tensor = self.accelerator.gather(torch.tensor([value], device=self.device))
         return int(gathered.max())
+
+    def on_main(self, act: Callable[[], T]) -> T | None:
+        """What `act` returns on the main process, None on the others, which end silently if it raises an error there."""
+        found, error = None, None
+        if self.is_main:
+            try:
+                found = act()
+            except Exception as raised:
+                error = raised
+        if self.any(int(error is not None)):
+            raise error or SystemExit(2)
+        return found
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -56,6 +56,9 @@ def exit_on_user_error() -> Iterator[None]:
         raise KeyboardInterrupt
 
     _on_signals(stop)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # there is none, or a test's
+            stream.reconfigure(errors="backslashreplace")  # a name or title may have letters that the terminal lacks
     try:
         try:
             yield

@@ -224,6 +224,26 @@ def repair_all(corpus: str, run: str, other: str, work: str) -> None:
         assert uses.evaluate(folder) == [{k: v for k, v in row.items() if not k.startswith("valid")} for row in quality]
 
 
+def repair_finished(corpus: str, run: str, work: str) -> None:
+    """A finished run whose best checkpoint is damaged says so; with --repair the best of the others takes its place."""
+    reverse_quality()
+    uses, folder = Uses(Path(corpus)), Path(shutil.copytree(run, work))
+    flip(folder / "checkpoints/step-00000004/model.safetensors", folder)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert uses.complete(folder) == 0
+    assert "step-00000004/model.safetensors is damaged" in said.getvalue() and "is complete" in said.getvalue()
+    uses.finish(folder, "--repair")
+    assert tiny.read_json(folder / "result.json")["lost"] == ["the best checkpoint, of step 4"]
+    shutil.rmtree(folder / "checkpoints")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert uses.complete(folder) == 0
+    assert said.getvalue().startswith("this run is complete")  # checkpoints may be removed when they are not needed any more
+
+
+def test_repair_of_a_finished_run(corpus, finished, tmp_path):
+    tiny.call(repair_finished, str(corpus), str(finished[0]), str(tmp_path / "work"))
+
+
 def evaluate_others(corpus: str, run: str, work: str) -> None:
     """Evaluates a run that has not ended, and refuses other word pieces."""
     from train import evaluate_run

@@ -15,6 +15,8 @@ from utils.models.build import build_model
 KINDS = {"run": "a finished run", "smaller": "a folder of surgery.py", "words": "a prepared text", "sst2": "the rows of a task"}
 KINDS |= {"saved": "a saved model", "record.json": "a record", "run/checkpoints/step-00000008": "a checkpoint"}
 
+INTACT = {"sst2": "intact, as far as it can be verified"}  # rows that prepare_task.py did not record
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -40,7 +42,8 @@ def examine(path: Path, capsys) -> tuple[int, str]:
 @pytest.mark.parametrize("name", KINDS)
 def test_an_intact_folder(world, name, capsys):
     code, said = examine(world / name, capsys)
-    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: intact\n" in said, said
+    intact = INTACT.get(name, "intact")
+    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: {intact}\n" in said, said
 
 
 def test_the_committed_records_are_intact(capsys):
@@ -97,6 +100,26 @@ def test_a_missing_checkpoint_is_reported(world, tmp_path, capsys):
         shutil.rmtree(tmp_path / folder / "checkpoints" / f"step-{step:08d}")
         code, said = examine(tmp_path / folder, capsys)
         assert code == 1 and ("step-00000000: missing: " in said or "its weights, of step 8, are not intact" in said), said
+
+
+NOT_INTACT = {  # by what is done to a folder: what the doctor says to it
+    "not text": ("saved", lambda folder: ((folder / "manifest.json").unlink(), (folder / "smoe_config.json").write_bytes(b"\xff\xfe{}"))),
+    "no weights": ("saved", lambda folder: ((folder / "manifest.json").unlink(), (folder / "model.safetensors").unlink())),
+    "another config": ("saved", lambda folder: ((folder / "manifest.json").unlink(), (folder / "config.json").write_text("[1]"))),
+    "no record": ("records", lambda folder: (folder.mkdir(), (folder / "a.json").write_text("{}"))),
+    "transformers": ("bert", lambda folder: (folder.mkdir(), (folder / "config.json").write_text('{"model_type": "bert"}'))),
+}
+
+
+@pytest.mark.parametrize("case", NOT_INTACT)
+def test_what_is_not_intact_is_reported_by_its_kind(world, case, tmp_path, capsys):
+    name, damage = NOT_INTACT[case]
+    if (world / name).exists():
+        shutil.copytree(world / name, tmp_path / name)
+    damage(tmp_path / name)
+    code, said = examine(tmp_path / name, capsys)
+    assert code == 1 and ("records" in said or "a saved model" in said) and ("damaged: " in said or "missing: " in said), said
+    assert "damaged: is damaged" not in said
 
 
 def test_an_unfinished_run_says_how_to_resume_it(world, tmp_path, capsys):

@@ -53,6 +53,11 @@ def test_errors_from_outside_are_one_sentence(body, code, said):
     assert (process.returncode, out) == (code, "") and err.startswith(said) and err.count("\n") == bool(said)
 
 
+def test_letters_that_the_terminal_lacks_are_escaped():
+    out, err = start(r"print('\u2009\ud800')", env={**os.environ, "PYTHONIOENCODING": "ascii"}).communicate()
+    assert (out, err) == ("\\u2009\\ud800\n", "")
+
+
 def test_a_mistake_of_the_program_keeps_its_traceback():
     process = start("{}['x']")
     assert "KeyError: 'x'" in process.communicate(timeout=20)[1] and process.returncode == 1

@@ -123,7 +123,7 @@ def test_a_damaged_run(run, refused):
     config = tiny.read_json(run / "config.json")
     del config["d_model"]
     (run / "config.json").write_text(json.dumps(config))
-    assert "is damaged, or of another version, without d_model" in refused(run)
+    assert "is damaged: it is without d_model, as of another version" in refused(run)
     (run / "config.json").write_text("[]")
     assert "config.json is damaged" in refused(run)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.files import read_json
-from smoe_dropout.manifest import sha256
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
+from utils import documents
 from utils.checkpoints import run_files, schema_1
-from utils.checkpoints.manifest import MANIFEST, WEIGHTS, name_of
+from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of
 from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
 from utils.documents import Damaged
@@ -58,7 +58,10 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights."""
-        return sha256(self.weights)
+        found, folder = documents.content_of(self.weights), self.weights.parent
+        if self.config_sha256 and documents.read(folder / MANIFEST, dict[str, documents.Content], REMEDY).get(self.weights.name) != found:
+            raise Damaged(self.weights, f"is damaged: its size or sha256 differs from {MANIFEST}", REMEDY)
+        return found["sha256"]
 
     @property
     def summary(self) -> str:
@@ -135,7 +138,7 @@ def _step(path: Path) -> Source:
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:
-    config = read_config(run)
+    config = read_config(run, documents.note_unverified)
     if "task" in config:
         raise UserError(f"{run} is a fine-tuned run of {config['task']}: give the pre-trained run it started from")
     return config

@@ -95,7 +95,7 @@ def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -
     differing = {"without": needed - config.keys(), "with": config.keys() - declared.keys() - Fingerprints.__annotations__.keys()}
     for word, found in differing.items():
         if found:
-            raise Damaged(path, f"is damaged, or of another version, {word} {', '.join(sorted(found)[:4])}", remedy)
+            raise Damaged(path, f"is damaged: it is {word} {', '.join(sorted(found)[:4])}, as of another version", remedy)
     documents.validate(config, kind, path, remedy)
     config = defaults_before() | config
     started = {name: getattr(Flags, name) for name in names(role="start")}  # without meaning for the trained model

@@ -14,7 +14,7 @@ from utils.flags.declare import specs
 from utils.flags.fields import FinetuneFlags
 
 SCHEMA, COMPLETE = 2, "complete"
-Text = Annotated[str, Meta(pattern=r"\S")]
+Text = Annotated[str, Meta(pattern=r"^(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+\Z")]  # one line that is not blank
 Size = Annotated[int, Meta(ge=1)]
 Amount = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1.001)]  # rounding may exceed 1
