@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import hashlib
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -202,7 +203,7 @@ def is_complete(run: Run, identity: str, say) -> bool:
                 storage.latest(checkpoints, say, identity)  # refused if there is nothing to go on with
             run.engine.barrier()
             if run.engine.is_main:
-                (path / RESULT).unlink()
+                shutil.rmtree(path / RESULT) if (path / RESULT).is_dir() else (path / RESULT).unlink()
             return False
     say(f"this run is complete: {path / RESULT}")
     return True

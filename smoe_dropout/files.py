@@ -39,8 +39,9 @@ def parse_json(content: bytes | str, source: str | os.PathLike) -> Any:
     if len(content) > LARGEST:
         raise ConfigError(f"{source} is larger than {LARGEST >> 20} MB, too large for what it should hold")
     try:
-        value = json.loads(content)
-        if any(mark in content for mark in ((b"\\ud", b"\\uD") if isinstance(content, bytes) else ("\\ud", "\\uD"))):
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates is no text
         too_deep = _exceeds(value, DEEPEST)
     except RecursionError:

@@ -75,7 +75,7 @@ class Engine:
         return int(gathered.max())
 
     def on_main(self, act: Callable[[], T]) -> T | None:
-        """What `act` returns on the main process, None on the others, which end silently if it raises an error there."""
+        """Calls `act` on the main process and returns its result; None on the others, which end silently if it raises an error there."""
         found, error = None, None
         if self.is_main:
             try:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoe_dropout.files import DEEPEST
+from smoe_dropout.files import DEEPEST, parse_json
+from smoe_dropout.options import ConfigError
 from utils import documents
 
 REMEDY = "make it again"
@@ -115,3 +116,10 @@ def test_lines(tmp_path):
     with pytest.raises(documents.Damaged, match=r"line 2.* 'step' must be int, got str"):
         documents.lines(b'{"step": 1}\n{"step": "2"}\n', schema, path, REMEDY)
     assert math.isnan(documents.lines(b'{"step": 1, "loss": NaN}', schema, path, REMEDY)[0]["loss"])
+
+
+@pytest.mark.parametrize("content", [b'{"a": "\\ud800"}', b'{"a": "\\uDC00b"}', '{"a": 1}'.encode("utf-16"), b'{"a": "\xff"}'])
+def test_what_is_no_text_is_refused(content):
+    with pytest.raises(ConfigError, match="is not readable as JSON"):
+        parse_json(content, "x.json")
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', "x.json") == {"a": "\U0001f600"}
