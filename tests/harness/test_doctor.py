@@ -1,5 +1,6 @@
 """The doctor: it finds a folder of every kind intact, and names the file that was damaged, with a remedy."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -40,7 +41,8 @@ def examine(path: Path, capsys) -> tuple[int, str]:
 @pytest.mark.parametrize("name", KINDS)
 def test_an_intact_folder(world, name, capsys):
     code, said = examine(world / name, capsys)
-    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: intact\n" in said, said
+    verdict = "intact, as far as it can be verified" if name == "sst2" else "intact"  # rows made by hand have no checksum
+    assert code == 0 and said.startswith(f"{world / name}: {KINDS[name]}\n") and f"\n{world / name}: {verdict}\n" in said, said
 
 
 def test_the_committed_records_are_intact(capsys):
@@ -79,7 +81,7 @@ def test_a_damaged_file_is_named_with_a_remedy(world, damage, tmp_path, capsys):
             code, said = examine(tmp_path / folder, capsys)
             line = next((line for line in said.splitlines()[1:] if (step or path.name) in line), said)
             line = said if path == Path("saved/manifest.json") else line  # a wrong hash in it is reported of the file
-            assert code == 1 and ("damaged: " in line or "missing: " in line), (path, said)
+            assert code == 1 and (": damaged" in line or "missing: " in line), (path, said)
             shutil.rmtree(tmp_path / folder)
 
 
@@ -99,6 +101,29 @@ def test_a_missing_checkpoint_is_reported(world, tmp_path, capsys):
         assert code == 1 and ("step-00000000: missing: " in said or "its weights, of step 8, are not intact" in said), said
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "fault"),
+    [
+        ("a.json", b"{}", "a record", "a.json: damaged: "),
+        ("config.json", b'{"model_type": "bert"}', "a saved model", "model.safetensors: missing"),
+        ("config.json", b"{", "a saved model", "config.json: damaged: "),
+        ("smoe_config.json", b"{}", "a saved model", "model.safetensors: missing"),
+        ("smoe_config.json", b"\xff\xfe", "a saved model", "smoe_config.json: damaged: "),
+    ],
+)
+def test_what_is_not_intact(name, content, kind, fault, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    code, said = examine(tmp_path / name if kind == "a record" else tmp_path, capsys)
+    assert code == 1 and f": {kind}\n" in said and fault in said and "damaged: is damaged" not in said, said
+
+
+def test_a_run_in_use_is_reported(world, capsys):
+    with open(world / "run" / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use by a process" in examine(world / "run", capsys)[1]
+    assert "in use" not in examine(world / "run", capsys)[1]
+
+
 def test_an_unfinished_run_says_how_to_resume_it(world, tmp_path, capsys):
     shutil.copytree(world / "run", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -114,7 +139,7 @@ def test_files_of_another_run_do_not_belong(world, tmp_path, capsys):
         shutil.rmtree(place) if place.is_dir() else place.unlink()
         (shutil.copytree if (tmp_path / "other" / name).is_dir() else shutil.copy)(tmp_path / "other" / name, place)
         code, said = examine(tmp_path / "run", capsys)
-        assert code == 1 and "damaged: " in said, name
+        assert code == 1 and ": damaged" in said, name
         shutil.rmtree(tmp_path / "run")
 
 
