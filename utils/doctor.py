@@ -5,10 +5,10 @@ Each part is read by the code that uses it. Exit code 0: all is intact; 1: somet
 of these.
 """
 
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, f
 from utils.data.rows import TASKS, kind_of, read_examples
 from utils.documents import Content
 from utils.errors import Parser, UserError, run_main
-from utils.reporting.records import REMEDY, files_below, read_record
+from utils.reporting.records import PUBLISHED, REMEDY, files_below, read_published, read_record
 
 EVALUATION = "eval.json"
 UNVERIFIED = "readable, but without checksum, as in earlier versions: its content cannot be verified"
@@ -44,7 +44,7 @@ class Checkup:
     def report(self, part: str | Path, state: str, fault: bool = False) -> None:
         self.parts += 1
         self.faults += fault
-        self.unverified += state == UNVERIFIED
+        self.unverified += state.endswith(UNVERIFIED)
         print(f"  {part}: {state}", flush=True)
 
     def read(self, part: str, reading: Callable[[], Any], missing: str = "") -> None:
@@ -61,7 +61,7 @@ class Checkup:
             state = said if isinstance(said, str) else UNVERIFIED if _lacks_checksum(path) else "intact"
             fault = False
         except (UserError, ConfigError, SafetensorError, OSError) as error:
-            state, fault = f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", True
+            state, fault = _fault_of(error, path), True
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         self.report(part, state, fault)
@@ -69,6 +69,11 @@ class Checkup:
     def report_left(self, paths: Iterable[Path], state: str = LEFT) -> None:
         for path in sorted(paths):
             self.report(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path, state)
+
+
+def _fault_of(error: Exception, path: Path) -> str:
+    text = str(error).removeprefix(f"{path} ").removeprefix("is ")
+    return text if text.startswith("damaged") else f"damaged: {text}"
 
 
 def _lacks_checksum(path: Path) -> bool:
@@ -91,6 +96,8 @@ def check_run(checkup: Checkup) -> None:
     def belonging(read: Callable[[str], Any]) -> Callable[[], Any]:
         return lambda: read(identity) if identity else f"not verified, because {CONFIG} is not intact"
 
+    if _is_running(folder):
+        print("  in use by a process: what it writes or removes while it is examined may appear damaged")
     checkup.read(CONFIG, read_config, remedy)
     unfinished = "unfinished: run the command of surgery.py again"
     for step in sorted({*steps(root), *([0] if operated else [])}):
@@ -110,6 +117,18 @@ def check_run(checkup: Checkup) -> None:
     for path in sorted(folder.glob("tensorboard/events*")):
         checkup.read(str(path.relative_to(folder)), lambda path=path: _read_events(path))
     checkup.report_left([*folder.glob("*.partial"), *root.glob(".step-*")])
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    if not (folder / run_files.LOCK).is_file():
+        return False
+    try:
+        with open(folder / run_files.LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
 
 
 def _read_calibration(folder: Path, identity: str) -> str | None:
@@ -190,17 +209,14 @@ def check_rows(checkup: Checkup) -> None:
     def read_rows() -> None:
         tasks.insert(0, documents.read(folder / ROWS, RowsMeta, "prepare the rows again with data/prepare_task.py and --force")["task"])
 
+    known = UNVERIFIED
     if (folder / ROWS).exists():
         checkup.read(ROWS, read_rows)
+        known = "intact"
     for fold in range(kind_of(tasks[0]).folds if tasks else 0):
         title = " and ".join(kind_of(tasks[0]).files(fold))
-        checkup.read(title, lambda fold=fold: _read_rows(tasks[0], folder, fold))
+        checkup.read(title, lambda fold=fold: f"{read_examples(tasks[0], folder, fold).title}: {known}")
     _report_left_by_preparation(checkup)
-
-
-def _read_rows(task: str, folder: Path, fold: int) -> str:
-    title = read_examples(task, folder, fold).title
-    return f"intact: {title}" if (folder / ROWS).exists() else UNVERIFIED
 
 
 def _tasks_in(folder: Path) -> list[str]:
@@ -233,8 +249,8 @@ def check_saved(checkup: Checkup) -> None:
         checkup.read(EXPERTS, lambda: read_configs(folder / EXPERTS))
     if (folder / CONFIG).exists() and CONFIG not in known:
         checkup.read(CONFIG, lambda: read_object(folder / CONFIG) and UNVERIFIED)
-    if not any(folder.glob("*.safetensors")):
-        checkup.report(WEIGHTS, "missing: save the model again", fault=True)
+    if not list(folder.glob("*.safetensors")) and not known:
+        checkup.report(WEIGHTS, "missing: restore it from a copy, or save the model again", fault=True)
     checkup.report_left(folder.glob(".saving-*"), "harmless, left by an interrupted process: the next save removes it")
 
 
@@ -244,15 +260,14 @@ def check_records(checkup: Checkup) -> None:
     for path in files_below(checkup.folder, "*.json"):
         unverified: list[Path] = []
         try:
-            content = documents.read(path, dict, REMEDY, unverified.append)
-            if "status" in content:
+            if path.name == PUBLISHED.name:
+                read_published(path)
+            elif "benchmark" not in documents.read(path, dict, REMEDY, unverified.append):
                 read_record(path)
-            elif "benchmark" not in content and path.name != "published.json":  # which is written by hand
-                raise UserError("it is no record: restore it from a copy")
         except UserError as error:
-            checkup.report(path, f"damaged: {str(error).removeprefix(f'{path} ').removeprefix('is damaged: ')}", fault=True)
+            checkup.report(path, _fault_of(error, path), fault=True)
             continue
-        if unverified and path.name != "published.json":
+        if unverified:
             checkup.report(path, UNVERIFIED)
         else:
             intact += 1
@@ -261,7 +276,7 @@ def check_records(checkup: Checkup) -> None:
 
 
 Check = Callable[[Checkup], None]
-RUN_FILES = {RESULT, ENVIRONMENT, METRICS, "checkpoints", ".lock"}
+RUN_FILES = {RESULT, ENVIRONMENT, METRICS, "checkpoints", run_files.LOCK}
 
 
 def recognise(path: Path) -> tuple[str, Check] | None:
@@ -269,24 +284,26 @@ def recognise(path: Path) -> tuple[str, Check] | None:
     if not path.is_dir():
         return ("a record", check_records) if path.suffix == ".json" and path.exists() else None
     here = {entry.name for entry in path.iterdir()}
-    saved = here & {MANIFEST, EXPERTS} or any(name.endswith(".safetensors") for name in here) or _is_of_transformers(path / CONFIG)
+    saved = bool({MANIFEST, EXPERTS} & here) or any(name.endswith(".safetensors") for name in here)
     kinds: list[tuple[Any, str, Check]] = [
         (STATE in here, "a checkpoint", check_checkpoint),
         (SURGERY in here, "a folder of surgery.py", check_run),
         (RESULT in here and CONFIG in here, "a finished run", check_run),
-        (saved and not here & RUN_FILES, "a saved model", check_saved),
-        (here & RUN_FILES or CONFIG in here, "an unfinished run", check_run),
+        (here & RUN_FILES or (CONFIG in here and not saved and _is_of_run(path / CONFIG)), "an unfinished run", check_run),
         (META in here or here & {split_file(path, split).name for split in SPLITS}, "a prepared text", check_text),
         (ROWS in here or _tasks_in(path), "the rows of a task", check_rows),
+        (saved or CONFIG in here, "a saved model", check_saved),
         (_holds_records(path), "a folder of records", check_records),
     ]
     return next(((kind, check) for holds, kind, check in kinds if holds), None)
 
 
-def _is_of_transformers(path: Path) -> bool:
-    with suppress(ConfigError):
-        return "model_type" in read_object(path)
-    return False
+def _is_of_run(config: Path) -> bool:
+    """Whether a config.json has flags, and is not that of another library's model."""
+    try:
+        return "preset" in read_object(config)
+    except ConfigError:
+        return False
 
 
 def _holds_records(folder: Path) -> bool:

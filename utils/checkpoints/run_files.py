@@ -22,7 +22,8 @@ from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 REPAIR = "restore it from a copy, or run the command of the run with --repair, which continues without it"
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
 CALIBRATION = "calibration.safetensors"  # in a folder of surgery.py: what an operation was decided by
-BEGUN = {".lock", ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
+LOCK = ".lock"  # held by the process that writes the folder
+BEGUN = {LOCK, ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
 
 
 class Fingerprints(TypedDict, total=False):

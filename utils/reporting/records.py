@@ -41,10 +41,10 @@ class Published(Struct):
 
 
 @cache
-def read_published() -> list[dict[str, Any]]:
-    """The entries of results/published.json, which is written by hand."""
+def read_published(path: Path = PUBLISHED) -> list[dict[str, Any]]:
+    """The entries of a published.json, such as that of results/, which is written by hand."""
     schema = defstruct("File", [("entries", list[Published])])
-    return documents.read(PUBLISHED, schema, "correct it, or restore it from version control")["entries"]
+    return documents.read(path, schema, "correct it, or restore it from version control")["entries"]
 
 
 def split_of(record: Record) -> str:

@@ -26,6 +26,7 @@ from utils.checkpoints.manifest import STATE, Stored, clean, name_of, steps, ver
 from utils.checkpoints.run_files import (
     BEGUN,
     CONFIG,
+    LOCK,
     Line,
     config_of,
     config_sha256,
@@ -81,7 +82,7 @@ class RunFolder:
             raise Damaged(self.path / CONFIG, "is missing", remedy_for(self.path))
 
     def _make_and_lock(self) -> None:
-        lock = self.path / ".lock"
+        lock = self.path / LOCK
         self._made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_file = open(lock, "w")  # noqa: SIM115 (held until the process ends)
