@@ -43,7 +43,7 @@ WORDS = (
 TINY = {  # a run of two layers; what belongs to a method is left to it
     **{"n_layer": 2, "n_head": 2, "d_head": 8, "d_model": 32, "d_ff": 64, "moe_num_expert": 4, "dropout": 0.1},
     **{"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 8, "batch_size": 4, "eval_batch_size": 2, "lr": 3e-3, "scheduler": "cosine"},
-    **{"max_step": 24, "log_interval": 4, "eval_interval": 8, "device": "cpu", "threads": 1, "preset": "quick"},
+    **{"max_step": 24, "log_interval": 4, "eval_interval": 8, "device": "cpu", "threads": 1, "preset": "quick", "yes": True},
 }
 ENCODER = {  # over them, a run of bert or roberta: without what only Transformer-XL knows
     **{"d_head": None, "mem_len": None, "eval_tgt_len": None},
@@ -65,7 +65,7 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
-def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 200) -> Path:
+def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 100) -> Path:
     """A prepared text of words from a small vocabulary; returns its folder."""
     draw = random.Random(0)
     text = " ".join(draw.choice(WORDS) for _ in range(train_bytes)).encode()
@@ -249,6 +249,11 @@ def _server():
         [
             "pytest",
             "train",
+            "utils.cli.train",
+            "utils.cli.finetune",
+            "utils.models.transformer_xl",
+            "utils.tasks.language_modelling",
+            "smoe_dropout.hosts.torch_layers",
             "torch.utils.tensorboard",
             "torch._dynamo",
             "torch.distributed.tensor",

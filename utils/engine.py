@@ -39,8 +39,8 @@ class Engine:
         """Moves the model to its device and sets the precision of its forward pass. Train it through `forward`, which averages gradients
         over processes; use the returned model for everything else.
         """
-        self.parallel = self.accelerator.prepare_model(model)
-        model = self.accelerator.unwrap_model(self.parallel)
+        # the model is moved here, and not unwrapped again, because accelerate imports much of torch for either
+        self.parallel = self.accelerator.prepare_model(model.to(self.device), device_placement=False)
         if self.compile:  # full graphs only: otherwise untraceable parts would silently run uncompiled
             self.parallel = torch.compile(self.parallel, fullgraph=True)
         return model

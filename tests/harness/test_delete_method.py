@@ -14,6 +14,7 @@ from smoe_dropout.registry import METHODS
 from tests.conftest import ROOT
 
 LEFT_OUT = {"data", "runs"}  # texts and results of runs: large, and no part of the program
+FILES = ("tests/pages/test_structure.py", "tests/library/test_contract.py")  # of the latter what is quick
 DELETED = [name for name in ("thor", "competesmoe", "concrete_dropout") if name in METHODS]
 
 # each remaining method as on the command line; then a model of each, by the library
@@ -81,34 +82,34 @@ def without(method: str, folder: Path) -> Path:
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Runs Python in the tree, with no path to the tested tree and no environment of pytest."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.fixture(params=DELETED)
-def tree(request, tmp_path):
-    """A tree without one method, and the method's name."""
-    return without(request.param, copy_of_the_tree(tmp_path)), request.param
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A tree without some methods. That none of them needs another one is checked by tests/pages/test_structure.py."""
+    folder = copy_of_the_tree(tmp_path_factory.mktemp("tree"))
+    for method in DELETED:
+        without(method, folder)
+    return folder
 
 
-def test_everything_else_works_without_the_method(tree):
-    folder, method = tree
-    remaining = [name for name in METHODS if name != method]
-    probe = python(folder, "-c", PROBE, *remaining)
+def test_everything_else_works_without_the_methods(tree):
+    remaining = [name for name in METHODS if name not in DELETED]
+    probe = python(tree, "-c", PROBE, *remaining)
     assert probe.returncode == 0, probe.stderr[-3000:]
     found = json.loads(probe.stdout)
-    assert Path(found["from"]).is_relative_to(folder), "the copy was not what ran"
+    assert Path(found["from"]).is_relative_to(tree), "the copy was not what ran"
     assert found["ran"] == remaining
     assert {name: flags["method"] for name, flags in found["parsed"].items()} == dict(zip(remaining, remaining, strict=True))
 
-    chosen = "structure or another_k"  # of the contract what is quick
-    files = ("tests/pages/test_structure.py", "tests/library/test_contract.py")
-    tests = python(folder, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", chosen, *files)
+    tests = python(tree, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", "structure or objective", *FILES)
     assert tests.returncode == 0, tests.stdout[-3000:] + tests.stderr[-2000:]
 
 
-def test_the_method_is_unknown_then(tree):
-    folder, method = tree
-    gone = python(folder, "-m", "utils.cli.train", "--preset", "quick", "--method", method)
+@pytest.mark.parametrize("method", DELETED)
+def test_the_method_is_unknown_then(method, tree):
+    gone = python(tree, "-m", "utils.cli.train", "--preset", "quick", "--method", method)
     assert gone.returncode == 2 and gone.stdout == ""
     assert gone.stderr.startswith(f"error: --method: unknown value {method!r}; ") and len(gone.stderr.splitlines()) == 1

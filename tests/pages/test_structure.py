@@ -193,3 +193,5 @@ def test_every_method_is_one_file_with_its_name(method):
     assert METHODS[method] == f"smoe_dropout.methods.{method}:METHOD" and load(METHODS, "method", method).name == method
     others = {path.stem for path in (ROOT / "smoe_dropout" / "methods").glob("*.py")} - {"__init__", "base"}
     assert others == set(METHODS)
+    modules = {place.partition(":")[0] for place in METHODS.values()}
+    assert not modules & set(imported(ROOT / "smoe_dropout" / "methods" / f"{method}.py")), "a method needs another one"

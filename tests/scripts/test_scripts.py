@@ -61,9 +61,9 @@ def flags_of(path: Path, *more: str) -> Flags:
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    """Programs and scripts without data, runs, records and figures."""
-    left_out = {str(ROOT): {".git", ".venv", "runs", "data", "results", "Figs"}}
-    shutil.copytree(ROOT, folder, ignore=lambda where, names: {"__pycache__", *left_out.get(str(where), ())} & set(names))
+    """Programs and scripts, with what of them is compiled, without data, runs, records, figures and tests."""
+    left_out = {".git", ".venv", "runs", "data", "results", "Figs", "tests"}
+    shutil.copytree(ROOT, folder, ignore=lambda where, names: left_out & set(names) if Path(where) == ROOT else set())
     (folder / "results").mkdir()
     shutil.copy(ROOT / "results" / "published.json", folder / "results")
     return folder

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 from torch import nn
 
-from smoe_dropout import from_pretrained
+import smoe_dropout as sd
 from smoe_dropout.io import load_weights, save_model
 from smoe_dropout.options import ConfigError
 from utils.checkpoints import storage
@@ -20,7 +20,7 @@ def load(model: nn.Module, source: Source) -> None:
     folder = source.weights.parent
     try:
         if source.from_transformers:
-            host = from_pretrained(folder).train()
+            host = sd.from_pretrained(folder).train()  # which alone imports transformers
             if (found := host.get_input_embeddings().weight.shape) != (expected := model.host.get_input_embeddings().weight.shape):
                 raise ConfigError(f"its embedding has shape {tuple(found)}, and the tokenizer needs {tuple(expected)}")
             model.host = host  # the host and its configuration, which may differ from ours
