@@ -12,9 +12,8 @@ def test_run_all_operates_and_renders_the_table(tmp_path):
     """From one run: an operation and its baselines, on the text and fine-tuned."""
     copy = copy_of_the_repository(tmp_path / "copy")
     presets = copy / "utils" / "flags" / "presets.py"
-    presets.write_text(
-        presets.read_text().replace('"max_step": 400,', '"max_step": 4,')
-    )  # of fine-tuning; --max_step differs from row to row
+    # steps of fine-tuning, for which there is no flag: --max_step differs from row to row
+    presets.write_text(presets.read_text().replace('"max_step": 400,', '"max_step": 4,'))
     text = tiny.write_corpus(copy / "words")
     tiny.completed(tiny.flags(text, copy / "trained" / "smoe-seed1", method="smoe", max_step=4, eval_interval=2))
     tiny.write_rows(copy / "data" / "sst2", "sst2")
