@@ -10,6 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("REFERENCE_DIR", ROOT / "tests" / "reference"))
 
 
+def pytest_collection_modifyitems(items):
+    """The scripts first: their tests take longest, and no process shall end long after the others."""
+    items.sort(key=lambda item: "scripts" not in item.path.parts)
+
+
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
     """A folder to prepare data in, downloads from this machine allowed."""
