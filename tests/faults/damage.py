@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults.judge import Failure, judge_refusal, judge_result, names_in
+from tests.faults.judge import Failure, forgive_lost, judge_doctor, judge_refusal, judge_result, names_in
 from tests.faults.programs import run
 from tests.faults.world import JOBS, READING, World, copy
 
@@ -85,8 +85,9 @@ def listed(world: World, seed: int) -> Iterator[str]:
             root = world.entry(entry.removeprefix("+"))
             for path in [] if need.startswith("+") else [root, *sorted(root.rglob("*"))] if root.is_dir() else [root]:
                 manners = PLACE if path.is_dir() else (*CONTENT, *PLACE, *(JSON if path.suffix in (".json", ".jsonl") else ()))
-                if "/tensorboard" not in str(path) and path.name != ".lock" and not (path == root and path.is_dir()):
-                    target = Path(inside or entry, path.relative_to(root)).as_posix()
+                target = Path(inside or entry, path.relative_to(root)).as_posix()
+                chosen = path.is_dir() and (path == root or target in JOBS[name].command)  # by the command, whatever is there
+                if "/tensorboard" not in str(path) and path.name != ".lock" and not chosen:
                     yield from (f"damage:{name}:{target}:{manner}" for manner in manners)
 
 
@@ -96,12 +97,14 @@ def attempt(world: World, label: str, at: Path, seed: int) -> list[Failure] | No
     job, wanted, tree = JOBS[name], world.wanted(name), world.folder(JOBS[name], at / "tree")
     if not spoil(world, job.needs.split(), tree / target, target, manner, random.Random(f"{seed}:{label}")):
         return None
-    before, finished = names_in(tree), run(job.command, tree)
+    before, finished, parts = names_in(tree), run(job.command, tree), Path(target).parts
+    names = [parts[-1], *(parts[1:-1] or parts[:-1] if manner in PLACE else ())]  # what is gone or another's may be named by its folder
+    if name == "doctor" and finished.code in (0, 1):
+        return judge_doctor(wanted, tree, finished, target, names)
     if finished.code == 0:
-        return judge_result(job, wanted, tree, finished, passed_over=target)
-    parts = Path(target).parts  # a file that is gone or another's may be named by its folder
+        return judge_result(job, wanted, tree, finished, passed_over=target, forgive=forgive_lost if name.startswith("repair") else None)
     left = {name for name in names_in(tree) - before if name not in wanted["files"] or name.split("/")[0] not in before}
-    return judge_refusal(finished, [parts[-1], *(parts[1:-1] or parts[:-1] if manner in PLACE else ())], left)
+    return judge_refusal(finished, names, left)
 
 
 def spoil(world: World, needs: list[str], path: Path, target: str, manner: str, draw: random.Random) -> bool:

@@ -1,6 +1,9 @@
 """Verdicts over what a program did under a fault."""
 
 import fnmatch
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +43,18 @@ def judge_refusal(finished: Finished, names: list[str], left: set[str] = frozens
     return [Failure(LEFTOVER, f"refused, but leaves {', '.join(sorted(left)[:3])}: {end}")] if finished.code == 2 and left else []
 
 
-def judge_result(job: Job, wanted: dict, tree: Path, finished: Finished, passed_over: str = "", loose: str = "") -> list[Failure]:
+def judge_result(
+    job: Job,
+    wanted: dict,
+    tree: Path,
+    finished: Finished,
+    passed_over: str = "",
+    loose: str = "",
+    forgive: Callable[[str, dict, dict], None] | None = None,
+) -> list[Failure]:
     """A job that succeeded left what it leaves undisturbed. passed_over: a damaged file, which may stay as it is where the job only reads.
 
-    loose: a pattern of names that may be missing, or be there besides.
+    loose: a pattern of names that may be missing, or be there besides. forgive: makes files alike that may differ.
     """
     if found := broken(finished):
         return found
@@ -58,10 +69,55 @@ def judge_result(job: Job, wanted: dict, tree: Path, finished: Finished, passed_
             fnmatch.fnmatch(name, loose) and (name in found) != (name in files)
         ):
             found.pop(name, None), files.pop(name, None)
+    if forgive:
+        forgive(job.makes, files, found)
     if differing := sorted(name for name in files if found.get(name) != files[name]):
         return [Failure(WRONG, f"{', '.join(differing[:4])}: {difference(files[differing[0]], found.get(differing[0], 'missing'))}")]
     more = sorted(found.keys() - files.keys())
     return [Failure(LEFTOVER, ", ".join(more[:4]))] if more else []
+
+
+def forgive_lost(work: str, wanted: dict[str, str], found: dict[str, str]) -> None:
+    """Takes from both what the record of a repaired run says was lost. Another best checkpoint must be one of the undisturbed run's, with
+    its numbers on validation.
+    """
+    here, there = (json.loads(files[f"{work}/result.json"]) for files in (found, wanted))
+    if not (lost := " ".join(here.pop("lost", []))):
+        return
+    known = {step: quality for step, quality in there["curve"]["valid"]}
+    if "metrics.jsonl" in lost:
+        for name, curve in there["curve"].items():
+            there["curve"][name] = curve[len(curve) - len(here["curve"].get(name, ())) :]
+        lines = wanted[f"{work}/metrics.jsonl"].splitlines()
+        wanted[f"{work}/metrics.jsonl"] = "\n".join(lines[len(lines) - len(found[f"{work}/metrics.jsonl"].splitlines()) :])
+    if "env.json" in lost:
+        wanted[f"{work}/env.json"] = found[f"{work}/env.json"]
+    if "routing" in lost or "best checkpoint" in lost:
+        here.pop("routing"), there.pop("routing")
+    if "best checkpoint" in lost:
+        there |= {
+            "best_step": here["best_step"],
+            "weights_sha256": wanted[f"{work}/checkpoints/step-{here['best_step']:08}/model.safetensors"],
+        }
+        best = known.get(here["best_step"], {})
+        there["quality"] = [row | {"valid": best.get(str(row["k"]), row["valid"])} for row in here["quality"]]
+    wanted[f"{work}/result.json"], found[f"{work}/result.json"] = json.dumps(there), json.dumps(here)
+    for files in (wanted, found):
+        for name in (name for name in files if name.endswith("/state.json")):
+            state = json.loads(files[name])
+            files[name] = json.dumps({key: value for key, value in state.items() if key not in ("lost", "best", "best_step")})
+
+
+def judge_doctor(wanted: dict, tree: Path, finished: Finished, target: str, names: list[str]) -> list[Failure]:
+    """The doctor names what is damaged, or finds nothing where nothing that can be known differs."""
+    if found := broken(finished):
+        return found
+    told = [line for line in finished.out.splitlines() if re.search(r": (damaged|missing|unfinished|not verified)|without checksum", line)]
+    named = any(name in line for line in told for name in names)
+    if finished.code == 1:
+        return [] if named else [Failure(UNNAMED, f"{told}")]
+    free = target.endswith("calibration.safetensors") or (named and not (tree / target).exists())  # only what is verified by itself is told
+    return [] if free or contents(tree) == wanted["files"] else [Failure(WRONG, f"the doctor finds nothing: {told}")]
 
 
 def difference(wanted: str, found: str) -> str:

@@ -26,6 +26,7 @@ def main(what: str, folder: str, seed: str = "--seed=1") -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
-    except (sd.ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (sd.ConfigError, OSError) as error:  # an error of writing says no name
+        place = "" if isinstance(error, sd.ConfigError) or error.filename else f"{sys.argv[2]}: "
+        print(f"error: {place}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

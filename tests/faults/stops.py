@@ -82,7 +82,7 @@ def disk(world: World, label: str, at: Path, seed: int) -> list[Failure] | None:
         if left == "read-only":
             mount(small, "remount,rw")
         filler.unlink(missing_ok=True)
-        names = [made.partition(".")[0] for made in (job.makes or "run").split()]
+        names = [*(made.partition(".")[0] for made in (job.makes or "run").split()), f"{tree} has"]
         return (judge_refusal(finished, names) if finished.code else broken(finished)) or again(world, name, tree)
     finally:
         if mounted:

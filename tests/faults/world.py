@@ -27,8 +27,9 @@ ROWS = "data/prepare_task.py sst2 --source rows --out sst2"
 PIECES = "data/prepare_pieces.py pieces --tokenizer tokenizer --data_files lines.txt --out pieces"
 PASSED = "run/checkpoints tuned/checkpoints"  # a damaged checkpoint that is passed over stays
 UNREAD = f"{PASSED} run/env.json tuned/env.json run/metrics.jsonl tuned/metrics.jsonl"  # where the result is already there
+EXAMINED = "run merged saved/pretrained saved/model text pieces sst2 results"
 TWINS = {"source.txt": "source2.txt", "lines.txt": "lines2.txt", "rows": "rows2", "--seed=1": "--seed=2"}  # for what another run has
-VOLATILE = {"seconds", "cpu_seconds", "tokens_per_second", "started", "time", "peak_memory_mib", "commit"}
+VOLATILE = {"argv", "seconds", "cpu_seconds", "tokens_per_second", "started", "time", "peak_memory_mib", "commit"}
 
 
 class Job(NamedTuple):
@@ -80,6 +81,10 @@ READING = {  # what reads these folders, or finds its work done
     "verify_rows": Job(ROWS, "sst2 rows", "sst2"),
     "load": Job("-m tests.faults.library load saved/pretrained", "saved", prints=True),
     "load_weights": Job("-m tests.faults.library load_weights saved/model", "saved", prints=True),
+    "repair": Job(f"{MAKING['train'].line} --repair", "half:run +text", "run", PASSED),
+    "repair_finished": Job(f"{MAKING['train'].line} --repair", "run +text", "run", UNREAD),
+    "repair_tuned": Job(f"{TUNING} --repair", "half_tuned:tuned +sst2 +run +text", "tuned", PASSED),
+    "doctor": Job(f"-m utils.doctor {EXAMINED}", "run merged saved text pieces sst2 results"),
 }
 JOBS = MAKING | READING
 WRITING = (*MAKING, "page", "evaluate", "resume")  # what is stopped at every operation
