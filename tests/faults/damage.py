@@ -100,7 +100,7 @@ def attempt(world: World, label: str, at: Path, seed: int) -> list[Failure] | No
     before, finished, parts = names_in(tree), run(job.command, tree), Path(target).parts
     names = [parts[-1], *(parts[1:-1] or parts[:-1] if manner in PLACE else ())]  # what is gone or another's may be named by its folder
     if name == "doctor" and finished.code in (0, 1):
-        return judge_doctor(wanted, tree, finished, target, names)
+        return judge_doctor(wanted, tree, finished, f"{target}:{manner}", [*names, *parts[:-1]] if manner in PLACE else names)
     if finished.code == 0:
         return judge_result(job, wanted, tree, finished, passed_over=target, forgive=forgive_lost if name.startswith("repair") else None)
     left = {name for name in names_in(tree) - before if name not in wanted["files"] or name.split("/")[0] not in before}

@@ -27,14 +27,8 @@ from typing import NamedTuple
 from tests.tiny import ROOT
 
 HANG = 90.0  # seconds after which a program that has not ended hangs
-OPERATIONS = {
-    "os.rename": 2,
-    "os.remove": 1,
-    "os.rmdir": 1,
-    "os.mkdir": 2,
-    "os.truncate": 2,
-    "os.link": 2,
-}  # place of the folder's descriptor
+# the place of the folder's descriptor in each event
+OPERATIONS = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.truncate": 2, "os.link": 2}
 TRAINING = ("train", "torch.utils.tensorboard", "utils.training.setup", "accelerate.tracking")
 PRELOADED = {  # modules that a program imports late, loaded once before it is forked
     "finetune.py": ("finetune",),

@@ -147,12 +147,10 @@ def pipes(world: World, seed: int) -> Iterator[str]:
 def pipe(world: World, label: str, at: Path, seed: int) -> list[Failure]:
     _, name, lines, how = label.split(":")
     job, tree = JOBS[name], world.folder(JOBS[name], at / "tree")
-    plain = how == "plain"
-    finished = (
-        run_plainly(job.command, tree, lambda process: close_after(process, int(lines)))
-        if plain
-        else run(job.command, tree, lines=int(lines))
-    )
+    if how == "plain":
+        finished = run_plainly(job.command, tree, lambda process: close_after(process, int(lines)))
+    else:
+        finished = run(job.command, tree, lines=int(lines))
     if found := broken(finished):
         return found
     if finished.code not in (0, 141, -signal.SIGPIPE) or re.search(r"error: |Exception|Broken pipe", finished.err):
