@@ -8,7 +8,7 @@ from tests.faults.programs import run_plainly
 from tests.faults.world import JOBS, World, contents
 
 SEED = 2303
-SAMPLES = {"kill": 24, "damage": 60, "disk": 8, "signal": 8, "pipe": 6}
+SAMPLES = {"kill": 16, "damage": 40, "disk": 6, "signal": 6, "pipe": 4}
 
 
 @pytest.fixture(scope="session")
