@@ -14,7 +14,7 @@ SLOW = 2.0  # seconds of CPU in which a refusal must come
 WRONG, TRACEBACK, UNNAMED, LEFTOVER = "wrong number", "traceback", "unnamed file", "leftover after the next start"
 TOO_SLOW, HANGS, UNFINISHED, UNCLEAR = "answer over 2 s", "hang", "cannot go on", "not one sentence"
 UNKNOWABLE = (  # another whole record; a checkpoint that nothing needs; a model without checksums, as earlier versions saved it
-    r"results/.*:swap|run/checkpoints/step-0000000[46]:delete|saved/.*/manifest.json:delete|merged/calibration.safetensors:.*"
+    r"results/.*:swap|run/checkpoints/step-0000000[46]:delete|saved/.*/manifest.json:delete"
 )
 CLASSES = (WRONG, TRACEBACK, UNNAMED, LEFTOVER, TOO_SLOW, HANGS, UNFINISHED, UNCLEAR)
 
