@@ -61,8 +61,8 @@ def flags_of(path: Path, *more: str) -> Flags:
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    """Programs and scripts, with what of them is compiled, without data, runs, records, figures and tests."""
-    left_out = {".git", ".venv", "runs", "data", "results", "Figs", "tests"}
+    """Programs and scripts, with what of them is compiled, without data, runs, records and figures."""
+    left_out = {".git", ".venv", "runs", "data", "results", "Figs"}
     shutil.copytree(ROOT, folder, ignore=lambda where, names: left_out & set(names) if Path(where) == ROOT else set())
     (folder / "results").mkdir()
     shutil.copy(ROOT / "results" / "published.json", folder / "results")
