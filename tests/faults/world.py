@@ -29,7 +29,17 @@ PASSED = "run/checkpoints tuned/checkpoints"  # a damaged checkpoint that is pas
 UNREAD = f"{PASSED} run/env.json tuned/env.json run/metrics.jsonl tuned/metrics.jsonl"  # where the result is already there
 EXAMINED = "run merged saved/pretrained saved/model text pieces sst2 results"
 TWINS = {"source.txt": "source2.txt", "lines.txt": "lines2.txt", "rows": "rows2", "--seed=1": "--seed=2"}  # for what another run has
-VOLATILE = {"argv", "seconds", "cpu_seconds", "tokens_per_second", "started", "time", "peak_memory_mib", "commit"}
+VOLATILE = {
+    "argv",
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "started",
+    "time",
+    "peak_memory_mib",
+    "commit",
+    "transformers",
+}  # the last: recorded where it is loaded
 
 
 class Job(NamedTuple):

@@ -246,7 +246,7 @@ def test_a_schedule_that_ends_early_keeps_its_last_k(corpus, tmp_path):
 
 def test_predrawn_competition_is_timed_and_trained(corpus, tmp_path):
     """The step timed before training also gets the progress of training."""
-    finished = tiny.completed(tiny.flags(corpus, tmp_path, method="competesmoe", method_options="predrawn=true,flip_rate=0.5"))
+    finished = tiny.completed(tiny.flags(corpus, tmp_path, method="competesmoe", method_options="predrawn=true,flip_rate=0.5", yes=None))
     shares = [value for name, value in tiny.metrics(tmp_path, "train")[-1].items() if name.endswith("competition_share")]
     assert "predrawn" in str(tiny.read_json(tmp_path / "result.json")["settings"]) and len(shares) == 2 and 0 < sum(shares) < 2
     assert "done" in finished.out
