@@ -340,7 +340,7 @@ WRONG_OPTIONS = {
     ("thor", "beta=1"): f"unknown option beta{KNOWN} alpha=1.0, inference=sentence",
     ("dense", "rate=0.5"): f"unknown option rate{KNOWN} none",
     ("thor", "alpha=-1"): "option alpha = -1.0 must be a number and not negative",
-    ("thor", "alpha=nan"): "option alpha = nan must be a finite number",
+    ("thor", "alpha=nan"): "option alpha = 'nan' must be a finite number",
     ("thor", "alpha=x"): "option alpha = 'x' must be a finite number",
     ("thor", "inference=tokn"): "unknown value of option inference 'tokn'; nearest: token",
     ("competesmoe", "flip_rate=1.5"): "option flip_rate = 1.5 must be from 0 to 1",
