@@ -76,7 +76,7 @@ def main(plan: Plan, engine: Engine) -> int:
     after = flags_after(plan, tuple(layer.num_experts for _, layer in moe_layers(smaller)))
     checkpoints = RunFolder.checkpoints_of(after)
     require_space(checkpoints, list(smaller.state_dict().values()), copies=1, flag="--out")
-    folder = RunFolder(after, run.fingerprints() | {"surgery": plan.provenance})
+    folder = RunFolder(after, run.fingerprints() | {"surgery": plan.provenance}, "--out")
     store(smaller, checkpoints, folder.config_sha256)
     hashes = {"config_sha256": folder.config_sha256}
     if calibration is not None:

@@ -35,7 +35,14 @@ def hashes(path: Path) -> dict[str, str]:
         require_name(name, path)
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise ConfigError(f"{path} is damaged: {name!r} has no sha256")
+    if stored.get("checksum", checksum(found)) != checksum(found):  # older manifests have none
+        raise ConfigError(f"{path} is damaged: its content does not match its checksum; restore it from a copy, or save the model again")
     return found
+
+
+def checksum(found: Mapping[str, str]) -> str:
+    """Hash of the names and hashes in a manifest."""
+    return hashlib.sha256(json.dumps(dict(found), sort_keys=True).encode()).hexdigest()
 
 
 def require_name(name: Any, source: Path) -> None:
@@ -114,7 +121,7 @@ def publish(made: Path, folder: Path, earlier: Iterable[str]) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in names:
         os.replace(made / name, folder / name)
-    _write(made / MANIFEST, {"complete": True, "sha256": found})
+    _write(made / MANIFEST, {"complete": True, "sha256": found, "checksum": checksum(found)})
     os.replace(made / MANIFEST, folder / MANIFEST)
 
 

@@ -108,8 +108,9 @@ def check_run(checkup: Checkup) -> None:
         checkup.read(CALIBRATION, belonging(lambda own: _read_calibration(folder, own)))
     else:
         newest = max(manifests, default=None)
-        checkup.read(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), remedy)
-        checkup.read(METRICS, lambda: _read_metrics(folder, newest), remedy)
+        logs = run_files.remedy_of_logs(folder)
+        checkup.read(ENVIRONMENT, belonging(lambda own: run_files.read_starts(folder, own)), logs)
+        checkup.read(METRICS, lambda: _read_metrics(folder, newest), logs)
         unfinished = "the run has not ended: run its command again, which resumes from the newest checkpoint"
         checkup.read(RESULT, belonging(lambda own: _read_result(folder, own, manifests)), unfinished)
     if (folder / EVALUATION).exists():

@@ -58,6 +58,16 @@ def saved(request, tmp_path_factory):
     return models, folder, load
 
 
+def test_a_damaged_manifest_is_named(saved, tmp_path):
+    """Not the file that it seems to miss, which nobody ever saved."""
+    _, folder, load = saved
+    shutil.copytree(folder / "0", tmp_path / "damaged")
+    path = tmp_path / "damaged" / MANIFEST
+    path.write_text(path.read_text().replace("config.json", "confih.json"))
+    with pytest.raises(sd.ConfigError, match=r"manifest\.json is damaged"):
+        load(tmp_path / "damaged")
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_folder_is_refused_or_is_what_was_saved(saved, data):

@@ -149,7 +149,7 @@ def _surgery(folder: Path, identity: str) -> dict[str, Any]:
 
 def read_starts(folder: Path, identity: str) -> list[dict[str, Any]]:
     """The starts of a run, from its env.json."""
-    path, remedy = folder / ENVIRONMENT, remedy_for(folder)
+    path, remedy = folder / ENVIRONMENT, remedy_of_logs(folder)
     found = documents.parsed(path, remedy)
     found = {"starts": found} if isinstance(found, list) else found  # as version 0.1 wrote it
     return _belonging(path, documents.unsealed(found, Environments, path, remedy), identity)["starts"]
@@ -160,7 +160,7 @@ def recorded_metrics(folder: Path, step: int, known: Content | None) -> bytes:
 
     known: its size and hash then; None for a checkpoint of version 0.1, which did not store them.
     """
-    path, remedy = folder / METRICS, remedy_for(folder)
+    path, remedy = folder / METRICS, remedy_of_logs(folder)
     if path.exists() and not path.is_file():
         raise Damaged(path, "is not a file", remedy)
     content = path.read_bytes() if path.exists() else b""
@@ -179,6 +179,11 @@ def _belonging(path: Path, content: dict[str, Any], identity: str) -> dict[str, 
     if content.get("config_sha256", identity) != identity:
         raise Damaged(path, f"belongs to another run than {CONFIG}", remedy_for(path.parent))
     return content
+
+
+def remedy_of_logs(folder: Path) -> str:
+    """Advice for a damaged env.json or metrics.jsonl, which only a run that has not ended reads again."""
+    return f"restore it from a copy, or leave it: {RESULT} does not depend on it" if (folder / RESULT).exists() else remedy_for(folder)
 
 
 def remedy_for(folder: Path) -> str:

@@ -47,11 +47,13 @@ class RunFolder:
     """Opened by the main process only, which keeps it locked until it ends.
 
     Raises UserError when another process has locked it, or when it holds a run of another configuration (the difference is named) or
-    other files, or cannot be written; nothing is left behind then. lost: what --repair had to give up.
+    other files, or cannot be written; nothing is left behind then. option: the flag that names the folder. lost: what --repair had to give
+    up.
     """
 
-    def __init__(self, flags: Flags, fingerprints: dict[str, str]):
+    def __init__(self, flags: Flags, fingerprints: dict[str, str], option: str = "--work_dir"):
         self.path, self.repairs, self.lost = Path(flags.work_dir), flags.repair, []
+        self._named = f"{option} {self.path}"
         config = config_of(flags, fingerprints)
         self._writer, self.metrics_path = None, self.path / "metrics.jsonl"
         self._made: list[Path] = []  # by this process, to be removed if the run cannot begin
@@ -61,7 +63,7 @@ class RunFolder:
             self._match_config(config)
         except OSError as error:
             self._unmake()
-            raise UserError(f"--work_dir {self.path} cannot be written ({error.strerror}): fix that, or choose another") from None
+            raise UserError(f"{self._named} cannot be written ({error.strerror}): fix that, or choose another") from None
         self.config_sha256 = config_sha256(config)
         clean(self.path / "checkpoints")
         for leftover in [*self.path.glob(".*.partial"), *(self.path / f"{name}.partial" for name in LEFT)]:
@@ -77,7 +79,7 @@ class RunFolder:
         if CONFIG in found or not found - BEGUN:
             return
         if not steps(self.path / "checkpoints"):
-            raise UserError(f"--work_dir {self.path} holds other files and no run: choose an empty or a new folder")
+            raise UserError(f"{self._named} holds other files and no run: choose an empty or a new folder")
         if not self.repairs:
             raise Damaged(self.path / CONFIG, "is missing", remedy_for(self.path))
 
@@ -89,7 +91,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--work_dir {self.path} is in use by another run: wait for it, or choose another folder") from None
+            raise UserError(f"{self._named} is in use by another run: wait for it, or choose another folder") from None
 
     def _unmake(self) -> None:
         for path in self._made:
@@ -117,7 +119,7 @@ class RunFolder:
         if different:
             changes = [f"{name} was {_short(stored.get(name))} and is now {_short(config.get(name))}" for name in different]
             raise UserError(
-                f"--work_dir {self.path} holds another run, of other {', '.join(different)}: {', '.join(changes)}; "
+                f"{self._named} holds another run, of other {', '.join(different)}: {', '.join(changes)}; "
                 "choose another folder, or the same flags"
             )
 
