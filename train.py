@@ -345,7 +345,9 @@ def evaluate_run(run: Run) -> int:
     say = print if engine.is_main else (lambda sentence: None)
     config = read_config(root.parent, note_unverified)
     if other := [name for name, found in run.fingerprints().items() if config.get(name, found) != found]:
-        raise UserError(f"{root.parent} was trained with another {', '.join(other)}: --data and --checkpoint must give those of the run")
+        raise UserError(
+            f"{root.parent} was trained with another {', '.join(other)}: --data, --checkpoint and tokenizer must be those of the run"
+        )
     identity = config_sha256(config)
     step, weights = chosen_step(root, identity, say)
     model = run.build()

@@ -11,12 +11,15 @@ from smoe_dropout import SMoEConfig, moefy, save_model, save_pretrained
 from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.harness.test_finetune import command, made, pretrained, pytestmark, refusal, rows, run_of  # noqa: F401 (fixtures)
+from utils import documents
 from utils.checkpoints.origin import open_source
+from utils.checkpoints.run_files import config_sha256
 from utils.cli.finetune import parse
 from utils.errors import UserError
 from utils.models.build import build_model
 from utils.training.identity import departures_of as departures
 from utils.training.identity import training_of
+from utils.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -255,3 +258,22 @@ def test_source_names_its_training(pretrained):  # noqa: F811
     source = open_source(pretrained("dense"))
     assert source.summary == "Words, 4 steps" and len(source.fingerprint) == 64
     assert source.trained["dataset"].keys() == {"name", "title", "fingerprint"} and source.trained["steps"] == 4
+
+
+def test_a_tokenizer_that_reads_otherwise_is_another_run(rows, pretrained, tmp_path):  # noqa: F811
+    """Its vocabulary stays the same. A run of an older version, which did not store its tokens, goes on."""
+    words, folder, upper = tiny.write_tokenizer(tmp_path / "tokenizer"), tmp_path / "run", shutil.copytree(rows["sst2"], tmp_path / "rows")
+    for path in upper.iterdir():
+        head, *lines = path.read_text().split("\n")
+        path.write_text("\n".join([head, *map(str.upper, lines)]))
+    arguments = command("sst2", {"sst2": upper}, pretrained("dense", "bert"), work_dir=folder, tokenizer=words)
+    tiny.completed(arguments, program="finetune.py")
+    (words / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    for again in (arguments, ["--eval_only", "--work_dir", str(folder)]):
+        run = tiny.run(again, program="finetune.py")
+        assert run.code == 2 and "another" in run.err and "tokens_sha256" in run.err, run
+    older = documents.read(folder / "config.json", dict, "")
+    del older["tokens_sha256"]
+    documents.write(folder / "config.json", older)
+    again, _ = run_of(arguments)
+    assert RunFolder(again.flags, again.fingerprints()).config_sha256 == config_sha256(older)

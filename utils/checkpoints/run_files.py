@@ -32,6 +32,7 @@ class Fingerprints(TypedDict, total=False):
     data_fingerprint: Sha256
     vocabulary_sha256: Sha256
     checkpoint_sha256: Sha256
+    tokens_sha256: Sha256  # of a task's rows in word pieces; runs of older versions do not have it
     teacher_sha256: Sha256
     surgery: dict[str, Any]
 

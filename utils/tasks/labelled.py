@@ -4,6 +4,7 @@ Rows are independent: no memory is carried from one to the next. Rows are padded
 but a load-balance loss counts it. Batches depend on the seed only, and each process takes its share of every batch.
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
@@ -48,6 +49,14 @@ class LabelledTask(Task):
                 raise UserError(f"{row}, and --max_length is {flags.max_length}: raise it, or shorten the row")
         if (count := len(self._rows["train"])) < flags.batch_size:
             raise UserError(f"train of {examples.path} has {count} rows, and --batch_size is {flags.batch_size}: use a smaller one")
+
+    @property
+    def tokens_sha256(self) -> str:
+        """A hash of all rows as tokens, which depend on more files of a tokenizer than its vocabulary."""
+        digest = hashlib.sha256()
+        for tokens, *_ in (row for rows in self._rows.values() for row in rows):
+            digest.update(np.concatenate(tokens) if isinstance(tokens, list) else tokens)
+        return digest.hexdigest()
 
     @abstractmethod
     def read(self, examples: list) -> list:

@@ -108,6 +108,7 @@ class Run:
         found = {"data_fingerprint": self.task.corpus.fingerprint}
         found |= {"vocabulary_sha256": vocabulary.sha256} if vocabulary else {}
         found |= {"checkpoint_sha256": source.fingerprint} if source else {}
+        found |= {"tokens_sha256": self.task.tokens_sha256} if self.is_finetuning and vocabulary else {}
         return found | {name: value for callback in self.callbacks for name, value in callback.fingerprints().items()}
 
     def objective(self) -> ObjectiveOf:

@@ -60,11 +60,10 @@ class RunFolder:
         try:
             self._refuse_foreign()
             self._make_and_lock()
-            self._match_config(config)
+            self.config_sha256 = config_sha256(self._matched(config))
         except OSError as error:
             self._unmake()
             raise UserError(f"{self._named} cannot be written ({error.strerror}): fix that, or choose another") from None
-        self.config_sha256 = config_sha256(config)
         clean(self.path / "checkpoints")
         for leftover in [*self.path.glob(".*.partial"), *(self.path / f"{name}.partial" for name in LEFT)]:
             leftover.unlink(missing_ok=True)
@@ -98,19 +97,22 @@ class RunFolder:
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
-    def _match_config(self, config: dict[str, Any]) -> None:
-        path = self.path / CONFIG
+    def _matched(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration, without what an older version did not store in the folder."""
+        path, older = self.path / CONFIG, {name: value for name, value in config.items() if name != "tokens_sha256"}
         if not path.exists() and not steps(self.path / "checkpoints"):
             documents.write(path, config)
             self._made = [path, *self._made]
-            return
+            return config
         try:
             stored = read_config(self.path)
         except UserError:
-            if not (self.repairs and self._is_of(config_sha256(config))):
+            whole = [one for one in (config, older) if self.repairs and self._is_of(config_sha256(one))]
+            if not whole:
                 raise
-            documents.write(path, config)
+            documents.write(path, whole[0])
             stored = read_config(self.path)
+        config = config if "tokens_sha256" in stored else older
         different = [
             name
             for name in sorted(stored.keys() | config.keys())
@@ -120,8 +122,9 @@ class RunFolder:
             changes = [f"{name} was {_short(stored.get(name))} and is now {_short(config.get(name))}" for name in different]
             raise UserError(
                 f"{self._named} holds another run, of other {', '.join(different)}: {', '.join(changes)}; "
-                "choose another folder, or the same flags"
+                "choose another folder, or the same flags and files"
             )
+        return config
 
     def _is_of(self, identity: str) -> bool:
         """Whether an intact checkpoint has this identity."""
