@@ -231,7 +231,7 @@ def read_configs(path: Path) -> list[SMoEConfig]:
     """The configurations in a file that `save_model` wrote, one for each call of `moefy`. ConfigError for anything else."""
     found = read_json(path)
     try:
-        return [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) else [found])]
+        return [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) and found else [found])]
     except (TypeError, ValueError) as error:  # not a configuration
         raise ConfigError(f"{path} is damaged: {error}") from None
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from smoe_dropout.config import SMoEConfig
+from smoe_dropout.config import SMoEConfig, read_configs
 from smoe_dropout.files import read_json
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
@@ -171,10 +171,10 @@ def _weights(path: Path) -> Source:
         raise UserError(f"{path / WEIGHTS} is missing: the folder is incomplete")
     flags: dict[str, Any] = {}
     if (path / EXPERTS).exists():
-        try:
-            flags = flags_of_experts(SMoEConfig.from_dict(read_json(path / EXPERTS)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path / EXPERTS} is damaged: {error}") from None
+        experts, *more = read_configs(path / EXPERTS)
+        if more:
+            raise UserError(f"{path} holds a model that was converted more than once, which cannot be trained here: give another")
+        flags = flags_of_experts(experts)
     return Source(path, path / WEIGHTS, flags, {"folder": path.name})
 
 
