@@ -351,6 +351,18 @@ def drip(handler, size: int) -> None:
             time.sleep(0.01)
 
 
+def without_content(handler, first: bytes, again: bytes) -> None:
+    with suppress(ConnectionError):
+        handler.wfile.write(first)
+        while True:
+            handler.wfile.write(again)
+            time.sleep(0.01)
+
+
+SLOW = "cannot be downloaded (it sends fewer than 1,000 bytes a second)"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
@@ -360,9 +372,13 @@ def drip(handler, size: int) -> None:
         (partial(redirecting, to="file:///etc/hostname"), "cannot be downloaded (HTTP Error 302: "),
         (partial(redirecting, to="ftp://127.0.0.1/enwik8.zip"), "(it redirects to ftp://127.0.0.1/enwik8.zip, which is not followed)"),
         (partial(redirecting, to="http://[::"), "cannot be downloaded (Invalid IPv6 URL)"),
-        (partial(drip, size=10_000), "cannot be downloaded (it sends fewer than 1,000 bytes a second)"),
+        (partial(drip, size=10_000), SLOW),
+        (partial(without_content, first=b"", again=b"HTTP/1.1 100 Continue\r\n\r\n"), SLOW),
+        (partial(without_content, first=b"HTTP/1.1 200 OK\r\nA: ", again=b"b"), SLOW),
+        (partial(without_content, first=CHUNKED, again=b"0"), SLOW),
+        (partial(without_content, first=CHUNKED + b"0\r\n", again=b"A: b\r\n"), SLOW),
     ],
-    ids=["endless", "huge", "negative", "file", "ftp", "no address", "slow"],
+    ids=["endless", "huge", "negative", "file", "ftp", "no address", "slow", "continue", "header", "chunk size", "trailer"],
 )
 def test_a_server_that_cannot_be_trusted(run, data_dir, enwik8, answer, fault, monkeypatch):
     monkeypatch.setattr(download, "PATIENCE", 0.1)

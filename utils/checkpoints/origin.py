@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smoe_dropout.config import SMoEConfig, read_configs
-from smoe_dropout.files import read_json
+from smoe_dropout.files import read_object
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS, load
 from utils import documents
@@ -214,10 +214,9 @@ def _transformers(path: Path) -> Source:
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     try:
-        found = read_json(path)
+        return read_object(path)
     except ConfigError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def kind_of(source: Source) -> str:

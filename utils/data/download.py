@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import ssl
 import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 from utils.documents import naming
 from utils.errors import UserError
 
 CONNECT_SECONDS = 10
 DOWNLOAD_ATTEMPTS = 5
-SLOWEST, PATIENCE = 1000, 30  # a connection with fewer bytes a second is given up, judged each time that so many seconds have passed
-# the last: a redirect to what is no address
-NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException, ValueError)
+SLOWEST, PATIENCE = 1000, 30  # a server that sends less of a file, in bytes a second, is given up: judged each time so many have passed
+NETWORK_ERRORS = (URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException, ValueError)  # last: of a wrong URL
 
 
 class Unavailable(UserError):
@@ -39,8 +39,27 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if newurl.partition(":")[0].lower() not in ("https", req.type):
-            raise urllib.error.URLError(f"it redirects to {newurl}, which is not followed")
+            raise URLError(f"it redirects to {newurl}, which is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@contextmanager
+def _watched(received: Callable[[], int]) -> Iterator[None]:
+    """Raise URLError in the body, also while it waits, once a server sends too little of a file. For the main thread only."""
+    before = received()
+
+    def judge(*_) -> None:
+        nonlocal before
+        if 0 <= received() - before < SLOWEST * PATIENCE:  # less than nothing: the file was begun anew
+            raise URLError(f"it sends fewer than {SLOWEST:,} bytes a second")
+        before = received()
+
+    signal.signal(signal.SIGALRM, judge)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def log(line: str) -> None:
@@ -57,29 +76,25 @@ def _append(url: str, part: Path, limit: int) -> bool:
     """Append the missing bytes of `url` to `part`; return whether it is complete. Raises TooLarge, or one of NETWORK_ERRORS."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.build_opener(_SafeRedirects).open(request, timeout=CONNECT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:
-            return True  # the server has no further bytes; the content is checked by the caller
-        raise
-    with response:
-        have = have if response.status == 206 else 0  # a server without ranges starts from 0
-        length = response.headers.get("Content-Length", "")
-        total = have + int(length[:20]) if length.isascii() and length.isdigit() else None
-        log(f"downloading {url}: {have:,} of {f'{total:,}' if total else 'unknown'} bytes received")
-        if (total or 0) > limit:
-            raise TooLarge
-        judged, before = time.monotonic(), have
-        with naming(part), open(part, "ab" if have else "wb") as file:
-            while chunk := response.read1(1 << 16):
-                have += file.write(chunk)
-                if have > limit:
-                    raise TooLarge
-                if (passed := time.monotonic() - judged) > PATIENCE:
-                    if have - before < SLOWEST * passed:
-                        raise urllib.error.URLError(f"it sends fewer than {SLOWEST:,} bytes a second")
-                    judged, before = time.monotonic(), have
+    with _watched(lambda: have):
+        try:
+            response = urllib.request.build_opener(_SafeRedirects).open(request, timeout=CONNECT_SECONDS)
+        except HTTPError as error:
+            if error.code == 416 and have:
+                return True  # the server has no further bytes; the content is checked by the caller
+            raise
+        with response:
+            have = have if response.status == 206 else 0  # a server without ranges starts from 0
+            length = response.headers.get("Content-Length", "")
+            total = have + int(length[:20]) if length.isascii() and length.isdigit() else None
+            log(f"downloading {url}: {have:,} of {f'{total:,}' if total else 'unknown'} bytes received")
+            if (total or 0) > limit:
+                raise TooLarge
+            with naming(part), open(part, "ab" if have else "wb") as file:
+                while chunk := response.read1(1 << 16):
+                    have += file.write(chunk)
+                    if have > limit:
+                        raise TooLarge
     return total is None or have >= total
 
 
@@ -88,33 +103,27 @@ def download(url: str, target: Path, check: Callable[[Path], None], remedy: str,
 
     Raises Unavailable with `remedy`. An incomplete part is kept, one with wrong content or with more than `limit` bytes is deleted.
     """
-    part, complete = target.with_name(f"{target.name}.part"), False
+    part, complete, fault = target.with_name(f"{target.name}.part"), False, None
     resumed = _size(part) > 0
     for _ in range(DOWNLOAD_ATTEMPTS):
         before, reason = _size(part), "the connection was cut"
         try:
             complete = _append(url, part, limit)
         except TooLarge:
-            part.unlink(missing_ok=True)
-            if resumed:  # the old part may be wrong
-                return download(url, target, check, remedy, limit)
-            raise Unavailable(f"{url} is larger than {limit:,} bytes, the most that {target.name} can have", remedy) from None
+            fault = f"is larger than {limit:,} bytes, the most that {target.name} can have"
         except NETWORK_ERRORS as error:
-            said = (
-                error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or getattr(error, "strerror", None)
-            )
+            said = error if isinstance(error, HTTPError) else getattr(error, "reason", None) or getattr(error, "strerror", None)
             reason = " ".join(str(said or error).split())[:200]
-        if complete or _size(part) <= before:
+        if complete or fault or _size(part) <= before:
             break
-    if not complete:
-        if not (kept := _size(part)):
-            part.unlink(missing_ok=True)
-        raise Unavailable(f"{url} cannot be downloaded ({reason})", remedy, kept)
-    try:
-        check(part)
-    except UserError as error:
+    if complete:
+        try:
+            check(part)
+            return os.replace(part, target)
+        except UserError as error:
+            fault = f"returned unexpected content ({error})"
+    if fault or not _size(part):
         part.unlink(missing_ok=True)
-        if resumed:  # the old part may be wrong: try once from the start
-            return download(url, target, check, remedy, limit)
-        raise Unavailable(f"{url} returned unexpected content ({error})", remedy) from None
-    os.replace(part, target)
+    if fault and resumed:  # the old part may be wrong: try once from the start
+        return download(url, target, check, remedy, limit)
+    raise Unavailable(f"{url} {fault or f'cannot be downloaded ({reason})'}", remedy, _size(part))

@@ -53,10 +53,8 @@ class LabelledTask(Task):
     @property
     def tokens_sha256(self) -> str:
         """A hash of all rows as tokens, which depend on more files of a tokenizer than its vocabulary."""
-        digest = hashlib.sha256()
-        for tokens, *_ in (row for rows in self._rows.values() for row in rows):
-            digest.update(np.concatenate(tokens) if isinstance(tokens, list) else tokens)
-        return digest.hexdigest()
+        sequences = (tokens for rows in self._rows.values() for tokens, *_ in rows)
+        return hashlib.sha256(b"".join(np.concatenate(one) if isinstance(one, list) else one for one in sequences)).hexdigest()
 
     @abstractmethod
     def read(self, examples: list) -> list:

@@ -54,13 +54,12 @@ class RunFolder:
     def __init__(self, flags: Flags, fingerprints: dict[str, str], option: str = "--work_dir"):
         self.path, self.repairs, self.lost = Path(flags.work_dir), flags.repair, []
         self._named = f"{option} {self.path}"
-        config = config_of(flags, fingerprints)
         self._writer, self.metrics_path = None, self.path / "metrics.jsonl"
         self._made: list[Path] = []  # by this process, to be removed if the run cannot begin
         try:
             self._refuse_foreign()
             self._make_and_lock()
-            self.config_sha256 = config_sha256(self._matched(config))
+            self.config_sha256 = config_sha256(self._matched(config_of(flags, fingerprints)))
         except OSError as error:
             self._unmake()
             raise UserError(f"{self._named} cannot be written ({error.strerror}): fix that, or choose another") from None
@@ -110,14 +109,9 @@ class RunFolder:
             whole = [one for one in (config, older) if self.repairs and self._is_of(config_sha256(one))]
             if not whole:
                 raise
-            documents.write(path, whole[0])
-            stored = read_config(self.path)
+            documents.write(path, stored := whole[0])
         config = config if "tokens_sha256" in stored else older
-        different = [
-            name
-            for name in sorted(stored.keys() | config.keys())
-            if name not in names(role="replaceable") and stored.get(name) != config.get(name)
-        ]
+        different = [name for name in sorted({*stored, *config} - {*names(role="replaceable")}) if stored.get(name) != config.get(name)]
         if different:
             changes = [f"{name} was {_short(stored.get(name))} and is now {_short(config.get(name))}" for name in different]
             raise UserError(
