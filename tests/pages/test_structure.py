@@ -139,8 +139,8 @@ def test_no_file_is_over_400_lines(path):
 
 
 def test_utils_stays_small():
-    """The last 800 lines are for verified files: checksums, schemas, what a damaged folder is and what can be done about it."""
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 8900
+    """The last 1,700 lines are for verified files: checksums, schemas, the doctor, and one sentence for each wrong input."""
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 8950
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)

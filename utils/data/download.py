@@ -45,7 +45,13 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 @contextmanager
 def _watched(received: Callable[[], int]) -> Iterator[None]:
-    """Raise URLError in the body, also while it waits, once a server sends too little of a file. For the main thread only."""
+    """Raise URLError in the body, also while it waits, once a server sends too little of a file. For the main thread only.
+
+    Without effect where there is no SIGALRM, as on Windows.
+    """
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
     before = received()
 
     def judge(*_) -> None:
