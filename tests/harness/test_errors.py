@@ -26,9 +26,16 @@ with exit_on_user_error():
 """
 
 
+def as_in_a_terminal() -> None:
+    """Ctrl-C counts, though the tests may run in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(body: str, after: str = "", **options) -> subprocess.Popen:
     words = [sys.executable, "-c", PROGRAM.format(body=body, after=after)]
-    return subprocess.Popen(words, cwd=ROOT, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+    return subprocess.Popen(
+        words, cwd=ROOT, text=True, preexec_fn=as_in_a_terminal, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,5 +109,6 @@ MODULES = ("doctor", "reporting", "reporting.ablations", "training.routing", "cl
 def test_ctrl_c_while_a_module_is_imported_leaves_no_traceback(name, tmp_path):
     (tmp_path / "msgspec.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
     words = [sys.executable, "-m", f"utils.{name}", "nowhere"]
-    found = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=as_in_a_terminal)
     assert found.returncode in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in found.stderr, found.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -166,9 +167,14 @@ def test_cut_short_before_it_was_measured_it_ends_as_if_it_had_not_been(operated
     assert tiny.quality(ours) == tiny.quality(theirs)
 
 
+def die_before_a_file_is_there() -> None:
+    """Kills the process before the first file that it wrote gets its name."""
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_killed_before_its_config_json_the_folder_is_still_its_own(operated, trained, tmp_path):
     arguments = command(trained("smoe"), out=tmp_path / "out")
-    assert tiny.run(arguments, partial(die, "write", 1, False), program="surgery.py").code == -signal.SIGKILL
+    assert tiny.run(arguments, die_before_a_file_is_there, program="surgery.py").code == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", ".config.json.partial"}
     tiny.completed(arguments, program="surgery.py")
     ours, theirs = (tiny.quality(content(folder)["after"]) for folder in (tmp_path / "out", operated("drop")[0]))
