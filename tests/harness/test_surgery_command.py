@@ -1,8 +1,8 @@
 """surgery.py on tiny trained models: results, measurements and refusals, and other programs reading its folder."""
 
 import dataclasses
-import shutil
 import os
+import shutil
 import signal
 import subprocess
 import sys
