@@ -265,7 +265,7 @@ OURS = {
     "nothing": (lambda f: [(f / name).unlink() for name in (MANIFEST, WEIGHTS)], "", "neither manifest.json nor model.safetensors"),
     "manifest_garbage": (lambda f: (f / MANIFEST).write_text("{"), MANIFEST, "not readable as JSON"),
     "manifest_of_nothing": (
-        lambda f: rewrite(f, MANIFEST, lambda m: m["sha256"].pop(WEIGHTS)),
+        lambda f: rewrite(f, MANIFEST, lambda m: (m["sha256"].pop(WEIGHTS), m.pop("checksum"))),  # as an older version wrote it
         MANIFEST,
         "not describe a complete save",
     ),
