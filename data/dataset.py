@@ -123,7 +123,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def owns(self, name: str) -> bool:
-        """Whether the file `name`, relative to the folder, belongs to it: `--force` never touches a folder with other files."""
+        """Say whether the file `name`, relative to the folder, belongs to it: `--force` never touches a folder with other files."""
 
     @abstractmethod
     def check(self, found: list[str]) -> None:
@@ -134,7 +134,7 @@ class Dataset(ABC):
         """Write everything into the empty `folder` and return the lines to report. Raises UserError for unusable input."""
 
     def is_ready(self) -> bool:
-        """Whether the dataset is already prepared. Raises UserError if its folder holds something else."""
+        """Say whether the dataset is already prepared. Raises UserError if its folder holds something else."""
         if not self.out.exists():
             return False
         if not self.out.is_dir():
@@ -164,7 +164,7 @@ class Dataset(ABC):
         return self.out
 
     def _is_below(self, filename: str | None) -> bool:
-        """Whether a file is the folder, in it or above it, or in the one that is being built."""
+        """Say whether a file is the folder, in it or above it, or in the one that is being built."""
         out, place = self._place(), Path(os.path.realpath(filename or os.devnull))
         built = re.compile(LEFTOVER.format(name=re.escape(out.name)))
         return place in (out, *out.parents) or out in place.parents or any(map(built.fullmatch, place.parts))

@@ -44,7 +44,7 @@ def number(name: str, value: Any, least: float = 0.0) -> float:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether the value is a real number, no truth value, that a float can hold."""
+    """Test for a real number, no truth value, that a float can hold."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

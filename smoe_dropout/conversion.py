@@ -251,7 +251,7 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
 
 
 def is_loaded(site: Site) -> bool:
-    """Whether transformers has read the network's weights from a file and marked them so; False for other models."""
+    """Test whether transformers has read the network's weights from a file and marked them so; False for other models."""
     return getattr(base(site.up), "_is_hf_initialized", False)
 
 
