@@ -10,7 +10,8 @@ import pytest
 
 from data import prepare_task
 from tests.harness.conftest import state
-from tests.harness.test_examples import contents, problem, question, real, remedy, table, write
+from tests.harness.test_examples import contents, problem, question, remedy, table, write
+from tests.harness.test_published_rows import real
 from utils import documents
 from utils.data import rows as examples
 from utils.data import sources
