@@ -37,6 +37,8 @@ _EXPORTS = {
     "set_top_k": "control",
     "get_top_k": "control",
     "top_k": "control",
+    "top_p": "control",
+    "mean_k": "control",
     "freeze_routers": "control",
     "moe_layers": "control",
     "auxiliary_loss": "control",

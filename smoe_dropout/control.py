@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import boolean, integer, require_module, shown
+from smoe_dropout.arguments import boolean, integer, is_finite, require_module, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
-from smoe_dropout.registry import PACKAGE
+from smoe_dropout.registry import PACKAGE, unknown
+from smoe_dropout.routers import LinearRouter
+from smoe_dropout.selection import GateMass, TokenK, selecting
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -42,49 +44,116 @@ def only_conversion(model: nn.Module) -> SMoEConfig:
     return found[0]
 
 
-def set_top_k(model: nn.Module, k: int) -> None:
-    """Activate k experts per token in every MoE layer.
+K = int | Tensor | Sequence[int | Tensor] | Mapping[str, int | Tensor]
 
-    If layers differ in their number of experts, k may be up to the largest, and layers with fewer than k activate all of theirs. Raises
+
+def set_top_k(model: nn.Module, k: int | Sequence[int] | Mapping[str, int]) -> None:
+    """Activate k experts per token in every MoE layer, from now on and in every thread. It is saved with the model.
+
+    k: a number, a list with one for each MoE layer, or a mapping from names of MoE layers, where the others keep theirs. If layers differ
+    in their number of experts, one number for all may be up to the largest, and layers with fewer activate all of theirs. Raises
     ConfigError for any other k, and if the model has no MoE layers.
     """
     layers = _layers_or_raise(model)
-    k = _checked_k(layers, k)
-    for _, layer in layers:
-        layer.top_k = min(k, layer.num_experts)
+    chosen = _by_layer(layers, k)
+    if any(not isinstance(value, int) for value in chosen.values()):
+        raise ConfigError("k for rows or tokens belongs to one batch and cannot be set for good: use `with top_k(model, k)`")
+    for layer, value in chosen.items():
+        layer.top_k = value
     _propagate(model, layers)
 
 
-def _checked_k(layers: list[tuple[str, MoELayer]], k: int) -> int:
+def get_top_k(model: nn.Module) -> int | dict[str, int]:
+    """k in this thread or task: the number that `set_top_k` would set, or one by layer name if it differs between layers.
+
+    ConfigError if the model has no MoE layers, or a k for each row or token or a gate mass is selected.
+    """
+    layers = _layers_or_raise(model)
+    found = {name: layer.top_k for name, layer in layers}
+    k = max(found.values())
+    return found if any(found[name] != min(k, layer.num_experts) for name, layer in layers) else k
+
+
+@contextmanager
+def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
+    """Context manager that activates k experts in the calling thread or asyncio task; other threads and tasks are not affected.
+
+    k: a number, a tensor with one for each row [B] or token [B, T] of a batch, or a list or mapping by layer of these, as in `set_top_k`.
+    Work is done only for the experts that a row or token uses. ConfigError as in `set_top_k`, and in a pass whose batch has another shape.
+    """
+    with selecting(_by_layer(_layers_or_raise(model), k)):
+        yield model
+
+
+@contextmanager
+def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) -> Iterator[nn.Module]:
+    """Context manager that activates as many experts per token as it takes to reach the fraction p of the router's probability.
+
+    The experts are taken in the router's order, at least k_min and at most k_max of them (None: all). `mean_k` tells how many it took.
+    Holds in the calling thread or task, as `top_k`. ConfigError for numbers out of range, and for a router without logits.
+    """
+    layers = _layers_or_raise(model)
+    most = max(layer.num_experts for _, layer in layers)
+    k_min, k_max = integer("k_min", k_min, 1, most), integer("k_max", most if k_max is None else k_max, 1, most)
+    if not (is_finite(p) and 0 < p <= 1):
+        raise ConfigError(f"p = {shown(p)} must be a number above 0 and at most 1")
+    if k_min > k_max:
+        raise ConfigError(f"k_min = {k_min} must not be more than k_max = {k_max}")
+    for name, layer in layers:
+        if not isinstance(layer.router, LinearRouter):
+            raise ConfigError(f"the router of {name!r} has no logits, so there is no gate mass: use top_k(model, k)")
+    masses = {layer: GateMass(float(p), min(k_min, layer.num_experts), min(k_max, layer.num_experts)) for _, layer in layers}
+    with selecting(masses):
+        yield model
+
+
+def mean_k(model: nn.Module) -> dict[str, float]:
+    """Mean number of experts per token in the last pass, without padding, by layer name, for layers that have run."""
+    return {name: layer.mean_k() for name, layer in moe_layers(model) if layer.uses}
+
+
+def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int | TokenK]:
+    """k of each layer. ConfigError for what is not one."""
+    if isinstance(k, Mapping):
+        named = dict(layers)
+        if unknown_names := [name for name in k if name not in named]:
+            raise ConfigError(unknown("MoE layer", str(unknown_names[0]), list(named)))
+        return {named[name]: _of_layer(name, named[name], value) for name, value in k.items()}
+    if isinstance(k, list | tuple):
+        if len(k) != len(layers):
+            raise ConfigError(f"k = {shown(k)} gives {len(k)} numbers, but the model has {len(layers)} MoE layers")
+        return {layer: _of_layer(name, layer, value) for (name, layer), value in zip(layers, k, strict=True)}
+    if isinstance(k, Tensor) and k.dim() > 0:
+        most = max(layer.num_experts for _, layer in layers)
+        token_k = _token_k(k, most, f"the {most} experts of the largest layer")
+        limits = {layer: min(token_k.largest, layer.num_experts) for _, layer in layers}
+        return {layer: TokenK(token_k.values.clamp(max=limit), limit) for layer, limit in limits.items()}
+    k = _checked_k(layers, k)
+    return {layer: min(k, layer.num_experts) for _, layer in layers}
+
+
+def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
+    if isinstance(k, Tensor) and k.dim() > 0:
+        return _token_k(k, layer.num_experts, f"the {layer.num_experts} experts of layer {name!r}")
+    return _checked_k([(name, layer)], k)
+
+
+def _token_k(k: Tensor, most: int, of: str) -> TokenK:
+    if k.dim() > 2 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.numel() == 0:
+        raise ConfigError(f"k is a tensor {list(k.shape)} of {k.dtype}, not of whole numbers for the rows [B] or tokens [B, T] of a batch")
+    smallest, largest = (int(value) for value in k.aminmax())
+    if smallest < 1 or largest > most:
+        raise ConfigError(f"k = {smallest if smallest < 1 else largest} must be a whole number from 1 to {of}")
+    return TokenK(k.to(torch.int64), largest)
+
+
+def _checked_k(layers: list[tuple[str, MoELayer]], k: Any) -> int:
     """k as a Python integer. ConfigError unless it is a whole number that some layer has experts for."""
     k, counts = integer("k", k, None, None), [layer.num_experts for _, layer in layers]
     if not 1 <= k <= max(counts):
         of = "the largest layer" if min(counts) < max(counts) else f"layer {layers[0][0]!r}"
         raise ConfigError(f"k = {shown(k)} must be a whole number from 1 to the {max(counts)} experts of {of}")
     return k
-
-
-def get_top_k(model: nn.Module) -> int:
-    """The k that `set_top_k` would set. ConfigError if the model has no MoE layers, or they do not agree."""
-    layers = _layers_or_raise(model)
-    k = _largest_k(layers)
-    if any(layer.top_k != min(k, layer.num_experts) for _, layer in layers):
-        raise ConfigError(f"the MoE layers have different k: {dict((name, layer.top_k) for name, layer in layers)}")
-    return k
-
-
-@contextmanager
-def top_k(model: nn.Module, k: int) -> Iterator[nn.Module]:
-    """Context manager that activates k experts and restores each layer's k on exit. ConfigError as in `set_top_k`."""
-    layers = _layers_or_raise(model)
-    before = [(layer, layer.top_k) for _, layer in layers]
-    set_top_k(model, k)
-    try:
-        yield model
-    finally:
-        for layer, k_before in before:
-            layer.top_k = k_before
-        _propagate(model, layers)
 
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
@@ -126,13 +195,9 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
 
 
-def _largest_k(layers: list[tuple[str, MoELayer]]) -> int:
-    return max(layer.top_k for _, layer in layers)
-
-
 def _propagate(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: Any) -> None:
     """Write k and other changes to the configuration that a transformers model is saved with, and adjust the compiler's limit."""
-    k, most = _largest_k(layers), max(layer.num_experts for _, layer in layers)
+    k, most = max(layer.default_k for _, layer in layers), max(layer.num_experts for _, layer in layers)
     for module in model.modules():
         stored = getattr(getattr(module, "config", None), PACKAGE, None)
         for entry in [stored] if isinstance(stored, dict) else stored or []:

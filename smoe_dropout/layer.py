@@ -13,9 +13,10 @@ from smoe_dropout.arguments import integer
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
-from smoe_dropout.recomputation import Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
+from smoe_dropout.recomputation import KEPT, Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
 from smoe_dropout.registry import ROUTERS, load
-from smoe_dropout.routers import Routing
+from smoe_dropout.routers import Routing, route_by_k
+from smoe_dropout.selection import Selection, TokenK, largest, selected, selecting
 from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
 
@@ -46,8 +47,11 @@ class MoELayer(nn.Module, FollowsTraining):
     own_losses: whether the layer has auxiliary losses besides the router's.
     repeatable: whether activation checkpointing may repeat a pass of this layer alone.
 
+    `top_k` is the k in the calling thread or task, and setting it sets the layer's default. A subclass whose `route` also takes a k for
+    each token calls `selection(x)` instead; one that uses `top_k` refuses such a k.
     `index` and `count` are the layer's position among the MoE layers of its conversion and their number. conversion: number of the call of
-    `moefy` that made it. original: where the weights of the replaced network were, for `unmoefy`.
+    `moefy` that made it. original: where the weights of the replaced network were, for `unmoefy`. sequence_first: whether inputs are
+    [T, B, D].
     """
 
     Options: type = NoOptions
@@ -56,6 +60,7 @@ class MoELayer(nn.Module, FollowsTraining):
     repeatable = True
     conversion = 0
     original: dict | None = None
+    sequence_first = False
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()
@@ -65,16 +70,33 @@ class MoELayer(nn.Module, FollowsTraining):
         d_model = integer("d_model", d_model)
         self.config = config
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
-        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.num_experts, self.default_k = config.num_experts, config.top_k
         self.output_scale = float(config.num_experts) if config.output_scale == "dense" else 1.0
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
         self.router.to(experts.bias_up.device, torch.promote_types(experts.bias_up.dtype, torch.float32))
         self.experts = experts
         self.uses: list[Use] = []  # in the last pass
-        self.used: bool | None = None  # in the model's running pass; None if the model is not running
-        self.records: list[Pass | None] = []
+        self.records: list[list[Pass]] = []  # of the last passes that activation checkpointing may repeat
         self.index, self.count, self.shared = 0, 1, Shared()
+        self.router.shared = self.shared
         self._before: list[nn.Module] = []  # a list, so that torch does not register it as a child
+
+    @property
+    def top_k(self) -> int:
+        """k in this thread or task. ConfigError if it differs between tokens."""
+        k = selected(self)
+        if isinstance(k, int):
+            return k
+        raise ConfigError(f"{type(self).__name__} takes one k for all tokens, not a k for each row or token, nor a gate mass")
+
+    @top_k.setter
+    def top_k(self, k: int) -> None:
+        self.default_k = k
+
+    def selection(self, x: Tensor) -> Selection:
+        """k in this thread or task: one for all tokens of x [..., D], one for each of them, or a gate mass."""
+        k = selected(self)
+        return TokenK(k.of_tokens(x, self.sequence_first), k.largest) if isinstance(k, TokenK) else k
 
     @property
     def attention(self) -> nn.Module | None:
@@ -91,60 +113,69 @@ class MoELayer(nn.Module, FollowsTraining):
         """x [..., D] -> [..., D]. TypeError for integers, such as token ids."""
         if not x.is_floating_point():
             raise TypeError(f"an MoE layer takes hidden states in floating point, but got {x.dtype}: embed token ids first")
-        if torch.compiler.is_compiling() or next(self.buffers(), None) is None:
+        if torch.compiler.is_compiling():
             return self.run(x)
-        if recomputing():  # buffers as in the original pass, and changed once only
-            before = original(self.records, x)
-            with with_buffers(self, {} if before is None else before.buffers):
-                return self.run(x)
+        if recomputing():
+            return self.repeat(x)
         copies = copied_buffers(self)
         y = self.run(x)
-        if copies and self.records and self.records[-1] is not None:
+        if copies and self.records and self.records[-1]:
             own = dict(self.named_buffers())
             changed = {name: copy for name, copy in copies.items() if not identical(copy, own[name])}
-            self.records[-1] = self.records[-1]._replace(buffers=changed)
+            self.records[-1][-1] = self.records[-1][-1]._replace(buffers=changed)
         return y
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """Repeat a pass for activation checkpointing with the k, padding, token ids and buffers that it had.
+
+        Raises RuntimeError if it cannot be repeated, or cannot be told from another.
+        """
+        if not self.repeatable:
+            raise RuntimeError(
+                f"{type(self).__name__} depends on other layers, so activation checkpointing cannot recompute it alone: "
+                "train without gradient checkpointing"
+            )
+        before, shared = original(self.records, x), self.shared
+        now = shared.tokens
+        shared.tokens, shared.real_N, shared.repeated = before.tokens, before.real_N, before
+        try:
+            with selecting({self: before.selection}), with_buffers(self, before.buffers):
+                return self.run(x)
+        finally:
+            shared.tokens, shared.real_N, shared.repeated = now, None, None
 
     def run(self, x: Tensor) -> Tensor:
         """Route and combine, and keep what was found: x [..., D] -> [..., D]."""
         self.see_padding(x)
         routing = self.route(x)
         if not torch.compiler.is_compiling() and not plain.needed() and not self.uses:
-            check_routing(routing, x.numel() // max(x.shape[-1], 1), self.top_k, self.num_experts)
+            check_routing(routing, x.numel() // max(x.shape[-1], 1), largest(selected(self)), self.num_experts)
         self.keep(x, routing.losses, routing.indices_NK.detach())
         return self.combine(x.reshape(-1, x.shape[-1]), routing).view_as(x)
 
     def see_padding(self, x: Tensor) -> None:
         """Tell the router which tokens are real, until `keep`."""
-        if recomputing():  # the mask may be gone
-            before = original(self.records, x)
-            self.router.real_N = None if before is None else before.real_N
-        else:
-            self.router.real_N = self.shared.real_tokens(x)
+        if self.shared.repeated is None:  # else the mask may be gone
+            self.shared.real_N = self.shared.real_tokens(x)
 
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
-        """Store losses and assignments of a use.
-
-        Raises RuntimeError if activation checkpointing repeats a pass that cannot be repeated, or differs from the original one.
-        """
-        real_N, self.router.real_N = self.router.real_N, None
+        """Store losses and assignments of a use. RuntimeError if a repeated pass has losses that cannot be trained."""
+        shared = self.shared
+        real_N, shared.real_N = shared.real_N, None
         if torch.compiler.is_exporting():  # tensors of the trace mean nothing afterwards
             return
-        if not recomputing():
-            again, self.used = self.used, None if self.used is None else True
-            use = Use(losses, assigned_NK, real_N)
-            self.uses = [*self.uses, use] if again else [use]
-            if not torch.compiler.is_compiling():
-                recorded = record_pass(x, self.top_k, losses, real_N, self.training)
-                if recorded is not None or "tokens" in self.router.needs:  # the token ids are now those of this pass
-                    self.records = [*self.records, recorded] if again else [recorded]
+        if shared.repeated is not None:
+            check(shared.repeated, losses)
             return
-        if not self.repeatable:
-            raise RuntimeError(
-                f"{type(self).__name__} depends on other layers, so activation checkpointing cannot recompute it alone: "
-                "train without gradient checkpointing"
-            )
-        check(self.records, x, self.top_k, losses)
+        before = [] if shared.uses is None else shared.uses.get(self, [])
+        self.uses = [*before, Use(losses, assigned_NK, real_N)]
+        if shared.uses is not None:
+            shared.uses[self] = self.uses
+        if not torch.compiler.is_compiling():
+            recorded = record_pass(x, selected(self), losses, real_N, shared.tokens, self.training)
+            if recorded is not None:
+                passes = self.records if before else [*self.records[1 - KEPT :], []]
+                self.records = [*passes[:-1], [*passes[-1], recorded]] if passes else [[recorded]]
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -153,7 +184,7 @@ class MoELayer(nn.Module, FollowsTraining):
 
     @property
     def assigned(self) -> Tensor | None:
-        """Chosen experts of the last pass [N, K], padding included; -1 where uses differ in K. None before the first pass."""
+        """Chosen experts of the last pass [N, K], padding included; -1 where a token has fewer than K. None before the first pass."""
         if len(self.uses) < 2:
             return self.uses[0].assigned_NK if self.uses else None
         most = max(use.assigned_NK.shape[1] for use in self.uses)
@@ -161,11 +192,12 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def route(self, x: Tensor) -> Routing:
         """x [..., D] -> the routing of its N tokens."""
-        return self.router(x.reshape(-1, x.shape[-1]), self.top_k)
+        x_ND, k = x.reshape(-1, x.shape[-1]), self.selection(x)
+        return self.router(x_ND, k) if isinstance(k, int) or self.router.ragged else route_by_k(self.router, x_ND, k)
 
     def combine(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs [N, D]."""
-        return self.experts(x_ND, routing.indices_NK, self.scaled(routing.weights_NK))
+        return self.experts(x_ND, routing.indices_NK, self.scaled(routing.weights_NK), ragged=routing.ragged)
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Gate weights times the output scale."""
@@ -179,8 +211,16 @@ class MoELayer(nn.Module, FollowsTraining):
         if not self.uses:
             raise RuntimeError("this layer has not run yet, so its experts have no load")
         chosen = [(use.assigned_NK if use.real_N is None else use.assigned_NK[use.real_N]).flatten() for use in self.uses]
-        counts_E = torch.bincount(chosen[0] if len(chosen) == 1 else torch.cat(chosen), minlength=self.num_experts)
+        chosen_M = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+        counts_E = torch.bincount(chosen_M + 1, minlength=self.num_experts + 1)[1:]  # without those of fewer than K experts, -1
         return counts_E / counts_E.sum().clamp(min=1)
+
+    def mean_k(self) -> float:
+        """Mean number of experts per real token in the last pass. RuntimeError before the first pass."""
+        if not self.uses:
+            raise RuntimeError("this layer has not run yet")
+        chosen = [use.assigned_NK if use.real_N is None else use.assigned_NK[use.real_N] for use in self.uses]
+        return sum(int((each >= 0).sum()) for each in chosen) / max(sum(len(each) for each in chosen), 1)
 
     def routing_parameters(self) -> list[nn.Parameter]:
         """Parameters that determine the routing; `freeze_routers` freezes and unfreezes them together."""
@@ -197,7 +237,12 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def __getstate__(self) -> dict:
         # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
-        return {**self.__dict__, "uses": [], "used": None, "records": []}
+        return {**self.__dict__, "uses": [], "records": []}
+
+    def _replicate_for_data_parallel(self) -> MoELayer:
+        replica = super()._replicate_for_data_parallel()
+        replica.default_k = selected(self)  # replicas run in threads of their own
+        return replica
 
 
 def mean_losses(uses: Sequence[Use]) -> dict[str, Tensor]:
@@ -212,15 +257,16 @@ def check_routing(routing: Routing, tokens: int, k: int, num_experts: int) -> No
     """Validate a router's output on the layer's first pass; routers may be user code. Raises TypeError or ValueError."""
     if not isinstance(routing, Routing):
         raise TypeError(f"the router returned a {type(routing).__name__}, not a Routing(indices_NK, weights_NK, losses)")
-    indices_NK, weights_NK, losses = routing
+    indices_NK, weights_NK, losses, _ = routing
     found = f"the router returned indices {tuple(indices_NK.shape)} of {indices_NK.dtype} and weights {tuple(weights_NK.shape)}"
     if indices_NK.dtype != torch.int64 or indices_NK.shape != weights_NK.shape or indices_NK.dim() != 2 or len(indices_NK) != tokens:
         raise ValueError(f"{found}: both must be [{tokens} tokens, k = {k}], the indices int64")
     if indices_NK.shape[1] < k:
         raise ValueError(f"{found}: at k = {k} every token needs {k} experts")
-    if tokens and (indices_NK.min() < 0 or indices_NK.max() >= num_experts):
+    if tokens and (indices_NK.min() < -int(routing.ragged) or indices_NK.max() >= num_experts):
         raise ValueError(f"the router chose expert {int(indices_NK.max())}, but experts are numbered 0 to {num_experts - 1}")
-    if (indices_NK.sort(1).values.diff(dim=1) == 0).any():
+    sorted_NK = indices_NK.sort(1).values
+    if ((sorted_NK.diff(dim=1) == 0) & (sorted_NK[:, 1:] >= 0)).any():
         raise ValueError("the router chose the same expert twice for one token: its k experts must be distinct")
     if wrong := [name for name, loss in losses.items() if not isinstance(loss, Tensor) or loss.dim()]:
         raise ValueError(f"the router's loss {wrong[0]!r} must be a scalar tensor")

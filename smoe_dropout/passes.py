@@ -33,7 +33,9 @@ class RunningPass:
 
     def begin(self, model: nn.Module, *_: object) -> None:
         """Forward pre-hook."""
-        self.mark(model, False)
+        if not recomputing():
+            for shared in {layer.shared for layer in self.layers}:
+                shared.begin()
         if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules.get(self.witness[1])):
             self.witness = None
             warnings.warn(
@@ -44,13 +46,9 @@ class RunningPass:
 
     def end(self, model: nn.Module, *_: object) -> None:
         """Forward hook, also called if the model fails."""
-        self.mark(model, None)
-
-    def mark(self, model: nn.Module, used: bool | None) -> None:
-        """Set `used` of the layers."""
         if not recomputing():
-            for layer in own_layers(model, self.layers):
-                layer.used = used
+            for shared in {layer.shared for layer in self.layers}:
+                shared.end()
 
 
 def own_layers(model: nn.Module, layers: Sequence[MoELayer]) -> Sequence[MoELayer]:
@@ -135,7 +133,10 @@ def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     for module in model.modules():
         if isinstance(module, TORCH_KINDS) and any(layer in layers for _, layer in moe_layers(module)):
             attention = next((part for part in module.modules() if isinstance(part, nn.MultiheadAttention)), None)
-            watch_padding(module, [layers[-1].shared], TORCH, not getattr(attention, "batch_first", True))
+            sequence_first = not getattr(attention, "batch_first", True)
+            watch_padding(module, [layers[-1].shared], TORCH, sequence_first)
+            for _, layer in moe_layers(module):
+                layer.sequence_first = sequence_first
 
 
 def remove_hooks(module: nn.Module, kinds: type | tuple[type, ...]) -> None:

@@ -1,8 +1,8 @@
 """Support for activation checkpointing, which repeats a layer's forward pass during the backward pass.
 
-torch repeats the code and the random numbers. It does not know what a layer reads besides its input: k, padding, token ids, state passed
-between layers. If that has changed since the original pass, gradients would be silently wrong, so the repeated pass is compared with the
-original.
+torch repeats the code and the random numbers. It does not know what a layer reads besides its input: k, padding, token ids, buffers. So
+every pass that may be repeated is recorded, and its repetition reads what the original pass read. Where the original cannot be told from
+other passes, gradients could be silently wrong, and the repetition is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +12,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smoe_dropout.selection import Selection, TokenK
+
+KEPT = 4  # passes that are recorded, such as those of an objective that runs the model several times before it calls backward()
 REMEDY = "call backward() right after the pass it belongs to, or train without gradient checkpointing"
 
 
 class Pass(NamedTuple):
-    """Record of a layer's pass: k, a sample of its input, whether its losses are in a graph (None: it had none), and its real tokens.
+    """Record of a layer's pass.
 
+    selection: its k. sample: of its input. hooked: whether hooks packed the tensors that autograd saved. losses_in_graph: whether its
+    losses are in a graph; None without losses. real_N: its real tokens. tokens: its token ids. repeated: filled when it has been repeated.
     buffers: by name, those that the pass changed, as they were before it.
     """
 
-    top_k: int
-    sample: Tensor | None
+    selection: Selection
+    sample: Tensor
+    hooked: bool
     losses_in_graph: bool | None
     real_N: Tensor | None
+    tokens: Tensor | None
+    repeated: list[bool]
     buffers: Mapping[str, Tensor] = {}
 
 
@@ -33,14 +41,13 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def record_pass(x: Tensor, top_k: int, losses: dict[str, Tensor], real_N: Tensor | None, training: bool) -> Pass | None:
-    """Record of this pass for `check`; None in inference.
-
-    The input is sampled only if the pass may be repeated: saved tensors are packed by hooks, or gradients are off in training mode.
-    """
-    if not hooked() and not training:
+def record_pass(
+    x: Tensor, selection: Selection, losses: dict[str, Tensor], real_N: Tensor | None, tokens: Tensor | None, training: bool
+) -> Pass | None:
+    """Record of this pass. None if it cannot be repeated: no hooks pack saved tensors, nor is it one without gradients in training."""
+    if not hooked() and not (training and not torch.is_grad_enabled()):
         return None
-    return Pass(top_k, sampled(x) if hooked() or not torch.is_grad_enabled() else None, in_graph(losses), real_N)
+    return Pass(selection, sampled(x), hooked(), in_graph(losses), real_N, tokens, [])
 
 
 def hooked() -> bool:
@@ -86,19 +93,44 @@ def in_graph(losses: dict[str, Tensor]) -> bool | None:
     return any(loss.requires_grad for loss in losses.values()) if losses else None
 
 
-def original(records: Sequence[Pass | None], x: Tensor) -> Pass | None:
-    """The record of the pass that had this input; a layer that is used several times has several."""
-    sample = sampled(x)
-    return next((one for one in records if one is not None and (one.sample is None or identical(one.sample, sample))), None)
+def original(records: Sequence[Sequence[Pass]], x: Tensor) -> Pass:
+    """The record of the pass that is being repeated: the one with this input.
 
-
-def check(records: Sequence[Pass | None], x: Tensor, top_k: int, losses: dict[str, Tensor]) -> None:
-    """Raise RuntimeError unless the repeated pass matches an original one."""
-    if differing := [one.top_k for one in records if one is not None and one.top_k != top_k]:
-        raise RuntimeError(f"a checkpointed pass ran at k = {differing[0]} but is recomputed at k = {top_k}: {REMEDY}")
-    before = original(records, x)
-    if before is None:
+    Raises RuntimeError if there is none, or if several that have not been repeated yet differ in what else they read.
+    """
+    sample, by_hooks = sampled(x), hooked()
+    found = [one for passes in records for one in passes if one.hooked == by_hooks and identical(one.sample, sample)]
+    if not found:
         raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its backward pass: {REMEDY}")
+    found = [one for one in found if not one.repeated] or found[-1:]
+    if any(not same(one, found[-1]) for one in found):
+        ks = ", ".join(dict.fromkeys(shown(one.selection) for one in found))
+        raise RuntimeError(
+            f"checkpointed passes with the same input, at k = {ks}, wait for their backward pass and cannot be told apart: {REMEDY}"
+        )
+    return found[-1]
+
+
+def same(one: Pass, other: Pass) -> bool:
+    """Whether two passes with the same input read the same besides it."""
+    pairs = [(one.real_N, other.real_N), (one.tokens, other.tokens)]
+    if type(one.selection) is not type(other.selection):
+        return False
+    if isinstance(one.selection, TokenK):
+        pairs.append((one.selection.values, other.selection.values))
+    elif one.selection != other.selection:
+        return False
+    return all(first is second or (first is not None and second is not None and torch.equal(first, second)) for first, second in pairs)
+
+
+def shown(selection: Selection) -> str:
+    """A selection in words."""
+    return f"up to {selection.largest}" if isinstance(selection, TokenK) else str(selection)
+
+
+def check(before: Pass, losses: dict[str, Tensor]) -> None:
+    """Mark a pass as repeated. RuntimeError if its losses were not in a graph but are in that of the repetition."""
+    before.repeated.append(True)
     if before.losses_in_graph is False and in_graph(losses):
         raise RuntimeError(
             "auxiliary losses cannot be trained with reentrant gradient checkpointing, which computes them outside the graph: "

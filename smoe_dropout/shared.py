@@ -1,21 +1,45 @@
 """State that the MoE layers of one model share during a forward pass."""
 
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from smoe_dropout.layer import MoELayer, Use
+    from smoe_dropout.recomputation import Pass
+    from smoe_dropout.routers import Router
 
-class Shared:
-    """One instance per conversion, given by `moefy` to every MoE layer and router.
+
+class Shared(threading.local):
+    """One instance per conversion, given by `moefy` to every MoE layer and router; its values are those of the calling thread's pass.
 
     tokens: ids of the current batch, set only where a layer or router needs them. carried: passed on from one MoE layer to the next.
+    uses: those of every layer so far; None if the model is not running. real_N: which tokens of the running layer are real; None: all.
     masks: for each running module that tells padding, the innermost last, which of its tokens are real, bool [B, T], or None if all are.
-    given: such a mask set by `token_mask`, which takes precedence.
+    given: such a mask set by `token_mask`, which takes precedence. shown: logits of routers that were asked to return them. repeated:
+    record of the pass that activation checkpointing repeats.
     """
 
     def __init__(self):
         self.tokens: Tensor | None = None
         self.carried: Tensor | None = None
+        self.uses: dict[MoELayer, list[Use]] | None = None
+        self.real_N: Tensor | None = None
         self.masks: list[Tensor | None] = []
         self.given: Tensor | None = None
+        self.shown: dict[Router, list[Tensor]] = {}
+        self.repeated: Pass | None = None
+
+    def begin(self) -> None:
+        """Prepare for a pass of the model."""
+        self.tokens, self.carried, self.uses = None, None, {}
+
+    def end(self) -> None:
+        """Forget what is of no meaning after a pass, such as its token ids."""
+        self.tokens, self.carried, self.uses = None, None, None
 
     def see_tokens(self, _embedding: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """Store the token ids; a forward pre-hook of the model's token embedding."""
@@ -28,5 +52,5 @@ class Shared:
             return None
         return mask.reshape(-1).to(x.device)
 
-    def __getstate__(self) -> dict:  # state of a pass can be neither copied nor pickled
-        return vars(Shared())
+    def __reduce__(self):  # state of a pass can be neither copied nor pickled
+        return Shared, ()

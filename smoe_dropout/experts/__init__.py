@@ -8,6 +8,7 @@ gated activation `up` is [E, 2H, D], the gate's rows first, so that one product 
 A backend is a module of this package with two functions, and all backends give the same outputs and gradients as `reference`:
     run(x_ND, indices_NK, weights_NK, weights: ExpertWeights) -> Tensor [N, D]
     refusal(weights, device) -> str | None, the reason why it cannot run on these weights or this device type
+A backend with `RAGGED = True` reads `weights.ragged`; to others the assignments of ragged tokens are given as tokens with one expert.
 """
 
 import torch
@@ -42,12 +43,15 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, d_expert, d_model).normal_(0.0, init_std))
         self.bias_down = nn.Parameter(torch.zeros(num_experts, d_model))
 
-    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs [N, D], in autocast's precision where that is enabled."""
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, ragged: bool = False) -> Tensor:
+        """Weighted sum of the chosen experts' outputs [N, D], in autocast's precision where that is enabled.
+
+        ragged: whether indices may be -1, for tokens with fewer than K experts.
+        """
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        arguments = x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.weights(dtype)
+        arguments = x_ND.to(dtype), indices_NK, weights_NK.to(dtype), self.weights(dtype)._replace(ragged=ragged)
         if plain.needed():
             return plain.run(*arguments)
         compute = opaque if torch.compiler.is_compiling() else compute_with

@@ -17,7 +17,7 @@ def opaque(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: Expert
     """`compute_with` as an opaque operator. Dropout is drawn from a seed taken from torch's default generator."""
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     seed = torch.randint(2**62, ()) if weights.dropout > 0 else torch.zeros((), dtype=torch.int64)
-    return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, training, weights.activation, weights.dropout)
+    return _experts(x_ND, indices_NK, weights_NK, *tensors, seed, backend, training, weights.activation, weights.dropout, weights.ragged)
 
 
 @torch.library.custom_op("smoe_dropout::experts", mutates_args=())
@@ -34,9 +34,10 @@ def _experts(
     training: bool,
     activation: str,
     dropout: float,
+    ragged: bool,
 ) -> Tensor:
     with _seeded(seed, dropout, x.device):
-        return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, training, activation, dropout).contiguous()
+        return _run(x, indices, weights, (up, bias_up, down, bias_down), backend, training, activation, dropout, ragged).contiguous()
 
 
 @torch.library.custom_op("smoe_dropout::experts_backward", mutates_args=())
@@ -54,15 +55,16 @@ def _experts_backward(
     training: bool,
     activation: str,
     dropout: float,
+    ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weights, *tensors = (tensor.detach().requires_grad_() for tensor in (x, weights, up, bias_up, down, bias_down))
     with _seeded(seed, dropout, x.device), _recorded():
-        y = _run(x, indices, weights, tensors, backend, training, activation, dropout)
+        y = _run(x, indices, weights, tensors, backend, training, activation, dropout, ragged)
     return tuple(gradient.contiguous() for gradient in torch.autograd.grad(y, (x, weights, *tensors), grad))
 
 
-def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, training: bool, activation: str, dropout: float) -> Tensor:
-    return compute_with(x, indices, weights, ExpertWeights(*tensors, activation, dropout), backend, training)
+def _run(x: Tensor, indices: Tensor, weights: Tensor, tensors, backend: str, training: bool, *settings) -> Tensor:
+    return compute_with(x, indices, weights, ExpertWeights(*tensors, *settings), backend, training)
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def _keep(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     gradients = _experts_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return gradients[0], None, *gradients[1:], None, None, None, None, None
+    return gradients[0], None, *gradients[1:], None, None, None, None, None, None
 
 
 _experts.register_autograd(_backward, setup_context=_keep)

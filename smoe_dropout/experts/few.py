@@ -12,6 +12,8 @@ from torch import Tensor
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.plain import gated
 
+RAGGED = True
+
 MOST = 0.6  # fraction of active experts from which one product with all of them is faster than a product for each
 NARROW = 2**19  # weights of a map up to which elementwise products that are summed afterwards stay in the cache
 
@@ -23,7 +25,7 @@ def refusal(weights, device: str) -> str | None:
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
-    gate_NE = weights_NK.new_zeros(len(x_ND), len(weights.up_EHD)).scatter(1, indices_NK, weights_NK)
+    gate_NE = weights.gates(indices_NK, weights_NK)
     if _summed(indices_NK, weights):
         return _pairs(x_ND, indices_NK, weights_NK, weights) + gate_NE @ weights.bias_down_ED
     rows = _rows_by_expert(indices_NK)
@@ -50,13 +52,19 @@ def _summed(indices_NK: Tensor, weights) -> bool:
 def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum over each token's experts, without the output bias."""
     E, H, D = weights.down_EHD.shape
-    pairs = [(row, expert) for row, experts in enumerate(indices_NK.tolist()) for expert in experts]
+    pairs = [(row, expert) for row, experts in enumerate(indices_NK.tolist()) for expert in experts if expert >= 0]
     pre_PH = torch.stack([torch.linalg.vecdot(weights.up_EHD[expert], x_ND[row]) for row, expert in pairs])
-    experts_P = indices_NK.flatten()
+    experts_P, weights_P, offsets_N = indices_NK.flatten(), weights_NK.flatten(), None
+    if weights.ragged:
+        active_NK = indices_NK >= 0
+        experts_P, weights_P = indices_NK[active_NK], weights_NK[active_NK]
+        counts_N = active_NK.sum(1)
+        offsets_N = (counts_N.cumsum(0) - counts_N) * H
     hidden_PH = F.dropout(ACTIVATIONS[weights.activation].apply(pre_PH + weights.bias_up_EH[experts_P]), weights.dropout)
-    scale_PH = hidden_PH * weights_NK.reshape(-1, 1)
-    units_NU = (experts_P[:, None] * H + torch.arange(H)).view(len(x_ND), -1)
-    return F.embedding_bag(units_NU, weights.down_EHD.view(E * H, D), mode="sum", per_sample_weights=scale_PH.view(units_NU.shape))
+    scale_PH, units_PH = hidden_PH * weights_P[:, None], experts_P[:, None] * H + torch.arange(H)
+    shape = (len(x_ND), -1) if offsets_N is None else (-1,)
+    maps = weights.down_EHD.view(E * H, D)
+    return F.embedding_bag(units_PH.view(shape), maps, offsets_N, mode="sum", per_sample_weights=scale_PH.view(shape))
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:
@@ -64,5 +72,6 @@ def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     for row, experts in enumerate(indices_NK.tolist()):
         for expert in experts:
-            rows.setdefault(expert, []).append(row)
+            if expert >= 0:
+                rows.setdefault(expert, []).append(row)
     return rows or {0: []}

@@ -19,6 +19,7 @@ except ImportError:  # reported by `refusal`
     triton = None
 
 jit = triton.jit if triton else lambda kernel: kernel
+RAGGED = True
 COMPUTED = ("relu", "gelu", "gelu_tanh", "silu")
 BLOCK_N, MAX_BLOCK_H, WARPS = 32, 128, 8  # tokens and hidden columns of a tile, 16 values per thread: not tuned
 
@@ -38,7 +39,7 @@ def refusal(weights, device: str) -> str | None:
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
-    gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
+    gate_NE = weights.gates(indices_NK, weights_NK)
     tensors = (weights.up_EHD, weights.bias_up_EH.contiguous(), weights.down_EHD, weights.bias_down_ED)
     with torch.cuda.device_of(x_ND):  # Triton launches on the current device; autograd sets it in backward
         return FusedExperts.apply(x_ND, gate_NE, *tensors, weights.activation, weights.dropout)

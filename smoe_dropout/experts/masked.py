@@ -9,6 +9,8 @@ from torch import Tensor
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
+RAGGED = True
+
 
 def refusal(weights, device: str) -> str | None:
     """Reason why this backend cannot run, or None."""
@@ -17,7 +19,7 @@ def refusal(weights, device: str) -> str | None:
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
-    gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
+    gate_NE = weights.gates(indices_NK, weights_NK)
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
     return MaskedExperts.apply(x_ND, gate_NE, *tensors, weights.activation, weights.dropout)
 

@@ -13,7 +13,7 @@ from smoe_dropout.experts.activations import ACTIVATIONS
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
-    gate_NE = weights_NK.new_zeros(x_ND.shape[0], weights.up_EHD.shape[0]).scatter(1, indices_NK, weights_NK)
+    gate_NE = weights.gates(indices_NK, weights_NK)
     with torch.autocast(x_ND.device.type, enabled=False):
         return gated(x_ND, gate_NE, weights)
 

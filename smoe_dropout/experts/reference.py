@@ -5,6 +5,8 @@ from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 
+RAGGED = True
+
 
 def refusal(weights, device: str) -> str | None:
     """Reason why this backend cannot run, or None."""

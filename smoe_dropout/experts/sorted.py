@@ -14,6 +14,8 @@ from torch import Tensor
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.dropout import keep_mask, kept_scale
 
+RAGGED = True
+
 
 def refusal(weights, device: str) -> str | None:
     """Reason why this backend cannot run, or None."""
@@ -23,7 +25,7 @@ def refusal(weights, device: str) -> str | None:
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
     tensors = (weights.up_EHD, weights.bias_up_EH, weights.down_EHD, weights.bias_down_ED)
-    return SortedExperts.apply(x_ND, indices_NK, weights_NK, *tensors, weights.activation, weights.dropout)
+    return SortedExperts.apply(x_ND, indices_NK, weights_NK, *tensors, weights.activation, weights.dropout, weights.ragged)
 
 
 class Span(NamedTuple):
@@ -46,19 +48,25 @@ def multiple_of_rows(dtype: torch.dtype) -> int:
     return 1 if own else ROWS.get(dtype, 1)
 
 
-def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> tuple[Tensor, Tensor, list[Span]]:
+def sort_by_expert(indices_NK: Tensor, num_experts: int, multiple: int = 1, ragged: bool = False) -> tuple[Tensor, Tensor, list[Span]]:
     """Sort assignments by expert, padding each expert's rows to a multiple.
 
-    Returns the token of each sorted assignment [M], the row of each assignment [N, K], and each expert's span.
+    Returns the token of each sorted assignment [M], the row of each assignment [N, K], and each expert's span. Those with index -1 are left
+    out, and get a row behind all others.
     """
     flat_M = indices_NK.flatten()
     order_M = flat_M.to(torch.int16 if num_experts < 2**15 else torch.int64).argsort(stable=True)
-    counts, spans, token, row = torch.bincount(flat_M, minlength=num_experts).tolist(), [], 0, 0
+    if ragged:
+        absent, *counts = torch.bincount(flat_M + 1, minlength=num_experts + 1).tolist()
+        order_M = order_M[absent:]
+    else:
+        counts = torch.bincount(flat_M, minlength=num_experts).tolist()
+    spans, token, row = [], 0, 0
     for count in counts:
         size = -(-count // multiple) * multiple
         spans.append(Span(slice(token, token + count), slice(row, row + size), count, size))
         token, row = token + count, row + size
-    row_M = torch.empty_like(order_M)
+    row_M = torch.full_like(flat_M, row) if ragged else torch.empty_like(order_M)
     row_M[order_M] = torch.cat([torch.arange(span.rows.start, span.rows.start + span.count) for span in spans]).to(order_M.device)
     return order_M.div(indices_NK.shape[1], rounding_mode="floor"), row_M.view_as(indices_NK), spans
 
@@ -67,11 +75,12 @@ class SortedExperts(torch.autograd.Function):
     """Computed expert by expert. All experts share one buffer for temporaries, since fresh memory costs page faults on a CPU."""
 
     @staticmethod
-    def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout):
+    def forward(ctx, x_ND, indices_NK, weights_NK, up_EHD, bias_up_EH, down_EHD, bias_down_ED, activation, dropout, ragged):
         """Output [N, D]."""
-        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], multiple_of_rows(x_ND.dtype))
+        token_M, row_NK, spans = sort_by_expert(indices_NK, up_EHD.shape[0], multiple_of_rows(x_ND.dtype), ragged)
         act, (_, H, D), total = ACTIVATIONS[activation], down_EHD.shape, spans[-1].rows.stop
-        hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total, D)
+        hidden_MH, output_MD = x_ND.new_empty(total, H), x_ND.new_empty(total + ragged, D)
+        output_MD[total:].zero_()  # of assignments that are left out
         pre_MP = hidden_MH if act.from_output else x_ND.new_empty(total, up_EHD.shape[1])
         keep_MH = keep_mask(hidden_MH.shape, dropout, x_ND.device) if dropout > 0 else None
         own_x = _buffer(x_ND, spans, D)
@@ -97,6 +106,8 @@ class SortedExperts(torch.autograd.Function):
         weight_M = weights_NK.new_zeros(len(output_MD))
         weight_M[row_NK.flatten()] = weights_NK.flatten()
         grad_weight_M, grad_x_MD = torch.empty_like(weight_M), torch.empty_like(output_MD)
+        for gradient in (grad_weight_M, grad_x_MD):
+            gradient[len(hidden_MH) :].zero_()
         grad_up, grad_down = torch.empty_like(up_EHD), torch.empty_like(down_EHD)
         grad_bias_up, grad_bias_down = up_EHD.new_empty(up_EHD.shape[:2]), up_EHD.new_empty(E, D)
         own_grad, own_x, own_hidden = (_buffer(x_ND, ctx.spans, width) for width in (D, D, H))
@@ -120,7 +131,7 @@ class SortedExperts(torch.autograd.Function):
             torch.sum(grad_pre, 0, out=grad_bias_up[expert])
             torch.mm(grad_pre, up_EHD[expert], out=grad_x_MD[rows])
         grad_x = _weighted_rows(row_NK, grad_x_MD, None)
-        return grad_x, None, grad_weight_M[row_NK], grad_up, grad_bias_up, grad_down, grad_bias_down, None, None
+        return grad_x, None, grad_weight_M[row_NK], grad_up, grad_bias_up, grad_down, grad_bias_down, None, None, None
 
 
 def _gather(values_ND: Tensor, token_M: Tensor, span: Span, room: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Outputs:
         """Forward pre-hook. What is asked for is taken out of the arguments, since a converted model's own code knows no routers."""
         asked, by_default = named.get(ASKED), getattr(text_config(model), ASKED, False)
         for layer in own_layers(model, self.layers):
-            layer.router.shown = [] if (by_default if asked is None else asked) else None
+            if by_default if asked is None else asked:
+                layer.shared.shown[layer.router] = []
         named = {name: value for name, value in named.items() if name != ASKED}
         # code that reads the configuration itself is told that this is done
         return arguments, {**named, ASKED: False} if by_default and _takes(model, ASKED) else named
@@ -57,7 +58,7 @@ class Outputs:
         layers, own = own_layers(model, self.layers), coefficient(self.layers)
         if output is None:
             for layer in layers:
-                layer.router.shown = None
+                layer.shared.shown.clear()
             return None
         losses = [loss for layer in layers for loss in layer.losses.values()] if model.training else []
         total = sum(losses[1:], losses[0]) if losses else None
@@ -68,7 +69,7 @@ class Outputs:
             return output
         logits = tuple(shown for layer in layers for shown in layer.router.shown)
         for layer in layers:
-            layer.router.shown = None
+            layer.shared.shown.clear()
         unweighted = torch.zeros((), device=model.device) if total is None else total / (own or 1.0)
         if isinstance(output, tuple):
             return (*output, unweighted, logits)

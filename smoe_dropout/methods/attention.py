@@ -25,7 +25,7 @@ class AttentionLayer(MoELayer):
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
             mixed_BTE = segment_attention(self.attention.probabilities, logits_BTE.dtype, is_causal(self.attention)) @ logits_BTE
-        return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
+        return self.router.choose(mixed_BTE.flatten(0, 1), self.selection(x))
 
     def routing_flops(self, lanes: int, positions: int) -> int:
         """FLOPs of the router and of averaging its scores."""

@@ -63,13 +63,13 @@ class CompeteLayer(MoELayer, Reports):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64, device=self.experts.up.device))
         self.competed = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         self.competed = self.training and self.flips()
         if self.training and not recomputing():
             self.passes += 1
             self.competitions += self.competed
-        return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().forward(x)
+        return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().run(x)
 
     def flips(self) -> bool:
         """Whether this layer competes in the current step. RuntimeError with `predrawn` before `set_progress`."""

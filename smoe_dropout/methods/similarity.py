@@ -51,7 +51,7 @@ class SimilarityLayer(MoELayer):
                 future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
                 scores_BTT = scores_BTT.masked_fill(future_TT, -math.inf)
             mixed_BTE = scores_BTT.softmax(-1) @ logits_BTE
-        return self.router.choose(mixed_BTE.flatten(0, 1), self.top_k)
+        return self.router.choose(mixed_BTE.flatten(0, 1), self.selection(x))
 
     def routing_parameters(self) -> list[nn.Parameter]:
         """The router's parameters and W_s."""

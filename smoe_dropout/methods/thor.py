@@ -15,7 +15,8 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, Objective
 from smoe_dropout.options import require
-from smoe_dropout.routers import Routing
+from smoe_dropout.routers import Routing, evenly
+from smoe_dropout.selection import largest
 from smoe_dropout.training import synchronized
 
 
@@ -37,14 +38,14 @@ class ThorLayer(MoELayer):
 
     def route(self, x: Tensor) -> Routing:
         """x [..., D] -> random routing of its N tokens: one draw per batch in training, per sequence or token in evaluation."""
-        lanes, tokens, k = len(x) if x.dim() > 2 else 1, x.numel() // x.shape[-1], self.top_k
+        lanes, tokens, k = len(x) if x.dim() > 2 else 1, x.numel() // x.shape[-1], self.selection(x)
         if self.training:
             draws = synchronized(torch.rand(1, self.num_experts, device=x.device))
         else:
             draws = torch.rand(tokens if self.options.inference == "token" else lanes, self.num_experts, device=x.device)
-        drawn = draws.topk(k, dim=-1).indices
+        drawn = draws.topk(largest(k), dim=-1).indices
         indices_NK = drawn.repeat_interleave(tokens // max(len(drawn), 1), 0) if tokens else drawn[:0]
-        return Routing(indices_NK, torch.full(indices_NK.shape, 1 / k, device=x.device), {})
+        return evenly(indices_NK, k)
 
 
 def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:

@@ -92,8 +92,9 @@ def shared_output(x: Tensor, modules: list) -> Tensor:
 def within_capacity(indices_NK: Tensor, positions: int, num_experts: int, capacity: int) -> Tensor:
     """Whether an assignment is among the first `capacity` of its expert in its sequence of `positions` tokens (Switch Transformers)."""
     indices_BTK = indices_NK.unflatten(0, (-1, positions))
-    taken_BTE = torch.zeros(*indices_BTK.shape[:2], num_experts, dtype=torch.int64, device=indices_NK.device).scatter(2, indices_BTK, 1)
-    return (taken_BTE.cumsum(1).gather(2, indices_BTK) <= capacity).flatten(0, 1)
+    places_BTK = indices_BTK + 1  # the first for index -1, fewer experts than K
+    taken_BTE = torch.zeros(*indices_BTK.shape[:2], num_experts + 1, dtype=torch.int64, device=indices_NK.device).scatter(2, places_BTK, 1)
+    return (taken_BTE.cumsum(1).gather(2, places_BTK) <= capacity).flatten(0, 1)
 
 
 def read(parts: Parts, layout: Layout, tensors: Mapping[str, Tensor]) -> Tensors:

@@ -1,7 +1,8 @@
 """Routers: tokens [N, D] -> the k of E experts of each token, with their gate weights.
 
 A router is a module built as `Router(d_model, config)` whose `forward(x_ND, k)` returns a `Routing`. To add one, write a file in this
-folder and add a line to `registry.ROUTERS`. Shape suffixes: N tokens, D model width, E experts, K active experts.
+folder and add a line to `registry.ROUTERS`. k is a number; a router that sets `ragged` also takes a `TokenK`, with a k for each token [N],
+and a `GateMass`. Shape suffixes: N tokens, D model width, E experts, K active experts.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.options import NoOptions, build_options
+from smoe_dropout.options import ConfigError, NoOptions, build_options
+from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 from smoe_dropout.shared import Shared
 
 
 class Routing(NamedTuple):
-    """indices [N, K] int64, distinct in each row; weights [N, K]; losses by name, scalars already multiplied by their coefficients."""
+    """indices [N, K] int64, distinct in each row; weights [N, K]; losses by name, scalars already multiplied by their coefficients.
+
+    ragged: whether a token may have fewer than K experts: index -1, with weight 0, stands for none.
+    """
 
     indices_NK: Tensor
     weights_NK: Tensor
     losses: dict[str, Tensor]
+    ragged: bool = False
 
 
 class Router(nn.Module):
@@ -34,6 +40,7 @@ class Router(nn.Module):
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
+    ragged: whether `forward` takes a k for each token and a gate mass; to others the tokens of each k are given separately.
 
     For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
     or higher, whatever the model's precision. A buffer that `forward` changes is changed once, also if
@@ -44,9 +51,8 @@ class Router(nn.Module):
     needs: frozenset[str] = frozenset()
     uses: tuple[str, ...] = ()
     frozen_by_default = False
+    ragged = False
     shared: Shared | None = None
-    real_N: Tensor | None = None
-    shown: list[Tensor] | None = None
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
@@ -54,14 +60,28 @@ class Router(nn.Module):
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
 
+    @property
+    def real_N(self) -> Tensor | None:
+        """Which tokens of the running layer are real, bool [N]; None: all."""
+        return None if self.shared is None else self.shared.real_N
+
+    @property
+    def shown(self) -> list[Tensor] | None:
+        """Logits of a pass that was asked to return them, one tensor for each use of the router; None for others."""
+        return None if self.shared is None else self.shared.shown.get(self)
+
     def show(self, logits_NE: Tensor) -> None:
         """Keep the logits for a pass that was asked to return them."""
-        if self.shown is not None:
-            self.shown.append(logits_NE)
+        if (shown := self.shown) is not None:
+            shown.append(logits_NE)
 
-    def weigh(self, top_NK: Tensor) -> Tensor:
-        """Gate weights of the k chosen logits: their softmax, or 1/k each."""
-        return top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / top_NK.shape[1])
+    def weigh(self, top_NK: Tensor, active_NK: Tensor | None = None) -> Tensor:
+        """Gate weights of the k chosen logits: their softmax, or 1/k each; 0 for those that are not active (bool; None: all are)."""
+        if active_NK is None:
+            return top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / top_NK.shape[1])
+        if self.gate_weight == "softmax":
+            return top_NK.masked_fill(~active_NK, -torch.inf).softmax(-1)
+        return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
 
     @property
     def uniform(self) -> bool:
@@ -85,6 +105,7 @@ class LinearRouter(Router):
     """
 
     uses = ("balance_loss", "gate_weight")
+    ragged = True
     balance_by_default = 0.0
 
     def __init__(self, d_model: int, config: SMoEConfig):
@@ -100,16 +121,19 @@ class LinearRouter(Router):
         with torch.autocast(x_ND.device.type, enabled=False):
             return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
-    def choose(self, logits_NE: Tensor, k: int) -> Routing:
+    def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the k largest logits, with the balance loss in training mode."""
         self.show(logits_NE)
-        top_NK, indices_NK = logits_NE.topk(k, dim=-1)
+        top_NK, indices_NK = logits_NE.topk(largest(k), dim=-1)
+        active_NK = active(k, logits_NE, indices_NK)
+        if active_NK is not None:
+            indices_NK = indices_NK.masked_fill(~active_NK, -1)
         losses = {}
         if self.balance_loss > 0 and self.training:
             losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK, self.real_N)
-        return Routing(indices_NK, self.weigh(top_NK), losses)
+        return Routing(indices_NK, self.weigh(top_NK, active_NK), losses, active_NK is not None)
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""
         return self.choose(self.logits(x_ND), k)
 
@@ -136,9 +160,63 @@ class NoRouter(Router):
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(config)
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """Raise RuntimeError."""
         raise RuntimeError("router 'none' does not choose experts: it is for methods that draw experts themselves")
+
+
+def active(k: Selection, scores_NE: Tensor, indices_NK: Tensor) -> Tensor | None:
+    """Which of the largest scores' experts a token uses, bool [N, K]; None if it uses all of them.
+
+    scores: logits, or anything else whose softmax is the router's probability. indices: of the K largest, in decreasing order.
+    """
+    if isinstance(k, int):
+        return None
+    if isinstance(k, GateMass):
+        top_NK = scores_NE.softmax(-1).gather(1, indices_NK)
+        k_N = (top_NK.cumsum(-1) - top_NK < k.p).sum(-1).clamp(k.smallest, k.largest)
+    else:
+        k_N = k.values
+    return torch.arange(indices_NK.shape[1], device=indices_NK.device) < k_N[:, None]
+
+
+def evenly(indices_NK: Tensor, k: Selection) -> Routing:
+    """Routing to the first k of these experts, each with weight 1/k."""
+    if isinstance(k, int):
+        return Routing(indices_NK, torch.full(indices_NK.shape, 1 / k, device=indices_NK.device, dtype=torch.float32), {})
+    active_NK = torch.arange(indices_NK.shape[1], device=indices_NK.device) < k.values[:, None]
+    weights_NK = active_NK / k.values[:, None].to(torch.float32)
+    return Routing(indices_NK.masked_fill(~active_NK, -1), weights_NK, {}, True)
+
+
+def one_k(router: Router, k: Selection) -> int:
+    """k itself. ConfigError unless it is the same for all tokens."""
+    if isinstance(k, int):
+        return k
+    raise ConfigError(f"{type(router).__name__} takes one k for all tokens{' in training' if router.ragged else ''}")
+
+
+def route_by_k(router: Router, x_ND: Tensor, k: Selection) -> Routing:
+    """Routing by a router that takes one k, which is given the tokens of each k separately. ConfigError for a gate mass."""
+    if not isinstance(k, TokenK):
+        raise ConfigError(f"{type(router).__name__} has no probabilities that could reach a gate mass: use top_k(model, k)")
+    N, K = len(x_ND), k.largest
+    indices_NK = torch.full((N, K), -1, dtype=torch.int64, device=x_ND.device)
+    weights_NK = x_ND.new_zeros(N, K, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    losses: dict[str, Tensor] = {}
+    shared, real_N = router.shared, router.real_N
+    for number in k.values.unique().tolist():
+        own = (k.values == number).nonzero()[:, 0]
+        if shared is not None and real_N is not None:
+            shared.real_N = real_N[own]
+        part = router(x_ND[own], number)
+        indices_NK[own, :number] = part.indices_NK
+        weights_NK = weights_NK.index_put((own,), F.pad(part.weights_NK.to(weights_NK.dtype), (0, K - number)))
+        for name, loss in part.losses.items():
+            losses[name] = losses.get(name, 0.0) + loss * (len(own) / N)
+    if shared is not None:
+        shared.real_N = real_N
+    return Routing(indices_NK, weights_NK, losses, True)
 
 
 def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | None = None) -> Tensor:
@@ -149,11 +227,10 @@ def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | 
     the whole batch.
     """
     num_experts = logits_NE.shape[-1]
-    flat_M = indices_NK.flatten()
-    ones_M = torch.ones_like(flat_M, dtype=logits_NE.dtype)
+    counted_NK = (indices_NK >= 0).to(logits_NE.dtype)
     if real_N is not None:
-        ones_M = real_N.to(logits_NE.dtype)[:, None].expand_as(indices_NK).flatten()
-    assigned_E = logits_NE.new_zeros(num_experts).scatter_add(0, flat_M, ones_M)
+        counted_NK = counted_NK * real_N[:, None]
+    assigned_E = logits_NE.new_zeros(num_experts).scatter_add(0, indices_NK.clamp(min=0).flatten(), counted_NK.flatten())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(assigned_E)
     share_E = assigned_E / assigned_E.sum().clamp(min=1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.options import require
-from smoe_dropout.routers import LinearRouter, Routing, switch_balance_loss
+from smoe_dropout.routers import LinearRouter, Routing, one_k, switch_balance_loss
+from smoe_dropout.selection import Selection
 from smoe_dropout.training import FollowsTraining, Reports
 
 
@@ -42,11 +43,12 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
         """Softmax temperature at the current training step."""
         return self.options.max_temp + (self.options.min_temp - self.options.max_temp) * self.progress
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, to more than k experts in training where p exceeds the threshold."""
         logits_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(logits_NE, k)
+        k = one_k(self, k)
         self.show(logits_NE)
         gumbel_NE = -torch.empty_like(logits_NE).exponential_().log()
         p_NE = ((logits_NE + gumbel_NE) / self.temperature).softmax(-1)

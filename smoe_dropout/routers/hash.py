@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.routers import Router, Routing
+from smoe_dropout.routers import Router, Routing, evenly
+from smoe_dropout.selection import Selection, largest
 
 
 class HashRouter(Router):
@@ -16,12 +17,13 @@ class HashRouter(Router):
 
     needs = frozenset({"tokens"})
     uniform = True
+    ragged = True
 
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(config)
         self.register_buffer("seed", torch.randint(2**62, ()))
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, by the token ids of the current batch. RuntimeError without token ids, or if their number is not N."""
         if self.shared is None or self.shared.tokens is None:
             raise RuntimeError("the hash router has no token ids: it gets them from the model's token embedding")
@@ -30,8 +32,7 @@ class HashRouter(Router):
             raise RuntimeError(f"the hash router got {len(tokens_N)} token ids for {len(x_ND)} positions")
         experts_E = torch.arange(self.num_experts, device=x_ND.device)
         scores_NE = mix(tokens_N[:, None] * self.num_experts + experts_E + self.seed)
-        indices_NK = scores_NE.topk(k, dim=-1).indices
-        return Routing(indices_NK, torch.full(indices_NK.shape, 1 / k, device=x_ND.device, dtype=torch.float32), {})
+        return evenly(scores_NE.topk(largest(k), dim=-1).indices, k)
 
 
 def mix(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smoe_dropout.options import require
 from smoe_dropout.routers import LinearRouter, Routing
+from smoe_dropout.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,6 @@ class LogitDropRouter(LinearRouter):
 
     Options = Options
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""
         return self.choose(F.dropout(self.logits(x_ND), self.options.logit_dropout, self.training), k)

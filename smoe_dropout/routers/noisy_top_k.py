@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.routers import LinearRouter, Routing
+from smoe_dropout.routers import LinearRouter, Routing, one_k
+from smoe_dropout.selection import Selection
 
 
 class NoisyTopKRouter(LinearRouter):
@@ -23,11 +24,12 @@ class NoisyTopKRouter(LinearRouter):
         self.noise_weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
         self.requires_grad_(not self.freeze)
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, with noise and both losses in training mode."""
         clean_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(clean_NE, k)
+        k = one_k(self, k)
         self.show(clean_NE)
         with torch.autocast(x_ND.device.type, enabled=False):
             deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import require
-from smoe_dropout.routers import LinearRouter, Routing, switch_balance_loss
+from smoe_dropout.routers import LinearRouter, Routing, active, switch_balance_loss
+from smoe_dropout.selection import Selection, largest
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ScoredRouter(LinearRouter):
         with torch.autocast(x_ND.device.type, enabled=False):
             return F.linear(x_ND.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
-    def forward(self, x_ND: Tensor, k: int) -> Routing:
+    def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, with jitter and the balance loss in training mode."""
         if self.training and self.options.jitter:
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.options.jitter, 1 + self.options.jitter)
@@ -88,16 +89,19 @@ class ScoredRouter(LinearRouter):
         self.show(logits_NE)
         sigmoid = self.options.score == "sigmoid"
         scores_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(-1)
-        indices_NK = self.ranking(scores_NE.detach()).topk(k, dim=-1).indices
+        # the softmax of log-sigmoids is the sigmoids divided by their sum, DeepSeek-V3's probabilities (eq. 19)
+        shares_NE = F.logsigmoid(logits_NE) if sigmoid else logits_NE
+        indices_NK = self.ranking(scores_NE.detach()).topk(largest(k), dim=-1).indices
         weights_NK = scores_NE.gather(1, indices_NK)
+        active_NK = active(k, shares_NE, indices_NK)
+        if active_NK is not None:
+            indices_NK, weights_NK = indices_NK.masked_fill(~active_NK, -1), weights_NK * active_NK
         if self.options.normalise:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         losses = {}
         if self.balance_loss > 0 and self.training:
-            # the softmax of log-sigmoids is the sigmoids divided by their sum, DeepSeek-V3's probabilities (eq. 19)
-            shares_NE = F.logsigmoid(logits_NE) if sigmoid else logits_NE
             losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
-        return Routing(indices_NK, weights_NK * self.options.scale, losses)
+        return Routing(indices_NK, weights_NK * self.options.scale, losses, active_NK is not None)
 
     def ranking(self, scores_NE: Tensor) -> Tensor:
         """Values by which experts are chosen [N, E]: corrected scores, those outside the best groups below all inside."""

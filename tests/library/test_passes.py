@@ -153,12 +153,26 @@ def test_checkpointed_layer_used_several_times(settings):
         (model(x).square().sum() + sd.auxiliary_loss(model)).backward()
 
 
-def test_checkpointed_uses_with_another_k_are_rejected():
-    model, x = shared(depth=3, checkpointed=False), torch.randn(7, D, requires_grad=True)
-    loss = model(x).sum()
-    sd.set_top_k(model, 3)
-    with pytest.raises(RuntimeError, match="ran at k = 2 but is recomputed at k = 3"):
+def test_checkpointed_pass_is_repeated_at_its_own_k():
+    x, gradients = torch.randn(7, D), []
+    for checkpointed in (None, False):
+        model = shared(depth=3, checkpointed=checkpointed)
+        own = x.clone().requires_grad_()
+        with sd.top_k(model, 3):
+            loss = model(own).sum()
+        sd.set_top_k(model, 1)
         loss.backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_checkpointed_passes_that_cannot_be_told_apart_are_refused():
+    model, x, losses = shared(checkpointed=False), torch.randn(7, D, requires_grad=True), []
+    for k in (1, 3):
+        with sd.top_k(model, k):
+            losses.append(model(x).sum())
+    with pytest.raises(RuntimeError, match="at k = 1, 3, wait for their backward pass"):
+        sum(losses).backward()
 
 
 def test_copies_and_pickles_of_a_used_model():
