@@ -20,7 +20,7 @@ FLOORS = (
     ("control", "hosts"),
     ("methods", "passes", "decay"),
     ("conversion", "restoration", "io", "surgery"),
-    ("hf", "summary"),
+    ("hf", "summary", "planning"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {
