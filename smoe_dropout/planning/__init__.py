@@ -34,7 +34,8 @@ def plan(
     flops: the budget as a fraction of the FLOPs that all experts cost on these passes, so that k of E experts in every layer cost k/E;
         routing, which costs the same at every k, does not count. Layers may differ in experts, widths and tokens.
     milliseconds: the budget as the mean time of a pass, instead. The time of each layer at each k is measured where the model runs, by its
-        own backend: the median of `repeats` interleaved rounds.
+        own backend: the median of `repeats` interleaved rounds. If torch has one thread on a CPU, that is the time in which it computes,
+        so that other processes do not disturb it.
 
     The increase in loss when one layer alone departs from the largest uniform k within the budget is measured for every layer and k (for
     16 of them where a layer has more experts). Dynamic programming (a multiple-choice knapsack over at most U = 10,000 units of cost)

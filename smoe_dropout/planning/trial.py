@@ -167,10 +167,10 @@ class Trial:
         return whole / len(self.passes), [seconds[layer] / len(self.passes) for layer in layers]
 
     def now(self) -> float:
-        """Seconds, when the accelerator has done what it was given."""
+        """Seconds, once the accelerator has done what it was given; with one thread of a CPU without those in which it waited."""
         for device in self.devices[:1]:
             torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return time.perf_counter() if self.devices or torch.get_num_threads() > 1 else time.thread_time()
 
 
 @contextmanager
