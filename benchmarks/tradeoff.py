@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import smoe_dropout as sd
 from benchmarks.measure import SCHEMA, Common, Device, interleave, summarise
+from benchmarks.tradeoff_table import DENSE, FLOPS, MASS, RECORDS, TIME, UNIFORM
 from smoe_dropout.options import ConfigError
 from smoe_dropout.routers import LinearRouter
 from utils import documents
@@ -38,7 +39,6 @@ from utils.training.setup import pretraining_run
 
 Pass = tuple[Callable[[], float], Tensor]  # runs the model once and returns its mean loss; a mask of as many positions as have a loss
 KEPT = ("table", "method", "settings", "sparse", "preset", "preset_settings", "dataset", "seed", "model", "metric")  # of a run's record
-DENSE, UNIFORM, FLOPS, TIME, MASS = "dense", "uniform", "planned by FLOPs", "planned by time", "threshold"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TradeoffFlags(Common):
     """positions of the test split in a timed pass"""
     rounds: int = 9
     """measured rounds, after one warm-up round"""
-    out: Path = Path("results/tradeoff")
+    out: Path = RECORDS
     """folder of the records, one for each run"""
 
     @property
