@@ -105,16 +105,11 @@ class Group:
                 continue
             uniform = sorted((one for one in record["rows"] if one["kind"] == UNIFORM), key=lambda one: one["flops_per_token"])
             if "plan" in row:
-                other = [one[self.metric] for one in uniform if one["setting"] == bought(row, record)]
+                other = [one[self.metric] for one in uniform if one["setting"] == row["plan"]["uniform"]]
             else:
                 other = interpolated([(one["flops_per_token"], one[self.metric]) for one in uniform], row["flops_per_token"])
             found += [row[self.metric] - value for value in other]
         return found
-
-
-def bought(row: dict[str, Any], record: dict[str, Any]) -> int:
-    """The uniform k that the budget of a plan buys; of a budget of time, the k whose time it was."""
-    return row["plan"]["uniform"] if row["kind"] == FLOPS else max(1, round(row["setting"] * record["run"]["model"]["num_experts"]))
 
 
 def interpolated(points: list[tuple[float, float]], at: float) -> list[float]:

@@ -216,7 +216,7 @@ def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
     return layers
 
 
-def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Module:
+def slim(model: nn.Module, k: int | Sequence[int] | Mapping[str, int], dtype: torch.dtype | None = None) -> nn.Module:
     """Copy of the model with k active experts in every MoE layer, in evaluation mode and without gradients. The model is not changed.
 
     This is the paper's self-slimmable inference: time and active parameters decrease with k. All experts are kept; `operate` removes some.
@@ -225,7 +225,7 @@ def slim(model: nn.Module, k: int, dtype: torch.dtype | None = None) -> nn.Modul
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
-    k = _checked_k(_layers_or_raise(model), k)
+    _by_layer(_layers_or_raise(model), k)
     slimmed = copy.deepcopy(model).eval().requires_grad_(False)
     set_top_k(slimmed, k)
     if dtype is not None:
