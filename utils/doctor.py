@@ -141,7 +141,7 @@ def _read_metrics(folder: Path, step: int | None) -> str:
     if step is None:
         return "not verified, because there is no intact checkpoint"
     state = folder / "checkpoints" / name_of(step) / STATE
-    known = documents.read_nullable(state, Stored, run_files.remedy_for(folder)).get("metrics")
+    known = documents.read(state, Stored, run_files.remedy_for(folder), nullable=True).get("metrics")
     run_files.recorded_metrics(folder, step, known)
     return f"intact up to step {step:,}, the newest intact checkpoint" if known else UNVERIFIED
 
