@@ -61,6 +61,8 @@ class Source:
         found, folder = documents.content_of(self.weights), self.weights.parent
         if self.config_sha256 and documents.read(folder / MANIFEST, dict[str, documents.Content], REMEDY).get(self.weights.name) != found:
             raise Damaged(self.weights, f"is damaged: its size or sha256 differs from {MANIFEST}", REMEDY)
+        if self.weights_sha256 not in (None, found["sha256"]):
+            raise Damaged(self.weights, f"holds other weights than those of the run's {RESULT}", REMEDY)
         return found["sha256"]
 
     @property
