@@ -363,7 +363,7 @@ def evaluate_run(run: Run) -> int:
 
 def chosen_step(root: Path, identity: str, say) -> tuple[int, str | None]:
     """The step that --eval_only scores, and the sha256 of its weights where the run's record says it."""
-    record = read_result(root.parent, identity)
+    record = read_result(root.parent, identity, note_unverified)
     if record is not None:
         return record["best_step"], record.get("weights_sha256")
     if (root.parent / SURGERY).exists():
