@@ -10,6 +10,8 @@ from smoe_dropout.arguments import boolean
 from smoe_dropout.control import default_k, moe_layers, set_top_k
 from smoe_dropout.options import ConfigError
 
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
 
 def slim(model: nn.Module, k: int | Sequence[int] | Mapping[str, int], dtype: torch.dtype | None = None, copy: bool = False) -> nn.Module:
     """View of the model with k active experts in its MoE layers, in evaluation mode and without gradients. The model is not changed.
@@ -22,12 +24,15 @@ def slim(model: nn.Module, k: int | Sequence[int] | Mapping[str, int], dtype: to
 
     k: as in `set_top_k`. copy: True copies the weights, and so does a dtype: the precision of all weights except those that determine the
     routing, whose rounding could change which experts are chosen. All experts are kept; `operate` removes some. Raises ConfigError as in
-    `set_top_k`, for a dtype that is not a floating-point torch.dtype, and for trained parameters of a kind that cannot be shared.
+    `set_top_k`, for a dtype that is not a floating-point torch.dtype, for trained parameters of a class of their own, such as those of
+    quantisation, and for a model wrapped by DistributedDataParallel or FSDP.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
     shares = not boolean("copy", copy) and dtype is None
     default_k(model, k)  # raises before anything is copied
+    if wrapper := next((kind for part in model.modules() for kind in type(part).__mro__ if kind.__name__ in WRAPPERS), None):
+        raise ConfigError(f"{wrapper.__name__} wraps the model and cannot be copied: slim the model before it is wrapped")
     slimmed = deepcopy(model, {id(tensor): shared(tensor) for tensor in tensors(model)} if shares else {}).eval().requires_grad_(False)
     set_top_k(slimmed, k)
     if dtype is not None:
