@@ -45,8 +45,9 @@ def by_torch(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def by_safetensors(model: nn.Module, folder: Path) -> nn.Module:
+    loaded = fresh()
     save_model(model, folder / "state.safetensors")
-    assert load_model(loaded := fresh(), folder / "state.safetensors") == (set(), [])
+    assert load_model(loaded, folder / "state.safetensors") == (set(), [])
     return loaded
 
 
