@@ -47,7 +47,7 @@ _EXPORTS = {
     "parameter_groups": "decay",
     "set_progress": "training",
     "method_metrics": "training",
-    "slim": "control",
+    "slim": "slimming",
     "calibrate": "surgery",
     "Calibration": "surgery",
     "operate": "surgery",

@@ -36,6 +36,7 @@ class SMoEConfig:
         model's original FFNs, so that those converted before keep their indices.
     experts_by_layer: number of experts of each MoE layer, if they differ; num_experts is the largest. Requires d_expert and
         expert_init = "fresh". A layer with fewer than k experts activates all of them.
+    top_k_by_layer: k of each MoE layer, if they differ by more than that; top_k is the largest. `set_top_k` changes it, too.
     sites: glob patterns of the dotted names of FFN modules, such as "encoder.layers.*.mlp", for architectures without a host or to
         override the hosts; `layers` then counts the matching modules.
     backend: "auto" or a name in `registry.BACKENDS`; all backends give the same result.
@@ -60,6 +61,7 @@ class SMoEConfig:
     balance_loss: float | None = None
     layers: tuple[int, ...] | None = None
     experts_by_layer: tuple[int, ...] | None = None
+    top_k_by_layer: tuple[int, ...] | None = None
     sites: str | tuple[str, ...] | None = None
     backend: str = "auto"
     init_std: float = 0.02
@@ -119,6 +121,8 @@ class SMoEConfig:
             found += layer_mistakes(self.layers)
         if self.experts_by_layer is not None:
             found += self._count_mistakes(self.experts_by_layer)
+        if self.top_k_by_layer is not None:
+            found += self._k_mistakes(self.top_k_by_layer)
         if self.sites is not None:
             found += site_mistakes(self.sites)
         if self.expert_rank is not None and not _is_count(self.expert_rank):
@@ -164,12 +168,33 @@ class SMoEConfig:
             found.append("experts_by_layer requires d_expert: the width of an expert does not follow if their numbers differ")
         return found
 
+    def _k_mistakes(self, ks: tuple[int, ...]) -> list[str]:
+        """One sentence for each mistake in `top_k_by_layer`."""
+        if not isinstance(ks, tuple) or not ks or not all(map(_is_count, ks)):
+            return [f"top_k_by_layer = {ks!r} must be a list of whole numbers of at least 1, or None"]
+        found = []
+        if max(ks) != self.top_k:
+            found.append(f"top_k = {self.top_k!r} must be the largest of top_k_by_layer = {ks}")
+        if isinstance(self.layers, tuple) and len(self.layers) != len(ks):
+            found.append(f"top_k_by_layer = {ks} must give a number for each of the {len(self.layers)} layers")
+        counts = self.experts_by_layer if isinstance(self.experts_by_layer, tuple) and all(map(_is_count, self.experts_by_layer)) else None
+        if counts and (len(counts) != len(ks) or any(k > count for k, count in zip(ks, counts, strict=True))):
+            found.append(f"top_k_by_layer = {ks} must give each layer at most its number of experts, experts_by_layer = {counts}")
+        return found
+
+    def require_layers(self, count: int) -> None:
+        """Raise ConfigError if what differs between layers is not given for this number of MoE layers."""
+        for name in ("experts_by_layer", "top_k_by_layer"):
+            if (numbers := getattr(self, name)) is not None and len(numbers) != count:
+                raise ConfigError(f"{name} = {numbers} must give a number for each of the {count} MoE layers")
+
     def of_layer(self, place: int) -> "SMoEConfig":
-        """Configuration of one MoE layer, by its index among the MoE layers, with that layer's number of experts."""
-        if self.experts_by_layer is None:
+        """Configuration of one MoE layer, by its index among the MoE layers, with that layer's number of experts and k."""
+        if self.experts_by_layer is None and self.top_k_by_layer is None:
             return self
-        count = self.experts_by_layer[place]
-        return replace(self, num_experts=count, top_k=min(self.top_k, count), experts_by_layer=None)
+        count = self.num_experts if self.experts_by_layer is None else self.experts_by_layer[place]
+        k = self.top_k if self.top_k_by_layer is None else self.top_k_by_layer[place]
+        return replace(self, num_experts=count, top_k=min(k, count), experts_by_layer=None, top_k_by_layer=None)
 
     def to_json(self) -> str:
         """All fields as JSON."""

@@ -166,8 +166,7 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
         raise ConfigError(f"{chained[0]} passes a state from layer to layer, so all MoE layers of the model must be converted at once")
     sites = tuple(networks[index] for index in indices)
     refuse_tied(model, sites)
-    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
-        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
+    config.require_layers(len(sites))
     for site, its in zip(sites, map(config.of_layer, range(len(sites))), strict=True):
         numbers = 3 * its.num_experts * (its.d_expert or -(-site.d_ff // its.num_experts)) * site.d_model
         if numbers >= 2**60:  # more than can be addressed

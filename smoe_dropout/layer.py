@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import integer
+from smoe_dropout.arguments import integer, is_finite, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
@@ -19,6 +21,19 @@ from smoe_dropout.routers import Routing, route_by_k
 from smoe_dropout.selection import Selection, TokenK, largest, selected, selecting
 from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
+
+STATE_OF_K = "_extra_state"  # torch's name of it in a state_dict, behind the layer's
+_LEFT_OUT = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def without_k() -> Iterator[None]:
+    """Context manager in which state_dict leaves k out, for folders that have it in their configuration."""
+    token = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(token)
 
 
 class Use(NamedTuple):
@@ -235,9 +250,34 @@ class MoELayer(nn.Module, FollowsTraining):
         """FLOPs of routing `lanes` sequences of `positions` tokens each."""
         return self.router.flops(lanes * positions)
 
+    def get_extra_state(self) -> Tensor:
+        """k that `set_top_k` has set, a scalar int64 tensor on the CPU that state_dict has beside the weights."""
+        return torch.tensor(self.default_k, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor | int) -> None:
+        """Restore k. ConfigError unless the layer has that many experts."""
+        k = state.item() if isinstance(state, Tensor) and state.numel() == 1 and not state.is_meta else state
+        if not (is_finite(k) and k == int(k) and 1 <= k <= self.num_experts):
+            raise ConfigError(f"k = {shown(k)} must be a whole number from 1 to the {self.num_experts} experts of the layer")
+        self.default_k = int(k)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _LEFT_OUT.get():
+            del destination[prefix + STATE_OF_K]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Load what the state has; that of older versions has no k. A k of another model is reported with the shapes that differ."""
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        except ConfigError as error:
+            errors.append(f"{prefix}{STATE_OF_K}: {error}")
+        if (key := prefix + STATE_OF_K) in missing_keys:
+            missing_keys.remove(key)
+
     def __getstate__(self) -> dict:
         # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
-        return {**self.__dict__, "uses": [], "records": []}
+        return {**super().__getstate__(), "uses": [], "records": []}
 
     def _replicate_for_data_parallel(self) -> MoELayer:
         replica = super()._replicate_for_data_parallel()

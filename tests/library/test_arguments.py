@@ -71,7 +71,7 @@ ARGUMENTS = {
         {field.name: set() for field in fields(sd.SMoEConfig)}
         | {"num_experts": set(), "d_expert": OPTIONAL, "expert_rank": OPTIONAL, "top_k": COUNT, "freeze_router": {*TRUTH, "None", "0"}}
         | {"balance_loss": {*NUMBER, "None"}, "init_std": NUMBER - {"0"}, "options": {"{}"}, "sites": {"None", "'2'"}}
-        | {name: {"None"} for name in ("layers", "experts_by_layer", "method", "adopted")},
+        | {name: {"None"} for name in ("layers", "experts_by_layer", "top_k_by_layer", "method", "adopted")},
     ),
     "exact": (sd.SMoEConfig.exact, {}, {"num_experts": COUNT}),
     "from_dict": (sd.SMoEConfig.from_dict, {}, {"values": {"{}"}}),
@@ -101,7 +101,7 @@ ARGUMENTS = {
         {"model": set(), "step": {*ANY_COUNT, "0"}, "total_steps": ANY_COUNT},
     ),
     "method_metrics": (sd.method_metrics, {}, {"model": set()}),
-    "slim": (sd.slim, {"model": SPARSE, "k": 2}, {"model": set(), "k": COUNT, "dtype": {"None"}}),
+    "slim": (sd.slim, {"model": SPARSE, "k": 2}, {"model": set(), "k": {*COUNT, "{}"}, "dtype": {"None"}, "copy": TRUTH}),
     "calibrate": (
         lambda **given: sd.calibrate(**{"model": SPARSE, "passes": passes(), "k": 4, **given}),
         {},

@@ -18,7 +18,7 @@ FLOORS = (
     ("layer",),
     ("native",),
     ("control", "hosts"),
-    ("methods", "passes", "decay"),
+    ("methods", "passes", "decay", "slimming"),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )
