@@ -43,6 +43,7 @@ import torch
 from safetensors import SafetensorError
 
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, set_progress, set_top_k
+from smoe_dropout.checks import untrained_router
 from smoe_dropout.control import auxiliary_losses
 from smoe_dropout.methods.base import Forward
 from utils import documents
@@ -116,6 +117,8 @@ def main(run: Run) -> int:
     engine.on_main(begin)
     for line in describe(run, model):
         say(line)
+    if schedule and (sentence := untrained_router(model, k=schedule.k_min)) and engine.is_main:
+        print(f"warning: {sentence} (k: {schedule})", file=sys.stderr)
     if state.step:
         say(f"resumed at step {state.step}")
 

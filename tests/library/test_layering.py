@@ -18,7 +18,8 @@ FLOORS = (
     ("layer",),
     ("native",),
     ("control", "hosts"),
-    ("methods", "passes", "decay"),
+    ("methods", "checks", "decay"),
+    ("passes",),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )
