@@ -239,7 +239,7 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
         layer.place(place, len(layers), shared, attention)
         site.replace(layer)
         if "probabilities" in plan.needs:
-            keep_probabilities(attention)
+            keep_probabilities(attention, shared, place)
     if plan.embedding is not None:
         plan.embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
 
