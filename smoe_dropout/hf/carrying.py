@@ -35,7 +35,9 @@ class Past:
 
     def extend(self, *parts_BTC: Tensor) -> tuple[Tensor, ...]:
         """Both parts with those of the earlier positions before them [B, P + T, C], which later passes find in the cache."""
-        return tuple(part[:, 0] for part in self.carried.update(*(part[:, None] for part in parts_BTC)))
+        first = self.carried.get_seq_length() == 0
+        extended = tuple(part[:, 0] for part in self.carried.update(*(part[:, None] for part in parts_BTC)))
+        return parts_BTC if first else extended  # the same, but gradients are summed in the same order as without a cache
 
 
 class SeesCache:
