@@ -345,7 +345,8 @@ class MemTransformerLM(nn.Module):
     def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
 
-        Pass the returned cache to the next call; the one passed in is modified. RuntimeError in training mode.
+        Pass the returned cache to the next call; the one passed in is modified. A layer that mixes positions, as some methods of routing
+        do, sees those of one call, so that each should be a segment as in training. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")

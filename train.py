@@ -43,7 +43,6 @@ import torch
 from safetensors import SafetensorError
 
 from smoe_dropout import auxiliary_loss, expert_load, method_metrics, set_progress, set_top_k
-from smoe_dropout.checks import untrained_router
 from smoe_dropout.control import auxiliary_losses
 from smoe_dropout.methods.base import Forward
 from utils import documents
@@ -58,7 +57,7 @@ from utils.models.flops import forward_flops
 from utils.tasks.base import Batch
 from utils.tasks.base import State as Carried
 from utils.training.averaging import WeightAverage
-from utils.training.describe import describe
+from utils.training.describe import describe, reservations
 from utils.training.evaluation import evaluate, evaluate_all
 from utils.training.interrupt import Interrupt
 from utils.training.optimizer import Plateau, build_optimizer, learning_rate
@@ -117,8 +116,9 @@ def main(run: Run) -> int:
     engine.on_main(begin)
     for line in describe(run, model):
         say(line)
-    if schedule and (sentence := untrained_router(model, k=schedule.k_min)) and engine.is_main:
-        print(f"warning: {sentence} (k: {schedule})", file=sys.stderr)
+    for sentence in reservations(run, model):
+        if engine.is_main:
+            print(f"warning: {sentence}", file=sys.stderr)
     if state.step:
         say(f"resumed at step {state.step}")
 

@@ -156,10 +156,7 @@ class ExpertFlags:
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
     gate_weight: str = expert_flag(
-        "softmax",
-        "softmax of the selected logits (official), pre_softmax of all, sigmoid of each (these two train a router at k = 1), uniform",
-        "experts",
-        choices=get_args(GateWeight),
+        "softmax", "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform", "experts", choices=get_args(GateWeight)
     )
     expert_backend: str = expert_flag(
         "auto", "implementation of the experts; all give the same result", "run evaluation", choices=("auto", *BACKENDS)
