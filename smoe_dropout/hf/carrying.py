@@ -1,4 +1,4 @@
-"""What layers that route by earlier positions must know of them, carried in the cache that the model's attention uses.
+"""State of layers that route by earlier positions, carried in the cache that the model's attention uses.
 
 It lies in layers of its own behind those of the cache, so that whatever reorders, repeats, crops or copies the cache does so with it.
 """
@@ -93,7 +93,7 @@ def watch_caches(model: nn.Module) -> None:
     """Let MoE layers that route by earlier positions find them in the cache. Can be repeated."""
     count = 1 + max((layer for module in model.modules() if isinstance(layer := getattr(module, "layer_idx", None), int)), default=-1)
     for _, layer in moe_layers(model):
-        attention = layer.attention if "attention" in layer.needs else None
+        attention = layer.attention
         if attention is None or layer.watches_cache:
             continue
         names = [*inspect.signature(type(attention).forward).parameters][1:]

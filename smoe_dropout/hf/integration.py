@@ -31,7 +31,7 @@ def integrate(model: nn.Module, config: SMoEConfig) -> None:
         if is_pretrained_model(module):
             two = "decoder_attention_mask" in inspect.signature(module.forward).parameters  # of encoder and decoder, which get their own
             watch_padding(module, list({layer.shared: None for _, layer in moe_layers(module)}), [] if two else [MASK])
-    if any("attention" in layer.needs for _, layer in moe_layers(model)):
+    if any(layer.attention is not None for _, layer in moe_layers(model)):
         import_module("smoe_dropout.hf.carrying").watch_caches(model)
     if not is_pretrained_model(model):
         return

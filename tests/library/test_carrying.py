@@ -90,7 +90,7 @@ def test_two_threads_do_not_see_each_other(method):
 
 
 def dense_cache(model: nn.Module) -> transformers.DynamicCache:
-    """Of positions read by the model before its conversion."""
+    """A cache of positions that the model read before its conversion."""
     return HOSTS["gpt2"]()(ids(), use_cache=True).past_key_values
 
 
