@@ -4,6 +4,7 @@ Shape suffixes: B batch, T positions of the segment, M positions of memory, K = 
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,20 +177,33 @@ class QueryKeyValue(nn.Linear):
         return q_BTW, tuple(kv_of_x), F.linear(memory_BMD, self.weight[self.width :]).split(self.width, -1)
 
 
+class OfThread(threading.local):
+    """Value that every thread sets for itself."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self):  # copies and pickles have none
+        return OfThread, ()
+
+
 class RelativeAttention(nn.Module):
     """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v.
 
-    If `keep_probabilities` is set, `probabilities` holds those of the last pass [B, H, T, K], detached and before dropout.
+    If `keep_probabilities` is set, `probabilities` holds those of the thread's last pass [B, H, T, K], detached and before dropout.
     """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = config.n_head, config.d_head, config.dropatt
-        self.keep_probabilities, self.probabilities = False, None
+        self.keep_probabilities, self._probabilities = False, OfThread()
         width = config.n_head * config.d_head
         self.qkv = QueryKeyValue(config.d_model, width)
         self.position = nn.Linear(config.d_model, width, bias=False)
         self.out = nn.Linear(width, config.d_model, bias=False)
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        return self._probabilities.value
 
     def _heads(self, *projected: Tensor) -> Tensor:
         """Parts [B, T, H*C], concatenated in time -> contiguous [H, B, K, C], so that products do not copy r for every sequence."""
@@ -207,7 +221,7 @@ class RelativeAttention(nn.Module):
             else:
                 y_HBTC = relative_attention_sdpa(*inputs, dropout)
                 p_HBTK = relative_probabilities(qu, qv, k, *inputs[4:]) if self.keep_probabilities else None
-            self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
+            self._probabilities.value = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
     def read(self, x_BTD: Tensor, cache: KeyValueCache, memory: int, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
@@ -218,7 +232,7 @@ class RelativeAttention(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             p_HBTK = relative_probabilities(qu, qv, k, cache.r_HLC[:, -k.shape[2] :], mask_TK.to(k.dtype))
             y_HBTC = p_HBTK @ v
-        self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
+        self._probabilities.value = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
     def distances(self, position_KD: Tensor) -> Tensor:
@@ -331,7 +345,8 @@ class MemTransformerLM(nn.Module):
     def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
 
-        Pass the returned cache to the next call; the one passed in is modified. RuntimeError in training mode.
+        Pass the returned cache to the next call; the one passed in is modified. A layer that mixes positions, as some methods of routing
+        do, sees those of one call, so that each should be a segment as in training. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")

@@ -57,7 +57,7 @@ from utils.models.flops import forward_flops
 from utils.tasks.base import Batch
 from utils.tasks.base import State as Carried
 from utils.training.averaging import WeightAverage
-from utils.training.describe import describe
+from utils.training.describe import describe, reservations
 from utils.training.evaluation import evaluate, evaluate_all
 from utils.training.interrupt import Interrupt
 from utils.training.optimizer import Plateau, build_optimizer, learning_rate
@@ -116,6 +116,9 @@ def main(run: Run) -> int:
     engine.on_main(begin)
     for line in describe(run, model):
         say(line)
+    for sentence in reservations(run, model):
+        if engine.is_main:
+            print(f"warning: {sentence}", file=sys.stderr)
     if state.step:
         say(f"resumed at step {state.step}")
 

@@ -12,7 +12,7 @@ from smoe_dropout.files import parse_json, read_json
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
-GateWeight = Literal["softmax", "uniform"]
+GateWeight = Literal["softmax", "pre_softmax", "sigmoid", "uniform"]
 OutputScale = Literal["mean", "dense"]
 ExpertInit = Literal["fresh", "split", "copy"]
 
@@ -26,7 +26,10 @@ class SMoEConfig:
     d_expert: hidden width of one expert; None divides the FFN width by E (paper section 3.1: 8192 = 16 x 512).
     router: a name in `registry.ROUTERS`, or one of the official code's names.
     freeze_router: None uses the router's default (random: frozen, learned: trained).
-    gate_weight: "softmax" over the k chosen logits (paper section 3.1), or "uniform", 1/k.
+    gate_weight: "softmax" over the k chosen logits (paper section 3.1), which is always 1 at k = 1; "pre_softmax" over all E logits before
+        k are chosen, not renormalised (Switch Transformers, arXiv 2101.03961, eq. 2); "sigmoid" of each chosen logit, not renormalised (the
+        score of DeepSeek-V3, arXiv 2412.19437, eq. 15); or "uniform", 1/k. A trained router learns from the task at every k with
+        "pre_softmax" and "sigmoid", from k = 2 on with "softmax", and never with "uniform".
     output_scale: "mean" uses the gate weights unscaled, as the official code does: the layer is a weighted mean of experts. "dense"
         multiplies by E, so that k = E gives the sum that a dense FFN is, and k < E is inverted dropout over experts.
     expert_init: "fresh" N(0, init_std^2), as in the official code; "split" splits the model's FFN into E experts; "copy" gives every expert

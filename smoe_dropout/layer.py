@@ -66,7 +66,8 @@ class MoELayer(nn.Module, FollowsTraining):
     each token calls `selection(x)` instead; one that uses `top_k` refuses such a k.
     `index` and `count` are the layer's position among the MoE layers of its conversion and their number. conversion: number of the call of
     `moefy` that made it. original: where the weights of the replaced network were, for `unmoefy`. sequence_first: whether inputs are
-    [T, B, D].
+    [T, B, D]. router_named: whether a warning has named its router as one that the task does not train. watches_cache: whether
+    a cache given to `attention` carries what the layer needs of earlier positions.
     """
 
     Options: type = NoOptions
@@ -76,6 +77,8 @@ class MoELayer(nn.Module, FollowsTraining):
     conversion = 0
     original: dict | None = None
     sequence_first = False
+    router_named = False
+    watches_cache = False
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()

@@ -14,29 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.arguments import shown
+from smoe_dropout.checks import require_finite_routers, untrained_router
 from smoe_dropout.control import moe_layers
+from smoe_dropout.experts import plain
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.recomputation import recomputing
+from smoe_dropout.routers import Router
 from smoe_dropout.shared import Shared
 
 
 class RunningPass:
     """Hooks of a converted model that mark its layers as unused when it begins to run.
 
-    They also warn once if the model's linear maps have been quantised since: libraries that do this skip the experts silently. It shows by
+    They also check the routers' weights in the first pass and after weights were loaded, warn once of a router that the task does not
+    train, and once if the model's linear maps have been quantised since: libraries that do this skip the experts silently. It shows by
     `witness`, the place of a linear map: its parent and its name in it.
     """
 
     def __init__(self, layers: Sequence[MoELayer], witness: tuple[nn.Module, str] | None):
         self.layers, self.witness = layers, witness
+        self.checked = -1  # `Router.loads` when the weights were checked
 
     def begin(self, model: nn.Module, *_: object) -> None:
         """Forward pre-hook."""
         if not recomputing():
             for shared in {layer.shared for layer in self.layers}:
                 shared.begin()
-        if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules.get(self.witness[1])):
+        if torch.compiler.is_compiling() or plain.needed():
+            return
+        if self.checked != Router.loads:
+            loads = Router.loads
+            require_finite_routers(model)
+            self.checked = loads
+        if model.training and torch.is_grad_enabled() and (sentence := untrained_router(model, self.layers)):
+            warnings.warn(sentence, stacklevel=2)
+        if self.witness is not None and is_quantised(self.witness[0]._modules.get(self.witness[1])):
             self.witness = None
             warnings.warn(
                 "the linear maps of this model have been quantised, but its experts have not: they are stacked parameters, not nn.Linear, "

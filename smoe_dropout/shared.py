@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ class Shared(threading.local):
     uses: those of every layer so far; None if the model is not running. real_N: which tokens of the running layer are real; None: all.
     masks: for each running module that tells padding, the innermost last, which of its tokens are real, bool [B, T], or None if all are.
     given: such a mask set by `token_mask`, which takes precedence. shown: logits of routers that were asked to return them. repeated:
-    record of the pass that activation checkpointing repeats.
+    record of the pass that activation checkpointing repeats. By index of the layer after an attention module, probabilities: those that
+    the module returned, and pasts: earlier positions in the cache it was given, or None without a cache.
     """
 
     def __init__(self):
@@ -32,10 +33,13 @@ class Shared(threading.local):
         self.given: Tensor | None = None
         self.shown: dict[Router, list[Tensor]] = {}
         self.repeated: Pass | None = None
+        self.probabilities: dict[int, Tensor] = {}
+        self.pasts: dict[int, Any] = {}
 
     def begin(self) -> None:
         """Prepare for a pass of the model."""
         self.tokens, self.carried, self.uses = None, None, {}
+        self.probabilities, self.pasts = {}, {}
 
     def end(self) -> None:
         """Forget what is of no meaning after a pass, such as its token ids."""

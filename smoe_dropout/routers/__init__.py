@@ -41,6 +41,8 @@ class Router(nn.Module):
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
     ragged: whether `forward` takes a k for each token and a gate mass; to others the tokens of each k are given separately.
+    trains_at_any_k: the setting with which the task trains the router at any k.
+    loads: how often weights have been loaded into routers, of any model.
 
     For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
     or higher, whatever the model's precision. A buffer that `forward` changes is changed once, also if
@@ -52,13 +54,19 @@ class Router(nn.Module):
     uses: tuple[str, ...] = ()
     frozen_by_default = False
     ragged = False
+    trains_at_any_k = "gate_weight = 'pre_softmax' or 'sigmoid'"
     shared: Shared | None = None
+    loads = 0
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        Router.loads += 1
 
     @property
     def real_N(self) -> Tensor | None:
@@ -75,18 +83,42 @@ class Router(nn.Module):
         if (shown := self.shown) is not None:
             shown.append(logits_NE)
 
-    def weigh(self, top_NK: Tensor, active_NK: Tensor | None = None) -> Tensor:
-        """Gate weights of the k chosen logits: their softmax, or 1/k each; 0 for those that are not active (bool; None: all are)."""
-        if active_NK is None:
-            return top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / top_NK.shape[1])
+    def weigh(self, top_NK: Tensor, active_NK: Tensor | None = None, logits_NE: Tensor | None = None) -> Tensor:
+        """Gate weights of the k chosen logits, as `SMoEConfig.gate_weight` says; 0 for those that are not active (bool; None: all are).
+
+        logits_NE: of all experts. ConfigError for "pre_softmax" without them.
+        """
         if self.gate_weight == "softmax":
-            return top_NK.masked_fill(~active_NK, -torch.inf).softmax(-1)
-        return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
+            return (top_NK if active_NK is None else top_NK.masked_fill(~active_NK, -torch.inf)).softmax(-1)
+        if self.gate_weight == "uniform":
+            if active_NK is None:
+                return torch.full_like(top_NK, 1 / top_NK.shape[1])
+            return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
+        if self.gate_weight == "sigmoid":
+            weights_NK = top_NK.sigmoid()
+        elif logits_NE is None:
+            raise ConfigError(f"{type(self).__name__} gives weigh() no logits_NE of all experts, which gate_weight = 'pre_softmax' needs")
+        else:
+            weights_NK = (top_NK - logits_NE.logsumexp(-1, keepdim=True)).exp()
+        return weights_NK if active_NK is None else weights_NK * active_NK
+
+    def shares(self, logits_NE: Tensor) -> Tensor:
+        """Values whose softmax is the router's probability [N, E]: the logits; for "sigmoid" the sigmoids divided by their sum."""
+        return F.logsigmoid(logits_NE) if self.gate_weight == "sigmoid" else logits_NE
 
     @property
     def uniform(self) -> bool:
         """Whether every chosen expert always weighs 1/k; a router with such weights of its own overrides it."""
         return "gate_weight" in self.uses and self.gate_weight == "uniform"
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the gate weights of every token sum to 1; a router with weights of its own overrides it."""
+        return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "softmax")
+
+    def learns_from_task(self, k: int) -> bool:
+        """Whether the gate weights depend on the router's parameters where tokens have up to k experts, so that the task trains them."""
+        return not self.uniform and not (k == 1 and self.normalised)
 
     def flops(self, tokens: int) -> int:
         """FLOPs of routing this many tokens."""
@@ -98,7 +130,8 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46).
+    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46), or another
+    `gate_weight`.
 
     W ~ N(0, init_std^2), b = 0. Logits are computed in float32 or higher, whatever the model's precision, so that rounding in bf16 never
     changes which experts are chosen. Subclasses set whether the router is frozen and its default balance loss.
@@ -125,13 +158,14 @@ class LinearRouter(Router):
         """Routing to the k largest logits, with the balance loss in training mode."""
         self.show(logits_NE)
         top_NK, indices_NK = logits_NE.topk(largest(k), dim=-1)
-        active_NK = active(k, logits_NE, indices_NK)
+        shares_NE = self.shares(logits_NE)
+        active_NK = active(k, shares_NE, indices_NK)
         if active_NK is not None:
             indices_NK = indices_NK.masked_fill(~active_NK, -1)
         losses = {}
         if self.balance_loss > 0 and self.training:
-            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK, self.real_N)
-        return Routing(indices_NK, self.weigh(top_NK, active_NK), losses, active_NK is not None)
+            losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
+        return Routing(indices_NK, self.weigh(top_NK, active_NK, logits_NE), losses, active_NK is not None)
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""

@@ -35,7 +35,7 @@ class NoisyTopKRouter(LinearRouter):
             deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))
         noisy_NE = clean_NE + torch.randn_like(clean_NE) * deviation_NE
         top_NK, indices_NK = noisy_NE.topk(k, dim=-1)
-        weights_NK, losses = self.weigh(top_NK), {}
+        weights_NK, losses = self.weigh(top_NK, logits_NE=noisy_NE), {}
         if self.balance_loss > 0:
             importance_NE = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK)
             losses["importance"] = self.balance_loss * squared_variation(summed(importance_NE, self.real_N))

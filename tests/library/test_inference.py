@@ -1,6 +1,7 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -11,9 +12,12 @@ import torch
 
 import smoe_dropout as sd
 from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout.registry import METHODS
 from tests import tiny
 from utils.models.flops import active_parameters
 from utils.models.sampling import draw, write
+
+SIMILARITY = pytest.mark.skipif("similarity" not in METHODS, reason="similarity is not here")
 
 
 def language_model(**settings) -> MemTransformerLM:
@@ -87,7 +91,21 @@ def runs(tmp_path_factory):
     corpus = tiny.write_corpus(root / "corpus")
     for method in ("smoe_dropout", "dense"):
         tiny.completed(tiny.flags(corpus, root / method, method=method, max_step=4, eval_interval=4))
+    if "similarity" in METHODS:
+        sizes = {"max_step": 2, "eval_interval": 2, "eval_tgt_len": 4, "moe_top_k": 1}
+        done = tiny.run(tiny.flags(corpus, root / "similarity", method="similarity", **sizes))
+        assert done.code == 0, done
+        (root / "similarity.err").write_text(done.err)
     return root
+
+
+@SIMILARITY
+def test_reservations_before_training(runs):
+    """Each said once: also the library's warning of the router."""
+    first, second, *_ = (runs / "similarity.err").read_text().splitlines()
+    assert re.match(r"warning: the task does not train the router of .*, since at k = 1 .*\(k: constant, 1 to 1 over 2 steps\)", first)
+    assert re.match(r"warning: --method similarity .* --tgt_len 8 .* --eval_tgt_len 4 in evaluation: set both to the same", second)
+    assert (runs / "similarity.err").read_text().count("does not train the router") == 1
 
 
 def read_from(path: Path) -> None:
@@ -122,6 +140,7 @@ def test_generate(runs, precision, tmp_path):
         ),
         ("smoe_dropout", ["--precision", "fp8"], "--precision: unknown value 'fp8'; nearest: fp32"),
         ("nothing", [], "does not exist"),
+        pytest.param("similarity", [], "--method similarity routes a byte by those before it in its segment of 8", marks=SIMILARITY),
     ],
 )
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):

@@ -18,7 +18,8 @@ FLOORS = (
     ("layer",),
     ("native",),
     ("control", "hosts"),
-    ("methods", "passes", "decay", "slimming"),
+    ("methods", "checks", "decay", "slimming"),
+    ("passes",),
     ("conversion", "restoration", "io", "surgery"),
     ("hf", "summary"),
 )

@@ -215,17 +215,6 @@ def test_trained_networks_are_not_discarded_without_a_word(tmp_path):
         sd.from_pretrained(tmp_path / "sparse")
 
 
-@pytest.mark.parametrize(("settings", "words"), [({}, "only the balance loss"), ({"balance_loss": 0.0}, "there is no balance loss")])
-def test_trained_router_without_gradient(settings, words):
-    with pytest.warns(ConversionWarning, match=f"gate_weight = 'uniform' the model's loss has no gradient for it, .*{words}"):
-        made = sd.moefy(model(), config(router="learned", gate_weight="uniform", **settings))
-    made.train()[0]["ffn"](torch.randn(5, D)).sum().backward()
-    assert sd.moe_layers(made)[0][1].router.weight.grad is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConversionWarning)
-        sd.moefy(model(), config(gate_weight="uniform"))
-
-
 def test_networks_of_the_same_stack_that_stay_dense_are_warned_of():
     model = nn.ModuleList([nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3)])
     model[1][0].register_forward_hook(lambda *_: None)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from utils.checkpoints.origin import Source, open_run
 from utils.cli.pipeline import Program, decide
+from utils.flags.derive import routes_by_position
 from utils.flags.fields import GenerateFlags
 from utils.flags.models import MODELS
 
@@ -18,6 +19,9 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
     if not MODELS[made.model].causal:
         known = ", ".join(name for name, model in MODELS.items() if model.causal)
         found.append(f"{flags.checkpoint} holds a {made.model}, which cannot continue a text; these can: {known}")
+    if made.moe and routes_by_position(made):
+        segment = f"by those before it in its segment of {made.tgt_len}"
+        found.append(f"--method {made.method} routes a byte {segment}, and cannot write one at a time: use train.py --eval_only")
     if flags.k is not None and not made.moe:
         found.append(f"--k {flags.k}: the run in {flags.checkpoint} is dense; leave it out")
     elif flags.k is not None and not 1 <= flags.k <= made.moe_num_expert:

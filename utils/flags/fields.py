@@ -155,7 +155,9 @@ class ExpertFlags:
     output_scale: str = expert_flag(
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
-    gate_weight: str = expert_flag("softmax", "softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight))
+    gate_weight: str = expert_flag(
+        "softmax", "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform", "experts", choices=get_args(GateWeight)
+    )
     expert_backend: str = expert_flag(
         "auto", "implementation of the experts; all give the same result", "run evaluation", choices=("auto", *BACKENDS)
     )
