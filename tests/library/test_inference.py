@@ -1,6 +1,7 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -108,6 +109,13 @@ def test_generate(runs, precision, tmp_path):
     assert "12 bytes in" in done.err and "k = 2 of 4" in done.err
     (tmp_path / "prompt").write_bytes(b"Words and ")
     assert generate(*arguments, prompt=tmp_path / "prompt").out_bytes == done.out_bytes
+
+
+def test_generate_by_drafts(runs):
+    arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 40, "--temperature", 0, "--prompt", "Words and ")
+    drafted = generate(*arguments, "--draft_k", 1, "--draft_length", 3)
+    assert drafted.code == 0 and drafted.out_bytes == generate(*arguments).out_bytes, drafted
+    assert re.search(r"k = 4 of 4, \d+ of \d+ bytes drafted at k = 1 accepted", drafted.err)
 
 
 @pytest.mark.parametrize(
