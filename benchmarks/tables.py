@@ -170,12 +170,11 @@ def speculation_table(record: dict[str, Any]) -> str:
     sizes, rows = record["sizes"], record["rows"]
     lengths = dict.fromkeys(row["draft_length"] for row in rows)
     texts = f"{sizes['prompts']} texts of {sizes['tokens']} bytes after {sizes['prompt']} of the test split"
-    what = "accepted, time / plain (least to largest of a round) with drafts of"
     lines = [
         f"Greedy generation by drafts at fewer experts, batch 1, fp32: {texts}; the same bytes as without drafts. {_where(record)}",
         "",
     ]
-    lines += _head(["run", "k", "k of the drafts", "plain, bytes/s", *(f"{what} {length}" for length in lengths)])
+    lines += _head(["run", "k", "k of the drafts", "plain, bytes/s", *(f"drafts of {length}" for length in lengths)])
     for run, k, draft_k in dict.fromkeys((row["run"], row["k"], row["draft_k"]) for row in rows):
         own = [row for row in rows if (row["run"], row["k"], row["draft_k"]) == (run, k, draft_k)]
         speed = sizes["prompts"] * sizes["tokens"] / own[0]["results"]["plain"]["seconds"]

@@ -1,5 +1,6 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import smoe_dropout as sd
+from benchmarks.__main__ import main
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from tests import tiny
 from utils.models.flops import active_parameters
@@ -136,6 +138,14 @@ def test_generate_by_drafts(runs):
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):
     done = generate("--checkpoint", runs / run, *arguments)
     assert done.code == 2 and sentence in done.err and done.out == "" and done.err.count("\n") == 1, done
+
+
+def test_benchmark_of_drafts(runs, tmp_path, capsys):
+    sizes = ["--prompts", "2", "--prompt", "8", "--tokens", "5", "--rounds", "1", "--k", "4", "--draft_k", "1", "4", "--draft_length", "2"]
+    main(["speculation", "--checkpoints", str(runs / "smoe_dropout"), "--data", str(runs / "corpus"), *sizes, "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "speculation.json").read_text())["rows"]
+    assert (row["k"], row["draft_k"], row["draft_length"]) == (4, 1, 2) and 0 <= row["accepted"] <= row["drafted"]
+    assert "| smoe_dropout | 4 | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("k", "draft_k", "assistant_k"), [(4, 2, None), (3, 1, 2)])
