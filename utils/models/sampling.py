@@ -1,16 +1,13 @@
 """Sampling from a Transformer-XL, byte by byte, or by the model's own drafts at fewer experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from mem_transformer import Cache, MemTransformerLM
-
+from mem_transformer import Cache, MemTransformerLM
+from smoe_dropout import top_k
 
 COLDEST = 1e-30  # temperature above which float32 logits stay finite
 
@@ -35,8 +32,6 @@ def write(
     With drafts the bytes have the same distribution. At temperature 0 they are the same bytes, unless two are equally likely but for
     rounding. For this every position must attend equally far back (`same_length`), however many are read at once.
     """
-    import torch
-
     tokens_1T, cache = torch.tensor([list(prompt)]), None
     for part_1T in tokens_1T.split(segment, 1):
         logits_1TV, cache = model.read(part_1T, cache)
@@ -58,10 +53,6 @@ def speculate(model: MemTransformerLM, cache: Cache, last: Tensor, count: int, t
 
     The drafts attend to what was read at the model's own k. Their own keys and values are forgotten before these are verified.
     """
-    import torch
-
-    from smoe_dropout import top_k
-
     bytes_T, likely_TV = [last], []
     with top_k(model, drafts.k):
         for _ in range(count):
@@ -90,8 +81,6 @@ def verify(drafted_T: Tensor, p_TV: Tensor, q_TV: Tensor) -> Tensor:
 
     p, q: one row more than bytes; the last of q is 0.
     """
-    import torch
-
     p_T, q_T = (likely_TV[:-1].gather(1, drafted_T[:, None])[:, 0] for likely_TV in (p_TV, q_TV))
     accepted = int((torch.rand_like(p_T) * q_T < p_T).cumprod(0).sum())
     rest_V = (p_TV[accepted] - q_TV[accepted]).clamp(min=0)
@@ -101,8 +90,6 @@ def verify(drafted_T: Tensor, p_TV: Tensor, q_TV: Tensor) -> Tensor:
 
 def nucleus(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
     """Probability [V] of every symbol in `draw`."""
-    import torch
-
     if temperature < COLDEST:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
     p_V, order_V = likeliest(logits_V, temperature, top_p)
