@@ -131,8 +131,11 @@ class RelativeAttentionCPU(torch.autograd.Function):
 class KeyValueCache:
     """Keys and values of an attention module for positions already read, and the keys of distances, without gradients.
 
-    Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position.
+    Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position. They keep SPARE
+    positions beyond the memory, which is still complete after that many have been forgotten.
     """
+
+    SPARE = 32
 
     def __init__(self):
         self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
@@ -146,17 +149,23 @@ class KeyValueCache:
 
     def extend(self, k_HBTC: Tensor, v_HBTC: Tensor, memory: int) -> Tensor:
         """Append new positions; return keys and values [2, H, B, M + T, C] of them and of at most `memory` positions before."""
-        T, kept = k_HBTC.shape[2], min(self._end, memory)
+        T = k_HBTC.shape[2]
         if self._kv is None or self._end + T > self._kv.shape[3]:
             H, B, _, C = k_HBTC.shape
-            fresh = k_HBTC.new_empty(2, H, B, 2 * (memory + T), C)
+            fresh, kept = k_HBTC.new_empty(2, H, B, 2 * (memory + T) + self.SPARE, C), min(self._end, memory + self.SPARE)
             if kept:
                 fresh[:, :, :, :kept] = self._kv[:, :, :, self._end - kept : self._end]
             self._kv, self._end = fresh, kept
-        begin, new = self._end - kept, slice(self._end, self._end + T)
+        begin, new = self._end - min(self._end, memory), slice(self._end, self._end + T)
         self._kv[0, :, :, new], self._kv[1, :, :, new] = k_HBTC, v_HBTC
         self._end += T
         return self._kv[:, :, :, begin : self._end]
+
+    def forget(self, count: int) -> None:
+        """Forget the last `count` positions, as if they had never been read. ValueError for more than SPARE, or than there are."""
+        if not 0 <= count <= min(self.SPARE, self._end):
+            raise ValueError(f"{count} of {self._end} positions cannot be forgotten: at most {self.SPARE} can")
+        self._end -= count
 
 
 Cache = tuple[KeyValueCache, ...]  # one per layer

@@ -62,6 +62,11 @@ class Row(Struct):
     results: Annotated[dict[str, Result], Meta(min_length=1)]
     precision: str | UnsetType = UNSET
     k: Count | UnsetType = UNSET
+    run: str | UnsetType = UNSET
+    draft_k: Count | UnsetType = UNSET
+    draft_length: Count | UnsetType = UNSET
+    drafted: Count | UnsetType = UNSET
+    accepted: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     bound: Positive | UnsetType = UNSET
     axis: str | UnsetType = UNSET
     value: Count | UnsetType = UNSET
@@ -87,7 +92,7 @@ class Benchmark(Struct):
 
 def markdown(record: dict[str, Any]) -> str:
     """Work, machine, and a table."""
-    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table}
+    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table, "speculation": speculation_table}
     return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
 
 
@@ -160,6 +165,32 @@ def data_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(_line([name, f"{result['seconds']:.2f}"]) for name, result in results.items())])
 
 
+def speculation_table(record: dict[str, Any]) -> str:
+    """Rows runs, k and k of the drafts, columns lengths of drafts, cells what is accepted and the time relative to plain generation."""
+    sizes, rows = record["sizes"], record["rows"]
+    lengths = dict.fromkeys(row["draft_length"] for row in rows)
+    texts = f"{sizes['prompts']} texts of {sizes['tokens']} bytes after {sizes['prompt']} of the test split"
+    lines = [
+        f"Greedy generation by drafts at fewer experts, batch 1, fp32: {texts}; the same bytes as without drafts. "
+        f"Cells: drafted bytes accepted, and time relative to plain generation (least to largest of a round). {_where(record)}",
+        "",
+    ]
+    lines += _head(["run", "k", "k of the drafts", "plain, bytes/s", *(f"drafts of {length}" for length in lengths)])
+    for run, k, draft_k in dict.fromkeys((row["run"], row["k"], row["draft_k"]) for row in rows):
+        own = [row for row in rows if (row["run"], row["k"], row["draft_k"]) == (run, k, draft_k)]
+        speed = sizes["prompts"] * sizes["tokens"] / own[0]["results"]["plain"]["seconds"]
+        cells = [_drafted(row) for row in own]
+        lines.append(_line([run, str(k), str(draft_k), f"{speed:,.0f}", *cells]))
+    faster = sum(row["results"]["drafts"]["ratio_max"] < 1 for row in rows)
+    lines += ["", f"Drafts pay, in every round, in {faster} of {len(rows)} cells."]
+    return "\n".join(lines)
+
+
+def _drafted(row: dict[str, Any]) -> str:
+    result = row["results"]["drafts"]
+    return f"{row['accepted'] / row['drafted']:.0%}, {result['ratio']:.2f} ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})"
+
+
 def _what(record: dict[str, Any]) -> str:
     """The measured work and its sizes, in one sentence."""
     sizes, kind = record["sizes"], record["benchmark"]
@@ -206,12 +237,12 @@ def render(records: Path = RECORDS) -> str:
     """The summary of all committed records, the figures, all implementations of the layer, memory and start-up. UserError if there is no
     record.
     """
-    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data")]
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data", "speculation")]
     found = [documents.read(path, Benchmark, "restore it from version control, or measure again") for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
-    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data")]
+    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data", "speculation")]
     return "\n\n".join([summary(found), *figures, *details])
 
 

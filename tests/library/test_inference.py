@@ -1,9 +1,11 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import smoe_dropout as sd
+from benchmarks.__main__ import main
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.registry import METHODS
 from tests import tiny
@@ -128,6 +131,13 @@ def test_generate(runs, precision, tmp_path):
     assert generate(*arguments, prompt=tmp_path / "prompt").out_bytes == done.out_bytes
 
 
+def test_generate_by_drafts(runs):
+    arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 40, "--temperature", 0, "--prompt", "Words and ")
+    drafted = generate(*arguments, "--draft_k", 1, "--draft_length", 3)
+    assert drafted.code == 0 and drafted.out_bytes == generate(*arguments).out_bytes, drafted
+    assert re.search(r"k = 4 of 4, \d+ of \d+ bytes drafted at k = 1 accepted", drafted.err)
+
+
 @pytest.mark.parametrize(
     ("run", "arguments", "sentence"),
     [
@@ -146,6 +156,32 @@ def test_generate(runs, precision, tmp_path):
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):
     done = generate("--checkpoint", runs / run, *arguments)
     assert done.code == 2 and sentence in done.err and done.out == "" and done.err.count("\n") == 1, done
+
+
+def test_benchmark_of_drafts(runs, tmp_path, capsys):
+    sizes = ["--prompts", "2", "--prompt", "8", "--tokens", "5", "--rounds", "1", "--k", "4", "--draft_k", "1", "4", "--draft_length", "2"]
+    main(["speculation", "--checkpoints", str(runs / "smoe_dropout"), "--data", str(runs / "corpus"), *sizes, "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "speculation.json").read_text())["rows"]
+    assert (row["k"], row["draft_k"], row["draft_length"]) == (4, 1, 2) and 0 <= row["accepted"] <= row["drafted"]
+    assert "| smoe_dropout | 4 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("k", "draft_k", "assistant_k"), [(4, 2, None), (3, 1, 2)])
+def test_a_slimmed_model_assists_in_generation(k, draft_k, assistant_k):
+    """The same text, in float64; the assistant's k is its own: that of `slim`, or of a context of its own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, initializer_range=0.7, tie_word_embeddings=False)
+    model = sd.moefy(transformers.LlamaForCausalLM(config), sd.SMoEConfig(4, 4, init_std=0.5)).eval().double()
+    assistant, tokens = sd.slim(model, draft_k), torch.randint(60, (1, 5))
+    settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None}
+    with sd.top_k(model, k), sd.top_k(assistant, assistant_k) if assistant_k else nullcontext():
+        plain = model.generate(tokens, **settings)
+        assisted = model.generate(tokens, **settings, assistant_model=assistant)
+    assert torch.equal(plain, assisted) and len(plain.unique()) > 9
+    used = [sd.moe_layers(one)[0][1].assigned.shape[1] for one in (model, assistant)]
+    assert used == [k, assistant_k or draft_k]
 
 
 def test_tuning_keeps_precision():

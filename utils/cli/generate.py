@@ -26,6 +26,14 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
         found.append(f"--k {flags.k}: the run in {flags.checkpoint} is dense; leave it out")
     elif flags.k is not None and not 1 <= flags.k <= made.moe_num_expert:
         found.append(f"--k {flags.k} must be from 1 to the {made.moe_num_expert} experts of the run")
+    elif made.moe and flags.draft_k is not None and flags.draft_k >= (k := flags.k or made.moe_num_expert):
+        found.append(f"--draft_k {flags.draft_k} must be less than the {k} active experts (--k) that verify the drafts")
+    if flags.draft_k is not None and not made.moe:
+        found.append(f"--draft_k {flags.draft_k}: the run in {flags.checkpoint} is dense and cannot draft with fewer experts; leave it out")
+    if flags.draft_k is not None and flags.precision == "bf16":
+        found.append(f"--draft_k {flags.draft_k}: in bf16 several bytes are rounded otherwise than one, which changes the text; use fp32")
+    if flags.draft_length is not None and flags.draft_k is None:
+        found.append(f"--draft_length {flags.draft_length} needs --draft_k: give the number of experts that draft")
     return found
 
 

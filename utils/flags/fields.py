@@ -288,6 +288,8 @@ class GenerateFlags:
 
     checkpoint: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py")
     k: int | None = flag(None, "active experts. Default: all")
+    draft_k: int | None = flag(None, "active experts while drafting bytes, which are verified at --k. Default: no drafts", low=1)
+    draft_length: int | None = flag(None, "bytes drafted at a time. Default: 4", low=1, high=32)
     prompt: str | None = flag(None, "text to continue. Default: standard input if it is a pipe, else a newline", "verbatim")
     length: int = flag(500, "bytes to write", low=1)
     temperature: float = flag(0.8, "sampling temperature (0: always the likeliest byte)", low=0)
