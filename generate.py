@@ -40,7 +40,7 @@ def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:
     made = source.made
     model = build_model(made)
     weights.load(model, source)
-    dtype = torch.bfloat16 if flags.precision == "bf16" else None
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "int8": torch.int8}[flags.precision]
     model = slim(model, flags.k or made.moe_num_expert, dtype) if made.moe else model.eval().requires_grad_(False).to(dtype)
     if not made.same_length:  # every position as far back as the last one of a training segment attends, itself included
         model.mem_len = made.mem_len + made.tgt_len

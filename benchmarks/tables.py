@@ -93,7 +93,9 @@ class Benchmark(Struct):
 def markdown(record: dict[str, Any]) -> str:
     """Work, machine, and a table."""
     tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table, "speculation": speculation_table}
-    return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
+    if record["benchmark"] in tables:
+        return tables[record["benchmark"]](record)
+    return summary([record]) + ("\n\n" + generation_table(record) if record["benchmark"] == "generation" else "")
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
@@ -115,6 +117,31 @@ def _summary_cells(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
     speed = f"{_tokens(record['sizes']) / ours['seconds']:,.0f}"
     at = f", k = {row['k']}" if "k" in row else ""
     return [f"{line.title}{at}", row["precision"], _number(over_dense, ".2f"), _number(bound, ".2f"), share, faster, speed, memory]
+
+
+def generation_table(record: dict[str, Any]) -> str:
+    """Generation by k: what is read, the bound that counts keys and values, too, and experts in 8 bits. Older records have none of it."""
+    rows, cells = [row for row in record["rows"] if "mib_read" in row], []
+    columns = ["time / dense", "time / k = E", "MiB read: weights / keys, values", "bound with keys, values", "% of it"]
+    for row in rows:
+        results, (weights, keys) = row["results"], row["mib_read"].values()
+        whole = [one["results"] for one in rows if (one["k"], one["precision"]) == (record["sizes"]["num_experts"], row["precision"])]
+        ours, int8 = (results[f"ours, {kind}experts, cached"] for kind in ("", "int8 "))
+        bound = (weights + keys) / (weights / row["bound"] + keys)
+        share = ours["ratio"] / whole[0]["ours, experts, cached"]["ratio"] if whole else None
+        numbers = [
+            f"{ours['ratio']:.2f}",
+            _number(share, ".2f"),
+            f"{weights:.1f} / {keys:.1f}",
+            f"{bound:.2f}",
+            f"{100 * bound / ours['ratio']:.0f} %",
+        ]
+        sizes = f"{row['mib']['ours, experts']} / {row['mib']['ours, int8 experts, cached']}"
+        cells.append(
+            [f"k = {row['k']}, {row['precision']}", *numbers, f"{int8['ratio']:.2f}", f"{ours['ratio'] / int8['ratio']:.2f}", sizes]
+        )
+    columns += ["int8: time / dense", "faster than fp32 experts", "MiB of weights, fp32 / int8"]
+    return "\n".join([*_head(["generation, cached", *columns]), *map(_line, cells)])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -243,6 +270,7 @@ def render(records: Path = RECORDS) -> str:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
     details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data", "speculation")]
+    details += [generation_table(record) for record in found if record["benchmark"] == "generation"]
     return "\n\n".join([summary(found), *figures, *details])
 
 

@@ -53,7 +53,7 @@ class RunningPass:
             self.witness = None
             warnings.warn(
                 "the linear maps of this model have been quantised, but its experts have not: they are stacked parameters, not nn.Linear, "
-                "and keep their size and precision; smoe_dropout.slim(model, k, torch.bfloat16) halves them",
+                "and keep their size and precision; smoe_dropout.slim(model, k, torch.int8) stores them in 8 bits",
                 stacklevel=2,
             )
 

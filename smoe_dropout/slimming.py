@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.arguments import boolean
 from smoe_dropout.control import default_k, moe_layers, set_top_k
+from smoe_dropout.experts.int8 import Int8Experts
 from smoe_dropout.options import ConfigError
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -22,20 +23,23 @@ def slim(model: nn.Module, k: int | Sequence[int] | Mapping[str, int], dtype: to
     loading weights into it changes the model. It does not follow where the model gets other tensors, as by `model.to(dtype)`, to another
     device, load_state_dict with assign=True, or surgery: make the view again.
 
-    k: as in `set_top_k`. copy: True copies the weights, and so does a dtype: the precision of all weights except those that determine the
-    routing, whose rounding could change which experts are chosen. All experts are kept; `operate` removes some. Raises ConfigError as in
-    `set_top_k`, for a dtype that is not a floating-point torch.dtype, for trained parameters of a class of their own, such as those of
-    quantisation, and for a model wrapped by DistributedDataParallel or FSDP.
+    k: as in `set_top_k`. copy: True copies the weights, and so does a floating-point dtype: the precision of all weights except those that
+    determine the routing, whose rounding could change which experts are chosen. torch.int8: of the experts' maps only, by `Int8Experts`.
+    All experts are kept; `operate` removes some. Raises ConfigError as in `set_top_k`, for any other dtype, for trained parameters of a
+    class of their own, such as those of quantisation, and for a model wrapped by DistributedDataParallel or FSDP.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
-    shares = not boolean("copy", copy) and dtype is None
+    if dtype not in (None, torch.int8) and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, torch.int8 for the experts, or None")
+    shares = not boolean("copy", copy) and dtype in (None, torch.int8)
     default_k(model, k)  # raises before anything is copied
     if wrapper := next((kind for part in model.modules() for kind in type(part).__mro__ if kind.__name__ in WRAPPERS), None):
         raise ConfigError(f"{wrapper.__name__} wraps the model and cannot be copied: slim the model before it is wrapped")
     slimmed = deepcopy(model, {id(tensor): shared(tensor) for tensor in tensors(model)} if shares else {}).eval().requires_grad_(False)
     set_top_k(slimmed, k)
-    if dtype is not None:
+    if dtype == torch.int8:
+        for _, layer in moe_layers(slimmed):
+            layer.experts = Int8Experts(layer.experts)
+    elif dtype is not None:
         layers = [layer for _, layer in moe_layers(slimmed)]
         routers = [deepcopy(layer.router) for layer in layers]
         routing = [(parameter, parameter.data) for layer in layers for parameter in layer.routing_parameters()]

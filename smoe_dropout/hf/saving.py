@@ -17,6 +17,7 @@ from transformers.utils import ContextManagers
 
 from smoe_dropout.control import moe_layers, stored_k
 from smoe_dropout.conversion import converted_networks
+from smoe_dropout.experts.int8 import Int8Experts
 from smoe_dropout.hf.described import Conversion, described, entries_of, entry_of
 from smoe_dropout.hf.integration import describe
 from smoe_dropout.hf.loading import converting, default_dtype
@@ -38,6 +39,11 @@ def describe_for_saving(model: nn.Module) -> None:
         groups.setdefault((layer.conversion, id(layer.shared)), []).append((name, layer))
     if not groups or getattr(model, "_hf_peft_config_loaded", False):
         return
+    if any(isinstance(layer.experts, Int8Experts) for _, layer in moe_layers(model)):
+        raise ConfigError(
+            "int8 experts are not saved with a configuration: save the model from which slim made them, and slim it again once it is "
+            "loaded, or use smoe_dropout.save_model(model, folder)"
+        )
     entries = entries_of(model.config)
     if len(groups) == len(entries):
         ks = (stored_k([layer for _, layer in group]) for group in groups.values())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import ConfigError, NoOptions, build_options
+from smoe_dropout.precision import without_autocast
 from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 from smoe_dropout.shared import Shared
 
@@ -151,7 +152,7 @@ class LinearRouter(Router):
     def logits(self, x_ND: Tensor) -> Tensor:
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND.device.type):
             return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:

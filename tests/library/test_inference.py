@@ -121,7 +121,7 @@ def generate(*arguments: object, prompt: Path | None = None) -> tiny.Finished:
     return tiny.run([*map(str, arguments), "--threads", "1"], prompt and partial(read_from, prompt), program="generate.py")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_generate(runs, precision, tmp_path):
     arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 12, "--k", 2, "--precision", precision)
     done = generate(*arguments, "--prompt", "Words and ")
@@ -142,6 +142,7 @@ def test_generate_by_drafts(runs):
     ("run", "arguments", "sentence"),
     [
         ("dense", ["--k", "2"], "is dense; leave it out"),
+        ("dense", ["--precision", "int8"], "is dense, and only experts are stored in int8; use bf16"),
         ("smoe_dropout", ["--k", "5"], "--k 5 must be from 1 to the 4 experts"),
         (
             "smoe_dropout",

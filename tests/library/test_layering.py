@@ -11,7 +11,7 @@ FLOORS = (
     ("registry",),
     ("options",),
     ("arguments", "files", "folders"),
-    ("manifest", "schedule", "training", "shared", "recomputation", "tuning"),
+    ("manifest", "schedule", "training", "shared", "recomputation", "tuning", "precision"),
     ("config", "attention"),
     ("experts",),
     ("routers",),

@@ -34,6 +34,8 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
         found.append(f"--draft_k {flags.draft_k}: in bf16 several bytes are rounded otherwise than one, which changes the text; use fp32")
     if flags.draft_length is not None and flags.draft_k is None:
         found.append(f"--draft_length {flags.draft_length} needs --draft_k: give the number of experts that draft")
+    if flags.precision == "int8" and not made.moe:
+        found.append(f"--precision int8: the run in {flags.checkpoint} is dense, and only experts are stored in int8; use bf16")
     return found
 
 

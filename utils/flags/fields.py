@@ -295,7 +295,9 @@ class GenerateFlags:
     temperature: float = flag(0.8, "sampling temperature (0: always the likeliest byte)", low=0)
     top_p: float = flag(0.95, "sample among the likeliest bytes that together have this probability", above=0, high=1)
     seed: int = same_flag(Flags, "seed", help="random seed")
-    precision: str = same_flag(Flags, "precision", help="precision of the weights")
+    precision: str = same_flag(
+        Flags, "precision", help="precision of the weights; int8: of the experts only", choices=("fp32", "bf16", "int8")
+    )
     threads: int = same_flag(Flags, "threads")
 
 
