@@ -15,7 +15,7 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE, unknown
 from smoe_dropout.routers import LinearRouter
-from smoe_dropout.selection import GateMass, TokenK, selecting
+from smoe_dropout.selection import CHOSEN, GateMass, TokenK, bound
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -103,7 +103,9 @@ def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
     k: a number, a tensor with one for each row [B] or token [B, T] of a batch, or a list or mapping by layer of these, as in `set_top_k`.
     Work is done only for the experts that a row or token uses. ConfigError as in `set_top_k`, and in a pass whose batch has another shape.
     """
-    with selecting(_by_layer(_layers_or_raise(model), k)):
+    layers = _layers_or_raise(model)
+    _allow_graphs(model)
+    with bound(CHOSEN, _by_layer(layers, k)):
         yield model
 
 
@@ -122,10 +124,12 @@ def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) 
     if k_min > k_max:
         raise ConfigError(f"k_min = {k_min} must not be more than k_max = {k_max}")
     for name, layer in layers:
-        if not isinstance(layer.router, LinearRouter):
+        if not (isinstance(layer.router, LinearRouter) and type(layer.router).ragged):
             raise ConfigError(f"the router of {name!r} has no logits, so there is no gate mass: use top_k(model, k)")
+    k_min = k_max if p == 1 else k_min  # rounded masses may reach 1 before the last expert, or never
     masses = {layer: GateMass(float(p), min(k_min, layer.num_experts), min(k_max, layer.num_experts)) for _, layer in layers}
-    with selecting(masses):
+    _allow_graphs(model)
+    with bound(CHOSEN, masses):
         yield model
 
 
@@ -148,8 +152,9 @@ def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int 
     if isinstance(k, Tensor) and k.dim() > 0:
         most = max(layer.num_experts for _, layer in layers)
         token_k = _token_k(k, most, f"the {most} experts of the largest layer")
-        limits = {layer: min(token_k.largest, layer.num_experts) for _, layer in layers}
-        return {layer: TokenK(token_k.values.clamp(max=limit), limit) for layer, limit in limits.items()}
+        limits = {min(token_k.largest, layer.num_experts) for _, layer in layers}
+        by_limit = {limit: TokenK(token_k.values.clamp(max=limit), limit) for limit in limits}
+        return {layer: by_limit[min(token_k.largest, layer.num_experts)] for _, layer in layers}
     k = _checked_k(layers, k)
     return {layer: min(k, layer.num_experts) for _, layer in layers}
 
@@ -171,10 +176,11 @@ def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
 def _token_k(k: Tensor, most: int, of: str) -> TokenK:
     if k.dim() > 2 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.numel() == 0:
         raise ConfigError(f"k is a tensor {list(k.shape)} of {k.dtype}, not of whole numbers for the rows [B] or tokens [B, T] of a batch")
+    k = k.to(torch.int64, copy=True)  # which nobody else changes inside the block
     smallest, largest = (int(value) for value in k.aminmax())
     if smallest < 1 or largest > most:
         raise ConfigError(f"k = {smallest if smallest < 1 else largest} must be a whole number from 1 to {of}")
-    return TokenK(k.to(torch.int64), largest)
+    return TokenK(k, largest)
 
 
 def _checked_k(layers: list[tuple[str, MoELayer]], k: Any) -> int:
@@ -241,10 +247,10 @@ def _propagate(model: nn.Module, **changed: Any) -> None:
 
 
 def _allow_graphs(model: nn.Module) -> None:
-    """Let torch.compile make one graph per k, in training and in evaluation; beyond its limit it silently runs eagerly."""
+    """Let torch.compile make a graph per k, also of rows, in training and evaluation; beyond its limit it silently runs eagerly."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         most = max(layer.num_experts for _, layer in moe_layers(model))
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * most + 8)
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 4 * most + 8)
 
 
 def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:

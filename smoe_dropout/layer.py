@@ -18,7 +18,7 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options
 from smoe_dropout.recomputation import KEPT, Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing, route_by_k
-from smoe_dropout.selection import Selection, TokenK, largest, selected, selecting
+from smoe_dropout.selection import CHOSEN, Selection, TokenK, bound, largest, masked, selected
 from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
 
@@ -93,7 +93,7 @@ class MoELayer(nn.Module, FollowsTraining):
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
         self.router.to(experts.bias_up.device, torch.promote_types(experts.bias_up.dtype, torch.float32))
         self.experts = experts
-        self.uses: list[Use] = []  # in the last pass
+        self.uses: list[Use] = []  # in the last pass, of whichever thread
         self.records: list[list[Pass]] = []  # of the last passes that activation checkpointing may repeat
         self.index, self.count, self.shared = 0, 1, Shared()
         self.router.shared = self.shared
@@ -114,7 +114,11 @@ class MoELayer(nn.Module, FollowsTraining):
     def selection(self, x: Tensor) -> Selection:
         """k in this thread or task: one for all tokens of x [..., D], one for each of them, or a gate mass."""
         k = selected(self)
-        return TokenK(k.of_tokens(x, self.sequence_first), k.largest) if isinstance(k, TokenK) else k
+        if not isinstance(k, TokenK) or self.shared.repeated is not None:  # whose record has the k of every token
+            return k
+        if not torch.compiler.is_compiling() and plain.vmapped():
+            raise ConfigError("a k for each row or token cannot be used inside torch.vmap, which hides the rows: use one k for all tokens")
+        return TokenK(k.of_tokens(x, self.sequence_first, self.shared.batch), k.largest)
 
     @property
     def attention(self) -> nn.Module | None:
@@ -157,7 +161,7 @@ class MoELayer(nn.Module, FollowsTraining):
         now = shared.tokens
         shared.tokens, shared.real_N, shared.repeated = before.tokens, before.real_N, before
         try:
-            with selecting({self: before.selection}), with_buffers(self, before.buffers):
+            with bound(CHOSEN, {self: before.selection}), with_buffers(self, before.buffers):
                 return self.run(x)
         finally:
             shared.tokens, shared.real_N, shared.repeated = now, None, None
@@ -174,7 +178,8 @@ class MoELayer(nn.Module, FollowsTraining):
     def see_padding(self, x: Tensor) -> None:
         """Tell the router which tokens are real, until `keep`."""
         if self.shared.repeated is None:  # else the mask may be gone
-            self.shared.real_N = self.shared.real_tokens(x)
+            self.shared.real_N = self.shared.real_tokens(x, masked(self))
+            self.shared.see_use(self)
 
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
         """Store losses and assignments of a use. RuntimeError if a repeated pass has losses that cannot be trained."""
@@ -190,7 +195,7 @@ class MoELayer(nn.Module, FollowsTraining):
         if shared.uses is not None:
             shared.uses[self] = self.uses
         if not torch.compiler.is_compiling():
-            recorded = record_pass(x, selected(self), losses, real_N, shared.tokens, self.training)
+            recorded = record_pass(x, self.selection(x), losses, real_N, shared.tokens, self.training)
             if recorded is not None:
                 passes = self.records if before else [*self.records[1 - KEPT :], []]
                 self.records = [*passes[:-1], [*passes[-1], recorded]] if passes else [[recorded]]
@@ -285,6 +290,8 @@ class MoELayer(nn.Module, FollowsTraining):
     def _replicate_for_data_parallel(self) -> MoELayer:
         replica = super()._replicate_for_data_parallel()
         replica.default_k = selected(self)  # replicas run in threads of their own
+        if isinstance(replica.default_k, TokenK):
+            raise ConfigError("nn.DataParallel splits a batch, but not a k for each row or token: use one k for all tokens, or DDP")
         return replica
 
 

@@ -7,7 +7,7 @@ and a `GateMass`. Shape suffixes: N tokens, D model width, E experts, K active e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -41,7 +41,8 @@ class Router(nn.Module):
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
-    ragged: whether `forward` takes a k for each token and a gate mass; to others the tokens of each k are given separately.
+    ragged: whether `forward` takes a k for each token and a gate mass, false in a subclass whose own `forward` does not say so. To others
+        the tokens of each k are given separately.
     trains_at_any_k: the setting with which the task trains the router at any k.
     loads: how often weights have been loaded into routers, of any model.
 
@@ -58,6 +59,11 @@ class Router(nn.Module):
     trains_at_any_k = "gate_weight = 'pre_softmax' or 'sigmoid'"
     shared: Shared | None = None
     loads = 0
+
+    def __init_subclass__(cls, **settings: Any):
+        super().__init_subclass__(**settings)
+        if "forward" in vars(cls) and "ragged" not in vars(cls):
+            cls.ragged = False
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
@@ -203,7 +209,7 @@ class NoRouter(Router):
 def active(k: Selection, scores_NE: Tensor, indices_NK: Tensor) -> Tensor | None:
     """Which of the largest scores' experts a token uses, bool [N, K]; None if it uses all of them.
 
-    scores: logits, or anything else whose softmax is the router's probability. indices: of the K largest, in decreasing order.
+    scores: logits, or anything else whose softmax is the router's probability. indices: of the K first, in the router's order.
     """
     if isinstance(k, int):
         return None
@@ -224,33 +230,38 @@ def evenly(indices_NK: Tensor, k: Selection) -> Routing:
     return Routing(indices_NK.masked_fill(~active_NK, -1), weights_NK, {}, True)
 
 
-def one_k(router: Router, k: Selection) -> int:
-    """k itself. ConfigError unless it is the same for all tokens."""
-    if isinstance(k, int):
-        return k
-    raise ConfigError(f"{type(router).__name__} takes one k for all tokens{' in training' if router.ragged else ''}")
-
-
 def route_by_k(router: Router, x_ND: Tensor, k: Selection) -> Routing:
-    """Routing by a router that takes one k, which is given the tokens of each k separately. ConfigError for a gate mass."""
+    """Routing by a router that takes one k, which is given the tokens of each k separately. ConfigError for a gate mass.
+
+    Losses are means over these parts, weighted by their tokens. ValueError if the router returns fewer experts than k.
+    """
     if not isinstance(k, TokenK):
-        raise ConfigError(f"{type(router).__name__} has no probabilities that could reach a gate mass: use top_k(model, k)")
-    N, K = len(x_ND), k.largest
-    indices_NK = torch.full((N, K), -1, dtype=torch.int64, device=x_ND.device)
-    weights_NK = x_ND.new_zeros(N, K, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    losses: dict[str, Tensor] = {}
-    shared, real_N = router.shared, router.real_N
-    for number in k.values.unique().tolist():
+        raise ConfigError(f"{type(router).__name__} takes one k{' in training' * router.training}, not a gate mass: use top_k(model, k)")
+    shared, real_N = router.shared or Shared(), router.real_N
+    tokens, shown = shared.tokens, router.shown
+    begin, parts, owns, losses = len(shown or ()), [], [], {}
+    total = len(x_ND) if real_N is None else real_N.sum().clamp(min=1)
+    for number in k.values.unique().tolist() or [k.largest]:
         own = (k.values == number).nonzero()[:, 0]
-        if shared is not None and real_N is not None:
+        if real_N is not None:
             shared.real_N = real_N[own]
+        if tokens is not None:
+            shared.tokens = tokens.flatten()[own]
         part = router(x_ND[own], number)
-        indices_NK[own, :number] = part.indices_NK
-        weights_NK = weights_NK.index_put((own,), F.pad(part.weights_NK.to(weights_NK.dtype), (0, K - number)))
-        for name, loss in part.losses.items():
-            losses[name] = losses.get(name, 0.0) + loss * (len(own) / N)
-    if shared is not None:
-        shared.real_N = real_N
+        if len(part.indices_NK) != len(own) or part.indices_NK.shape[1] < number:
+            raise ValueError(
+                f"the router returned indices {list(part.indices_NK.shape)} for {len(own)} tokens that need k = {number} experts each"
+            )
+        weight = (len(own) if real_N is None else shared.real_N.sum()) / total
+        losses |= {name: losses.get(name, 0.0) + loss * weight for name, loss in part.losses.items()}
+        parts.append(part)
+        owns.append(own)
+    shared.real_N, shared.tokens = real_N, tokens
+    order_N, most = torch.cat(owns).argsort(), max(part.indices_NK.shape[1] for part in parts)
+    if shown:
+        shown[begin:] = [torch.cat(shown[begin:])[order_N]]
+    indices_NK = torch.cat([F.pad(part.indices_NK, (0, most - part.indices_NK.shape[1]), value=-1) for part in parts])[order_N]
+    weights_NK = torch.cat([F.pad(part.weights_NK, (0, most - part.weights_NK.shape[1])) for part in parts])[order_N]
     return Routing(indices_NK, weights_NK, losses, True)
 
 

@@ -64,6 +64,7 @@ class ScoredRouter(LinearRouter):
     uses = ("balance_loss",)
     balance_by_default = 0.01
     trains_at_any_k = "the option normalise = False"
+    ragged = True
 
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
