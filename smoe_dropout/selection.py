@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoe_dropout.options import ConfigError
-
-if TYPE_CHECKING:
-    from smoe_dropout.layer import MoELayer
 
 
 class TokenK(NamedTuple):
@@ -57,7 +54,7 @@ class GateMass(NamedTuple):
 
 Selection = int | TokenK | GateMass
 
-Blocks = tuple[dict["MoELayer", Any], ...]
+Blocks = tuple[dict[nn.Module, Any], ...]
 
 # values by layer of the open blocks of `top_k` and `top_p`, and of `token_mask`, the innermost last
 CHOSEN: ContextVar[Blocks] = ContextVar("chosen")
@@ -77,17 +74,17 @@ class _Context:
 _CONTEXT = _Context()
 
 
-def selected(layer: MoELayer) -> Selection:
-    """What the layer activates in this thread or task."""
+def selected(layer: nn.Module) -> Selection:
+    """Number of experts that an MoE layer activates in this thread or task."""
     return _innermost(_CONTEXT.chosen, layer, layer.default_k)
 
 
-def masked(layer: MoELayer) -> Tensor | None:
+def masked(layer: nn.Module) -> Tensor | None:
     """The mask of real tokens that `token_mask` gives the layer in this thread or task."""
     return _innermost(_CONTEXT.masked, layer, None)
 
 
-def _innermost(blocks: Blocks | _Context, layer: MoELayer, default: Any) -> Any:
+def _innermost(blocks: Blocks | _Context, layer: nn.Module, default: Any) -> Any:
     if blocks is not _CONTEXT:
         for block in reversed(blocks):
             if (value := block.get(layer)) is not None:
@@ -96,7 +93,7 @@ def _innermost(blocks: Blocks | _Context, layer: MoELayer, default: Any) -> Any:
 
 
 @contextmanager
-def bound(variable: ContextVar[Blocks], values: Mapping[MoELayer, Any]) -> Iterator[None]:
+def bound(variable: ContextVar[Blocks], values: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Context manager in which `CHOSEN` or `MASKED` has these values for these layers, in this thread or task.
 
     ConfigError on leaving it in another thread or task, or before a block that was entered later, as generators that take turns do.

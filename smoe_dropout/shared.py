@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from smoe_dropout.layer import MoELayer, Use
-    from smoe_dropout.recomputation import Pass
-    from smoe_dropout.routers import Router
 
 
 class Shared(threading.local):
@@ -29,14 +24,14 @@ class Shared(threading.local):
         self.batch: Tensor | None = None
         self.tokens: Tensor | None = None
         self.carried: Tensor | None = None
-        self.uses: dict[MoELayer, list[Use]] | None = None
+        self.uses: dict[nn.Module, list[Any]] | None = None
         self.real_N: Tensor | None = None
         self.masks: list[Tensor | None] = []
-        self.shown: dict[Router, list[Tensor]] = {}
-        self.repeated: Pass | None = None
+        self.shown: dict[nn.Module, list[Tensor]] = {}
+        self.repeated: Any = None
+        self.alone: set[nn.Module] = set()
         self.probabilities: dict[int, Tensor] = {}
         self.pasts: dict[int, Any] = {}
-        self.alone: set[MoELayer] = set()
 
     def begin(self, batch: Tensor | None) -> None:
         """Prepare for a pass of the model."""
@@ -52,7 +47,7 @@ class Shared(threading.local):
         self.tokens = inputs[0] if inputs else named["input"]
         self.alone = set()
 
-    def see_use(self, layer: MoELayer) -> None:
+    def see_use(self, layer: nn.Module) -> None:
         """Forget the token ids if a layer runs again, the embedding has not, and the model is not running: they are of another batch."""
         if self.uses is None and self.repeated is None and self.tokens is not None:
             if layer in self.alone:

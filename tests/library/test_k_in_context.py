@@ -43,7 +43,7 @@ def selecting(model: nn.Module, k):
 
 @torch.no_grad()
 def answer(name: str, model: nn.Module, counted: bool) -> list[Tensor]:
-    """What a request is answered with: logits, and, unless threads overwrite it, the number of experts of every token."""
+    """Answer of a request: logits, and, unless threads overwrite it, the number of experts of every token."""
     layers = [layer for _, layer in sd.moe_layers(model)]
     if name == "transformers":
         output = model(ids() % 30, output_router_logits=True)

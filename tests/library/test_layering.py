@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 FLOORS = (
     ("registry",),
     ("options",),
-    ("arguments", "files", "folders"),
+    ("arguments", "files", "folders", "selection"),
     ("manifest", "schedule", "training", "shared", "recomputation", "tuning", "precision"),
     ("config", "attention"),
     ("experts",),
