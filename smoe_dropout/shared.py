@@ -12,12 +12,12 @@ class Shared(threading.local):
     """One instance per conversion, given by `moefy` to every MoE layer and router; its values are those of the calling thread's pass.
 
     batch: the running model's input. tokens: ids of the current batch, set only where a layer or router needs them. carried: passed on from
-    one MoE layer to the next. uses: those of every layer so far; None if the model is not running.
-    real_N: which tokens of the running layer are real; None: all. masks: for each running module that tells padding, the innermost last,
-    which of its tokens are real, bool [B, T], or None if all are. shown: logits of routers that were asked to return them. repeated: record
-    of the pass that activation checkpointing repeats. alone: layers that have run on these tokens while the model was not running. By index of the
-    layer after an attention module, probabilities: those that the module returned, and pasts: earlier positions in the cache it was given,
-    or None without a cache.
+    one MoE layer to the next. uses: those of every layer so far; None if the model is not running. real_N: which tokens of the running
+    layer are real; None: all. masks: for each running module that tells padding, the innermost last, which of its tokens are real, bool
+    [B, T], or None if all are. shown: logits of routers that were asked to return them. repeated: record of the pass that activation
+    checkpointing repeats. alone: layers that have run on these tokens while the model was not running. By index of the layer after an
+    attention module, probabilities: those that the module returned, and pasts: earlier positions in the cache it was given, or None
+    without a cache.
     """
 
     def __init__(self):

@@ -22,6 +22,8 @@ SERVED = {
     "hash": {"router": "hash"},
     "momentumsmoe": {"router": "learned", "method": "momentumsmoe"},
     "competesmoe": {"router": "learned", "method": "competesmoe"},
+    "attention": {"router": "learned", "method": "attention"},
+    "similarity": {"router": "learned", "method": "similarity"},
     "thor": {"router": "none", "method": "thor"},  # draws at random: only the number of experts is compared
     "transformers": {"router": "learned"},
 }
@@ -55,7 +57,7 @@ def answer(name: str, model: nn.Module, counted: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("how", ["threads", "tasks"])
 def test_concurrent_requests_are_answered_as_alone(how):
-    """1,000 requests of mixed k to six models, from 8 threads, or from tasks that wait inside their blocks."""
+    """1,000 requests of mixed k to eight models, from 8 threads, or from tasks that wait inside their blocks."""
     models = {name: served(name) for name in SERVED}
     requests, expected = [], {}
     for name, model in models.items():
@@ -198,99 +200,6 @@ def test_torch_layers_of_both_orders(batch_first):
         for number in range(1, E + 1):
             with sd.top_k(model, number):
                 torch.testing.assert_close(mixed[k_BT == number], run()[k_BT == number])
-
-
-WRONG = {
-    "zero": (torch.tensor([0, 1, 2]), "k = 0 must be a whole number from 1 to the 4 experts"),
-    "too many": (torch.tensor([1, 5, 2]), "k = 5 must be"),
-    "fractions": (torch.tensor([1.0, 2.0, 3.0], requires_grad=True), "not of whole numbers"),
-    "truths": (torch.ones(B, dtype=torch.bool), "not of whole numbers"),
-    "empty": (torch.zeros(0, dtype=torch.int64), "not of whole numbers"),
-    "three dimensions": (torch.ones(B, T, 2, dtype=torch.int64), "rows .B. or tokens .B, T."),
-    "other rows": (torch.ones(B + 1, dtype=torch.int64), "an MoE layer got an input"),
-    "other tokens": (torch.ones(B, T + 1, dtype=torch.int64), "an MoE layer got an input"),
-    "tokens the other way": (torch.ones(T, B, dtype=torch.int64), "an MoE layer got an input"),
-    "a list too short": ([1], "gives 1 numbers, but the model has 2"),
-    "a wrong number in a list": ([1, 9], "k = 9 must be"),
-    "an unknown layer": ({"layers.7": 1}, "layers.7"),
-    "a string": ("2", "k = '2' must be"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_k_is_refused_and_changes_nothing(name):
-    model, (k, words) = net(), WRONG[name]
-    with pytest.raises(sd.ConfigError, match=words), sd.top_k(model, k):
-        model(torch.randn(B, T, 8))
-    assert sd.get_top_k(model) == 2
-
-
-def test_k_of_a_tensor_is_that_of_the_moment():
-    model, x, k = net().eval(), torch.randn(B, T, 8), ROWS.to(torch.uint8)
-    with sd.top_k(model, k), sd.top_k(model, {"layers.1": 2}):
-        k.fill_(1)
-        model(x)
-        assert sd.mean_k(model) == pytest.approx({"layers.0": 8 / 3, "layers.1": 2.0})
-
-
-def test_default_by_layer_goes_there_and_back():
-    model = net()
-    for k, found in ([3, 3], 3), ({"layers.1": 1}, {"layers.0": 3, "layers.1": 1}), (2, 2):
-        sd.set_top_k(model, k)
-        assert sd.get_top_k(model) == found
-        sd.set_top_k(model, sd.get_top_k(model))
-        assert sd.get_top_k(model) == found
-    with pytest.raises(sd.ConfigError, match="belongs to one batch"):
-        sd.set_top_k(model, [1, ROWS])
-    with sd.top_k(model, ROWS), pytest.raises(sd.ConfigError, match="takes one k for all tokens"):
-        sd.get_top_k(model)
-    with sd.top_k(model, 1):
-        sd.set_top_k(model, 4)
-        assert sd.get_top_k(model) == 1
-    assert sd.get_top_k(model) == 4
-
-
-def by_hand(logits: Tensor, p: float, smallest: int, largest: int) -> list[int]:
-    found = []
-    for row in logits.softmax(-1).sort(descending=True).values.tolist():
-        k, mass = 0, 0.0
-        while k < len(row) and mass < p:
-            mass, k = mass + row[k], k + 1
-        found.append(min(max(k, smallest), largest))
-    return found
-
-
-@pytest.mark.parametrize(
-    "config", [{"router": "learned"}, {"router": "scored", "options": {"normalise": False}}], ids=["learned", "scored"]
-)
-def test_gate_mass_is_its_definition(config):
-    model, x = net(**config, balance_loss=0.0).eval(), torch.randn(40, 8)
-    layer = sd.moe_layers(model)[0][1]
-    with torch.no_grad():
-        layer.router.weight.mul_(3)
-    before = torch.zeros(40)
-    for p, smallest, largest in (0.1, 1, 4), (0.5, 1, 4), (0.8, 1, 4), (1.0, 1, 4), (0.5, 2, 3), (0.9, 3, 3):
-        with sd.top_p(model, p, smallest, largest), torch.no_grad():
-            model(x)
-        k = (layer.assigned >= 0).sum(1)
-        assert k.tolist() == [E] * 40 if p == 1 else by_hand(layer.router.logits(x), p, smallest, largest)
-        assert sd.mean_k(model)["layers.0"] == pytest.approx(k.double().mean().item())
-        assert (smallest, largest) != (1, 4) or (k >= before).all()
-        before = k
-        with sd.top_p(model, p, smallest, largest), sd.token_mask(model, torch.arange(40) < 10):
-            model(x)
-        assert sd.mean_k(model)["layers.0"] == pytest.approx(k[:10].double().mean().item())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [((0.0,), "p = 0.0"), ((1.5,), "p = 1.5"), ((float("nan"),), "p = nan"), ((0.5, 3, 2), "k_min = 3"), ((0.5, 1, 9), "k_max = 9")],
-)
-def test_wrong_gate_mass_is_refused(arguments, words):
-    with pytest.raises(sd.ConfigError, match=words), sd.top_p(net(), *arguments):
-        pass
-    with pytest.raises(sd.ConfigError, match="has no logits"), sd.top_p(net(router="uniform"), 0.5):
-        pass
 
 
 def test_blocks_of_generators_that_take_turns_are_refused_and_leave_nothing():
