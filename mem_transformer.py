@@ -4,12 +4,15 @@ Shape suffixes: B batch, T positions of the segment, M positions of memory, K = 
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from single_position import ELEMENTWISE, KeyValueCache, attend, is_plain, mapped, product
 
 Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
 # embeddings, positions and last hidden states; output of attention; hidden units and output of the feed-forward network
@@ -78,13 +81,14 @@ def relative_attention_sdpa(qu_HBTC, qv_HBTC, k_HBKC, v_HBKC, r_HKC, mask_TK, dr
 
 
 @torch.no_grad()
-def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, r_HKC, mask_TK) -> Tensor:
-    """Attention probabilities [H, B, T, K], which `relative_attention_sdpa` does not return."""
+def relative_probabilities(qu_HBTC, qv_HBTC, k_HBKC, r_HKC, mask_TK: Tensor | None) -> Tensor:
+    """Attention probabilities [H, B, T, K], which `relative_attention_sdpa` does not return. mask: None if it would be zero."""
     if qv_HBTC.shape[2] == 1:  # nothing to shift
         distance_HBTK = (qv_HBTC.flatten(1, 2) @ r_HKC.transpose(1, 2))[:, :, None]
     else:
         distance_HBTK = by_key(position_scores(qv_HBTC, r_HKC), qv_HBTC.shape[1])
-    return (qu_HBTC @ k_HBKC.transpose(-1, -2)).add_(distance_HBTK).add_(mask_TK).softmax(-1)
+    scores_HBTK = (qu_HBTC @ k_HBKC.transpose(-1, -2)).add_(distance_HBTK)
+    return (scores_HBTK if mask_TK is None else scores_HBTK.add_(mask_TK)).softmax(-1)
 
 
 class RelativeAttentionCPU(torch.autograd.Function):
@@ -127,37 +131,6 @@ class RelativeAttentionCPU(torch.autograd.Function):
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
-class KeyValueCache:
-    """Keys and values of an attention module for positions already read, and the keys of distances, without gradients.
-
-    Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position.
-    """
-
-    def __init__(self):
-        self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
-        self._kv: Tensor | None = None  # [2, H, B, capacity, C], filled up to `_end`
-        self._end = 0
-
-    @property
-    def length(self) -> int:
-        """Number of positions cached."""
-        return self._end
-
-    def extend(self, k_HBTC: Tensor, v_HBTC: Tensor, memory: int) -> Tensor:
-        """Append new positions; return keys and values [2, H, B, M + T, C] of them and of at most `memory` positions before."""
-        T, kept = k_HBTC.shape[2], min(self._end, memory)
-        if self._kv is None or self._end + T > self._kv.shape[3]:
-            H, B, _, C = k_HBTC.shape
-            fresh = k_HBTC.new_empty(2, H, B, 2 * (memory + T), C)
-            if kept:
-                fresh[:, :, :, :kept] = self._kv[:, :, :, self._end - kept : self._end]
-            self._kv, self._end = fresh, kept
-        begin, new = self._end - kept, slice(self._end, self._end + T)
-        self._kv[0, :, :, new], self._kv[1, :, :, new] = k_HBTC, v_HBTC
-        self._end += T
-        return self._kv[:, :, :, begin : self._end]
-
-
 Cache = tuple[KeyValueCache, ...]  # one per layer
 
 
@@ -171,29 +144,48 @@ class QueryKeyValue(nn.Linear):
         self.width = width
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        q_BTW, *kv_of_x = super().forward(x_BTD).split(self.width, -1)
+        q_BTW, *kv_of_x = product(x_BTD, self.weight).split(self.width, -1)
         # a separate product, since memory needs no gradient
+        if memory_BMD.shape[1] == 0 and not torch.is_grad_enabled():
+            return q_BTW, tuple(kv_of_x), tuple(part[:, :0] for part in kv_of_x)
         return q_BTW, tuple(kv_of_x), F.linear(memory_BMD, self.weight[self.width :]).split(self.width, -1)
+
+
+class OfThread(threading.local):
+    """Value that every thread sets for itself."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self):  # copies and pickles have none
+        return OfThread, ()
 
 
 class RelativeAttention(nn.Module):
     """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v.
 
-    If `keep_probabilities` is set, `probabilities` holds those of the last pass [B, H, T, K], detached and before dropout.
+    If `keep_probabilities` is set, `probabilities` holds those of the thread's last pass [B, H, T, K], detached and before dropout.
     """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = config.n_head, config.d_head, config.dropatt
-        self.keep_probabilities, self.probabilities = False, None
+        self.keep_probabilities, self._probabilities = False, OfThread()
         width = config.n_head * config.d_head
         self.qkv = QueryKeyValue(config.d_model, width)
         self.position = nn.Linear(config.d_model, width, bias=False)
         self.out = nn.Linear(width, config.d_model, bias=False)
 
+    @property
+    def probabilities(self) -> Tensor | None:
+        return self._probabilities.value
+
     def _heads(self, *projected: Tensor) -> Tensor:
         """Parts [B, T, H*C], concatenated in time -> contiguous [H, B, K, C], so that products do not copy r for every sequence."""
-        return torch.cat([part.unflatten(-1, (self.n_head, self.d_head)).permute(2, 0, 1, 3) for part in projected], 2).contiguous()
+        return torch.cat([self._by_head(part) for part in projected], 2).contiguous()
+
+    def _by_head(self, part_BTW: Tensor) -> Tensor:
+        """View [B, T, H*C] -> [H, B, T, C]."""
+        return part_BTW.view(*part_BTW.shape[:2], self.n_head, self.d_head).permute(2, 0, 1, 3)
 
     def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
         q_BTW, kv_of_x, kv_of_memory = self.qkv(x_BTD, memory_BMD)
@@ -207,19 +199,26 @@ class RelativeAttention(nn.Module):
             else:
                 y_HBTC = relative_attention_sdpa(*inputs, dropout)
                 p_HBTK = relative_probabilities(qu, qv, k, *inputs[4:]) if self.keep_probabilities else None
-            self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
+            self._probabilities.value = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
         return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
-    def read(self, x_BTD: Tensor, cache: KeyValueCache, memory: int, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
-        """`forward` with at most `memory` cached positions in place of memory. Adds x to the cache."""
+    def read(self, x_BTD: Tensor, cache: KeyValueCache, memory: int, bias_2H11C: Tensor, mask_TK: Tensor | None) -> Tensor:
+        """`forward` with at most `memory` cached positions in place of memory. Adds x to the cache.
+
+        bias: u and v. mask: None if it would be zero, as for a single position.
+        """
         q_BTW, kv_of_x, _ = self.qkv(x_BTD, x_BTD[:, :0])
-        k, v = cache.extend(*(self._heads(part) for part in kv_of_x), memory)
-        qu, qv = self._queries(q_BTW, u_HC, v_HC, k.dtype)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            p_HBTK = relative_probabilities(qu, qv, k, cache.r_HLC[:, -k.shape[2] :], mask_TK.to(k.dtype))
-            y_HBTC = p_HBTK @ v
-        self.probabilities = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
-        return self.out(y_HBTC.permute(1, 2, 0, 3).flatten(2))
+        k, v = cache.extend(*(self._by_head(part) for part in kv_of_x), memory)
+        qu, qv = ((self._by_head(q_BTW) + bias_2H11C) * (1 / math.sqrt(self.d_head))).to(k.dtype)
+        r = cache.r_HLC[:, -k.shape[2] :]
+        if mask_TK is None and len(x_BTD) <= ELEMENTWISE and is_plain(k):
+            p_HBTK, y_HBTC = attend(qu, qv, k, v, r)
+        else:
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                p_HBTK = relative_probabilities(qu.contiguous(), qv.contiguous(), k, r, None if mask_TK is None else mask_TK.to(k.dtype))
+                y_HBTC = p_HBTK @ v
+        self._probabilities.value = p_HBTK.transpose(0, 1) if self.keep_probabilities else None
+        return mapped(self.out, y_HBTC.permute(1, 2, 0, 3).flatten(2))
 
     def distances(self, position_KD: Tensor) -> Tensor:
         """Keys of distances [H, K, C]."""
@@ -227,7 +226,7 @@ class RelativeAttention(nn.Module):
 
     def _queries(self, q_BTW: Tensor, u_HC: Tensor, v_HC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """q + u and q + v, scaled [H, B, T, C]."""
-        q_HBTC, scale = self._heads(q_BTW), 1 / math.sqrt(self.d_head)
+        q_HBTC, scale = self._by_head(q_BTW).contiguous(), 1 / math.sqrt(self.d_head)
         qu, qv = (((q_HBTC + bias[:, None, None]) * scale).to(dtype) for bias in (u_HC, v_HC))
         return qu, qv
 
@@ -331,7 +330,8 @@ class MemTransformerLM(nn.Module):
     def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
 
-        Pass the returned cache to the next call; the one passed in is modified. RuntimeError in training mode.
+        Pass the returned cache to the next call; the one passed in is modified. A layer that mixes positions, as some methods of routing
+        do, sees those of one call, so that each should be a segment as in training. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")
@@ -342,11 +342,12 @@ class MemTransformerLM(nn.Module):
             position_LD = self._positions(self.mem_len + T)
             for layer, cached in zip(self.layers, cache, strict=True):
                 cached.r_HLC = layer.attention.distances(position_LD)
-        attention_inputs = self.mem_len, self.content_bias, self.position_bias, self._mask(T, M)
+        mask_TK = None if T == 1 and not self.config.same_length else self._mask(T, M)
+        attention_inputs = self.mem_len, torch.stack([self.content_bias, self.position_bias])[:, :, None, None], mask_TK
         x = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
         for layer, cached in zip(self.layers, cache, strict=True):
             x = layer.read(x, cached, *attention_inputs)
-        return self.head(x).float(), cache
+        return mapped(self.head, x).float(), cache
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
         """Cross-entropy of each target in nats [B, T], the next memory, and logits [B, T, V]."""

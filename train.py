@@ -57,7 +57,7 @@ from utils.models.flops import forward_flops
 from utils.tasks.base import Batch
 from utils.tasks.base import State as Carried
 from utils.training.averaging import WeightAverage
-from utils.training.describe import describe
+from utils.training.describe import describe, reservations
 from utils.training.evaluation import evaluate, evaluate_all
 from utils.training.interrupt import Interrupt
 from utils.training.optimizer import Plateau, build_optimizer, learning_rate
@@ -116,6 +116,9 @@ def main(run: Run) -> int:
     engine.on_main(begin)
     for line in describe(run, model):
         say(line)
+    for sentence in reservations(run, model):
+        if engine.is_main:
+            print(f"warning: {sentence}", file=sys.stderr)
     if state.step:
         say(f"resumed at step {state.step}")
 
@@ -363,7 +366,7 @@ def evaluate_run(run: Run) -> int:
 
 def chosen_step(root: Path, identity: str, say) -> tuple[int, str | None]:
     """The step that --eval_only scores, and the sha256 of its weights where the run's record says it."""
-    record = read_result(root.parent, identity)
+    record = read_result(root.parent, identity, note_unverified)
     if record is not None:
         return record["best_step"], record.get("weights_sha256")
     if (root.parent / SURGERY).exists():

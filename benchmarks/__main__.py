@@ -1,6 +1,7 @@
 """python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
 python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,data} [flags]: one of them.
+python -m benchmarks speculation --checkpoints RUN ... [flags]: generation by drafts, by trained models.
 python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
 python -m benchmarks tradeoff RUN... [flags]: quality of trained models against time and FLOPs, by the ways to choose k.
 Ratios are valid only if nothing else runs on the machine.
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, step, tradeoff
+from benchmarks import attention, data, evaluation, generation, growth, layer, memory, speculation, step, tradeoff
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "memory": memory,
     "growth": growth,
     "data": data,
+    "speculation": speculation,
 }
 FLAGS = {
     "layer": layer.LayerFlags,
@@ -40,6 +42,7 @@ FLAGS = {
     "memory": memory.MemoryFlags,
     "growth": growth.GrowthFlags,
     "data": data.DataFlags,
+    "speculation": speculation.SpeculationFlags,
 }
 
 
@@ -59,7 +62,7 @@ class AllFlags:
     def each(self) -> list[Common]:
         """The flags of every benchmark."""
         common = {"out": self.out, "device": self.device, "tuned": self.tuned} | ({"rounds": self.rounds} if self.rounds else {})
-        return [replace(kind(), **common) for kind in FLAGS.values()]
+        return [replace(kind(), **common) for name, kind in FLAGS.items() if name != "speculation"]  # which needs trained models
 
 
 def measure(flags: Common, tuned: Sequence[str]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class PeerExperts(nn.Module):
         super().__init__()
         self.experts, self.way = experts, way
 
-    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, ragged: bool = False) -> Tensor:
         device, dtype = x_ND.device.type, x_ND.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

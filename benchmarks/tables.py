@@ -62,6 +62,11 @@ class Row(Struct):
     results: Annotated[dict[str, Result], Meta(min_length=1)]
     precision: str | UnsetType = UNSET
     k: Count | UnsetType = UNSET
+    run: str | UnsetType = UNSET
+    draft_k: Count | UnsetType = UNSET
+    draft_length: Count | UnsetType = UNSET
+    drafted: Count | UnsetType = UNSET
+    accepted: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     bound: Positive | UnsetType = UNSET
     axis: str | UnsetType = UNSET
     value: Count | UnsetType = UNSET
@@ -87,8 +92,10 @@ class Benchmark(Struct):
 
 def markdown(record: dict[str, Any]) -> str:
     """Work, machine, and a table."""
-    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table}
-    return tables[record["benchmark"]](record) if record["benchmark"] in tables else summary([record])
+    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table, "speculation": speculation_table}
+    if record["benchmark"] in tables:
+        return tables[record["benchmark"]](record)
+    return summary([record]) + ("\n\n" + generation_table(record) if record["benchmark"] == "generation" else "")
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
@@ -110,6 +117,31 @@ def _summary_cells(record: dict[str, Any], row: dict[str, Any]) -> list[str]:
     speed = f"{_tokens(record['sizes']) / ours['seconds']:,.0f}"
     at = f", k = {row['k']}" if "k" in row else ""
     return [f"{line.title}{at}", row["precision"], _number(over_dense, ".2f"), _number(bound, ".2f"), share, faster, speed, memory]
+
+
+def generation_table(record: dict[str, Any]) -> str:
+    """Generation by k: what is read, the bound that counts keys and values, too, and experts in 8 bits. Older records have none of it."""
+    rows, cells = [row for row in record["rows"] if "mib_read" in row], []
+    columns = ["time / dense", "time / k = E", "MiB read: weights / keys, values", "bound with keys, values", "% of it"]
+    for row in rows:
+        results, (weights, keys) = row["results"], row["mib_read"].values()
+        whole = [one["results"] for one in rows if (one["k"], one["precision"]) == (record["sizes"]["num_experts"], row["precision"])]
+        ours, int8 = (results[f"ours, {kind}experts, cached"] for kind in ("", "int8 "))
+        bound = (weights + keys) / (weights / row["bound"] + keys)
+        share = ours["ratio"] / whole[0]["ours, experts, cached"]["ratio"] if whole else None
+        numbers = [
+            f"{ours['ratio']:.2f}",
+            _number(share, ".2f"),
+            f"{weights:.1f} / {keys:.1f}",
+            f"{bound:.2f}",
+            f"{100 * bound / ours['ratio']:.0f} %",
+        ]
+        sizes = f"{row['mib']['ours, experts']} / {row['mib']['ours, int8 experts, cached']}"
+        cells.append(
+            [f"k = {row['k']}, {row['precision']}", *numbers, f"{int8['ratio']:.2f}", f"{ours['ratio'] / int8['ratio']:.2f}", sizes]
+        )
+    columns += ["int8: time / dense", "faster than fp32 experts", "MiB of weights, fp32 / int8"]
+    return "\n".join([*_head(["generation, cached", *columns]), *map(_line, cells)])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -160,6 +192,32 @@ def data_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(_line([name, f"{result['seconds']:.2f}"]) for name, result in results.items())])
 
 
+def speculation_table(record: dict[str, Any]) -> str:
+    """Rows runs, k and k of the drafts, columns lengths of drafts, cells what is accepted and the time relative to plain generation."""
+    sizes, rows = record["sizes"], record["rows"]
+    lengths = dict.fromkeys(row["draft_length"] for row in rows)
+    texts = f"{sizes['prompts']} texts of {sizes['tokens']} bytes after {sizes['prompt']} of the test split"
+    lines = [
+        f"Greedy generation by drafts at fewer experts, batch 1, fp32: {texts}; the same bytes as without drafts. "
+        f"Cells: drafted bytes accepted, and time relative to plain generation (least to largest of a round). {_where(record)}",
+        "",
+    ]
+    lines += _head(["run", "k", "k of the drafts", "plain, bytes/s", *(f"drafts of {length}" for length in lengths)])
+    for run, k, draft_k in dict.fromkeys((row["run"], row["k"], row["draft_k"]) for row in rows):
+        own = [row for row in rows if (row["run"], row["k"], row["draft_k"]) == (run, k, draft_k)]
+        speed = sizes["prompts"] * sizes["tokens"] / own[0]["results"]["plain"]["seconds"]
+        cells = [_drafted(row) for row in own]
+        lines.append(_line([run, str(k), str(draft_k), f"{speed:,.0f}", *cells]))
+    faster = sum(row["results"]["drafts"]["ratio_max"] < 1 for row in rows)
+    lines += ["", f"Drafts pay, in every round, in {faster} of {len(rows)} cells."]
+    return "\n".join(lines)
+
+
+def _drafted(row: dict[str, Any]) -> str:
+    result = row["results"]["drafts"]
+    return f"{row['accepted'] / row['drafted']:.0%}, {result['ratio']:.2f} ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})"
+
+
 def _what(record: dict[str, Any]) -> str:
     """The measured work and its sizes, in one sentence."""
     sizes, kind = record["sizes"], record["benchmark"]
@@ -206,12 +264,13 @@ def render(records: Path = RECORDS) -> str:
     """The summary of all committed records, the figures, all implementations of the layer, memory and start-up. UserError if there is no
     record.
     """
-    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data")]
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data", "speculation")]
     found = [documents.read(path, Benchmark, "restore it from version control, or measure again") for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
-    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data")]
+    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data", "speculation")]
+    details += [generation_table(record) for record in found if record["benchmark"] == "generation"]
     return "\n\n".join([summary(found), *figures, *details])
 
 

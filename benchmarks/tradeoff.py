@@ -201,7 +201,7 @@ def timed(way: Way, positions: int) -> Callable[[], None]:
 
 
 def planning(plan: sd.Plan) -> dict[str, Any]:
-    """What planning measured on the calibration data."""
+    """Costs and losses that planning measured on the calibration data."""
     fields = ("unit", "budget", "predicted", "measured", "loss", "uniform", "uniform_measured", "uniform_loss", "evaluations")
     return {"k": list(plan.values()), **{name: getattr(plan, name) for name in fields}}
 

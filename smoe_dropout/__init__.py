@@ -47,7 +47,7 @@ _EXPORTS = {
     "parameter_groups": "decay",
     "set_progress": "training",
     "method_metrics": "training",
-    "slim": "control",
+    "slim": "slimming",
     "plan": "planning",
     "Plan": "planning",
     "calibrate": "surgery",

@@ -12,7 +12,7 @@ from smoe_dropout.files import parse_json, read_json
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
-GateWeight = Literal["softmax", "uniform"]
+GateWeight = Literal["softmax", "pre_softmax", "sigmoid", "uniform"]
 OutputScale = Literal["mean", "dense"]
 ExpertInit = Literal["fresh", "split", "copy"]
 
@@ -26,7 +26,10 @@ class SMoEConfig:
     d_expert: hidden width of one expert; None divides the FFN width by E (paper section 3.1: 8192 = 16 x 512).
     router: a name in `registry.ROUTERS`, or one of the official code's names.
     freeze_router: None uses the router's default (random: frozen, learned: trained).
-    gate_weight: "softmax" over the k chosen logits (paper section 3.1), or "uniform", 1/k.
+    gate_weight: "softmax" over the k chosen logits (paper section 3.1), which is always 1 at k = 1; "pre_softmax" over all E logits before
+        k are chosen, not renormalised (Switch Transformers, arXiv 2101.03961, eq. 2); "sigmoid" of each chosen logit, not renormalised (the
+        score of DeepSeek-V3, arXiv 2412.19437, eq. 15); or "uniform", 1/k. A trained router learns from the task at every k with
+        "pre_softmax" and "sigmoid", from k = 2 on with "softmax", and never with "uniform".
     output_scale: "mean" uses the gate weights unscaled, as the official code does: the layer is a weighted mean of experts. "dense"
         multiplies by E, so that k = E gives the sum that a dense FFN is, and k < E is inverted dropout over experts.
     expert_init: "fresh" N(0, init_std^2), as in the official code; "split" splits the model's FFN into E experts; "copy" gives every expert
@@ -36,6 +39,7 @@ class SMoEConfig:
         model's original FFNs, so that those converted before keep their indices.
     experts_by_layer: number of experts of each MoE layer, if they differ; num_experts is the largest. Requires d_expert and
         expert_init = "fresh". A layer with fewer than k experts activates all of them.
+    top_k_by_layer: k of each MoE layer, if they differ by more than that; top_k is the largest. `set_top_k` changes it, too.
     sites: glob patterns of the dotted names of FFN modules, such as "encoder.layers.*.mlp", for architectures without a host or to
         override the hosts; `layers` then counts the matching modules.
     backend: "auto" or a name in `registry.BACKENDS`; all backends give the same result.
@@ -60,6 +64,7 @@ class SMoEConfig:
     balance_loss: float | None = None
     layers: tuple[int, ...] | None = None
     experts_by_layer: tuple[int, ...] | None = None
+    top_k_by_layer: tuple[int, ...] | None = None
     sites: str | tuple[str, ...] | None = None
     backend: str = "auto"
     init_std: float = 0.02
@@ -119,6 +124,8 @@ class SMoEConfig:
             found += layer_mistakes(self.layers)
         if self.experts_by_layer is not None:
             found += self._count_mistakes(self.experts_by_layer)
+        if self.top_k_by_layer is not None:
+            found += self._k_mistakes(self.top_k_by_layer)
         if self.sites is not None:
             found += site_mistakes(self.sites)
         if self.expert_rank is not None and not _is_count(self.expert_rank):
@@ -164,12 +171,33 @@ class SMoEConfig:
             found.append("experts_by_layer requires d_expert: the width of an expert does not follow if their numbers differ")
         return found
 
+    def _k_mistakes(self, ks: tuple[int, ...]) -> list[str]:
+        """One sentence for each mistake in `top_k_by_layer`."""
+        if not isinstance(ks, tuple) or not ks or not all(map(_is_count, ks)):
+            return [f"top_k_by_layer = {ks!r} must be a list of whole numbers of at least 1, or None"]
+        found = []
+        if max(ks) != self.top_k:
+            found.append(f"top_k = {self.top_k!r} must be the largest of top_k_by_layer = {ks}")
+        if isinstance(self.layers, tuple) and len(self.layers) != len(ks):
+            found.append(f"top_k_by_layer = {ks} must give a number for each of the {len(self.layers)} layers")
+        counts = self.experts_by_layer if isinstance(self.experts_by_layer, tuple) and all(map(_is_count, self.experts_by_layer)) else None
+        if counts and (len(counts) != len(ks) or any(k > count for k, count in zip(ks, counts, strict=True))):
+            found.append(f"top_k_by_layer = {ks} must give each layer at most its number of experts, experts_by_layer = {counts}")
+        return found
+
+    def require_layers(self, count: int) -> None:
+        """Raise ConfigError if what differs between layers is not given for this number of MoE layers."""
+        for name in ("experts_by_layer", "top_k_by_layer"):
+            if (numbers := getattr(self, name)) is not None and len(numbers) != count:
+                raise ConfigError(f"{name} = {numbers} must give a number for each of the {count} MoE layers")
+
     def of_layer(self, place: int) -> "SMoEConfig":
-        """Configuration of one MoE layer, by its index among the MoE layers, with that layer's number of experts."""
-        if self.experts_by_layer is None:
+        """Configuration of one MoE layer, by its index among the MoE layers, with that layer's number of experts and k."""
+        if self.experts_by_layer is None and self.top_k_by_layer is None:
             return self
-        count = self.experts_by_layer[place]
-        return replace(self, num_experts=count, top_k=min(self.top_k, count), experts_by_layer=None)
+        count = self.num_experts if self.experts_by_layer is None else self.experts_by_layer[place]
+        k = self.top_k if self.top_k_by_layer is None else self.top_k_by_layer[place]
+        return replace(self, num_experts=count, top_k=min(k, count), experts_by_layer=None, top_k_by_layer=None)
 
     def to_json(self) -> str:
         """All fields as JSON."""

@@ -1,6 +1,5 @@
-"""Control of a model's MoE layers: k, frozen routers, auxiliary losses, expert load, and slimmed copies."""
+"""Control of a model's MoE layers: k, frozen routers, auxiliary losses, and expert load."""
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE, unknown
 from smoe_dropout.routers import LinearRouter
-from smoe_dropout.selection import GateMass, TokenK, selecting
+from smoe_dropout.selection import CHOSEN, GateMass, TokenK, bound
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -26,12 +25,36 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 
 
 def conversions(model: nn.Module) -> list[SMoEConfig]:
-    """Configurations of the calls of `moefy` that made the MoE layers, in order; empty for a dense model.
+    """Configurations of the calls of `moefy` that made the MoE layers, with the k that is set now, in order; empty for a dense model.
 
     `for config in conversions(model): moefy(dense, config)` makes such a model again.
     """
-    found = {(layer.conversion, layer.config): layer.config for _, layer in moe_layers(model)}
+    return [replace(layers[0].config, **stored_k(layers)) for layers in converted_together(model)]
+
+
+def converted_together(model: nn.Module) -> list[list[MoELayer]]:
+    """MoE layers by the call of `moefy` that made them, in order."""
+    found: dict[tuple[int, SMoEConfig], list[MoELayer]] = {}
+    for _, layer in moe_layers(model):
+        found.setdefault((layer.conversion, layer.config), []).append(layer)
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def places(layers: Sequence[MoELayer]) -> list[int]:
+    """Position of each layer in the lists by layer of their configuration."""
+    indices = [layer.index for layer in layers]  # parts of a model that were converted alike, one by one, have the same
+    return indices if len(set(indices)) == len(indices) else list(range(len(layers)))
+
+
+def stored_k(layers: Sequence[MoELayer]) -> dict[str, Any]:
+    """The fields of `SMoEConfig` that describe what `set_top_k` has set for layers that were converted together."""
+    k, config = max(layer.default_k for layer in layers), layers[0].config
+    if all(layer.default_k == min(k, layer.num_experts) for layer in layers):
+        return {"top_k": k, "top_k_by_layer": None}
+    known = dict(zip(places(layers), (layer.default_k for layer in layers), strict=True))
+    count = max(layers[0].count, len(layers))  # more than these, if the model is a part of what was converted
+    ks = tuple(known[place] if place in known else config.of_layer(place).top_k for place in range(count))
+    return {"top_k": max(ks), "top_k_by_layer": ks}
 
 
 def only_conversion(model: nn.Module) -> SMoEConfig:
@@ -54,13 +77,12 @@ def set_top_k(model: nn.Module, k: int | Sequence[int] | Mapping[str, int]) -> N
     in their number of experts, one number for all may be up to the largest, and layers with fewer activate all of theirs. Raises
     ConfigError for any other k, and if the model has no MoE layers.
     """
-    layers = _layers_or_raise(model)
-    chosen = _by_layer(layers, k)
-    if any(not isinstance(value, int) for value in chosen.values()):
-        raise ConfigError("k for rows or tokens belongs to one batch and cannot be set for good: use `with top_k(model, k)`")
-    for layer, value in chosen.items():
-        layer.top_k = value
-    _propagate(model, layers)
+    changes = {layer: value for layer, value in default_k(model, k).items() if layer.default_k != value}
+    for layer, value in changes.items():
+        layer.default_k = value
+    if changes:
+        _propagate(model)
+    _allow_graphs(model)
 
 
 def get_top_k(model: nn.Module) -> int | dict[str, int]:
@@ -81,7 +103,9 @@ def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
     k: a number, a tensor with one for each row [B] or token [B, T] of a batch, or a list or mapping by layer of these, as in `set_top_k`.
     Work is done only for the experts that a row or token uses. ConfigError as in `set_top_k`, and in a pass whose batch has another shape.
     """
-    with selecting(_by_layer(_layers_or_raise(model), k)):
+    layers = _layers_or_raise(model)
+    _allow_graphs(model)
+    with bound(CHOSEN, _by_layer(layers, k)):
         yield model
 
 
@@ -100,10 +124,12 @@ def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) 
     if k_min > k_max:
         raise ConfigError(f"k_min = {k_min} must not be more than k_max = {k_max}")
     for name, layer in layers:
-        if not isinstance(layer.router, LinearRouter):
+        if not (isinstance(layer.router, LinearRouter) and type(layer.router).ragged):
             raise ConfigError(f"the router of {name!r} has no logits, so there is no gate mass: use top_k(model, k)")
+    k_min = k_max if p == 1 else k_min  # rounded masses may reach 1 before the last expert, or never
     masses = {layer: GateMass(float(p), min(k_min, layer.num_experts), min(k_max, layer.num_experts)) for _, layer in layers}
-    with selecting(masses):
+    _allow_graphs(model)
+    with bound(CHOSEN, masses):
         yield model
 
 
@@ -128,10 +154,19 @@ def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int 
     if isinstance(k, Tensor) and k.dim() > 0:
         most = max(layer.num_experts for _, layer in layers)
         token_k = _token_k(k, most, f"the {most} experts of the largest layer")
-        limits = {layer: min(token_k.largest, layer.num_experts) for _, layer in layers}
-        return {layer: TokenK(token_k.values.clamp(max=limit), limit) for layer, limit in limits.items()}
+        limits = {min(token_k.largest, layer.num_experts) for _, layer in layers}
+        by_limit = {limit: TokenK(token_k.values.clamp(max=limit), limit) for limit in limits}
+        return {layer: by_limit[min(token_k.largest, layer.num_experts)] for _, layer in layers}
     k = _checked_k(layers, k)
     return {layer: min(k, layer.num_experts) for _, layer in layers}
+
+
+def default_k(model: nn.Module, k: int | Sequence[int] | Mapping[str, int]) -> dict[MoELayer, int]:
+    """k of each layer that `set_top_k` would set. Raises ConfigError as that does."""
+    chosen = _by_layer(_layers_or_raise(model), k)
+    if any(not isinstance(value, int) for value in chosen.values()):
+        raise ConfigError("k for rows or tokens belongs to one batch and cannot be set for good: use `with top_k(model, k)`")
+    return chosen
 
 
 def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
@@ -143,10 +178,11 @@ def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
 def _token_k(k: Tensor, most: int, of: str) -> TokenK:
     if k.dim() > 2 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.numel() == 0:
         raise ConfigError(f"k is a tensor {list(k.shape)} of {k.dtype}, not of whole numbers for the rows [B] or tokens [B, T] of a batch")
+    k = k.to(torch.int64, copy=True)  # which nobody else changes inside the block
     smallest, largest = (int(value) for value in k.aminmax())
     if smallest < 1 or largest > most:
         raise ConfigError(f"k = {smallest if smallest < 1 else largest} must be a whole number from 1 to {of}")
-    return TokenK(k.to(torch.int64), largest)
+    return TokenK(k, largest)
 
 
 def _checked_k(layers: list[tuple[str, MoELayer]], k: Any) -> int:
@@ -164,7 +200,7 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)
-    _propagate(model, layers, freeze_router=frozen)
+    _propagate(model, freeze_router=frozen)
 
 
 def configure(model: nn.Module, **changes: Any) -> None:
@@ -173,7 +209,7 @@ def configure(model: nn.Module, **changes: Any) -> None:
     changed = replace(only_conversion(model), **changes)
     for _, layer in layers:
         layer.config = changed
-    _propagate(model, layers, **changes)
+    _propagate(model, **changes, top_k=changed.top_k, top_k_by_layer=changed.top_k_by_layer)
 
 
 def auxiliary_losses(model: nn.Module) -> list[Tensor]:
@@ -197,16 +233,26 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.load() for name, layer in moe_layers(model) if layer.assigned is not None}
 
 
-def _propagate(model: nn.Module, layers: list[tuple[str, MoELayer]], **changed: Any) -> None:
-    """Write k and other changes to the configuration that a transformers model is saved with, and adjust the compiler's limit."""
-    k, most = max(layer.default_k for _, layer in layers), max(layer.num_experts for _, layer in layers)
+def _propagate(model: nn.Module, **changed: Any) -> None:
+    """Write k and other changes to the configuration that a transformers model is saved with."""
+    seen = set()
     for module in model.modules():
-        stored = getattr(getattr(module, "config", None), PACKAGE, None)
-        for entry in [stored] if isinstance(stored, dict) else stored or []:
-            entry |= {"top_k": min(k, changed.get("num_experts", entry["num_experts"])), **changed}
+        config = getattr(module, "config", None)
+        stored = getattr(config, PACKAGE, None)
+        if stored is None or id(config) in seen:
+            continue
+        seen.add(id(config))
+        entries, groups = [stored] if isinstance(stored, dict) else stored, converted_together(module)
+        whole = len(groups) == len(entries) and all(len(layers) == layers[0].count for layers in groups)
+        for place, entry in enumerate(entries):
+            entry |= {**changed, **(stored_k(groups[place]) if whole else {})}
+
+
+def _allow_graphs(model: nn.Module) -> None:
+    """Let torch.compile make a graph per k, also of rows, in training and evaluation; beyond its limit it silently runs eagerly."""
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-        # one graph per k, in training and in evaluation; beyond its limit torch.compile silently runs eagerly
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * most + 8)
+        most = max(layer.num_experts for _, layer in moe_layers(model))
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 4 * most + 8)
 
 
 def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -214,27 +260,3 @@ def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
     return layers
-
-
-def slim(model: nn.Module, k: int | Sequence[int] | Mapping[str, int], dtype: torch.dtype | None = None) -> nn.Module:
-    """Copy of the model with k active experts in every MoE layer, in evaluation mode and without gradients. The model is not changed.
-
-    This is the paper's self-slimmable inference: time and active parameters decrease with k. All experts are kept; `operate` removes some.
-    dtype: precision of all weights except those that determine the routing, whose rounding could change which experts are chosen. Raises
-    ConfigError for a model without MoE layers, as in `set_top_k`, and for a dtype that is not a floating-point torch.dtype.
-    """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype = {dtype!r} must be a floating-point dtype, such as torch.bfloat16, or None")
-    _by_layer(_layers_or_raise(model), k)
-    slimmed = copy.deepcopy(model).eval().requires_grad_(False)
-    set_top_k(slimmed, k)
-    if dtype is not None:
-        layers = [layer for _, layer in moe_layers(slimmed)]
-        routers = [copy.deepcopy(layer.router) for layer in layers]
-        routing = [(parameter, parameter.data) for layer in layers for parameter in layer.routing_parameters()]
-        slimmed.to(dtype)
-        for layer, router in zip(layers, routers, strict=True):
-            layer.router, router.shared = router, layer.shared
-        for parameter, values in routing:
-            parameter.data = values
-    return slimmed

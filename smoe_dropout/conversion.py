@@ -60,7 +60,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
 
     Raises ConfigError, leaving the model untouched, if a layer index does not exist or names an MoE layer, E does not divide the FFN width,
     or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
-    transformers has loaded, if a trained router gets no gradient from the model's loss, and if networks like the converted ones stay dense.
+    transformers has loaded, and if networks like the converted ones stay dense.
     """
     if isinstance(model, nn.Module) and isinstance(config, SMoEConfig) and config.adopted is not None:
         return _adopted(model, config)
@@ -86,13 +86,7 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
             f"the trained feed-forward networks of {type(model).__name__} were replaced by experts with random weights, the default: "
             f"to keep what they compute use SMoEConfig.exact({config.num_experts}), or expert_init = 'split' or 'copy'"
         )
-    router, loading = layers[0].router, layers[0].experts.bias_up.is_meta
-    if not loading and router.uniform and not plan.kind.own_losses and any(parameter.requires_grad for parameter in router.parameters()):
-        _warn(
-            f"router {config.router!r} is trained, but with gate_weight = 'uniform' the model's loss has no gradient for it, "
-            f"{'only the balance loss' if getattr(router, 'balance_loss', 0) else 'and there is no balance loss'}: "
-            "use gate_weight = 'softmax', or freeze_router = True"
-        )
+    loading = layers[0].experts.bias_up.is_meta
     if not loading and config.layers is None and config.sites is None:
         alike = {pattern_of(site.path) for site in plan.sites}
         if missed := [(name, reason) for name, reason in plan.left if pattern_of(name) in alike]:
@@ -166,8 +160,7 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
         raise ConfigError(f"{chained[0]} passes a state from layer to layer, so all MoE layers of the model must be converted at once")
     sites = tuple(networks[index] for index in indices)
     refuse_tied(model, sites)
-    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(sites):
-        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(sites)} MoE layers")
+    config.require_layers(len(sites))
     for site, its in zip(sites, map(config.of_layer, range(len(sites))), strict=True):
         numbers = 3 * its.num_experts * (its.d_expert or -(-site.d_ff // its.num_experts)) * site.d_model
         if numbers >= 2**60:  # more than can be addressed
@@ -245,7 +238,7 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
         layer.place(place, len(layers), shared, attention)
         site.replace(layer)
         if "probabilities" in plan.needs:
-            keep_probabilities(attention)
+            keep_probabilities(attention, shared, place)
     if plan.embedding is not None:
         plan.embedding.register_forward_pre_hook(shared.see_tokens, with_kwargs=True)
 

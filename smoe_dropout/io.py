@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from smoe_dropout import arguments
 from smoe_dropout.config import SMoEConfig, read_configs
-from smoe_dropout.control import conversions
+from smoe_dropout.control import conversions, converted_together, moe_layers, places, set_top_k
 from smoe_dropout.files import read_object, writing_tensors
+from smoe_dropout.layer import without_k
 from smoe_dropout.manifest import MANIFEST, hashes, publish, room, verified
 from smoe_dropout.options import ConfigError, build_options
 from smoe_dropout.registry import ROUTERS, load
@@ -51,13 +52,15 @@ _OURS = {ours: official for official, ours in _OFFICIAL.items()}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state by name, contiguous and on the CPU; a tensor with several names only under the first."""
+    """The model's weights and buffers by name, contiguous and on the CPU; a tensor with several names only under the first."""
     return {name: tensor.cpu().contiguous() for name, tensor in _named_once(model).items()}
 
 
 def _named_once(model: nn.Module) -> dict[str, Tensor]:
     tensors, seen = {}, set()
-    for name, tensor in model.state_dict().items():
+    with without_k():
+        state = model.state_dict()
+    for name, tensor in state.items():
         if (identity := (tensor.data_ptr(), tensor.shape, tensor.stride())) not in seen or tensor.numel() == 0:
             seen.add(identity)
             tensors[name] = tensor.detach()
@@ -67,9 +70,9 @@ def _named_once(model: nn.Module) -> dict[str, Tensor]:
 def save_model(model: nn.Module, folder: str | Path, manifest: bool = True) -> None:
     """Write the model's weights and configuration to the folder, creating it if needed; an earlier save by this function is overwritten.
 
-    An interrupted save leaves the folder as it was, or one that `load_weights` rejects. manifest: False writes straight to the folder
-    and no manifest, for a caller that does both. Raises ConfigError for a model without values, on the meta device, and for a folder of
-    another kind; OSError if the files cannot be written.
+    The configuration has the k of every layer that `set_top_k` has set. An interrupted save leaves the folder as it was, or one that
+    `load_weights` rejects. manifest: False writes straight to the folder and no manifest, for a caller that does both. Raises ConfigError
+    for a model without values, on the meta device, and for a folder of another kind; OSError if the files cannot be written.
     """
     arguments.require_weights(model)
     folder = arguments.path("folder", folder)
@@ -102,17 +105,20 @@ def _write(model: nn.Module, folder: Path) -> None:
 def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load a folder into a model of the same architecture and configuration, and return the model.
 
-    Raises ConfigError, leaving the model untouched, for a missing or unexpected tensor, a different shape or dtype, a different
-    configuration of the experts, an unreadable file, an interrupted save, and a file that differs from the manifest. A checkpoint of a run
-    has a manifest of its own, which is not read here; folders of version 0.1 have none.
+    Sets k, also by layer, to what it was when the model was saved; folders of version 0.1 have the k of the conversion. Raises
+    ConfigError, leaving the model untouched, for a missing or unexpected tensor, a different shape or dtype, a different configuration of
+    the experts, an unreadable file, an interrupted save, and a file that differs from the manifest. A checkpoint of a run has a manifest of
+    its own, which is not read here; folders of version 0.1 have none.
     """
     arguments.require_weights(model)
     folder = arguments.path("folder", folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: save_model(model, folder) writes one")
     with verified(_hashes(folder), folder, lambda name: folder / name if (folder / name).is_file() else None):
-        tensors = _fitting(model, folder)
+        ks, tensors = _fitting(model, folder)
     model.load_state_dict(tensors, strict=False)  # the names were compared; tied tensors are stored once
+    if ks:
+        set_top_k(model, ks)
     return model
 
 
@@ -128,9 +134,9 @@ def _hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def _fitting(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder. ConfigError unless they are those of this model."""
-    _check_config(model, folder)
+def _fitting(model: nn.Module, folder: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """The k of a folder by name of the layer, and its tensors. ConfigError unless they are those of this model."""
+    ks = _check_config(model, folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError, ValueError, KeyError) as error:  # KeyError: a precision that torch does not have
@@ -143,22 +149,29 @@ def _fitting(model: nn.Module, folder: Path) -> dict[str, Tensor]:
         found, wanted = (f"shape {tuple(t.shape)} of {t.dtype}" for t in (tensor, expected[name]))
         if found != wanted:
             raise ConfigError(f"{folder / WEIGHTS}: {name} has {found}, the model expects {wanted}")
-    return tensors
+    return ks, tensors
 
 
-def _check_config(model: nn.Module, folder: Path) -> None:
+def _check_config(model: nn.Module, folder: Path) -> dict[str, int]:
+    """k of each MoE layer by its name. ConfigError if the experts are configured differently."""
     ours, path = conversions(model), folder / CONFIG
     if path.exists() != bool(ours):
         raise ConfigError(
             f"{folder} holds a {'sparse' if path.exists() else 'dense'} model, but this one is {'sparse' if ours else 'dense'}"
         )
     if not ours:
-        return
+        return {}
     stored = read_configs(path)
     if len(stored) != len(ours):
         raise ConfigError(f"{path} describes a model converted in {len(stored)} steps, but this one was in {len(ours)}")
-    for theirs, own in zip(stored, ours, strict=True):
+    names, ks = {layer: name for name, layer in moe_layers(model)}, {}
+    for theirs, own, layers in zip(stored, ours, converted_together(model), strict=True):
         _compare(theirs, own, path)
+        its_places = places(layers)
+        if theirs.top_k_by_layer is not None and len(theirs.top_k_by_layer) <= max(its_places):
+            raise ConfigError(f"{path} has top_k_by_layer = {theirs.top_k_by_layer}, but the model has {len(layers)} MoE layers")
+        ks |= {names[layer]: theirs.of_layer(place).top_k for layer, place in zip(layers, its_places, strict=True)}
+    return ks
 
 
 def _compare(stored: SMoEConfig, ours: SMoEConfig, path: Path) -> None:

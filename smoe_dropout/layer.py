@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.arguments import integer
+from smoe_dropout.arguments import integer, is_finite, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
 from smoe_dropout.recomputation import KEPT, Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing, route_by_k
-from smoe_dropout.selection import Selection, TokenK, largest, selected, selecting
+from smoe_dropout.selection import CHOSEN, Selection, TokenK, bound, largest, masked, selected
 from smoe_dropout.shared import Shared
 from smoe_dropout.training import FollowsTraining
+
+STATE_OF_K = "_extra_state"  # torch's name of it in a state_dict, behind the layer's
+_LEFT_OUT = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def without_k() -> Iterator[None]:
+    """Context manager in which state_dict leaves k out, for folders that have it in their configuration."""
+    token = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(token)
 
 
 class Use(NamedTuple):
@@ -51,7 +66,8 @@ class MoELayer(nn.Module, FollowsTraining):
     each token calls `selection(x)` instead; one that uses `top_k` refuses such a k.
     `index` and `count` are the layer's position among the MoE layers of its conversion and their number. conversion: number of the call of
     `moefy` that made it. original: where the weights of the replaced network were, for `unmoefy`. sequence_first: whether inputs are
-    [T, B, D].
+    [T, B, D]. router_named: whether a warning has named its router as one that the task does not train. watches_cache: whether
+    a cache given to `attention` carries what the layer needs of earlier positions.
     """
 
     Options: type = NoOptions
@@ -61,6 +77,8 @@ class MoELayer(nn.Module, FollowsTraining):
     conversion = 0
     original: dict | None = None
     sequence_first = False
+    router_named = False
+    watches_cache = False
 
     def __init__(self, d_model: int, experts: Experts, config: SMoEConfig):
         super().__init__()
@@ -75,7 +93,7 @@ class MoELayer(nn.Module, FollowsTraining):
         self.router: nn.Module = load(ROUTERS, "router", config.router)(d_model, config)
         self.router.to(experts.bias_up.device, torch.promote_types(experts.bias_up.dtype, torch.float32))
         self.experts = experts
-        self.uses: list[Use] = []  # in the last pass
+        self.uses: list[Use] = []  # in the last pass, of whichever thread
         self.records: list[list[Pass]] = []  # of the last passes that activation checkpointing may repeat
         self.index, self.count, self.shared = 0, 1, Shared()
         self.router.shared = self.shared
@@ -96,7 +114,11 @@ class MoELayer(nn.Module, FollowsTraining):
     def selection(self, x: Tensor) -> Selection:
         """k in this thread or task: one for all tokens of x [..., D], one for each of them, or a gate mass."""
         k = selected(self)
-        return TokenK(k.of_tokens(x, self.sequence_first), k.largest) if isinstance(k, TokenK) else k
+        if not isinstance(k, TokenK) or self.shared.repeated is not None:  # whose record has the k of every token
+            return k
+        if not torch.compiler.is_compiling() and plain.vmapped():
+            raise ConfigError("a k for each row or token cannot be used inside torch.vmap, which hides the rows: use one k for all tokens")
+        return TokenK(k.of_tokens(x, self.sequence_first, self.shared.batch), k.largest)
 
     @property
     def attention(self) -> nn.Module | None:
@@ -139,7 +161,7 @@ class MoELayer(nn.Module, FollowsTraining):
         now = shared.tokens
         shared.tokens, shared.real_N, shared.repeated = before.tokens, before.real_N, before
         try:
-            with selecting({self: before.selection}), with_buffers(self, before.buffers):
+            with bound(CHOSEN, {self: before.selection}), with_buffers(self, before.buffers):
                 return self.run(x)
         finally:
             shared.tokens, shared.real_N, shared.repeated = now, None, None
@@ -156,7 +178,8 @@ class MoELayer(nn.Module, FollowsTraining):
     def see_padding(self, x: Tensor) -> None:
         """Tell the router which tokens are real, until `keep`."""
         if self.shared.repeated is None:  # else the mask may be gone
-            self.shared.real_N = self.shared.real_tokens(x)
+            self.shared.real_N = self.shared.real_tokens(x, masked(self))
+            self.shared.see_use(self)
 
     def keep(self, x: Tensor, losses: dict[str, Tensor], assigned_NK: Tensor) -> None:
         """Store losses and assignments of a use. RuntimeError if a repeated pass has losses that cannot be trained."""
@@ -172,7 +195,7 @@ class MoELayer(nn.Module, FollowsTraining):
         if shared.uses is not None:
             shared.uses[self] = self.uses
         if not torch.compiler.is_compiling():
-            recorded = record_pass(x, selected(self), losses, real_N, shared.tokens, self.training)
+            recorded = record_pass(x, self.selection(x), losses, real_N, shared.tokens, self.training)
             if recorded is not None:
                 passes = self.records if before else [*self.records[1 - KEPT :], []]
                 self.records = [*passes[:-1], [*passes[-1], recorded]] if passes else [[recorded]]
@@ -235,13 +258,40 @@ class MoELayer(nn.Module, FollowsTraining):
         """FLOPs of routing `lanes` sequences of `positions` tokens each."""
         return self.router.flops(lanes * positions)
 
+    def get_extra_state(self) -> Tensor:
+        """k that `set_top_k` has set, a scalar int64 tensor on the CPU that state_dict has beside the weights."""
+        return torch.tensor(self.default_k, dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor | int) -> None:
+        """Restore k. ConfigError unless the layer has that many experts."""
+        k = state.item() if isinstance(state, Tensor) and state.numel() == 1 and not state.is_meta else state
+        if not (is_finite(k) and k == int(k) and 1 <= k <= self.num_experts):
+            raise ConfigError(f"k = {shown(k)} must be a whole number from 1 to the {self.num_experts} experts of the layer")
+        self.default_k = int(k)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _LEFT_OUT.get():
+            del destination[prefix + STATE_OF_K]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Load what the state has; that of older versions has no k. A k of another model is reported with the shapes that differ."""
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        except ConfigError as error:
+            errors.append(f"{prefix}{STATE_OF_K}: {error}")
+        if (key := prefix + STATE_OF_K) in missing_keys:
+            missing_keys.remove(key)
+
     def __getstate__(self) -> dict:
         # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
-        return {**self.__dict__, "uses": [], "records": []}
+        return {**super().__getstate__(), "uses": [], "records": []}
 
     def _replicate_for_data_parallel(self) -> MoELayer:
         replica = super()._replicate_for_data_parallel()
         replica.default_k = selected(self)  # replicas run in threads of their own
+        if isinstance(replica.default_k, TokenK):
+            raise ConfigError("nn.DataParallel splits a batch, but not a k for each row or token: use one k for all tokens, or DDP")
         return replica
 
 

@@ -14,33 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.arguments import shown
+from smoe_dropout.checks import require_finite_routers, untrained_router
 from smoe_dropout.control import moe_layers
+from smoe_dropout.experts import plain
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.recomputation import recomputing
+from smoe_dropout.routers import Router
+from smoe_dropout.selection import MASKED, bound
 from smoe_dropout.shared import Shared
 
 
 class RunningPass:
     """Hooks of a converted model that mark its layers as unused when it begins to run.
 
-    They also warn once if the model's linear maps have been quantised since: libraries that do this skip the experts silently. It shows by
+    They also check the routers' weights in the first pass and after weights were loaded, warn once of a router that the task does not
+    train, and once if the model's linear maps have been quantised since: libraries that do this skip the experts silently. It shows by
     `witness`, the place of a linear map: its parent and its name in it.
     """
 
     def __init__(self, layers: Sequence[MoELayer], witness: tuple[nn.Module, str] | None):
         self.layers, self.witness = layers, witness
+        self.checked = -1  # `Router.loads` when the weights were checked
 
-    def begin(self, model: nn.Module, *_: object) -> None:
+    def begin(self, model: nn.Module, inputs: tuple, named: dict) -> None:
         """Forward pre-hook."""
         if not recomputing():
+            batch = next((given for given in (*inputs, *named.values()) if isinstance(given, Tensor)), None)
             for shared in {layer.shared for layer in self.layers}:
-                shared.begin()
-        if self.witness is not None and not torch.compiler.is_compiling() and is_quantised(self.witness[0]._modules.get(self.witness[1])):
+                shared.begin(batch)
+        if torch.compiler.is_compiling() or plain.needed():
+            return
+        if self.checked != Router.loads:
+            loads = Router.loads
+            require_finite_routers(model)
+            self.checked = loads
+        if model.training and torch.is_grad_enabled() and (sentence := untrained_router(model, self.layers)):
+            warnings.warn(sentence, stacklevel=2)
+        if self.witness is not None and is_quantised(self.witness[0]._modules.get(self.witness[1])):
             self.witness = None
             warnings.warn(
                 "the linear maps of this model have been quantised, but its experts have not: they are stacked parameters, not nn.Linear, "
-                "and keep their size and precision; smoe_dropout.slim(model, k, torch.bfloat16) halves them",
+                "and keep their size and precision; smoe_dropout.slim(model, k, torch.int8) stores them in 8 bits",
                 stacklevel=2,
             )
 
@@ -128,7 +143,7 @@ def watch_pass(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     remove_hooks(model, RunningPass)
     linears = ((parent, name) for parent in model.modules() for name, child in parent.named_children() if type(child) is nn.Linear)
     running = RunningPass(layers, next(linears, None))
-    model.register_forward_pre_hook(running.begin)
+    model.register_forward_pre_hook(running.begin, with_kwargs=True)
     model.register_forward_hook(running.end, always_call=True)
     for module in model.modules():
         if isinstance(module, TORCH_KINDS) and any(layer in layers for _, layer in moe_layers(module)):
@@ -167,17 +182,12 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
 
     mask: [B, T], shaped as the tokens that the MoE layers see; layers with tokens of another shape ignore it. Models of transformers and
     torch's Transformer layers need it only where their own masks do not say. It takes precedence over these. What the model computes does
-    not change. ConfigError if the model has no MoE layers, or for something that is not such a tensor.
+    not change. Holds in the calling thread or task, as `top_k`. ConfigError if the model has no MoE layers, or for something that is not
+    such a tensor.
     """
     if not (layers := moe_layers(model)):
         raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
     if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.is_complex():
         raise ConfigError(f"mask = {shown(mask)} must be a tensor [B, T] that is nonzero at the tokens that count")
-    before = {layer.shared: layer.shared.given for _, layer in layers}
-    for shared in before:
-        shared.given = mask > 0
-    try:
+    with bound(MASKED, {layer: mask > 0 for _, layer in layers}):
         yield model
-    finally:
-        for shared, mask_before in before.items():
-            shared.given = mask_before

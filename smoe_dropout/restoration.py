@@ -66,7 +66,7 @@ def _refusal(layer: MoELayer) -> str | None:
     experts, router, config = layer.experts, layer.router, layer.config
     if config.adopted is not None:
         return "it was a mixture of experts before it was adopted, and adoption is not taken back"
-    if any(getattr(type(layer), name) is not getattr(MoELayer, name) for name in ("forward", "route", "combine", "scaled")):
+    if any(getattr(type(layer), name) is not getattr(MoELayer, name) for name in ("forward", "run", "route", "combine", "scaled")):
         return f"method = {config.method!r} routes or combines experts as no dense network does"
     if config.expert_rank is not None:
         return f"its experts are compressed (expert_rank = {config.expert_rank})"
@@ -75,8 +75,8 @@ def _refusal(layer: MoELayer) -> str | None:
     if layer.original is None:
         return "where the weights of the network before it were is not known"
     (E, H, _), width = experts.down.shape, layer.original["up"].size[0]
-    if not (_are_copies(experts, width) and (router.uniform or "gate_weight" in router.uses)):
-        if not (router.uniform or E == 1):
+    if not (_are_copies(experts, width) and (router.uniform or ("gate_weight" in router.uses and router.normalised))):
+        if not (router.uniform or (E == 1 and router.normalised)):
             return f"the weights of its experts depend on the token (router {config.router!r}, gate_weight = {config.gate_weight!r})"
         if layer.top_k != E:
             return f"{layer.top_k} of its {E} experts are active, and only all form a dense network: call set_top_k(model, {E}) first"

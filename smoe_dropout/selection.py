@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smoe_dropout.options import ConfigError
-
-if TYPE_CHECKING:
-    from smoe_dropout.layer import MoELayer
 
 
 class TokenK(NamedTuple):
@@ -25,23 +22,25 @@ class TokenK(NamedTuple):
     values: Tensor
     largest: int
 
-    def of_tokens(self, x: Tensor, sequence_first: bool) -> Tensor:
+    def of_tokens(self, x: Tensor, sequence_first: bool, batch: Tensor | None) -> Tensor:
         """The k of every token of a layer's input [..., D] [N], on its device.
 
-        sequence_first: whether the input is [T, B, D]. ConfigError if the input has other rows or tokens.
+        sequence_first: whether the input is [T, B, D]. batch: the model's own input [B, T, ...], which tells rows where the model has
+        flattened its tokens to [B * T, D]; None if it is unknown. ConfigError if the input has other rows or tokens.
         """
         lead, k = x.shape[:-1], self.values.to(x.device)
-        rows, count = len(k), lead.numel()
-        if k.dim() == 2 and (lead == (k.t() if sequence_first else k).shape or (len(lead) == 1 and count == k.numel())):
-            return (k.t() if sequence_first and len(lead) > 1 else k).reshape(-1)
-        if k.dim() == 1 and len(lead) == 1 and rows and count % rows == 0:  # tokens without a row of their own, row after row
-            return k.repeat_interleave(count // rows)
-        if k.dim() == 1 and len(lead) > 1 and lead[int(sequence_first)] == rows:
-            shape = (1, rows) if sequence_first else (rows, 1)
-            return k.view(*shape, *[1] * (len(lead) - 2)).expand(lead).reshape(-1)
+        if len(lead) == 1 and batch is not None and batch.shape[:2].numel() == len(x):
+            lead, sequence_first = batch.shape[:2], False
+        if k.dim() == 2 and sequence_first:
+            k = k.t()
+        if k.dim() == 2 and (lead == k.shape or (batch is None and lead == (k.numel(),))):
+            return k.reshape(-1)
+        place = int(sequence_first and len(lead) > 1)
+        if k.dim() == 1 and lead and lead[place] == len(k):
+            return k.view([len(k) if i == place else 1 for i in range(len(lead))]).expand(lead).reshape(-1)
         raise ConfigError(
-            f"k is a tensor {list(k.shape)} for {'the rows [B]' if k.dim() == 1 else 'the tokens [B, T]'} of a batch, but an MoE layer got "
-            f"an input {list(x.shape)}: give one k for each of its rows, or for each of its tokens"
+            f"k is a tensor {list(self.values.shape)} for {'the rows [B]' if k.dim() == 1 else 'the tokens [B, T]'} of a batch, but an MoE "
+            f"layer got an input {list(x.shape)}: give one k for each of its rows, or for each of its tokens"
         )
 
 
@@ -55,36 +54,73 @@ class GateMass(NamedTuple):
 
 Selection = int | TokenK | GateMass
 
-_CHOSEN: ContextVar[Mapping[MoELayer, Selection]] = ContextVar("chosen")
+Blocks = tuple[dict[nn.Module, Any], ...]
+
+# values by layer of the open blocks of `top_k` and `top_p`, and of `token_mask`, the innermost last
+CHOSEN: ContextVar[Blocks] = ContextVar("chosen")
+MASKED: ContextVar[Blocks] = ContextVar("masked")
 
 
 class _Context:
-    """Reads the context variable as an attribute.
+    """Reads the context variables as attributes.
 
     torch.compile cannot trace a context variable, but it guards attributes that are implemented in C, so that a compiled model follows the
-    context, too. Where nothing is selected, `get` is called with this object as the default and returns it.
+    context, too. Where no block is open, `get` is called with this object as the default and returns it.
     """
 
-    chosen = property(_CHOSEN.get)
+    chosen, masked = property(CHOSEN.get), property(MASKED.get)
 
 
 _CONTEXT = _Context()
 
 
-def selected(layer: MoELayer) -> Selection:
-    """What the layer activates in this thread or task."""
-    chosen = _CONTEXT.chosen
-    return layer.default_k if chosen is _CONTEXT else chosen.get(layer, layer.default_k)
+def selected(layer: nn.Module) -> Selection:
+    """Number of experts that an MoE layer activates in this thread or task."""
+    return _innermost(_CONTEXT.chosen, layer, layer.default_k)
+
+
+def masked(layer: nn.Module) -> Tensor | None:
+    """The mask of real tokens that `token_mask` gives the layer in this thread or task."""
+    return _innermost(_CONTEXT.masked, layer, None)
+
+
+def _innermost(blocks: Blocks | _Context, layer: nn.Module, default: Any) -> Any:
+    if blocks is not _CONTEXT:
+        for block in reversed(blocks):
+            if (value := block.get(layer)) is not None:
+                return value
+    return default
 
 
 @contextmanager
-def selecting(choices: Mapping[MoELayer, Selection]) -> Iterator[None]:
-    """Context manager in which these layers activate what they are given."""
-    token = _CHOSEN.set({**_CHOSEN.get({}), **choices})
+def bound(variable: ContextVar[Blocks], values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Context manager in which `CHOSEN` or `MASKED` has these values for these layers, in this thread or task.
+
+    ConfigError on leaving it in another thread or task, or before a block that was entered later, as generators that take turns do.
+    """
+    own = dict(values)
+    token = variable.set((*_opened(variable), own))
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        opened = _opened(variable)
+        in_place = bool(opened) and opened[-1] is own
+        try:
+            variable.reset(token)
+        except ValueError:  # entered in another context, where nothing else would end it
+            own.clear()
+            in_place = False
+        variable.set(tuple(block for block in opened if block is not own) or _CONTEXT)
+    if not in_place:
+        raise ConfigError(
+            "a block of top_k, top_p or token_mask was left in another thread or task than it was entered in, or before a block that was "
+            "entered later, so passes inside it may have had another k: in a generator, open a block for each pass, between two yields"
+        )
+
+
+def _opened(variable: ContextVar[Blocks]) -> Blocks:
+    blocks = variable.get(())
+    return () if blocks is _CONTEXT else blocks
 
 
 def largest(selection: Selection) -> int:

@@ -141,9 +141,13 @@ def _read_metrics(folder: Path, step: int | None) -> str:
     if step is None:
         return "not verified, because there is no intact checkpoint"
     state = folder / "checkpoints" / name_of(step) / STATE
-    known = documents.read_nullable(state, Stored, run_files.remedy_for(folder)).get("metrics")
-    run_files.recorded_metrics(folder, step, known)
-    return f"intact up to step {step:,}, the newest intact checkpoint" if known else UNVERIFIED
+    known = documents.read(state, Stored, run_files.remedy_for(folder), nullable=True).get("metrics")
+    recorded = run_files.recorded_metrics(folder, step, known)
+    if not known:
+        return UNVERIFIED
+    beyond = (folder / METRICS).stat().st_size - len(recorded)
+    said = f"; the {beyond:,} bytes after it are not verified, and are cut away when the run is resumed" if beyond else ""
+    return f"intact up to step {step:,}, the newest intact checkpoint{said}"
 
 
 def _read_result(folder: Path, identity: str, manifests: dict[int, dict[str, Content]]) -> None:
@@ -240,8 +244,12 @@ def check_saved(checkup: Checkup) -> None:
         with verified({name: known[name]}, folder, lambda name: folder / name if (folder / name).is_file() else None):
             return "intact"
 
+    def read_manifest() -> str:
+        known.update(hashes(folder / MANIFEST))
+        return "intact" if "checksum" in read_object(folder / MANIFEST) else UNVERIFIED
+
     if (folder / MANIFEST).exists():
-        checkup.read(MANIFEST, lambda: known.update(hashes(folder / MANIFEST)))
+        checkup.read(MANIFEST, read_manifest)
     for name in known:
         checkup.read(name, lambda name=name: compare(name))
     for path in sorted(path for path in folder.glob("*.safetensors") if path.name not in known):

@@ -49,22 +49,17 @@ class Damaged(UserError):
         self.path, self.fault, self.remedy = path, fault, remedy
 
 
-def read(path: Path, schema: Any, remedy: str, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+def read(path: Path, schema: Any, remedy: str, unverified: Callable[[Path], Any] | None = None, nullable: bool = False) -> dict[str, Any]:
     """The content of a file without its marks. Damaged unless the checksum is right and the content is of the schema.
 
     schema: a TypedDict or another type of msgspec for the content. Only numbers that are finite are accepted. unverified: called with the
-    path of a file without a checksum.
+    path of a file without a checksum. nullable: whether a number may be null, for which older versions wrote Infinity or NaN.
     """
-    value = parsed(path, remedy)
+    value = finite(parsed(path, remedy)) if nullable else parsed(path, remedy)
     content = unsealed(value, schema, path, remedy)
     if unverified and not is_sealed(value):
         unverified(path)
     return content
-
-
-def read_nullable(path: Path, schema: Any, remedy: str) -> dict[str, Any]:
-    """`read` of a file in which a number may be null. Older versions wrote Infinity or NaN there."""
-    return unsealed(finite(parsed(path, remedy)), schema, path, remedy)
 
 
 def parsed(path: Path, remedy: str) -> Any:

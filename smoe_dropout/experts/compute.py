@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smoe_dropout.experts.choice import choose_backend
 from smoe_dropout.options import ConfigError
+from smoe_dropout.precision import without_autocast
 from smoe_dropout.registry import BACKENDS, load
 
 
@@ -48,7 +49,7 @@ def compute_with(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights: 
     module = load(BACKENDS, "backend", backend)
     if sentence := module.refusal(weights, device):
         raise BackendError(f"experts backend {backend!r} cannot run here: {sentence}; use backend='auto'")
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         if weights.ragged and not getattr(module, "RAGGED", False):
             token_M, place_M = (indices_NK >= 0).nonzero(as_tuple=True)
             chosen_M1, weights_M1 = indices_NK[token_M, place_M, None], weights_NK[token_M, place_M, None]

@@ -1,8 +1,9 @@
 """Experts for a few tokens, as in generation: one expert after another, or all at once if most are active.
 
 Nothing is sorted and no weight is copied: for a token at a time the cost is reading the weights and launching each product. A CPU's
-matrix-vector product reads them at a third of the memory bandwidth; a sum over rows, as in an embedding bag, is faster. Uses plain
-autograd, which builds a gradient of the whole stack for every expert, so it is not meant for training.
+matrix-vector product reads them at a third of the memory bandwidth; dot products with rows and sums over rows, as in an embedding bag
+and its derivative, read them at two thirds, for all chosen experts at once. Uses plain autograd, which builds a gradient of the whole
+stack for every expert, so it is not meant for training.
 """
 
 import torch
@@ -15,7 +16,6 @@ from smoe_dropout.experts.plain import gated
 RAGGED = True
 
 MOST = 0.6  # fraction of active experts from which one product with all of them is faster than a product for each
-NARROW = 2**19  # weights of a map up to which elementwise products that are summed afterwards stay in the cache
 
 
 def refusal(weights, device: str) -> str | None:
@@ -25,9 +25,9 @@ def refusal(weights, device: str) -> str | None:
 
 def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
     """Weighted sum of the chosen experts' outputs [N, D]."""
-    gate_NE = weights.gates(indices_NK, weights_NK)
     if _summed(indices_NK, weights):
-        return _pairs(x_ND, indices_NK, weights_NK, weights) + gate_NE @ weights.bias_down_ED
+        return _pairs(x_ND, indices_NK, weights_NK, weights)
+    gate_NE = weights.gates(indices_NK, weights_NK)
     rows = _rows_by_expert(indices_NK)
     if len(rows) >= MOST * len(weights.up_EHD):
         return gated(x_ND, gate_NE, weights)
@@ -46,25 +46,38 @@ def _summed(indices_NK: Tensor, weights) -> bool:
     """Whether sums over rows are faster than matrix products; their gradient cannot be differentiated again."""
     if torch.is_grad_enabled() or weights.up_EHD.dtype != torch.float32 or weights.up_EHD.device.type != "cpu":
         return False
-    return 0 < indices_NK.numel() <= len(weights.up_EHD) and weights.up_EHD[0].numel() <= NARROW
+    return 0 < indices_NK.numel() <= len(weights.up_EHD)
 
 
 def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor:
-    """Weighted sum over each token's experts, without the output bias."""
-    E, H, D = weights.down_EHD.shape
-    pairs = [(row, expert) for row, experts in enumerate(indices_NK.tolist()) for expert in experts if expert >= 0]
-    pre_PH = torch.stack([torch.linalg.vecdot(weights.up_EHD[expert], x_ND[row]) for row, expert in pairs])
-    experts_P, weights_P, offsets_N = indices_NK.flatten(), weights_NK.flatten(), None
-    if weights.ragged:
-        active_NK = indices_NK >= 0
-        experts_P, weights_P = indices_NK[active_NK], weights_NK[active_NK]
-        counts_N = active_NK.sum(1)
-        offsets_N = (counts_N.cumsum(0) - counts_N) * H
-    hidden_PH = F.dropout(ACTIVATIONS[weights.activation].apply(pre_PH + weights.bias_up_EH[experts_P]), weights.dropout)
-    scale_PH, units_PH = hidden_PH * weights_P[:, None], experts_P[:, None] * H + torch.arange(H)
-    shape = (len(x_ND), -1) if offsets_N is None else (-1,)
-    maps = weights.down_EHD.view(E * H, D)
-    return F.embedding_bag(units_PH.view(shape), maps, offsets_N, mode="sum", per_sample_weights=scale_PH.view(shape))
+    """Weighted sum over each token's experts."""
+    N, H, width = len(x_ND), weights.down_EHD.shape[1], weights.up_EHD.shape[1]
+    experts_P, weights_P, begin_N, counts_N = chosen(indices_NK, weights_NK, weights.ragged)
+    rows_M = rows_of(experts_P, width)
+    token_M = torch.zeros_like(rows_M) if N == 1 else torch.arange(N).repeat_interleave(counts_N * width)
+    pre_M = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_ND, weights.up_EHD.flatten(0, 1), rows_M, rows_M[:0], token_M, 0)
+    hidden_PH = ACTIVATIONS[weights.activation].apply(weights.bias_up_EH[experts_P] + pre_M.view(-1, width))
+    if weights.dropout:
+        hidden_PH = F.dropout(hidden_PH, weights.dropout)
+    rows_M = rows_M if width == H else rows_of(experts_P, H)
+    scale_M = (hidden_PH * weights_P[:, None]).flatten()
+    y_ND = F.embedding_bag(rows_M, weights.down_EHD.flatten(0, 1), begin_N * H, mode="sum", per_sample_weights=scale_M)
+    return y_ND.add_(F.embedding_bag(experts_P, weights.bias_down_ED, begin_N, mode="sum", per_sample_weights=weights_P))
+
+
+def chosen(indices_NK: Tensor, weights_NK: Tensor, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
+    """Experts and weights of all tokens in turn [P], where those of each token begin [N], and their number [N], or K if not ragged."""
+    N, K = indices_NK.shape
+    experts_P, weights_P = indices_NK.flatten(), weights_NK.flatten()
+    if not ragged:
+        return experts_P, weights_P, torch.arange(0, N * K, K), K
+    active_P, counts_N = experts_P >= 0, (indices_NK >= 0).sum(1)
+    return experts_P[active_P], weights_P[active_P], counts_N.cumsum(0) - counts_N, counts_N
+
+
+def rows_of(experts_P: Tensor, width: int) -> Tensor:
+    """Rows of the chosen experts in maps that are stacked [E * width, ...] [P * width]."""
+    return (experts_P[:, None] * width + torch.arange(width)).flatten()
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:

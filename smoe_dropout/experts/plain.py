@@ -31,3 +31,9 @@ def needed() -> bool:
     if torch.compiler.is_compiling():  # which also runs inside a stack of interpreters
         return torch.compiler.is_exporting()
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def vmapped() -> bool:
+    """Whether the model is inside torch.vmap, which hides a dimension of its tensors."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)

@@ -19,6 +19,7 @@ from smoe_dropout.files import LARGEST, parse_json
 from smoe_dropout.hf import loading, saving
 from smoe_dropout.hf.described import NAME, Described
 from smoe_dropout.hf.folder import CONFIG
+from smoe_dropout.layer import without_k
 from smoe_dropout.manifest import MANIFEST
 from smoe_dropout.options import ConfigError
 
@@ -78,12 +79,21 @@ def has_experts(source: Any, named: dict[str, Any]) -> bool:
 
 
 @functools.wraps(_save_pretrained)
-def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def save_pretrained(
+    self: PreTrainedModel,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """Raises ConfigError for a model whose experts the folder would not describe."""
     if moe_layers(self):
         saving.describe_for_saving(self)
-        (Path(args[0] if args else kwargs["save_directory"]) / MANIFEST).unlink(missing_ok=True)  # of an earlier save
-    _save_pretrained(self, *args, **kwargs)
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of an earlier save
+        state_dict = None if state_dict is None else saving.weights_of(self, state_dict)
+    with without_k():
+        _save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
 if PreTrainedModel.__init__ is not init:

@@ -5,6 +5,7 @@ With this, transformers' own Trainer, `generate` and `save_pretrained` work unch
 
 import inspect
 import sys
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,8 @@ def integrate(model: nn.Module, config: SMoEConfig) -> None:
         if is_pretrained_model(module):
             two = "decoder_attention_mask" in inspect.signature(module.forward).parameters  # of encoder and decoder, which get their own
             watch_padding(module, list({layer.shared: None for _, layer in moe_layers(module)}), [] if two else [MASK])
+    if any(layer.attention is not None for _, layer in moe_layers(model)):
+        import_module("smoe_dropout.hf.carrying").watch_caches(model)
     if not is_pretrained_model(model):
         return
     describe(model, [*entries_of(model.config), entry_of(Conversion("", config))])

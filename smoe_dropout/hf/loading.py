@@ -17,6 +17,7 @@ from smoe_dropout.conversion import ConversionWarning, moefy
 from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import Conversion, placed_conversions, plain
 from smoe_dropout.hf.folder import CONFIG, HUB, OLD_WEIGHTS, Files
+from smoe_dropout.layer import STATE_OF_K, without_k
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS
 from smoe_dropout.registry import load as registered
@@ -63,6 +64,7 @@ def converting(host: type) -> type:
             warnings.simplefilter("ignore", ConversionWarning)
             for module, conversion in described:
                 moefy(model.get_submodule(module), conversion)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.){STATE_OF_K}$"}
         kind.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         return model
 
@@ -104,7 +106,7 @@ def load(from_pretrained: Callable, kind: type, source: Any, *args: Any, config:
     allowed, with_info = kwargs.pop("ignore_mismatched_sizes", False), kwargs.pop("output_loading_info", False)
     if files.weights == OLD_WEIGHTS:
         config.transformers_weights = OLD_WEIGHTS
-    with files.verified():
+    with files.verified(), without_k():
         try:
             named = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
             model, info = from_pretrained(building, source, *args, **named)

@@ -26,13 +26,13 @@ UPLOAD = ("repo_id", "private", "token", "revision", "commit_message", "create_p
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-    """Write the model and its current k to the folder, creating it if needed; a folder written by this function is overwritten.
+    """Write the model and the k of every layer to the folder, creating it if needed; a folder written by this function is overwritten.
 
     push_to_hub: upload the files to the repository `repo_id`, by default of the folder's name, with `private`, `token`, `revision`,
     `commit_message` and `create_pr` as in transformers. kwargs: those of transformers' save_pretrained, such as max_shard_size. Of several
     processes the first one writes; all must call this if the model's tensors are distributed over them. An interrupted save leaves a folder
-    that `from_pretrained` rejects. Raises ConfigError for a model without MoE layers or not from transformers, layers with different k, or
-    a folder that holds another model.
+    that `from_pretrained` rejects. k is what `set_top_k` has set. Raises ConfigError for a model without MoE layers or not from
+    transformers, or a folder that holds another model.
     """
     folder, kind, push_to_hub = checked_path("folder", folder), type(model).__name__, boolean("push_to_hub", push_to_hub)
     if not is_pretrained_model(model):

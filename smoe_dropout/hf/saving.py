@@ -15,19 +15,20 @@ from transformers import initialization as init
 from transformers.monkey_patching import apply_patches
 from transformers.utils import ContextManagers
 
-from smoe_dropout.control import moe_layers
+from smoe_dropout.control import moe_layers, stored_k
 from smoe_dropout.conversion import converted_networks
+from smoe_dropout.experts.int8 import Int8Experts
 from smoe_dropout.hf.described import Conversion, described, entries_of, entry_of
 from smoe_dropout.hf.integration import describe
 from smoe_dropout.hf.loading import converting, default_dtype
-from smoe_dropout.layer import MoELayer
+from smoe_dropout.layer import STATE_OF_K, MoELayer
 from smoe_dropout.options import ConfigError
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # put into names by torch.compile, FSDP, checkpointing
 
 
 def describe_for_saving(model: nn.Module) -> None:
-    """Make the configuration of a PreTrainedModel with MoE layers describe them, with their current k.
+    """Make the configuration of a PreTrainedModel with MoE layers describe them, with the k that is set.
 
     Raises ConfigError if no configuration does, for instance because the model was changed by hand before its conversion. Warns if that
     cannot be found out, because the class needs more than a configuration. A model without MoE layers, or of which only adapters are saved,
@@ -38,9 +39,15 @@ def describe_for_saving(model: nn.Module) -> None:
         groups.setdefault((layer.conversion, id(layer.shared)), []).append((name, layer))
     if not groups or getattr(model, "_hf_peft_config_loaded", False):
         return
+    if any(isinstance(layer.experts, Int8Experts) for _, layer in moe_layers(model)):
+        raise ConfigError(
+            "int8 experts are not saved with a configuration: save the model from which slim made them, and slim it again once it is "
+            "loaded, or use smoe_dropout.save_model(model, folder)"
+        )
     entries = entries_of(model.config)
     if len(groups) == len(entries):
-        entries = [{**entry, "top_k": common_k(model, group)} for entry, group in zip(entries, groups.values(), strict=True)]
+        ks = (stored_k([layer for _, layer in group]) for group in groups.values())
+        entries = [{**entry, **k} for entry, k in zip(entries, ks, strict=True)]
     try:
         fault = difference(model, entries) if entries else "its configuration describes no experts"
         if fault is not None:
@@ -59,17 +66,6 @@ def describe_for_saving(model: nn.Module) -> None:
     describe(model, entries)
 
 
-def common_k(model: nn.Module, layers: list[tuple[str, MoELayer]]) -> int:
-    """The k of layers that were converted together. ConfigError if they do not agree."""
-    k = max(layer.top_k for _, layer in layers)
-    if any(layer.top_k != min(k, layer.num_experts) for _, layer in layers):
-        found = dict((name, layer.top_k) for name, layer in layers)
-        raise ConfigError(
-            f"{type(model).__name__} cannot be saved: the MoE layers have different k: {found}; call set_top_k(model, k) first"
-        )
-    return k
-
-
 def search(model: nn.Module, groups: list[list[tuple[str, MoELayer]]]) -> list[dict[str, Any]]:
     """Conversions that give the model's MoE layers, each found by trying; empty if there are none."""
     entries: list[dict[str, Any]] = []
@@ -77,7 +73,7 @@ def search(model: nn.Module, groups: list[list[tuple[str, MoELayer]]]) -> list[d
     for group in groups:
         names, layers = [name for name, _ in group], {layer for _, layer in group}
         so_far += names
-        config = replace(group[0][1].config, top_k=common_k(model, group))
+        config = replace(group[0][1].config, **stored_k([layer for _, layer in group]))
         replaced = [name for name, layer in converted_networks(model).items() if layer in layers]
         for module in containing(names):
             inside = tuple(name.removeprefix(f"{module}.") if module else name for name in replaced)
@@ -132,7 +128,18 @@ def parameters(model: nn.Module) -> dict[str, torch.Size]:
     found = {}
     for prefix, layer in moe_layers(model):
         for name, parameter in layer.named_parameters(prefix):
-            for wrapper in WRAPPERS:
-                name = name.replace(wrapper, "")
-            found[name] = parameter.shape
+            found[unwrapped(name)] = parameter.shape
     return found
+
+
+def unwrapped(name: str) -> str:
+    """Name of a module or tensor without those of wrappers."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def weights_of(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A model's state without the k of its layers, which is in the configuration."""
+    ks = {f"{unwrapped(name)}.{STATE_OF_K}" for name, _ in moe_layers(model)}
+    return {name: value for name, value in state.items() if unwrapped(name) not in ks}

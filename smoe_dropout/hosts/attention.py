@@ -5,10 +5,18 @@ An attention module has `is_causal`, whether a position attends only to earlier 
 attn_implementation="eager".
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from smoe_dropout.hosts.site import Site
 from smoe_dropout.options import ConfigError
+
+if TYPE_CHECKING:
+    from smoe_dropout.layer import MoELayer
+    from smoe_dropout.shared import Shared
 
 
 def attention_before(model: nn.Module, site: Site, probabilities: bool) -> nn.Module:
@@ -30,16 +38,46 @@ def attention_before(model: nn.Module, site: Site, probabilities: bool) -> nn.Mo
     return found
 
 
-def keep_probabilities(attention: nn.Module) -> None:
-    """Make the module keep the probabilities of every pass in `attention.probabilities`."""
+def keep_probabilities(attention: nn.Module, shared: Shared, index: int) -> None:
+    """Make the module keep the probabilities of every pass, for the MoE layer with this index after it."""
     if hasattr(attention, "keep_probabilities"):
         attention.keep_probabilities = True
     else:
-        attention.register_forward_hook(_keep_returned)
+        attention.register_forward_hook(_Returned(shared, index).end)
 
 
-def _keep_returned(attention: nn.Module, _inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    attention.probabilities = output[1].detach()
+class _Returned:
+    """Forward hook that keeps the probabilities a module returns, apart for every thread."""
+
+    def __init__(self, shared: Shared, index: int):
+        self.shared, self.index = shared, index
+
+    def end(self, _attention: nn.Module, _inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        self.shared.probabilities[self.index] = output[1].detach()
+
+
+def probabilities_before(layer: MoELayer) -> Tensor:
+    """Probabilities [B, heads, T, keys] of the attention module before the layer in this pass. RuntimeError if it has not run."""
+    if hasattr(layer.attention, "keep_probabilities"):
+        return layer.attention.probabilities
+    if layer.index not in layer.shared.probabilities:
+        raise RuntimeError(f"{type(layer.attention).__name__} has not run before the MoE layer that routes by its probabilities")
+    return layer.shared.probabilities[layer.index]
+
+
+def with_past(layer: MoELayer, *parts_BTC: Tensor) -> tuple[Tensor, ...]:
+    """Values of this pass's positions, preceded by those of the positions in the model's cache [B, P + T, C]; P = 0 without a cache.
+
+    ConfigError if the attention module that is given the cache has not run.
+    """
+    pasts = layer.shared.pasts
+    if layer.watches_cache and layer.shared.uses is not None and layer.index not in pasts:
+        raise ConfigError(
+            f"{type(layer.attention).__name__} is the last attention module before an MoE layer, but did not run before it: use another "
+            "method for this model"
+        )
+    past = pasts.pop(layer.index, None)
+    return parts_BTC if past is None else past.extend(*parts_BTC)
 
 
 def is_causal(attention: nn.Module) -> bool:

@@ -207,6 +207,7 @@ def random_input(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
+@torch.enable_grad()
 def gradients(call: Callable[[], Any], inputs: dict[int, Tensor], stubs: list[SparseMap]) -> list[Tensor] | None:
     """Gradients of a weighted sum of what a call returns, with respect to the inputs, which it may add, and to the stubs' shifts.
 

@@ -20,6 +20,8 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
 from smoe_dropout.recomputation import recomputing
+from smoe_dropout.routers import active
+from smoe_dropout.selection import largest
 from smoe_dropout.training import Reports, synchronized
 
 
@@ -69,7 +71,7 @@ class CompeteLayer(MoELayer, Reports):
         if self.training and not recomputing():
             self.passes += 1
             self.competitions += self.competed
-        return self.compete(x.reshape(-1, x.shape[-1])).view_as(x) if self.competed else super().run(x)
+        return self.compete(x).view_as(x) if self.competed else super().run(x)
 
     def flips(self) -> bool:
         """Whether this layer competes in the current step. RuntimeError with `predrawn` before `set_progress`."""
@@ -83,13 +85,17 @@ class CompeteLayer(MoELayer, Reports):
         most = o.max_layers if o.predrawn else self.count
         return self.index in competing_layers(int(self.seed), self.step, self.count, o.flip_rate, most)
 
-    def compete(self, x_ND: Tensor) -> Tensor:
+    def compete(self, x: Tensor) -> Tensor:
         """Run all experts, combine the k with the strongest responses [N, D], and store the router's distillation loss."""
-        self.see_padding(x_ND)
+        self.see_padding(x)
+        x_ND, k, norm = x.reshape(-1, x.shape[-1]), self.selection(x), self.options.affinity == "norm"
         outputs_NED = self.experts.each(x_ND)
         affinity_NE = affinities(outputs_NED, self.options.affinity)
-        top_NK, indices_NK = affinity_NE.topk(self.top_k, dim=-1)
-        weights_NK = top_NK.softmax(-1) if self.options.affinity == "norm" else top_NK / top_NK.sum(-1, keepdim=True)
+        top_NK, indices_NK = affinity_NE.topk(largest(k), dim=-1)
+        active_NK = active(k, affinity_NE if norm else affinity_NE.log(), indices_NK)
+        if active_NK is not None:
+            top_NK = top_NK.masked_fill(~active_NK, -torch.inf if norm else 0.0)
+        weights_NK = top_NK.softmax(-1) if norm else top_NK / top_NK.sum(-1, keepdim=True)
         target_NE = affinity_NE.detach().softmax(-1)
         logits_NE, real_N = self.router.logits(x_ND), self.router.real_N
         self.router.show(logits_NE)
@@ -98,7 +104,8 @@ class CompeteLayer(MoELayer, Reports):
         else:
             error_NE = (logits_NE.softmax(-1) - target_NE).square() * real_N[:, None]
             distillation = error_NE.sum() / (real_N.sum().clamp(min=1) * self.num_experts)
-        self.keep(x_ND, {"router": self.options.router_loss * distillation}, indices_NK.detach())
+        assigned_NK = indices_NK if active_NK is None else indices_NK.masked_fill(~active_NK, -1)
+        self.keep(x, {"router": self.options.router_loss * distillation}, assigned_NK)
         chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
         return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)
 

@@ -2,7 +2,8 @@
 
 e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. With causal
 attention j runs over the positions up to i of the same segment, since a language model's routes may not depend on later tokens; otherwise
-over all positions, including padding. tau = sqrt(d) and the initial W_s = identity are our choice: the paper does not state them.
+over all positions, including padding. Positions in a cache of transformers count as the same segment; the memory of a Transformer-XL does
+not. tau = sqrt(d) and the initial W_s = identity are our choice: the paper does not state them.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smoe_dropout.hosts.attention import is_causal
+from smoe_dropout.hosts.attention import is_causal, with_past
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 from smoe_dropout.options import require
@@ -46,11 +47,13 @@ class SimilarityLayer(MoELayer):
         logits_BTE = self.router.logits(x)
         with torch.autocast(x.device.type, enabled=False):
             u_BTD = x.to(logits_BTE.dtype)
-            scores_BTT = (u_BTD @ self.similarity.to(u_BTD.dtype)) @ u_BTD.transpose(1, 2) / self.tau
+            u_BSD, logits_BSE = with_past(self, u_BTD, logits_BTE)
+            scores_BTS = (u_BTD @ self.similarity.to(u_BTD.dtype)) @ u_BSD.transpose(1, 2) / self.tau
             if is_causal(self.attention):
-                future_TT = torch.ones(scores_BTT.shape[1:], dtype=torch.bool, device=x.device).triu(1)
-                scores_BTT = scores_BTT.masked_fill(future_TT, -math.inf)
-            mixed_BTE = scores_BTT.softmax(-1) @ logits_BTE
+                T, S = scores_BTS.shape[1:]
+                future_TS = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T)
+                scores_BTS = scores_BTS.masked_fill(future_TS, -math.inf)
+            mixed_BTE = scores_BTS.softmax(-1) @ logits_BSE
         return self.router.choose(mixed_BTE.flatten(0, 1), self.selection(x))
 
     def routing_parameters(self) -> list[nn.Parameter]:

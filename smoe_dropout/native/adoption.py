@@ -59,8 +59,7 @@ def adopted_layers(model: nn.Module, config: SMoEConfig) -> list[AdoptedLayer]:
     for kind in (ScoredRouter.Options, Options):
         build_options(kind, config.options, known)
     found = recognised(model)
-    if config.experts_by_layer is not None and len(config.experts_by_layer) != len(found):
-        raise ConfigError(f"experts_by_layer = {config.experts_by_layer} must give a number for each of the {len(found)} MoE layers")
+    config.require_layers(len(found))
     layers = []
     for place, (name, native) in enumerate(found):
         block, (parent, _, child) = model.get_submodule(name), name.rpartition(".")

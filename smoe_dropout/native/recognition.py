@@ -279,7 +279,7 @@ def _agreement(trial: Trial, parts: Parts, experts: Experts, options: Mapping[st
     positions = trial.x.shape[1]
     for sequences in (slice(2), slice(None)):
         x_ND, routed_ND = trial.x[sequences].flatten(0, 1), trial.routed_ND.unflatten(0, (-1, positions))[sequences].flatten(0, 1)
-        indices_NK, weights_NK, _ = router(x_ND, trial.k)
+        indices_NK, weights_NK, *_ = router(x_ND, trial.k)
         if "capacity" in options:
             weights_NK = weights_NK * within_capacity(indices_NK, positions, E, options["capacity"])
         expected_ND = experts(x_ND, indices_NK, weights_NK)

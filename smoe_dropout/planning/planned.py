@@ -22,7 +22,7 @@ FLOPS, MILLISECONDS = "flops", "milliseconds"
 class Plan(Mapping[str, int]):
     """k by layer name, a mapping that `top_k`, `set_top_k` and `slim` take.
 
-    sizes: of each layer, its experts, their hidden width and the model's width. unit: "flops", a fraction of the experts' FLOPs at k = E,
+    sizes: of each layer, its experts, their hidden units and the model's width. unit: "flops", a fraction of the experts' FLOPs at k = E,
     or "milliseconds" of a pass; budget, predicted and measured are in it: what was allowed, the cost by the tables that the plan was made
     from, and that of the finished plan (FLOPs by counting assignments). loss: mean on the calibration data. uniform: the largest k for all
     layers within the budget by the same tables, with its loss and its measured cost. evaluations: how often the passes were run.
@@ -94,5 +94,6 @@ class Plan(Mapping[str, int]):
 
 
 def sizes_of(layers: Sequence[tuple[str, MoELayer]]) -> dict[str, tuple[int, int, int]]:
-    """Experts, hidden width of an expert, and width of the model, by layer name."""
-    return {name: (layer.num_experts, *layer.experts.down.shape[1:]) for name, layer in layers}
+    """Experts, hidden units of an expert with those of its gate, and width of the model, by layer name."""
+    biases = {name: (layer.experts.bias_up, layer.experts.bias_down) for name, layer in layers}  # maps may be compressed
+    return {name: (len(up_EH), up_EH.shape[1], down_ED.shape[1]) for name, (up_EH, down_ED) in biases.items()}

@@ -37,6 +37,9 @@ class Trial:
         require(bool(self.passes), "the masks of the passes count no position: they are all padding")
         experts = [layer.num_experts for _, layer in self.layers]
         self.uniform = [tuple(min(k, count) for count in experts) for k in range(1, max(experts) + 1)]
+        self.one = [
+            2 * (layer.experts.up[0].numel() + layer.experts.down[0].numel()) for _, layer in self.layers
+        ]  # expert, in FLOPs a token
         self.losses: dict[Ks, float] = {}
         self.evaluations = 0
         self.devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda]
@@ -93,17 +96,17 @@ class Trial:
                 )
 
     def flops(self) -> Costs:
-        """FLOPs of the experts of each layer at each k, on all passes."""
-        tokens = dict.fromkeys(self.layers, 0)
+        """FLOPs of the experts of each layer at each k, on all passes: matrix products only, two operations a multiply-add."""
+        tokens = [0] * len(self.layers)
 
         def count() -> None:
-            for named in self.layers:
-                tokens[named] += sum(len(use.assigned_NK) for use in named[1].uses)
+            for place, (_, layer) in enumerate(self.layers):
+                tokens[place] += sum(len(use.assigned_NK) for use in layer.uses)
 
         self.run(self.uniform[0], after=count)
         by_layer = [
-            [tokens[name, layer] * _one_expert(layer) * layer.router.computed(k) for k in range(1, layer.num_experts + 1)]
-            for name, layer in self.layers
+            [seen * one * layer.router.computed(k) for k in range(1, layer.num_experts + 1)]
+            for seen, one, (_, layer) in zip(tokens, self.one, self.layers, strict=True)
         ]
         return Costs(by_layer, 0, float(sum(costs[-1] for costs in by_layer)))
 
@@ -114,8 +117,8 @@ class Trial:
             counts = []
 
             def count(counts=counts) -> None:
-                for _, layer in self.layers:
-                    counts += [int((use.assigned_NK >= 0).sum()) * _one_expert(layer) for use in layer.uses]
+                for one, (_, layer) in zip(self.one, self.layers, strict=True):
+                    counts += [one * int((use.assigned_NK >= 0).sum()) for use in layer.uses]
 
             self.run(ks, after=count)
             found.append(sum(counts) / costs.whole)
@@ -204,8 +207,3 @@ def _loss(value: object, ks: Ks) -> float:
     )
     require(is_finite(found), f"the loss of a pass is {found} at k = {ks[0] if len({*ks}) == 1 else ks}: such a model cannot be planned")
     return float(found)
-
-
-def _one_expert(layer: MoELayer) -> int:
-    """FLOPs of one expert for a token, matrix products only, two operations a multiply-add."""
-    return 2 * (layer.experts.up[0].numel() + layer.experts.down[0].numel())

@@ -7,7 +7,7 @@ and a `GateMass`. Shape suffixes: N tokens, D model width, E experts, K active e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import ConfigError, NoOptions, build_options
+from smoe_dropout.precision import without_autocast
 from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 from smoe_dropout.shared import Shared
 
@@ -40,7 +41,10 @@ class Router(nn.Module):
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
     uses: which of the settings "balance_loss" and "gate_weight" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
-    ragged: whether `forward` takes a k for each token and a gate mass; to others the tokens of each k are given separately.
+    ragged: whether `forward` takes a k for each token and a gate mass, false in a subclass whose own `forward` does not say so. To others
+        the tokens of each k are given separately.
+    trains_at_any_k: the setting with which the task trains the router at any k.
+    loads: how often weights have been loaded into routers, of any model.
 
     For its losses `forward` finds in `real_N`, bool [N], which tokens are real rather than padding; None: all. Parameters stay in float32
     or higher, whatever the model's precision. A buffer that `forward` changes is changed once, also if
@@ -52,13 +56,24 @@ class Router(nn.Module):
     uses: tuple[str, ...] = ()
     frozen_by_default = False
     ragged = False
+    trains_at_any_k = "gate_weight = 'pre_softmax' or 'sigmoid'"
     shared: Shared | None = None
+    loads = 0
+
+    def __init_subclass__(cls, **settings: Any):
+        super().__init_subclass__(**settings)
+        if "forward" in vars(cls) and "ragged" not in vars(cls):
+            cls.ragged = False
 
     def __init__(self, config: SMoEConfig):
         super().__init__()
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        Router.loads += 1
 
     @property
     def real_N(self) -> Tensor | None:
@@ -75,18 +90,42 @@ class Router(nn.Module):
         if (shown := self.shown) is not None:
             shown.append(logits_NE)
 
-    def weigh(self, top_NK: Tensor, active_NK: Tensor | None = None) -> Tensor:
-        """Gate weights of the k chosen logits: their softmax, or 1/k each; 0 for those that are not active (bool; None: all are)."""
-        if active_NK is None:
-            return top_NK.softmax(-1) if self.gate_weight == "softmax" else torch.full_like(top_NK, 1 / top_NK.shape[1])
+    def weigh(self, top_NK: Tensor, active_NK: Tensor | None = None, logits_NE: Tensor | None = None) -> Tensor:
+        """Gate weights of the k chosen logits, as `SMoEConfig.gate_weight` says; 0 for those that are not active (bool; None: all are).
+
+        logits_NE: of all experts. ConfigError for "pre_softmax" without them.
+        """
         if self.gate_weight == "softmax":
-            return top_NK.masked_fill(~active_NK, -torch.inf).softmax(-1)
-        return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
+            return (top_NK if active_NK is None else top_NK.masked_fill(~active_NK, -torch.inf)).softmax(-1)
+        if self.gate_weight == "uniform":
+            if active_NK is None:
+                return torch.full_like(top_NK, 1 / top_NK.shape[1])
+            return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
+        if self.gate_weight == "sigmoid":
+            weights_NK = top_NK.sigmoid()
+        elif logits_NE is None:
+            raise ConfigError(f"{type(self).__name__} gives weigh() no logits_NE of all experts, which gate_weight = 'pre_softmax' needs")
+        else:
+            weights_NK = (top_NK - logits_NE.logsumexp(-1, keepdim=True)).exp()
+        return weights_NK if active_NK is None else weights_NK * active_NK
+
+    def shares(self, logits_NE: Tensor) -> Tensor:
+        """Values whose softmax is the router's probability [N, E]: the logits; for "sigmoid" the sigmoids divided by their sum."""
+        return F.logsigmoid(logits_NE) if self.gate_weight == "sigmoid" else logits_NE
 
     @property
     def uniform(self) -> bool:
         """Whether every chosen expert always weighs 1/k; a router with such weights of its own overrides it."""
         return "gate_weight" in self.uses and self.gate_weight == "uniform"
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the gate weights of every token sum to 1; a router with weights of its own overrides it."""
+        return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "softmax")
+
+    def learns_from_task(self, k: int) -> bool:
+        """Whether the gate weights depend on the router's parameters where tokens have up to k experts, so that the task trains them."""
+        return not self.uniform and not (k == 1 and self.normalised)
 
     def flops(self, tokens: int) -> int:
         """FLOPs of routing this many tokens."""
@@ -98,7 +137,8 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46).
+    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46), or another
+    `gate_weight`.
 
     W ~ N(0, init_std^2), b = 0. Logits are computed in float32 or higher, whatever the model's precision, so that rounding in bf16 never
     changes which experts are chosen. Subclasses set whether the router is frozen and its default balance loss.
@@ -118,20 +158,21 @@ class LinearRouter(Router):
     def logits(self, x_ND: Tensor) -> Tensor:
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND.device.type):
             return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the k largest logits, with the balance loss in training mode."""
         self.show(logits_NE)
         top_NK, indices_NK = logits_NE.topk(largest(k), dim=-1)
-        active_NK = active(k, logits_NE, indices_NK)
+        shares_NE = self.shares(logits_NE)
+        active_NK = active(k, shares_NE, indices_NK)
         if active_NK is not None:
             indices_NK = indices_NK.masked_fill(~active_NK, -1)
         losses = {}
         if self.balance_loss > 0 and self.training:
-            losses["balance"] = self.balance_loss * switch_balance_loss(logits_NE, indices_NK, self.real_N)
-        return Routing(indices_NK, self.weigh(top_NK, active_NK), losses, active_NK is not None)
+            losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
+        return Routing(indices_NK, self.weigh(top_NK, active_NK, logits_NE), losses, active_NK is not None)
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""
@@ -168,7 +209,7 @@ class NoRouter(Router):
 def active(k: Selection, scores_NE: Tensor, indices_NK: Tensor) -> Tensor | None:
     """Which of the largest scores' experts a token uses, bool [N, K]; None if it uses all of them.
 
-    scores: logits, or anything else whose softmax is the router's probability. indices: of the K largest, in decreasing order.
+    scores: logits, or anything else whose softmax is the router's probability. indices: of the K first, in the router's order.
     """
     if isinstance(k, int):
         return None
@@ -189,33 +230,38 @@ def evenly(indices_NK: Tensor, k: Selection) -> Routing:
     return Routing(indices_NK.masked_fill(~active_NK, -1), weights_NK, {}, True)
 
 
-def one_k(router: Router, k: Selection) -> int:
-    """k itself. ConfigError unless it is the same for all tokens."""
-    if isinstance(k, int):
-        return k
-    raise ConfigError(f"{type(router).__name__} takes one k for all tokens{' in training' if router.ragged else ''}")
-
-
 def route_by_k(router: Router, x_ND: Tensor, k: Selection) -> Routing:
-    """Routing by a router that takes one k, which is given the tokens of each k separately. ConfigError for a gate mass."""
+    """Routing by a router that takes one k, which is given the tokens of each k separately. ConfigError for a gate mass.
+
+    Losses are means over these parts, weighted by their tokens. ValueError if the router returns fewer experts than k.
+    """
     if not isinstance(k, TokenK):
-        raise ConfigError(f"{type(router).__name__} has no probabilities that could reach a gate mass: use top_k(model, k)")
-    N, K = len(x_ND), k.largest
-    indices_NK = torch.full((N, K), -1, dtype=torch.int64, device=x_ND.device)
-    weights_NK = x_ND.new_zeros(N, K, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    losses: dict[str, Tensor] = {}
-    shared, real_N = router.shared, router.real_N
-    for number in k.values.unique().tolist():
+        raise ConfigError(f"{type(router).__name__} takes one k{' in training' * router.training}, not a gate mass: use top_k(model, k)")
+    shared, real_N = router.shared or Shared(), router.real_N
+    tokens, shown = shared.tokens, router.shown
+    begin, parts, owns, losses = len(shown or ()), [], [], {}
+    total = len(x_ND) if real_N is None else real_N.sum().clamp(min=1)
+    for number in k.values.unique().tolist() or [k.largest]:
         own = (k.values == number).nonzero()[:, 0]
-        if shared is not None and real_N is not None:
+        if real_N is not None:
             shared.real_N = real_N[own]
+        if tokens is not None:
+            shared.tokens = tokens.flatten()[own]
         part = router(x_ND[own], number)
-        indices_NK[own, :number] = part.indices_NK
-        weights_NK = weights_NK.index_put((own,), F.pad(part.weights_NK.to(weights_NK.dtype), (0, K - number)))
-        for name, loss in part.losses.items():
-            losses[name] = losses.get(name, 0.0) + loss * (len(own) / N)
-    if shared is not None:
-        shared.real_N = real_N
+        if len(part.indices_NK) != len(own) or part.indices_NK.shape[1] < number:
+            raise ValueError(
+                f"the router returned indices {list(part.indices_NK.shape)} for {len(own)} tokens that need k = {number} experts each"
+            )
+        weight = (len(own) if real_N is None else shared.real_N.sum()) / total
+        losses |= {name: losses.get(name, 0.0) + loss * weight for name, loss in part.losses.items()}
+        parts.append(part)
+        owns.append(own)
+    shared.real_N, shared.tokens = real_N, tokens
+    order_N, most = torch.cat(owns).argsort(), max(part.indices_NK.shape[1] for part in parts)
+    if shown:
+        shown[begin:] = [torch.cat(shown[begin:])[order_N]]
+    indices_NK = torch.cat([F.pad(part.indices_NK, (0, most - part.indices_NK.shape[1]), value=-1) for part in parts])[order_N]
+    weights_NK = torch.cat([F.pad(part.weights_NK, (0, most - part.weights_NK.shape[1])) for part in parts])[order_N]
     return Routing(indices_NK, weights_NK, losses, True)
 
 

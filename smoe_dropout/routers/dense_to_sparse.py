@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.options import require
-from smoe_dropout.routers import LinearRouter, Routing, one_k, switch_balance_loss
+from smoe_dropout.routers import LinearRouter, Routing, switch_balance_loss
 from smoe_dropout.selection import Selection
 from smoe_dropout.training import FollowsTraining, Reports
 
@@ -39,6 +39,11 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
     active = 0
 
     @property
+    def ragged(self) -> bool:
+        """Whether it takes a k for each token: in evaluation, since in training all tokens have the same number of experts."""
+        return not self.training
+
+    @property
     def temperature(self) -> float:
         """Softmax temperature at the current training step."""
         return self.options.max_temp + (self.options.min_temp - self.options.max_temp) * self.progress
@@ -48,7 +53,6 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
         logits_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(logits_NE, k)
-        k = one_k(self, k)
         self.show(logits_NE)
         gumbel_NE = -torch.empty_like(logits_NE).exponential_().log()
         p_NE = ((logits_NE + gumbel_NE) / self.temperature).softmax(-1)

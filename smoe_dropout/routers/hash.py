@@ -26,7 +26,10 @@ class HashRouter(Router):
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, by the token ids of the current batch. RuntimeError without token ids, or if their number is not N."""
         if self.shared is None or self.shared.tokens is None:
-            raise RuntimeError("the hash router has no token ids: it gets them from the model's token embedding")
+            raise RuntimeError(
+                "the hash router has no token ids, since the model's token embedding has not run in this pass: give the model token ids "
+                "rather than embeddings, and use another router for a model with several embeddings"
+            )
         tokens_N = self.shared.tokens.flatten()
         if len(tokens_N) != len(x_ND):
             raise RuntimeError(f"the hash router got {len(tokens_N)} token ids for {len(x_ND)} positions")

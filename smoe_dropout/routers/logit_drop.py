@@ -24,6 +24,7 @@ class LogitDropRouter(LinearRouter):
     """h = Dropout(W x + b) in training; the k largest choose, their softmax weighs."""
 
     Options = Options
+    ragged = True
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.routers import LinearRouter, Routing, one_k
+from smoe_dropout.routers import LinearRouter, Routing
 from smoe_dropout.selection import Selection
 
 
@@ -18,6 +18,11 @@ class NoisyTopKRouter(LinearRouter):
     """Weights start from N(0, init_std^2) as in every router; Shazeer et al. start from zero. The paper's balance coefficient is 0.1."""
 
     balance_by_default = 0.1
+
+    @property
+    def ragged(self) -> bool:
+        """Whether it takes a k for each token: in evaluation, since the load loss is of one k."""
+        return not self.training
 
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
@@ -29,13 +34,12 @@ class NoisyTopKRouter(LinearRouter):
         clean_NE = self.logits(x_ND)
         if not self.training:
             return self.choose(clean_NE, k)
-        k = one_k(self, k)
         self.show(clean_NE)
         with torch.autocast(x_ND.device.type, enabled=False):
             deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))
         noisy_NE = clean_NE + torch.randn_like(clean_NE) * deviation_NE
         top_NK, indices_NK = noisy_NE.topk(k, dim=-1)
-        weights_NK, losses = self.weigh(top_NK), {}
+        weights_NK, losses = self.weigh(top_NK, logits_NE=noisy_NE), {}
         if self.balance_loss > 0:
             importance_NE = torch.zeros_like(clean_NE).scatter(1, indices_NK, weights_NK)
             losses["importance"] = self.balance_loss * squared_variation(summed(importance_NE, self.real_N))

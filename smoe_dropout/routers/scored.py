@@ -63,6 +63,8 @@ class ScoredRouter(LinearRouter):
     Options = Options
     uses = ("balance_loss",)
     balance_by_default = 0.01
+    trains_at_any_k = "the option normalise = False"
+    ragged = True
 
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
@@ -71,6 +73,15 @@ class ScoredRouter(LinearRouter):
         self.register_buffer("correction", torch.zeros(config.num_experts) if self.options.correction else None)
         grouped = 0 < self.options.top_groups < self.options.groups
         self.register_buffer("group", torch.arange(config.num_experts) * self.options.groups // config.num_experts if grouped else None)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the gate weights of every token sum to 1."""
+        return self.options.normalise and self.options.scale == 1
+
+    def learns_from_task(self, k: int) -> bool:
+        """Whether the gate weights depend on the router's parameters: not at k = 1 if they are divided by their sum."""
+        return not (k == 1 and self.options.normalise)
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """x [..., D] -> logits [..., E], in the precision of the option."""

@@ -9,7 +9,10 @@ from smoe_dropout.selection import Selection, largest
 
 
 class UniformRouter(Router):
-    """Router with scores r ~ U(0, 1) for each token and expert; the k largest choose, their softmax weighs. Also random in evaluation."""
+    """Router with scores r ~ U(0, 1) for each token and expert; the k largest choose, their softmax or another `gate_weight` weighs.
+
+    Also random in evaluation.
+    """
 
     uses = ("gate_weight",)
     ragged = True
@@ -21,7 +24,7 @@ class UniformRouter(Router):
         """x [N, D] -> its routing."""
         scores_NE = torch.rand(len(x_ND), self.num_experts, device=x_ND.device)
         top_NK, indices_NK = scores_NE.topk(largest(k), dim=-1)
-        active_NK = active(k, scores_NE, indices_NK)
+        active_NK = active(k, self.shares(scores_NE), indices_NK)
         if active_NK is not None:
             indices_NK = indices_NK.masked_fill(~active_NK, -1)
-        return Routing(indices_NK, self.weigh(top_NK, active_NK), {}, active_NK is not None)
+        return Routing(indices_NK, self.weigh(top_NK, active_NK, scores_NE), {}, active_NK is not None)

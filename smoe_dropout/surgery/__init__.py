@@ -15,7 +15,7 @@ from torch import nn
 
 from smoe_dropout.arguments import SEEDS, boolean, integer, require_weights, shown
 from smoe_dropout.config import SMoEConfig
-from smoe_dropout.control import configure, get_top_k, moe_layers, only_conversion
+from smoe_dropout.control import configure, moe_layers, only_conversion
 from smoe_dropout.experts.compressed import CompressedExperts
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
@@ -29,8 +29,8 @@ __all__ = ["Calibration", "calibrate", "operate"]
 def operate(model: nn.Module, method: str, keep: int, calibration: Calibration | None, **options: object) -> tuple[nn.Module, SMoEConfig]:
     """Copy of the model with fewer experts and routers reduced accordingly, and its configuration, from which `moefy` builds such layers.
 
-    All other tensors are bit-identical to the model's, and the model is not changed. k of the copy is the model's k, or the number of
-    experts if that is smaller.
+    All other tensors are bit-identical to the model's, and the model is not changed. k of the copy is what `set_top_k` has set for the
+    model, in every layer at most its number of experts.
 
     method: a name in `registry.SURGERIES`. keep: number of experts to keep; see the method's file for its exact meaning. calibration: of
     this model; None if the method needs none. options: of the method.
@@ -60,7 +60,6 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
         made,
         num_experts=max(counts),
         experts_by_layer=counts if len(set(counts)) > 1 else None,
-        top_k=min(get_top_k(model), max(counts)),
         d_expert=layers[0].experts.down.shape[1],
         expert_init="fresh",
     )
@@ -109,4 +108,4 @@ def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int])
         if values.shape[:1] == (layer.num_experts,):
             setattr(layer.router, name, values[list(leaders)])
     layer.num_experts = layer.router.num_experts = count
-    layer.top_k = min(layer.top_k, count)
+    layer.default_k = min(layer.default_k, count)

@@ -40,11 +40,14 @@ class LayerCalibration(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration of a model. names: of the MoE layers. layers: their calibrations. k: active experts. tokens: number of tokens counted."""
+    """Calibration of a model.
+
+    names: of the MoE layers. layers: their calibrations. k: active experts, by layer name if they differ. tokens: number of tokens counted.
+    """
 
     names: tuple[str, ...]
     layers: tuple[LayerCalibration, ...]
-    k: int
+    k: int | dict[str, int]
     tokens: int
 
     @property
@@ -78,7 +81,8 @@ class Calibration:
         require(isinstance(names, list) and all(isinstance(name, str) for name in names), "names is not a list of names")
         expected = {f"{index}.{name}" for index in range(len(names)) for name in LayerCalibration._fields}
         require(bool(names) and tensors.keys() == expected, f"it has not the tensors of {len(names)} layers")
-        k, tokens = integer("k", header["k"]), integer("tokens", header["tokens"], 1, None)
+        k, tokens = header["k"], integer("tokens", header["tokens"], 1, None)
+        k = {name: integer("k", k[name]) for name in names} if isinstance(k, dict) else integer("k", k)
         layers = [LayerCalibration(*(tensors[f"{index}.{name}"] for name in LayerCalibration._fields)) for index in range(len(names))]
         for name, (usage_E, weight_E, logits_SE, inputs_SD) in zip(names, layers, strict=True):
             sizes = [tensor.shape for tensor in (usage_E, weight_E, logits_SE)] if inputs_SD.dim() == logits_SE.dim() == 2 else []

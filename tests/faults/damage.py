@@ -99,10 +99,14 @@ def attempt(world: World, label: str, at: Path, seed: int) -> list[Failure] | No
         return None
     before, finished, parts = names_in(tree), run(job.command, tree), Path(target).parts
     names = [parts[-1], *(parts[1:-1] or parts[:-1] if manner in PLACE else ())]  # what is gone or another's may be named by its folder
-    if name == "doctor" and finished.code in (0, 1):
-        return judge_doctor(wanted, tree, finished, f"{target}:{manner}", [*names, *parts[:-1]] if manner in PLACE else names)
+    if name == "doctor":
+        names += parts[:1] if manner in PLACE else ()
+        if finished.code in (0, 1):
+            return judge_doctor(wanted, tree, finished, f"{target}:{manner}", names)
     if finished.code == 0:
-        return judge_result(job, wanted, tree, finished, passed_over=target, forgive=forgive_lost if name.startswith("repair") else None)
+        noted = any(line.startswith("note: ") and parts[-1] in line for line in finished.err.splitlines())
+        forgive = forgive_lost if name.startswith("repair") else None
+        return judge_result(job, wanted, tree, finished, target, loose=target if noted else "", forgive=forgive)
     left = {name for name in names_in(tree) - before if name not in wanted["files"] or name.split("/")[0] not in before}
     return judge_refusal(finished, names, left)
 

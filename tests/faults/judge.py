@@ -115,9 +115,11 @@ def judge_doctor(wanted: dict, tree: Path, finished: Finished, done: str, names:
     """The doctor names what is damaged, or finds nothing where nothing that can be known differs. done: the damaged file, and how."""
     if found := broken(finished):
         return found
-    told = [line for line in finished.out.splitlines() if re.search(r": (damaged|missing|unfinished|not verified|unverified)", line)]
+    told = [line for line in finished.out.splitlines() if re.search(r": .*(damaged|missing|unfinished|verified)", line)]
+    if any(name in line for line in told for name in names):
+        return []
     if finished.code == 1:
-        return [] if any(name in line for line in told for name in names) else [Failure(UNNAMED, f"{told}")]
+        return [Failure(UNNAMED, f"{told}")]
     same = re.fullmatch(UNKNOWABLE, done) or contents(tree) == wanted["files"]
     return [] if same else [Failure(WRONG, f"the doctor finds nothing: {told}")]
 

@@ -269,11 +269,11 @@ def test_evaluation_says_what_it_scores(corpus, finished, tmp_path):
 
 
 def test_a_state_of_version_0_1_before_the_first_validation_is_read(tmp_path):
-    from utils.documents import read_nullable
+    from utils.documents import read
     from utils.training.state import State
 
     (tmp_path / "state.json").write_text('{"step": 3, "best": Infinity, "best_step": 0}')
-    assert read_nullable(tmp_path / "state.json", State, "restore it") == {"step": 3, "best": None, "best_step": 0}
+    assert read(tmp_path / "state.json", State, "restore it", nullable=True) == {"step": 3, "best": None, "best_step": 0}
 
 
 def test_repair_continues_from_what_is_intact_and_records_what_was_lost(corpus, finished, tmp_path):

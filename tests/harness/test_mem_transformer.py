@@ -8,7 +8,14 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import mem_transformer
-from mem_transformer import DROPOUT_PLACES, MemTransformerLM, RelativeAttentionCPU, TransformerXLConfig, relative_attention_sdpa
+from mem_transformer import (
+    DROPOUT_PLACES,
+    KeyValueCache,
+    MemTransformerLM,
+    RelativeAttentionCPU,
+    TransformerXLConfig,
+    relative_attention_sdpa,
+)
 
 SIZES = {"n_token": 7, "n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 3, "d_inner": 10, "mem_len": 6, "init_std": 0.4}
 EMBEDDINGS = {"plain": {}, "same_length": {"same_length": True}, "clamp": {"clamp_len": 2}, "both": {"same_length": True, "clamp_len": 3}}
@@ -206,6 +213,29 @@ def test_reading_on_is_the_same_with_keys_and_values_kept(precision):
     assert cache[0].length <= 4 * (6 + 20)
     with pytest.raises(RuntimeError, match="for evaluation"):
         model.train().read(inputs)
+
+
+@pytest.mark.parametrize("pre_lnorm", [False, True])
+def test_forgotten_positions_leave_no_trace(pre_lnorm, float64):
+    """However many positions are read at once, each attends as one that is read alone, also while the buffers move."""
+    model = build(mem_len=6, same_length=True, pre_lnorm=pre_lnorm)
+    kept, alone = None, None
+    for index in range(40):
+        if kept:
+            for position in tokens(2, index % 9, 100 + index).split(1, 1):
+                model.read(position, kept)
+            for cached in kept:
+                cached.forget(index % 9)
+        together, wrong = tokens(2, 1 + index % 5, index), tokens(2, 3, index)
+        read, kept = model.read(torch.cat([together, wrong], 1), kept)
+        for cached in kept:
+            cached.forget(3)
+        for place, position in enumerate(together.split(1, 1)):
+            expected, alone = model.read(position, alone)
+            torch.testing.assert_close(read[:, place], expected[:, 0], rtol=0, atol=1e-12)
+    for count in (-1, KeyValueCache.SPARE + 1):
+        with pytest.raises(ValueError, match="cannot be forgotten"):
+            kept[0].forget(count)
 
 
 def test_evaluation_may_set_another_memory_length():

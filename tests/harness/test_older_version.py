@@ -69,7 +69,8 @@ def test_resumed_run_ends_with_the_same_numbers_and_weights(folder):
 
 
 def test_evaluation_gives_the_recorded_quality(folder):
-    execute("train.py", "--eval_only", "--work_dir", "run", folder=folder)
+    said = execute("train.py", "--eval_only", "--work_dir", "run", folder=folder).err
+    assert all(f"note: run/{name} has no checksum" in said for name in ("config.json", "result.json"))
     recorded = {row["k"]: row for row in tiny.quality(tiny.read_json(folder / "run" / "result.json"))}
     found = tiny.quality(tiny.read_json(folder / "run" / "eval.json"))
     assert len(found) == 3

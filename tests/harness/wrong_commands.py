@@ -190,6 +190,11 @@ generate.py --checkpoint nowhere                                | the checkpoint
 generate.py --checkpoint smoe --k 0                             | --k 0 must be from 1 to the 4 experts
 generate.py --checkpoint smoe --k 9                             | --k 9 must be from 1 to the 4 experts
 generate.py --checkpoint dense --k 2                            | --k 2: the run in dense is dense
+generate.py --checkpoint smoe --draft_k 4                       | --draft_k 4 must be less than the 4 active experts
+generate.py --checkpoint smoe --k 2 --draft_k 2                 | --draft_k 2 must be less than the 2 active experts
+generate.py --checkpoint dense --draft_k 1                      | --draft_k 1: the run in dense is dense
+generate.py --checkpoint smoe --draft_k 1 --precision bf16      | --draft_k 1: in bf16 several bytes are rounded
+generate.py --checkpoint smoe --draft_length 2                  | --draft_length 2 needs --draft_k
 generate.py --checkpoint smoe --temperature nan                 | --temperature nan must be at least 0 and finite
 generate.py --checkpoint smoe --temperature -1                  | --temperature -1.0 must be at least 0
 generate.py --checkpoint smoe --top_p 0                         | --top_p 0.0 must be above 0

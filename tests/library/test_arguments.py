@@ -71,7 +71,7 @@ ARGUMENTS = {
         {field.name: set() for field in fields(sd.SMoEConfig)}
         | {"num_experts": set(), "d_expert": OPTIONAL, "expert_rank": OPTIONAL, "top_k": COUNT, "freeze_router": {*TRUTH, "None", "0"}}
         | {"balance_loss": {*NUMBER, "None"}, "init_std": NUMBER - {"0"}, "options": {"{}"}, "sites": {"None", "'2'"}}
-        | {name: {"None"} for name in ("layers", "experts_by_layer", "method", "adopted")},
+        | {name: {"None"} for name in ("layers", "experts_by_layer", "top_k_by_layer", "method", "adopted")},
     ),
     "exact": (sd.SMoEConfig.exact, {}, {"num_experts": COUNT}),
     "from_dict": (sd.SMoEConfig.from_dict, {}, {"values": {"{}"}}),
@@ -86,9 +86,9 @@ ARGUMENTS = {
     "adopt": (sd.adopt, {}, {"model": set()}),
     "report": (sd.report, {"model": SPARSE}, {"model": set(), "config": {"None"}}),
     "unmoefy": (sd.unmoefy, {}, {"model": set()}),
-    "set_top_k": (sd.set_top_k, {"model": SPARSE, "k": 2}, {"model": set(), "k": COUNT}),
+    "set_top_k": (sd.set_top_k, {"model": SPARSE, "k": 2}, {"model": set(), "k": {*COUNT, "{}"}}),
     "get_top_k": (sd.get_top_k, {}, {"model": set()}),
-    "top_k": (entered(sd.top_k), {"model": SPARSE, "k": 2}, {"model": set(), "k": COUNT}),
+    "top_k": (entered(sd.top_k), {"model": SPARSE, "k": 2}, {"model": set(), "k": {*COUNT, "{}"}}),
     "freeze_routers": (sd.freeze_routers, {"model": SPARSE}, {"model": set(), "frozen": TRUTH}),
     "moe_layers": (sd.moe_layers, {}, {"model": set()}),
     "auxiliary_loss": (sd.auxiliary_loss, {}, {"model": set()}),
@@ -101,7 +101,7 @@ ARGUMENTS = {
         {"model": set(), "step": {*ANY_COUNT, "0"}, "total_steps": ANY_COUNT},
     ),
     "method_metrics": (sd.method_metrics, {}, {"model": set()}),
-    "slim": (sd.slim, {"model": SPARSE, "k": 2}, {"model": set(), "k": COUNT, "dtype": {"None"}}),
+    "slim": (sd.slim, {"model": SPARSE, "k": 2}, {"model": set(), "k": {*COUNT, "{}"}, "dtype": {"None"}, "copy": TRUTH}),
     "calibrate": (
         lambda **given: sd.calibrate(**{"model": SPARSE, "passes": passes(), "k": 4, **given}),
         {},

@@ -204,6 +204,6 @@ def test_routes_see_as_far_as_the_models_attention(name, host):
         layer, x = sd.moe_layers(model)[0][1], torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(3))
         moved = x.clone()
         moved[:, -1] += 1
-        layer.attention.probabilities = torch.full((1, 2, 9, 9), 1 / 9)
+        layer.shared.probabilities[layer.index] = torch.full((1, 2, 9, 9), 1 / 9)
         with torch.no_grad():
             assert not torch.equal(layer.route(x).weights_NK[0], layer.route(moved).weights_NK[0])

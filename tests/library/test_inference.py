@@ -1,8 +1,11 @@
 """Inference: slimmed copies, generate.py, and tune_cpu."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +13,14 @@ import pytest
 import torch
 
 import smoe_dropout as sd
+from benchmarks.__main__ import main
 from mem_transformer import MemTransformerLM, TransformerXLConfig
+from smoe_dropout.registry import METHODS
 from tests import tiny
 from utils.models.flops import active_parameters
 from utils.models.sampling import draw, write
+
+SIMILARITY = pytest.mark.skipif("similarity" not in METHODS, reason="similarity is not here")
 
 
 def language_model(**settings) -> MemTransformerLM:
@@ -87,7 +94,21 @@ def runs(tmp_path_factory):
     corpus = tiny.write_corpus(root / "corpus")
     for method in ("smoe_dropout", "dense"):
         tiny.completed(tiny.flags(corpus, root / method, method=method, max_step=4, eval_interval=4))
+    if "similarity" in METHODS:
+        sizes = {"max_step": 2, "eval_interval": 2, "eval_tgt_len": 4, "moe_top_k": 1}
+        done = tiny.run(tiny.flags(corpus, root / "similarity", method="similarity", **sizes))
+        assert done.code == 0, done
+        (root / "similarity.err").write_text(done.err)
     return root
+
+
+@SIMILARITY
+def test_reservations_before_training(runs):
+    """Each said once: also the library's warning of the router."""
+    first, second, *_ = (runs / "similarity.err").read_text().splitlines()
+    assert re.match(r"warning: the task does not train the router of .*, since at k = 1 .*\(k: constant, 1 to 1 over 2 steps\)", first)
+    assert re.match(r"warning: --method similarity .* --tgt_len 8 .* --eval_tgt_len 4 in evaluation: set both to the same", second)
+    assert (runs / "similarity.err").read_text().count("does not train the router") == 1
 
 
 def read_from(path: Path) -> None:
@@ -100,7 +121,7 @@ def generate(*arguments: object, prompt: Path | None = None) -> tiny.Finished:
     return tiny.run([*map(str, arguments), "--threads", "1"], prompt and partial(read_from, prompt), program="generate.py")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_generate(runs, precision, tmp_path):
     arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 12, "--k", 2, "--precision", precision)
     done = generate(*arguments, "--prompt", "Words and ")
@@ -110,10 +131,18 @@ def test_generate(runs, precision, tmp_path):
     assert generate(*arguments, prompt=tmp_path / "prompt").out_bytes == done.out_bytes
 
 
+def test_generate_by_drafts(runs):
+    arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 40, "--temperature", 0, "--prompt", "Words and ")
+    drafted = generate(*arguments, "--draft_k", 1, "--draft_length", 3)
+    assert drafted.code == 0 and drafted.out_bytes == generate(*arguments).out_bytes, drafted
+    assert re.search(r"k = 4 of 4, \d+ of \d+ bytes drafted at k = 1 accepted", drafted.err)
+
+
 @pytest.mark.parametrize(
     ("run", "arguments", "sentence"),
     [
         ("dense", ["--k", "2"], "is dense; leave it out"),
+        ("dense", ["--precision", "int8"], "is dense, and only experts are stored in int8; use bf16"),
         ("smoe_dropout", ["--k", "5"], "--k 5 must be from 1 to the 4 experts"),
         (
             "smoe_dropout",
@@ -122,11 +151,38 @@ def test_generate(runs, precision, tmp_path):
         ),
         ("smoe_dropout", ["--precision", "fp8"], "--precision: unknown value 'fp8'; nearest: fp32"),
         ("nothing", [], "does not exist"),
+        pytest.param("similarity", [], "--method similarity routes a byte by those before it in its segment of 8", marks=SIMILARITY),
     ],
 )
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):
     done = generate("--checkpoint", runs / run, *arguments)
     assert done.code == 2 and sentence in done.err and done.out == "" and done.err.count("\n") == 1, done
+
+
+def test_benchmark_of_drafts(runs, tmp_path, capsys):
+    sizes = ["--prompts", "2", "--prompt", "8", "--tokens", "5", "--rounds", "1", "--k", "4", "--draft_k", "1", "4", "--draft_length", "2"]
+    main(["speculation", "--checkpoints", str(runs / "smoe_dropout"), "--data", str(runs / "corpus"), *sizes, "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "speculation.json").read_text())["rows"]
+    assert (row["k"], row["draft_k"], row["draft_length"]) == (4, 1, 2) and 0 <= row["accepted"] <= row["drafted"]
+    assert "| smoe_dropout | 4 | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("k", "draft_k", "assistant_k"), [(4, 2, None), (3, 1, 2)])
+def test_a_slimmed_model_assists_in_generation(k, draft_k, assistant_k):
+    """The same text, in float64; the assistant's k is its own: that of `slim`, or of a context of its own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, initializer_range=0.7, tie_word_embeddings=False)
+    model = sd.moefy(transformers.LlamaForCausalLM(config), sd.SMoEConfig(4, 4, init_std=0.5)).eval().double()
+    assistant, tokens = sd.slim(model, draft_k), torch.randint(60, (1, 5))
+    settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": None}
+    with sd.top_k(model, k), sd.top_k(assistant, assistant_k) if assistant_k else nullcontext():
+        plain = model.generate(tokens, **settings)
+        assisted = model.generate(tokens, **settings, assistant_model=assistant)
+    assert torch.equal(plain, assisted) and len(plain.unique()) > 9
+    used = [sd.moe_layers(one)[0][1].assigned.shape[1] for one in (model, assistant)]
+    assert used == [k, assistant_k or draft_k]
 
 
 def test_tuning_keeps_precision():

@@ -183,7 +183,7 @@ def test_progress_must_be_steps(step, total):
         sd.set_progress(sd.moefy(model(), config()), step, total)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", torch.int8])
+@pytest.mark.parametrize("dtype", ["bf16", torch.int16])
 def test_slim_takes_a_floating_point_dtype(dtype):
     with pytest.raises(ValueError, match="must be a floating-point dtype"):
         sd.slim(sd.moefy(model(), config()), 1, dtype)
@@ -213,17 +213,6 @@ def test_trained_networks_are_not_discarded_without_a_word(tmp_path):
         sd.moefy(transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "dense")), config())
         sd.save_pretrained(converted, tmp_path / "sparse")
         sd.from_pretrained(tmp_path / "sparse")
-
-
-@pytest.mark.parametrize(("settings", "words"), [({}, "only the balance loss"), ({"balance_loss": 0.0}, "there is no balance loss")])
-def test_trained_router_without_gradient(settings, words):
-    with pytest.warns(ConversionWarning, match=f"gate_weight = 'uniform' the model's loss has no gradient for it, .*{words}"):
-        made = sd.moefy(model(), config(router="learned", gate_weight="uniform", **settings))
-    made.train()[0]["ffn"](torch.randn(5, D)).sum().backward()
-    assert sd.moe_layers(made)[0][1].router.weight.grad is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConversionWarning)
-        sd.moefy(model(), config(gate_weight="uniform"))
 
 
 def test_networks_of_the_same_stack_that_stay_dense_are_warned_of():

@@ -84,7 +84,7 @@ def test_losses_that_add_up_are_planned_optimally(limit):
 
 @pytest.mark.parametrize("flops", [0.3, 0.5, 0.77, 1])
 def test_plan_keeps_its_budget_and_says_what_was_measured(flops):
-    """Of layers with different numbers of experts; FLOPs are counted by hand: k of a layer's E experts, all equally large."""
+    """FLOPs are counted by hand: k of the E experts of layers that differ in E, all experts equally large."""
     model = model_with_experts()
     passes = [losses(model), losses(model, X[:7])]
     plan = sd.plan(model, passes, flops=flops)

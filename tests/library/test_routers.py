@@ -159,6 +159,9 @@ def test_copied_hash_model_uses_its_own_tokens():
 def test_hash_rejects_positions_without_token_ids():
     model = hash_model()
     model.hidden(torch.tensor([[1, 2, 3]]))
+    with pytest.raises(RuntimeError, match="has no token ids"):
+        model.layers[0].feed_forward(torch.zeros(1, 4, D))
+    sd.moe_layers(model)[0][1].shared.see_tokens(None, (torch.tensor([[1, 2, 3]]),), {})
     with pytest.raises(RuntimeError, match="got 3 token ids for 4 positions"):
         model.layers[0].feed_forward(torch.zeros(1, 4, D))
 

@@ -15,9 +15,9 @@ from tests.conftest import ROOT
 LIBRARY = sorted((ROOT / "smoe_dropout").rglob("*.py"))
 HARNESS = sorted((ROOT / "utils").rglob("*.py"))
 PROGRAMS = [ROOT / f"{name}.py" for name in ("train", "finetune", "surgery", "generate")]
-MODEL = ROOT / "mem_transformer.py"
+MODEL, SINGLE_POSITION = ROOT / "mem_transformer.py", ROOT / "single_position.py"
 BESIDE = sorted([*(ROOT / "data").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-CODE = [*PROGRAMS, MODEL, *HARNESS, *LIBRARY, *BESIDE]
+CODE = [*PROGRAMS, MODEL, SINGLE_POSITION, *HARNESS, *LIBRARY, *BESIDE]
 # the rooms of utils, lowest first: a room imports from those below it
 ROOMS = (
     "errors",
@@ -119,7 +119,8 @@ def test_the_library_stands_alone(path):
 
 
 def test_the_model_imports_torch_alone():
-    assert top_level(MODEL) - set(sys.stdlib_module_names) == {"torch"}
+    assert top_level(MODEL) - set(sys.stdlib_module_names) == {"torch", "single_position"}
+    assert top_level(SINGLE_POSITION) - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_the_model_has_no_word_of_experts_in_its_code():

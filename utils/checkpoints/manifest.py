@@ -56,7 +56,7 @@ def verify(folder: Path, config_sha256: str | None = None, remedy: str = REMEDY)
         for name, found in zip(manifest, pool.map(_content_or_none, (folder / name for name in manifest)), strict=True):
             if found != manifest[name]:
                 raise Damaged(folder / name, f"is damaged: its size or sha256 differs from {MANIFEST}", remedy)
-    state = documents.read_nullable(folder / STATE, Stored, remedy)
+    state = documents.read(folder / STATE, Stored, remedy, nullable=True)
     if folder.name.startswith("step-") and state.get("step", 0) and folder.name != name_of(state["step"]):
         raise Damaged(folder, f"is damaged: it holds the checkpoint of step {state['step']}", remedy)
     if config_sha256 is not None and state.get("config_sha256", config_sha256) != config_sha256:

@@ -61,6 +61,8 @@ class Source:
         found, folder = documents.content_of(self.weights), self.weights.parent
         if self.config_sha256 and documents.read(folder / MANIFEST, dict[str, documents.Content], REMEDY).get(self.weights.name) != found:
             raise Damaged(self.weights, f"is damaged: its size or sha256 differs from {MANIFEST}", REMEDY)
+        if self.weights_sha256 not in (None, found["sha256"]):
+            raise Damaged(self.weights, f"holds other weights than those of the run's {RESULT}", REMEDY)
         return found["sha256"]
 
     @property
@@ -97,7 +99,7 @@ def open_run(path: Path) -> Source:
 def _run(path: Path) -> Source:
     """The weights whose test is in the run's record."""
     flags = _flags_of_run(path)
-    record = read_result(path, config_sha256(flags))
+    record = read_result(path, config_sha256(flags), documents.note_unverified)
     if record is None:
         raise UserError(f"the run {path} has not ended, it has no {RESULT}: finish it, or give one of its folders checkpoints/step-*")
     return _of_run(path, path / "checkpoints" / name_of(record["best_step"]), flags, record)
@@ -134,7 +136,7 @@ def _step(path: Path) -> Source:
     step, flags = path.resolve().name.rpartition("-")[2], _flags_of_run(run)
     if not step.isdecimal():
         raise UserError(f"{path} is no checkpoint of the run {run}: give one of its folders checkpoints/step-*")
-    return _of_run(path, path, flags, read_result(run, config_sha256(flags)) or {}, {"checkpoint": int(step)})
+    return _of_run(path, path, flags, read_result(run, config_sha256(flags), documents.note_unverified) or {}, {"checkpoint": int(step)})
 
 
 def _flags_of_run(run: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from smoe_dropout.manifest import sha256
 from utils import documents
-from utils.documents import Content, Count, Damaged, Sha256, read_nullable
+from utils.documents import Content, Count, Damaged, Sha256
 from utils.errors import UserError
 from utils.flags.check import check_limits
 from utils.flags.declare import ABSENT, flags_from, specs
@@ -123,10 +123,11 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return documents.checksum({name: value for name, value in own.items() if name not in before or value != before[name]})
 
 
-def read_result(folder: Path, identity: str) -> dict[str, Any] | None:
+def read_result(folder: Path, identity: str, unverified: Callable[[Path], Any] | None = None) -> dict[str, Any] | None:
     """The record of a run that has ended, None if there is none. Damaged if it is not of the run with this `config_sha256`."""
-    path = folder / RESULT
-    return _belonging(path, read_nullable(path, Result, remedy_for(folder)), identity) if path.exists() else None
+    if not (path := folder / RESULT).exists():
+        return None
+    return _belonging(path, documents.read(path, Result, remedy_for(folder), unverified, nullable=True), identity)
 
 
 def read_surgery(folder: Path, identity: str) -> dict[str, Any]:

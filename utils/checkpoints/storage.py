@@ -16,7 +16,7 @@ from smoe_dropout.files import writing_tensors
 from smoe_dropout.io import load_weights
 from utils import documents
 from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of, steps, verify
-from utils.documents import Content, Damaged, content_of, read_nullable
+from utils.documents import Content, Damaged, content_of
 from utils.errors import UserError
 
 
@@ -73,7 +73,7 @@ class Checkpoint:
         return self.files[WEIGHTS]["sha256"]
 
     def json(self, name: str, schema: Any) -> dict[str, Any]:
-        return read_nullable(self.folder / name, schema, self.remedy)
+        return documents.read(self.folder / name, schema, self.remedy, nullable=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.folder / name)

@@ -25,6 +25,12 @@ def method_of(flags: Flags) -> Method | None:
     return load(METHODS, "method", name) if name else None
 
 
+def routes_by_position(flags: Flags) -> bool:
+    """Whether the method routes a position by the others of its segment."""
+    method = method_of(flags)
+    return bool(method and method.layer and method.layer.needs)
+
+
 def method_flags(name: str | None) -> dict[str, Any]:
     """The flags a method sets; none for an unknown one, which `check` reports."""
     return dict(load(METHODS, "method", name).flags) if name in METHODS else {}

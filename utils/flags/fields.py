@@ -155,7 +155,9 @@ class ExpertFlags:
     output_scale: str = expert_flag(
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
-    gate_weight: str = expert_flag("softmax", "softmax of the selected logits, or uniform", "experts", choices=get_args(GateWeight))
+    gate_weight: str = expert_flag(
+        "softmax", "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform", "experts", choices=get_args(GateWeight)
+    )
     expert_backend: str = expert_flag(
         "auto", "implementation of the experts; all give the same result", "run evaluation", choices=("auto", *BACKENDS)
     )
@@ -286,12 +288,16 @@ class GenerateFlags:
 
     checkpoint: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py")
     k: int | None = flag(None, "active experts. Default: all")
+    draft_k: int | None = flag(None, "active experts while drafting bytes, which are verified at --k. Default: no drafts", low=1)
+    draft_length: int | None = flag(None, "bytes drafted at a time. Default: 4", low=1, high=32)
     prompt: str | None = flag(None, "text to continue. Default: standard input if it is a pipe, else a newline", "verbatim")
     length: int = flag(500, "bytes to write", low=1)
     temperature: float = flag(0.8, "sampling temperature (0: always the likeliest byte)", low=0)
     top_p: float = flag(0.95, "sample among the likeliest bytes that together have this probability", above=0, high=1)
     seed: int = same_flag(Flags, "seed", help="random seed")
-    precision: str = same_flag(Flags, "precision", help="precision of the weights")
+    precision: str = same_flag(
+        Flags, "precision", help="precision of the weights; int8: of the experts only", choices=("fp32", "bf16", "int8")
+    )
     threads: int = same_flag(Flags, "threads")
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from msgspec import UNSET, Struct, UnsetType, defstruct
 
 from utils import documents
+from utils.checkpoints.run_files import CONFIG, RESULT, config_sha256, read_config, read_result
 from utils.errors import UserError
 from utils.reporting.labels import Record, method_label, preset_label, slug
 from utils.reporting.pages import writing
@@ -149,7 +150,11 @@ def file_name(record: Record) -> str:
 def collect(runs: Iterable[Path], place: Callable[[Record], Path], force: bool = False) -> list[Path]:
     """Copies finished runs' records to their places; writes nothing if one of them is refused."""
     planned: dict[Path, tuple[Path, Record]] = {}
-    found = [(path, read_record(path, documents.note_unverified)) for path in (run / "result.json" for run in runs)]
+    found = []
+    for run in runs:
+        found.append((run / RESULT, read_record(run / RESULT, documents.note_unverified)))
+        if (run / CONFIG).exists():
+            read_result(run, config_sha256(read_config(run)))  # refuses that of another run
     for path, record in found:
         if record["status"] != COMPLETE:
             raise UserError(f"{path}: the run's status is '{record['status']}'; only a complete run can be collected")

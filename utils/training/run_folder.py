@@ -125,7 +125,7 @@ class RunFolder:
         for step in steps(root := self.path / "checkpoints"):
             with suppress(Damaged):
                 verify(folder := root / name_of(step))
-                if documents.read_nullable(folder / STATE, Stored, remedy_for(self.path)).get("config_sha256") == identity:
+                if documents.read(folder / STATE, Stored, remedy_for(self.path), nullable=True).get("config_sha256") == identity:
                     return True
         return False
 

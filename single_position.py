@@ -1,0 +1,92 @@
+"""Generation: the cache of positions already read, and linear maps and attention of a single position without matrix products.
+
+Imports torch alone. Shape suffixes as in mem_transformer.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ELEMENTWISE = 2  # sequences up to which a CPU forms attention faster by elementwise products than by matrix products
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. On a CPU a single position takes a dot product with each row of the weight, which reads it once, at twice the speed.
+
+    The operator that does it is the derivative of an embedding bag by its weights per sample.
+    """
+    if x.numel() != weight.shape[1] or not is_plain(x) or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
+        return F.linear(x, weight, bias)
+    rows, zeros, none = _rows(len(weight))
+    y = torch.ops.aten._embedding_bag_per_sample_weights_backward(x.view(1, -1), weight, rows, none, zeros, 0)
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of this many rows, as many zeros, and no index."""
+    rows = torch.arange(count)
+    return rows, torch.zeros_like(rows), rows[:0]
+
+
+def mapped(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), by `product` if it is nothing but an nn.Linear."""
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return linear(x)
+    return product(x, linear.weight, linear.bias)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is on a CPU, in float32, and nothing is differentiated, traced or cast."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
+def attend(qu_HBTC: Tensor, qv_HBTC: Tensor, k_HBKC: Tensor, v_HBKC: Tensor, r_HKC: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention probabilities [H, B, 1, K] of one position, which nothing is hidden from, and its output [H, B, 1, C]."""
+    terms_HBKC = (k_HBKC * qu_HBTC).addcmul_(r_HKC[:, None], qv_HBTC)
+    p_HBTK = terms_HBKC.sum(-1).softmax(-1)[:, :, None]
+    return p_HBTK, (v_HBKC * p_HBTK.transpose(2, 3)).sum(2, keepdim=True)
+
+
+class KeyValueCache:
+    """Keys and values of an attention module for positions already read, and the keys of distances, without gradients.
+
+    Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position. They keep SPARE
+    positions beyond the memory, which is still complete after that many have been forgotten.
+    """
+
+    SPARE = 32
+
+    def __init__(self):
+        self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
+        self._kv: Tensor | None = None  # [2, H, B, capacity, C], filled up to `_end`
+        self._end = 0
+
+    @property
+    def length(self) -> int:
+        """Number of positions cached."""
+        return self._end
+
+    def extend(self, k_HBTC: Tensor, v_HBTC: Tensor, memory: int) -> Tensor:
+        """Append new positions; return keys and values [2, H, B, M + T, C] of them and of at most `memory` positions before."""
+        T = k_HBTC.shape[2]
+        if self._kv is None or self._end + T > self._kv.shape[3]:
+            H, B, _, C = k_HBTC.shape
+            fresh, kept = k_HBTC.new_empty(2, H, B, 2 * (memory + T) + self.SPARE, C), min(self._end, memory + self.SPARE)
+            if kept:
+                fresh[:, :, :, :kept] = self._kv[:, :, :, self._end - kept : self._end]
+            self._kv, self._end = fresh, kept
+        begin, new = self._end - min(self._end, memory), self._kv[:, :, :, self._end : self._end + T]
+        new[0].copy_(k_HBTC), new[1].copy_(v_HBTC)
+        self._end += T
+        return self._kv[:, :, :, begin : self._end]
+
+    def forget(self, count: int) -> None:
+        """Forget the last `count` positions, as if they had never been read. ValueError for more than SPARE, or than there are."""
+        if not 0 <= count <= min(self.SPARE, self._end):
+            raise ValueError(f"{count} of {self._end} positions cannot be forgotten: at most {self.SPARE} can")
+        self._end -= count
