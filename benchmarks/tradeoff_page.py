@@ -33,7 +33,9 @@ def draw(found: list[Group], path: Path) -> None:
                         ax.plot([x for _, x, _ in points], [y for _, _, y in points], label=kind, **look)
                 for k, x, y in group.points(UNIFORM, cost):
                     ax.annotate(f"{k:g}", (x, y), xytext=(4, 5), textcoords="offset points", fontsize=8, color=COLOURS[1])
-                ax.set(xlabel=label, ylabel=f"test {group.metric}")
+                ax.set(xlabel=label)
+            row[0].set_ylabel(f"test {group.metric}")
+            row[0].xaxis.set_major_formatter(lambda flops, _: f"{flops / 1e6:g} M")
             row[0].set_title(group.title.replace("; ", "\n"), loc="left", fontsize=9)
         entries = {}
         for ax in axes.flat:

@@ -22,9 +22,9 @@ COSTS = {"flops_per_token": "FLOPs per token", "ratio": "time / dense"}
 NOTES = (
     "Every way to choose k of the same trained models. k: of the layers in turn, or their mean number of experts per token; plans of "
     "several seeds are separated by semicolons. Against uniform: difference in quality, planned or threshold less uniform, paired by seed, "
-    "mean ± standard deviation. A plan is compared with the uniform k that its budget buys, a threshold with uniform k at equal FLOPs, "
-    "between two of them by linear interpolation. Front: no way is both cheaper and better, by FLOPs (F) or by measured time (T). "
-    "Plans are made on {calibration:,} positions of the validation split; quality is of {positions:,} positions of the test split."
+    "mean ± standard deviation. A plan is compared with the uniform k that its budget buys, also in time, a threshold with uniform k at "
+    "equal FLOPs, between two of them by linear interpolation. Front: no way is both cheaper and better, by FLOPs (F) or by measured time "
+    "(T). Plans are made on {calibration:,} positions of the validation split; quality is of {positions:,} positions of the test split."
 )
 
 
@@ -59,7 +59,7 @@ class Tradeoff(Struct):
 
 
 class Group:
-    """Records of one model trained with several seeds. ways: the rows of all seeds, by kind and setting."""
+    """Records of one model trained with several seeds. ways: by kind and setting, the rows of all seeds, where every seed has one."""
 
     def __init__(self, records: Sequence[dict[str, Any]]):
         self.records = sorted(records, key=lambda record: record["run"]["seed"])
@@ -70,6 +70,7 @@ class Group:
         for record in self.records:
             for row in record["rows"]:
                 self.ways.setdefault((row["kind"], row["setting"]), []).append(row)
+        self.ways = {way: rows for way, rows in self.ways.items() if len(rows) == len(self.records)}
 
     @property
     def title(self) -> str:
@@ -96,20 +97,20 @@ class Group:
                 found, best = [*found, way], value
         return found
 
-    def against_uniform(self, way: tuple[str, float]) -> list[float]:
-        """By seed, the quality of a way less that of uniform k."""
-        found = []
+    def against_uniform(self, way: tuple[str, float]) -> tuple[list[float], list[float]]:
+        """By seed, the quality of a way less that of uniform k, and of plans the ratio of their times."""
+        differences, times = [], []
         for record in self.records:
-            rows = {(row["kind"], row["setting"]): row for row in record["rows"]}
-            if (row := rows.get(way)) is None:
-                continue
+            (row,) = (one for one in record["rows"] if (one["kind"], one["setting"]) == way)
             uniform = sorted((one for one in record["rows"] if one["kind"] == UNIFORM), key=lambda one: one["flops_per_token"])
             if "plan" in row:
-                other = [one[self.metric] for one in uniform if one["setting"] == row["plan"]["uniform"]]
+                (other,) = (one for one in uniform if one["setting"] == row["plan"]["uniform"])
+                differences.append(row[self.metric] - other[self.metric])
+                times.append(row["ratio"] / other["ratio"])
             else:
-                other = interpolated([(one["flops_per_token"], one[self.metric]) for one in uniform], row["flops_per_token"])
-            found += [row[self.metric] - value for value in other]
-        return found
+                values = interpolated([(one["flops_per_token"], one[self.metric]) for one in uniform], row["flops_per_token"])
+                differences += [row[self.metric] - value for value in values]
+        return differences, times
 
 
 def interpolated(points: list[tuple[float, float]], at: float) -> list[float]:
@@ -140,13 +141,23 @@ def table(group: Group) -> str:
     """A row for each way."""
     seeds = f"{len(group.seeds)} seeds" if len(group.seeds) > 1 else f"one seed ({group.seeds[0]}), spread unknown"
     against_dense = "time / dense" if group.records[0]["dense"] else "time / largest k"
-    columns = ["Ways to choose k", "k", "FLOPs per token", against_dense, f"test {group.metric}", "against uniform", "front"]
+    columns = [
+        "Ways to choose k",
+        "k",
+        "FLOPs per token",
+        against_dense,
+        f"test {group.metric}",
+        "against uniform",
+        "time / uniform",
+        "front",
+    ]
     lines = [f"**{group.title}: {seeds}.**", "", f"| {' | '.join(columns)} |", f"|:---|{'---:|' * (len(columns) - 1)}"]
     fronts = {letter: group.front(cost) for letter, cost in (("F", "flops_per_token"), ("T", "ratio"))}
     for way, rows in group.ways.items():
-        differences = group.against_uniform(way) if way[0] in (FLOPS, TIME, MASS) else []
+        differences, times = group.against_uniform(way) if way[0] in (FLOPS, TIME, MASS) else ([], [])
         cells = [name_of(way), ks_of(rows), f"{group.mean(way, 'flops_per_token') / 1e6:.3f} M", f"{group.mean(way, 'ratio'):.2f}"]
         cells += [f"{group.mean(way, group.metric):.3f}", spread_of(differences)]
+        cells.append(f"× {statistics.mean(times):.2f}" if times else "–")
         lines.append(f"| {' | '.join([*cells, ' '.join(letter for letter, front in fronts.items() if way in front)])} |")
     return "\n".join(lines)
 

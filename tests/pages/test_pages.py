@@ -138,6 +138,20 @@ def test_tutorial(tmp_path):
     assert lines.count("True") == 2 and lines[-1].endswith("tensor(True)")
 
 
+def test_choosing_k(tmp_path):
+    """The blocks of docs/choosing_k.md run one after the other, what they print is right, and every price is served at its k."""
+    page = (ROOT / "docs" / "choosing_k.md").read_text(encoding="utf-8")
+    *blocks, server = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(server.strip().splitlines()) == 10
+    check = "for (price, k), found in zip(PRICES.items(), answers):\n"
+    check += "    with sd.top_k(model, k): print(price, torch.allclose(found, model(torch.ones(1, 64)), atol=1e-6))\n"
+    check += "print(torch.allclose(answers[0], answers[2], atol=1e-3))\n"
+    lines = output_of("\n".join([*blocks, server, check]), tmp_path).splitlines()
+    assert lines[0] == "{'0': 9.0, '1': 9.0, '2': 9.0}" and lines[1] == "8"
+    assert lines[2].startswith("k = ") and lines[3] == "True True"
+    assert lines[4:] == ["basic True", "standard True", "best True", "False"]
+
+
 def test_the_architecture_page_names_code_that_exists():
     """Every `file.py` and `file.py: name` on it; names are defined in that file."""
     named = re.findall(r"`((?:\w+/)*\w+\.py)(?:: ([\w.]+))?`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tables import render as render_benchmarks
+from benchmarks.tradeoff_table import render as render_tradeoff
 from tests.conftest import ROOT
 from utils import documents
 from utils.reporting.__main__ import TABLES, build_tables, place, render
@@ -13,7 +14,8 @@ from utils.reporting.labels import method_label, operations_label, preset_label,
 from utils.reporting.pages import rendered
 from utils.reporting.records import PUBLISHED, read_record
 
-RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and "benchmarks" not in path.parts]
+MEASURED = ("benchmarks", "tradeoff")  # folders of records that python -m benchmarks writes
+RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.parts}]
 PAGES = sorted((ROOT / "results").glob("*/page.md"))
 FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
 SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
@@ -30,7 +32,7 @@ def test_records_are_of_the_current_schema_and_have_their_canonical_paths(table)
 
 def test_every_committed_record_is_sealed():
     """No number of a page can be changed by hand: a record without a checksum, or with a wrong one, is refused here."""
-    measured = sorted((ROOT / "results" / "benchmarks").rglob("*.json"))
+    measured = [path for folder in MEASURED for path in sorted((ROOT / "results" / folder).rglob("*.json"))]
     assert len(RECORDS) > 200 and len(measured) > 8
     unverified = []
     for path in [*RECORDS, *measured]:
@@ -55,6 +57,10 @@ def test_tables_are_rendered_from_the_records(table):
 
 def test_benchmarks_are_rendered_from_the_records():
     assert rendered(ROOT / "results" / "benchmarks" / "page.md", "benchmarks") == render_benchmarks(ROOT / "results" / "benchmarks")
+
+
+def test_the_page_of_quality_against_cost_is_rendered_from_the_records():
+    assert rendered(ROOT / "results" / "tradeoff" / "page.md", "tradeoff") == render_tradeoff(ROOT / "results" / "tradeoff")
 
 
 def test_a_footnote_stands_once_on_a_page():
