@@ -3,6 +3,7 @@
 python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,data} [flags]: one of them.
 python -m benchmarks speculation --checkpoints RUN ... [flags]: generation by drafts, by trained models.
 python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
+python -m benchmarks tradeoff RUN... [flags]: quality of trained models against time and FLOPs, by the ways to choose k.
 Ratios are valid only if nothing else runs on the machine.
 """
 
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, speculation, step
+from benchmarks import attention, data, evaluation, generation, growth, layer, memory, speculation, step, tradeoff
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
@@ -88,11 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["all", *arguments]
-    kinds = {"all": AllFlags, **FLAGS, "backends": BackendFlags}
+    kinds = {"all": AllFlags, **FLAGS, "backends": BackendFlags, "tradeoff": tradeoff.TradeoffFlags}
     flags = tyro.extras.subcommand_cli_from_dict(kinds, prog="benchmarks", args=arguments)
     if isinstance(flags, BackendFlags):
         torch.set_num_threads(flags.threads)
         measure_table(flags, smoe_dropout.tune_cpu() if flags.tuned else [])
+        return
+    if isinstance(flags, tradeoff.TradeoffFlags):
+        tradeoff.run(flags)
         return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 

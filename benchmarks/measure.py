@@ -42,16 +42,18 @@ class Common:
     """set torch up for this CPU first (smoe_dropout.tune_cpu)"""
 
 
-def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: Device = "cpu") -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: Device = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each call in each round, the warm-up round left out."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(list(calls), len(calls)):  # another order each round: nobody always follows the same one
-            begin = time.perf_counter()
+            begin = clock()
             calls[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     return {name: values[1:] for name, values in seconds.items()}
 
 

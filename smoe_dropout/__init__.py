@@ -48,6 +48,8 @@ _EXPORTS = {
     "set_progress": "training",
     "method_metrics": "training",
     "slim": "slimming",
+    "plan": "planning",
+    "Plan": "planning",
     "calibrate": "surgery",
     "Calibration": "surgery",
     "operate": "surgery",

@@ -141,6 +141,8 @@ def mean_k(model: nn.Module) -> dict[str, float]:
 def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int | TokenK]:
     """k of each layer. ConfigError for what is not one."""
     if isinstance(k, Mapping):
+        if (check_of := getattr(k, "check_of", None)) is not None:  # a plan
+            check_of(layers)
         named = dict(layers)
         if unknown_names := [name for name in k if name not in named]:
             raise ConfigError(unknown("MoE layer", str(unknown_names[0]), list(named)))

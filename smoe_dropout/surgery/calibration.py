@@ -148,7 +148,7 @@ def calibrate(
         model.eval()
         try:
             for one in passes:
-                run, real = _checked_pass(one)
+                run, real = checked_pass(one)
                 for watch in watches:
                     watch.real = real
                 run()
@@ -164,7 +164,7 @@ def calibrate(
     return Calibration(tuple(name for name, _ in layers), tuple(watch.result() for watch in watches), k, tokens).checked()
 
 
-def _checked_pass(one: object) -> tuple[Callable[[], object], Tensor | None]:
+def checked_pass(one: object) -> tuple[Callable[[], object], Tensor | None]:
     """A pair that `calibrate` takes. ConfigError for anything else: a mask of numbers would count other positions."""
     fits = isinstance(one, tuple | list) and len(one) == 2 and callable(one[0])
     require(fits, "each of the passes must be a pair of a function that runs the model and a mask or None")

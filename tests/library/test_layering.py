@@ -21,7 +21,7 @@ FLOORS = (
     ("methods", "checks", "decay", "slimming"),
     ("passes",),
     ("conversion", "restoration", "io", "surgery"),
-    ("hf", "summary"),
+    ("hf", "summary", "planning"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {
