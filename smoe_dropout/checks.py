@@ -17,7 +17,7 @@ def require_finite_routers(model: nn.Module) -> None:
     """Raise ConfigError, with the layer and the parameter, if a value that determines the routing is NaN or infinite."""
     for name, layer in moe_layers(model):
         for own, tensor in _routing_tensors(layer):
-            if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.detach().isfinite().all()):
                 raise ConfigError(
                     f"{own!r} of the MoE layer {name!r} has values that are NaN or infinite, so it cannot route: load the weights from "
                     "before the training diverged"

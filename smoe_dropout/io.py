@@ -15,7 +15,7 @@ from smoe_dropout import arguments
 from smoe_dropout.config import SMoEConfig, read_configs
 from smoe_dropout.control import conversions, converted_together, moe_layers, places, set_top_k
 from smoe_dropout.files import read_object, writing_tensors
-from smoe_dropout.layer import without_k
+from smoe_dropout.layer import STATE_OF_K, without_k
 from smoe_dropout.manifest import MANIFEST, hashes, publish, room, verified
 from smoe_dropout.options import ConfigError, build_options
 from smoe_dropout.registry import ROUTERS, load
@@ -204,8 +204,9 @@ def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `from_official`."""
+    """Inverse of `from_official`. A state_dict's k is left out: the official format has none."""
     _require_tensors(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(STATE_OF_K)}
     translated = {name: _translate(name, _OURS) for name in tensors}
     return {translated[name]: _transpose_down(translated[name], tensor) for name, tensor in tensors.items()}
 

@@ -84,7 +84,10 @@ def test_text_of_a_dry_run_and_of_the_conversion():
     assert sd.report(model, second).towers == {"transformer.h": (3, 3)}
     sd.set_top_k(sd.moefy(model, second), 5)
     found = sd.report(model)
-    assert [network.k for network in found.networks] == [4, 5, 4] and found.conversions == (replace(chosen, layers=(0, 2)), second)
+    assert [network.k for network in found.networks] == [4, 5, 4] and found.conversions == (
+        replace(chosen, layers=(0, 2), top_k=4),
+        replace(second, top_k=5),
+    )
     assert found.parameters_before == 7520 and str(found).count("experts from moefy:") == 2
 
 

@@ -39,7 +39,7 @@ def build(config, tensors, backend="auto"):
         smoe = sd.SMoEConfig(config["num_expert"], config["top_k"], config["d_inner"], layers=layers, backend=backend)
         sd.moefy(model, smoe)
     weights = sd.from_official({name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")})
-    expected = set(model.state_dict()) - {"head.weight"}  # tied
+    expected = {name for name in model.state_dict() if not name.endswith("_extra_state")} - {"head.weight"}  # k, tied
     assert weights.keys() == expected
     model.load_state_dict({**weights, "head.weight": weights["embedding.weight"]})
     return model

@@ -290,7 +290,7 @@ def test_torch_layers_keep_their_dropout_and_names():
     names = {name for name in model.state_dict() if name.startswith("layers.1.lin")}
     assert names == {
         f"layers.1.linear1.{part}"
-        for part in ("router.weight", "router.bias", *(f"experts.{n}" for n, _ in layer.experts.named_parameters()))
+        for part in ("_extra_state", "router.weight", "router.bias", *(f"experts.{n}" for n, _ in layer.experts.named_parameters()))
     }
     assert "layers.0.linear2.weight" in model.state_dict()
     layer_type = type("Own", (nn.TransformerEncoderLayer,), {"_ff_block": lambda self, x: x})

@@ -206,8 +206,9 @@ def draw_ablation(ablation: Ablation, group: Group, path: Path) -> None:
 
 
 def draw_study(study: Ablation, group: Group, path: Path) -> None:
-    """Panels: quality at k = E and at E/2, or its gap to the baseline, and the loss from E to E/2, against the axis; a curve per label."""
-    gap = f", gap to {study.baseline}" if study.baseline else ""
+    """Panels: quality at k = E and at E/2, or its gap to the baseline if recorded, and the loss from E to E/2; one curve a label."""
+    baseline = study.baseline if any(row.label == study.baseline for row in group.rows) else None
+    gap = f", gap to {baseline}" if baseline else ""
     quality = _quality_label(group)
     panels = [Panel(study.axis, f"k = {share}{gap}", quality) for share in ("E", "E/2")] + [
         Panel(study.axis, "loss from E to E/2", quality)
@@ -219,11 +220,11 @@ def draw_study(study: Ablation, group: Group, path: Path) -> None:
             if share is None:
                 values = differences(row, "E/2", row, "E")
             else:
-                values = gaps(study, group, row, share) if study.baseline else values_at(row, share, split_of(row.first))
+                values = gaps(study, group, row, share) if baseline else values_at(row, share, split_of(row.first))
             if values:
                 panel.lines.setdefault(row.label, []).append((_position(study.places, row.number), *mean_and_spread(values)))
-        if study.baseline and share:
-            panel.levels[study.baseline] = 0.0
+        if baseline and share:
+            panel.levels[baseline] = 0.0
     rows = list({row.label: row for row in group.rows}.values())
     labels = list(dict.fromkeys(row.label for one in all_ablations().values() if one.preset for row in one.rows))  # alike in every study
     looks = styles([row for row in rows if not row.sparse])
