@@ -1,6 +1,6 @@
 """python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
-python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,data} [flags]: one of them.
+python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,mixed,data} [flags]: one of them.
 python -m benchmarks speculation --checkpoints RUN ... [flags]: generation by drafts, by trained models.
 python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
 python -m benchmarks tradeoff RUN... [flags]: quality of trained models against time and FLOPs, by the ways to choose k.
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, speculation, step, tradeoff
+from benchmarks import attention, data, evaluation, generation, growth, layer, memory, mixed, speculation, step, tradeoff
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "generation": generation,
     "memory": memory,
     "growth": growth,
+    "mixed": mixed,
     "data": data,
     "speculation": speculation,
 }
@@ -41,6 +42,7 @@ FLAGS = {
     "generation": generation.GenerationFlags,
     "memory": memory.MemoryFlags,
     "growth": growth.GrowthFlags,
+    "mixed": mixed.MixedFlags,
     "data": data.DataFlags,
     "speculation": speculation.SpeculationFlags,
 }

@@ -92,7 +92,8 @@ class Benchmark(Struct):
 
 def markdown(record: dict[str, Any]) -> str:
     """Work, machine, and a table."""
-    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "data": data_table, "speculation": speculation_table}
+    tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "mixed": mixed_table, "data": data_table}
+    tables["speculation"] = speculation_table
     if record["benchmark"] in tables:
         return tables[record["benchmark"]](record)
     return summary([record]) + ("\n\n" + generation_table(record) if record["benchmark"] == "generation" else "")
@@ -185,6 +186,18 @@ def memory_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *map(_line, cells)])
 
 
+def mixed_table(record: dict[str, Any]) -> str:
+    """Rows precisions, forward alone and with backward, columns ways to compute rows of different k, cells time over the largest k."""
+    lines = [f"{_what(record)} Time relative to all rows at the largest k (least to largest of a round). {_where(record)}", ""]
+    lines += _head(["", "mean k / largest", *record["rows"][0]["results"]])
+    for row in record["rows"]:
+        cells = [f"{result['ratio']:.2f} ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})" for result in row["results"].values()]
+        work = "forward and backward" if row["training"] else "forward"
+        lines.append(_line([f"{row['precision']}, {work}", f"{row['bound']:.2f}", *cells]))
+    masses = " and ".join(dict.fromkeys(f"p = {row['p']:.3f} takes {row['mean_k']:.2f}" for row in record["rows"]))
+    return "\n".join([*lines, "", f"Mean number of experts by gate mass: {masses}."])
+
+
 def data_table(record: dict[str, Any]) -> str:
     """Seconds of each process."""
     results = record["rows"][0]["results"]
@@ -225,6 +238,9 @@ def _what(record: dict[str, Any]) -> str:
     if kind == "layer":
         experts = f"{sizes['num_experts']} experts {sizes['d_model']} -> {sizes['d_expert']} -> {sizes['d_model']}"
         return f"One expert layer, forward and backward: {experts}, {sizes['tokens']:,} tokens{dropout}."
+    if kind == "mixed":
+        experts = f"{sizes['num_experts']} experts {sizes['d_model']} -> {sizes['d_expert']} -> {sizes['d_model']}"
+        return f"One expert layer, {experts}, on {sizes['rows']} rows of {sizes['tgt_len']} whose k are {_listed(sizes['k'])} in turn."
     if kind == "growth":
         fixed = f"{sizes['fixed_experts']} experts and {sizes['fixed_tokens']:,} tokens unless they grow"
         wide = f"experts {sizes['width']:,} wide together, or {sizes['narrow']} each while tokens grow"
@@ -239,6 +255,10 @@ def _what(record: dict[str, Any]) -> str:
     step = "Training step (forward, backward, clipping, Adam)"
     name = {"step": step, "memory": f"{step}, k = {sizes.get('k')}", "evaluation": "Evaluation pass"}[kind]
     return f"{name}: {model}, batch {batch} with as much memory."
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _where(record: dict[str, Any]) -> str:
@@ -264,12 +284,12 @@ def render(records: Path = RECORDS) -> str:
     """The summary of all committed records, the figures, all implementations of the layer, memory and start-up. UserError if there is no
     record.
     """
-    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "data", "speculation")]
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "mixed", "data", "speculation")]
     found = [documents.read(path, Benchmark, "restore it from version control, or measure again") for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
-    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "data", "speculation")]
+    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "mixed", "data", "speculation")]
     details += [generation_table(record) for record in found if record["benchmark"] == "generation"]
     return "\n\n".join([summary(found), *figures, *details])
 
