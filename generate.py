@@ -27,12 +27,12 @@ import torch
 
 from mem_transformer import MemTransformerLM
 from smoe_dropout import moe_layers, slim
+from smoe_dropout.sampling import Drafts, write
 from utils.checkpoints import weights
 from utils.checkpoints.origin import Source
 from utils.flags.fields import GenerateFlags
 from utils.models.build import build_model
 from utils.models.flops import active_parameters
-from utils.models.sampling import Drafts, write
 
 
 def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:

@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.measure import Common, interleave, summarise
 from generate import load
 from mem_transformer import MemTransformerLM
+from smoe_dropout.sampling import Drafts, write
 from utils.cli.generate import parse
 from utils.data.corpus import split_file
-from utils.models.sampling import Drafts, write
 
 BASELINE = "plain"
 

@@ -11,9 +11,9 @@ import torch
 from generate import prompt_of
 from mem_transformer import KeyValueCache, MemTransformerLM, TransformerXLConfig
 from smoe_dropout import SMoEConfig, moefy, top_k
+from smoe_dropout.sampling import Drafts, draw, nucleus, write
 from utils.flags.declare import specs
 from utils.flags.fields import GenerateFlags
-from utils.models.sampling import Drafts, draw, nucleus, write
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-45, 1e-30, 1e-6])

@@ -16,9 +16,9 @@ import smoe_dropout as sd
 from benchmarks.__main__ import main
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.registry import METHODS
+from smoe_dropout.sampling import draw, write
 from tests import tiny
 from utils.models.flops import active_parameters
-from utils.models.sampling import draw, write
 
 SIMILARITY = pytest.mark.skipif("similarity" not in METHODS, reason="similarity is not here")
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("control", "hosts"),
     ("methods", "checks", "decay", "slimming"),
     ("passes",),
-    ("conversion", "restoration", "io", "surgery"),
+    ("conversion", "restoration", "io", "surgery", "sampling"),
     ("hf", "summary", "planning"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -1,13 +1,19 @@
-"""Sampling from a Transformer-XL, byte by byte, or by the model's own drafts at fewer experts."""
+"""Sampling from a language model of bytes, one by one, or by the model's own drafts at fewer experts.
+
+The model has `read(tokens [B, T], cache) -> logits [B, T, V], cache`, where the first cache is None, and a cache is a tuple with one entry
+per layer that has `forget(count)`: mem_transformer has both.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mem_transformer import Cache, MemTransformerLM
-from smoe_dropout import top_k
+from smoe_dropout.control import top_k
+
+Cache = tuple[Any, ...]
 
 COLDEST = 1e-30  # temperature above which float32 logits stay finite
 
@@ -25,7 +31,7 @@ class Drafts:
 
 
 def write(
-    model: MemTransformerLM, prompt: bytes, length: int, temperature: float, top_p: float, segment: int, drafts: Drafts | None = None
+    model: nn.Module, prompt: bytes, length: int, temperature: float, top_p: float, segment: int, drafts: Drafts | None = None
 ) -> Iterator[int]:
     """Yields `length` bytes that continue the prompt, which is read `segment` bytes at a time; draws from torch's default generator.
 
@@ -48,7 +54,7 @@ def write(
         last, left = written_T[-1], left - len(written_T)
 
 
-def speculate(model: MemTransformerLM, cache: Cache, last: Tensor, count: int, temperature: float, top_p: float, drafts: Drafts) -> Tensor:
+def speculate(model: nn.Module, cache: Cache, last: Tensor, count: int, temperature: float, top_p: float, drafts: Drafts) -> Tensor:
     """Reads the last byte and `count` drafted ones; returns the accepted ones and the one that follows, which is not yet read.
 
     The drafts attend to what was read at the model's own k. Their own keys and values are forgotten before these are verified.
