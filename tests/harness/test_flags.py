@@ -339,7 +339,7 @@ TRAINING = ["run", "data", "model", "experts", "optimiser", "machine and logging
         ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--preset {paper,laptop,replica,quick}", "--work_dir DIR"]),
         ("finetune.py", ["task", *TRAINING], ["--task {sst2,", "--max_length INT"]),
         ("surgery.py", ["operation", "calibration and test"], ["--score {usage,gate_weight,router_norm}", "--by_layer"]),
-        ("generate.py", ["generation"], ["--precision {fp32,bf16}", "--top_p FLOAT"]),
+        ("generate.py", ["generation"], ["--precision {fp32,bf16,int8}", "--top_p FLOAT"]),
     ],
 )
 def test_help_shows_groups_and_choices(program, boxes, shown):

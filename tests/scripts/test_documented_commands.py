@@ -54,7 +54,7 @@ def commands_of(page: Path) -> list[Command]:
 @cache
 def known_flags(program: str) -> set[str]:
     """The flags that a program's --help lists, written with _."""
-    words = [program] if program.endswith(".py") else ["-m", program]
+    words = [program] if program.endswith(".py") else ["-m", *program.split()]
     done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {flag.replace("-", "_") for flag in re.findall(r"--([a-zA-Z][\w-]*)", done.stdout)}
@@ -83,6 +83,8 @@ def test_command_is_one_that_exists(page, command):
     else:
         assert importlib.util.find_spec(command.program), command.line
     programs = programs_of(command.program) if is_script else [command.program]
+    if command.program == "benchmarks" and command.arguments[:1] and command.arguments[0].isalpha():
+        programs = [f"benchmarks {command.arguments[0]}"]
     flags = [word[2:].partition("=")[0].removeprefix("no-").replace("-", "_") for word in command.arguments if word.startswith("--")]
     known = set().union({"help"}, *(known_flags(program) for program in programs))
     assert set(flags) <= known, f"{page}: {command.line}"

@@ -27,7 +27,10 @@ def load(model: nn.Module, source: Source) -> None:
         else:
             if source.config_sha256 or (folder / STATE).exists():  # a checkpoint; load_weights verifies a folder of save_model
                 storage.Checkpoint(folder, source.config_sha256, weights_sha256=source.weights_sha256)
+            k = [(layer, layer.default_k) for _, layer in sd.moe_layers(model)]
             load_weights(model, folder)
+            for layer, own in k:  # k is what the flags say, not what the folder was saved with
+                layer.default_k = own
     except (ConfigError, RuntimeError) as error:
         raise UserError(f"the checkpoint {source.path} cannot be loaded: {' '.join(str(error).split())}") from None
 
