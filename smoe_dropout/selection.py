@@ -1,4 +1,4 @@
-"""How many experts a layer activates in a pass: one k, a k for each row or token, or as many as reach a gate mass.
+"""Number of experts that a layer activates in a pass: one k, a k for each row or token, or as many as reach a gate mass.
 
 What `top_k` and `top_p` select holds in the calling thread or asyncio task only, so that requests that run at the same time do not disturb
 each other. What `set_top_k` sets, a layer's `default_k`, holds where nothing else is selected.
