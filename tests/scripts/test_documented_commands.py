@@ -52,12 +52,16 @@ def commands_of(page: Path) -> list[Command]:
 
 
 @cache
-def known_flags(program: str) -> set[str]:
-    """The flags that a program's --help lists, written with _."""
+def help_of(program: str) -> str:
     words = [program] if program.endswith(".py") else ["-m", *program.split()]
     done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return {flag.replace("-", "_") for flag in re.findall(r"--([a-zA-Z][\w-]*)", done.stdout)}
+    return done.stdout
+
+
+def known_flags(program: str) -> set[str]:
+    """The flags that a program's --help lists, written with _."""
+    return {flag.replace("-", "_") for flag in re.findall(r"--([a-zA-Z][\w-]*)", help_of(program))}
 
 
 def programs_of(script: str) -> list[str]:
@@ -84,6 +88,7 @@ def test_command_is_one_that_exists(page, command):
         assert importlib.util.find_spec(command.program), command.line
     programs = programs_of(command.program) if is_script else [command.program]
     if command.program == "benchmarks" and command.arguments[:1] and command.arguments[0].isalpha():
+        assert command.arguments[0] in re.findall(r"• (\w+)", help_of("benchmarks")), command.line
         programs = [f"benchmarks {command.arguments[0]}"]
     flags = [word[2:].partition("=")[0].removeprefix("no-").replace("-", "_") for word in command.arguments if word.startswith("--")]
     known = set().union({"help"}, *(known_flags(program) for program in programs))
