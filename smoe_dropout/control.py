@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE, unknown
 from smoe_dropout.routers import LinearRouter
-from smoe_dropout.selection import CHOSEN, GateMass, TokenK, bound
+from smoe_dropout.selection import CHOSEN, GateMass, TokenK, block, bound
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -96,7 +95,7 @@ def get_top_k(model: nn.Module) -> int | dict[str, int]:
     return found if any(found[name] != min(k, layer.num_experts) for name, layer in layers) else k
 
 
-@contextmanager
+@block
 def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
     """Context manager that activates k experts in the calling thread or asyncio task; other threads and tasks are not affected.
 
@@ -109,7 +108,7 @@ def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
         yield model
 
 
-@contextmanager
+@block
 def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) -> Iterator[nn.Module]:
     """Context manager that activates as many experts per token as it takes to reach the fraction p of the router's probability.
 
@@ -176,6 +175,11 @@ def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
 
 
 def _token_k(k: Tensor, most: int, of: str) -> TokenK:
+    if k.is_meta or k.is_nested or k.layout != torch.strided:
+        kind = "nested" if k.is_nested else k.layout
+        raise ConfigError(
+            f"k is a {kind} tensor on {k.device}: give an ordinary one with values, for the rows [B] or tokens [B, T] of a batch"
+        )
     if k.dim() > 2 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.numel() == 0:
         raise ConfigError(f"k is a tensor {list(k.shape)} of {k.dtype}, not of whole numbers for the rows [B] or tokens [B, T] of a batch")
     k = k.to(torch.int64, copy=True)  # which nobody else changes inside the block

@@ -7,7 +7,6 @@ in neither. The hooks do nothing in a pass that activation checkpointing repeats
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.recomputation import recomputing
 from smoe_dropout.routers import Router
-from smoe_dropout.selection import MASKED, bound
+from smoe_dropout.selection import MASKED, block, bound
 from smoe_dropout.shared import Shared
 
 
@@ -176,7 +175,7 @@ def watch_padding(module: nn.Module, shared: Sequence[Shared], arguments: Sequen
     module.register_forward_hook(mask.end, always_call=True)
 
 
-@contextmanager
+@block
 def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
     """Context manager for passes with padding: only tokens where `mask` is nonzero count in balance losses and expert load.
 
