@@ -83,8 +83,8 @@ class TopKScheduleCallback(TrainerCallback):
             )
         if any(overridden(layer) for _, layer in layers):
             warnings.warn(
-                "train() runs inside a block of top_k or top_p, whose k holds in every pass, so that the schedule and evaluate_at only change "
-                "the default k, which is saved: leave the block first",
+                "train() runs inside a block of top_k or top_p, whose k holds in every pass: the schedule and evaluate_at only change the "
+                "default k, which is saved; leave the block first",
                 stacklevel=2,
             )
         if self.evaluate_at is not None:
