@@ -23,6 +23,13 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
 
 
+def layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """As `moe_layers`. ConfigError also for a model without MoE layers."""
+    if not (layers := moe_layers(model)):
+        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    return layers
+
+
 def conversions(model: nn.Module) -> list[SMoEConfig]:
     """Configurations of the calls of `moefy` that made the MoE layers, with the k that is set now, in order; empty for a dense model.
 
@@ -89,7 +96,7 @@ def get_top_k(model: nn.Module) -> int | dict[str, int]:
 
     ConfigError if the model has no MoE layers, or a k for each row or token or a gate mass is selected.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     found = {name: layer.top_k for name, layer in layers}
     k = max(found.values())
     return found if any(found[name] != min(k, layer.num_experts) for name, layer in layers) else k
@@ -100,9 +107,10 @@ def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
     """Context manager that activates k experts in the calling thread or asyncio task; other threads and tasks are not affected.
 
     k: a number, a tensor with one for each row [B] or token [B, T] of a batch, or a list or mapping by layer of these, as in `set_top_k`.
-    Work is done only for the experts that a row or token uses. ConfigError as in `set_top_k`, and in a pass whose batch has another shape.
+    Work is done only for the experts that a row or token uses. As a decorator it opens a block for each call, also of a coroutine function.
+    ConfigError as in `set_top_k`, in a pass whose batch has another shape, and as the decorator of a generator function.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     _allow_graphs(model)
     with bound(CHOSEN, _by_layer(layers, k)):
         yield model
@@ -115,7 +123,7 @@ def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) 
     The experts are taken in the router's order, at least k_min and at most k_max of them (None: all). `mean_k` tells how many it took.
     Holds in the calling thread or task, as `top_k`. ConfigError for numbers out of range, and for a router without logits.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     most = max(layer.num_experts for _, layer in layers)
     k_min, k_max = integer("k_min", k_min, 1, most), integer("k_max", most if k_max is None else k_max, 1, most)
     if not (is_finite(p) and 0 < p <= 1):
@@ -153,16 +161,16 @@ def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int 
     if isinstance(k, Tensor) and k.dim() > 0:
         most = max(layer.num_experts for _, layer in layers)
         token_k = _token_k(k, most, f"the {most} experts of the largest layer")
-        limits = {min(token_k.largest, layer.num_experts) for _, layer in layers}
-        by_limit = {limit: TokenK(token_k.values.clamp(max=limit), limit) for limit in limits}
-        return {layer: by_limit[min(token_k.largest, layer.num_experts)] for _, layer in layers}
+        counts = {layer.num_experts for _, layer in layers}
+        by_count = {count: TokenK(token_k.values.clamp(max=count), min(token_k.largest, count)) for count in counts}
+        return {layer: by_count[layer.num_experts] for _, layer in layers}
     k = _checked_k(layers, k)
     return {layer: min(k, layer.num_experts) for _, layer in layers}
 
 
 def default_k(model: nn.Module, k: int | Sequence[int] | Mapping[str, int]) -> dict[MoELayer, int]:
     """k of each layer that `set_top_k` would set. Raises ConfigError as that does."""
-    chosen = _by_layer(_layers_or_raise(model), k)
+    chosen = _by_layer(layers_or_raise(model), k)
     if any(not isinstance(value, int) for value in chosen.values()):
         raise ConfigError("k for rows or tokens belongs to one batch and cannot be set for good: use `with top_k(model, k)`")
     return chosen
@@ -200,7 +208,7 @@ def _checked_k(layers: list[tuple[str, MoELayer]], k: Any) -> int:
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Freeze the routers' parameters, or unfreeze them with `frozen=False`. ConfigError if the model has no MoE layers."""
-    layers, frozen = _layers_or_raise(model), boolean("frozen", frozen)
+    layers, frozen = layers_or_raise(model), boolean("frozen", frozen)
     for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)
@@ -209,7 +217,7 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
 
 def configure(model: nn.Module, **changes: Any) -> None:
     """Record changed fields of `SMoEConfig` in every copy of the configuration. ConfigError for a model converted in several steps."""
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     changed = replace(only_conversion(model), **changes)
     for _, layer in layers:
         layer.config = changed
@@ -257,10 +265,3 @@ def _allow_graphs(model: nn.Module) -> None:
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         most = max(layer.num_experts for _, layer in moe_layers(model))
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 4 * most + 8)
-
-
-def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    layers = moe_layers(model)
-    if not layers:
-        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
-    return layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.arguments import shown
 from smoe_dropout.checks import require_finite_routers, untrained_router
-from smoe_dropout.control import moe_layers
+from smoe_dropout.control import layers_or_raise, moe_layers
 from smoe_dropout.experts import plain
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
@@ -184,8 +184,7 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
     not change. Holds in the calling thread or task, as `top_k`. ConfigError if the model has no MoE layers, or for something that is not
     such a tensor.
     """
-    if not (layers := moe_layers(model)):
-        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    layers = layers_or_raise(model)
     if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.is_complex():
         raise ConfigError(f"mask = {shown(mask)} must be a tensor [B, T] that is nonzero at the tokens that count")
     with bound(MASKED, {layer: mask > 0 for _, layer in layers}):

@@ -41,11 +41,16 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def may_be_repeated(training: bool) -> bool:
+    """Whether hooks pack saved tensors, or this is a pass without gradients in training."""
+    return hooked() or (training and not torch.is_grad_enabled())
+
+
 def record_pass(
     x: Tensor, selection: Selection, losses: dict[str, Tensor], real_N: Tensor | None, tokens: Tensor | None, training: bool
 ) -> Pass | None:
-    """Record of this pass. None if it cannot be repeated: no hooks pack saved tensors, nor is it one without gradients in training."""
-    if not hooked() and not (training and not torch.is_grad_enabled()):
+    """Record of this pass; None if it cannot be repeated."""
+    if not may_be_repeated(training):
         return None
     return Pass(selection, sampled(x), hooked(), in_graph(losses), real_N, tokens, [])
 
@@ -57,8 +62,7 @@ def hooked() -> bool:
 
 def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of a module's buffers by name, if the pass that begins may be repeated; else none."""
-    repeated = hooked() or (module.training and not torch.is_grad_enabled())
-    return {name: buffer.clone() for name, buffer in module.named_buffers()} if repeated else {}
+    return {name: buffer.clone() for name, buffer in module.named_buffers()} if may_be_repeated(module.training) else {}
 
 
 @contextmanager

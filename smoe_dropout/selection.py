@@ -30,7 +30,7 @@ class TokenK(NamedTuple):
         sequence_first: whether the input is [T, B, D]. batch: the model's own input [B, T, ...], which tells rows where the model has
         flattened its tokens to [B * T, D]; None if it is unknown. ConfigError if the input has other rows or tokens.
         """
-        lead, k = x.shape[:-1], self.values.to(x.device)
+        lead, k, kind = x.shape[:-1], self.values.to(x.device), "the rows [B]" if self.values.dim() == 1 else "the tokens [B, T]"
         if len(lead) == 1 and batch is not None and batch.shape[:2].numel() == len(x):
             lead, sequence_first = batch.shape[:2], False
         if k.dim() == 2 and sequence_first:
@@ -39,13 +39,12 @@ class TokenK(NamedTuple):
             return k.reshape(-1)
         place = int(sequence_first and len(lead) > 1)
         if k.dim() == 1 and lead and lead[place] == len(k):
-            return k.view([len(k) if i == place else 1 for i in range(len(lead))]).expand(lead).reshape(-1)
+            return k.view(-1, *[1] * (len(lead) - place - 1)).expand(lead).reshape(-1)
         remedy = "give one k for each of its rows, or for each of its tokens"
         if k.dim() == 1 and len(lead) > 1 and lead[place] % len(k) == 0:
             remedy += f"; generate() repeats rows for beams and num_return_sequences: k.repeat_interleave({lead[place] // len(k)})"
         raise ConfigError(
-            f"k is a tensor {list(self.values.shape)} for {'the rows [B]' if k.dim() == 1 else 'the tokens [B, T]'} of a batch, but an MoE "
-            f"layer got an input {list(x.shape)}: {remedy}"
+            f"k is a tensor {list(self.values.shape)} for {kind} of a batch, but an MoE layer got an input {list(x.shape)}: {remedy}"
         )
 
 
