@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +14,20 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE, unknown
 from smoe_dropout.routers import LinearRouter
-from smoe_dropout.selection import CHOSEN, GateMass, TokenK, bound
+from smoe_dropout.selection import CHOSEN, GateMass, TokenK, block, bound
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the model's order. ConfigError for something that is not a model."""
     require_module(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+
+
+def layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """As `moe_layers`. ConfigError also for a model without MoE layers."""
+    if not (layers := moe_layers(model)):
+        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    return layers
 
 
 def conversions(model: nn.Module) -> list[SMoEConfig]:
@@ -90,33 +96,34 @@ def get_top_k(model: nn.Module) -> int | dict[str, int]:
 
     ConfigError if the model has no MoE layers, or a k for each row or token or a gate mass is selected.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     found = {name: layer.top_k for name, layer in layers}
     k = max(found.values())
     return found if any(found[name] != min(k, layer.num_experts) for name, layer in layers) else k
 
 
-@contextmanager
+@block
 def top_k(model: nn.Module, k: K) -> Iterator[nn.Module]:
     """Context manager that activates k experts in the calling thread or asyncio task; other threads and tasks are not affected.
 
     k: a number, a tensor with one for each row [B] or token [B, T] of a batch, or a list or mapping by layer of these, as in `set_top_k`.
-    Work is done only for the experts that a row or token uses. ConfigError as in `set_top_k`, and in a pass whose batch has another shape.
+    Work is done only for the experts that a row or token uses. As a decorator it opens a block for each call, also of a coroutine function.
+    ConfigError as in `set_top_k`, in a pass whose batch has another shape, and as the decorator of a generator function.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     _allow_graphs(model)
     with bound(CHOSEN, _by_layer(layers, k)):
         yield model
 
 
-@contextmanager
+@block
 def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) -> Iterator[nn.Module]:
     """Context manager that activates as many experts per token as it takes to reach the fraction p of the router's probability.
 
     The experts are taken in the router's order, at least k_min and at most k_max of them (None: all). `mean_k` tells how many it took.
     Holds in the calling thread or task, as `top_k`. ConfigError for numbers out of range, and for a router without logits.
     """
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     most = max(layer.num_experts for _, layer in layers)
     k_min, k_max = integer("k_min", k_min, 1, most), integer("k_max", most if k_max is None else k_max, 1, most)
     if not (is_finite(p) and 0 < p <= 1):
@@ -154,16 +161,16 @@ def _by_layer(layers: list[tuple[str, MoELayer]], k: Any) -> dict[MoELayer, int 
     if isinstance(k, Tensor) and k.dim() > 0:
         most = max(layer.num_experts for _, layer in layers)
         token_k = _token_k(k, most, f"the {most} experts of the largest layer")
-        limits = {min(token_k.largest, layer.num_experts) for _, layer in layers}
-        by_limit = {limit: TokenK(token_k.values.clamp(max=limit), limit) for limit in limits}
-        return {layer: by_limit[min(token_k.largest, layer.num_experts)] for _, layer in layers}
+        counts = {layer.num_experts for _, layer in layers}
+        by_count = {count: TokenK(token_k.values.clamp(max=count), min(token_k.largest, count)) for count in counts}
+        return {layer: by_count[layer.num_experts] for _, layer in layers}
     k = _checked_k(layers, k)
     return {layer: min(k, layer.num_experts) for _, layer in layers}
 
 
 def default_k(model: nn.Module, k: int | Sequence[int] | Mapping[str, int]) -> dict[MoELayer, int]:
     """k of each layer that `set_top_k` would set. Raises ConfigError as that does."""
-    chosen = _by_layer(_layers_or_raise(model), k)
+    chosen = _by_layer(layers_or_raise(model), k)
     if any(not isinstance(value, int) for value in chosen.values()):
         raise ConfigError("k for rows or tokens belongs to one batch and cannot be set for good: use `with top_k(model, k)`")
     return chosen
@@ -176,6 +183,11 @@ def _of_layer(name: str, layer: MoELayer, k: Any) -> int | TokenK:
 
 
 def _token_k(k: Tensor, most: int, of: str) -> TokenK:
+    if k.is_meta or k.is_nested or k.layout != torch.strided:
+        kind = "nested" if k.is_nested else k.layout
+        raise ConfigError(
+            f"k is a {kind} tensor on {k.device}: give an ordinary one with values, for the rows [B] or tokens [B, T] of a batch"
+        )
     if k.dim() > 2 or k.is_floating_point() or k.is_complex() or k.dtype == torch.bool or k.numel() == 0:
         raise ConfigError(f"k is a tensor {list(k.shape)} of {k.dtype}, not of whole numbers for the rows [B] or tokens [B, T] of a batch")
     k = k.to(torch.int64, copy=True)  # which nobody else changes inside the block
@@ -196,7 +208,7 @@ def _checked_k(layers: list[tuple[str, MoELayer]], k: Any) -> int:
 
 def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
     """Freeze the routers' parameters, or unfreeze them with `frozen=False`. ConfigError if the model has no MoE layers."""
-    layers, frozen = _layers_or_raise(model), boolean("frozen", frozen)
+    layers, frozen = layers_or_raise(model), boolean("frozen", frozen)
     for _, layer in layers:
         for parameter in layer.routing_parameters():
             parameter.requires_grad_(not frozen)
@@ -205,7 +217,7 @@ def freeze_routers(model: nn.Module, frozen: bool = True) -> None:
 
 def configure(model: nn.Module, **changes: Any) -> None:
     """Record changed fields of `SMoEConfig` in every copy of the configuration. ConfigError for a model converted in several steps."""
-    layers = _layers_or_raise(model)
+    layers = layers_or_raise(model)
     changed = replace(only_conversion(model), **changes)
     for _, layer in layers:
         layer.config = changed
@@ -253,10 +265,3 @@ def _allow_graphs(model: nn.Module) -> None:
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         most = max(layer.num_experts for _, layer in moe_layers(model))
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 4 * most + 8)
-
-
-def _layers_or_raise(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    layers = moe_layers(model)
-    if not layers:
-        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
-    return layers

@@ -48,6 +48,11 @@ class Use(NamedTuple):
         """Number of real tokens."""
         return len(self.assigned_NK) if self.real_N is None else self.real_N.sum()
 
+    @property
+    def assigned_to_real(self) -> Tensor:
+        """Chosen experts of the real tokens [N', K]."""
+        return self.assigned_NK if self.real_N is None else self.assigned_NK[self.real_N]
+
 
 class MoELayer(nn.Module, FollowsTraining):
     """[..., D] -> [..., D]: y = scale * sum_{i in top-k} g_i E_i(x) (paper section 3.1), in place of a feed-forward network.
@@ -194,11 +199,11 @@ class MoELayer(nn.Module, FollowsTraining):
         self.uses = [*before, Use(losses, assigned_NK, real_N)]
         if shared.uses is not None:
             shared.uses[self] = self.uses
-        if not torch.compiler.is_compiling():
-            recorded = record_pass(x, self.selection(x), losses, real_N, shared.tokens, self.training)
-            if recorded is not None:
-                passes = self.records if before else [*self.records[1 - KEPT :], []]
-                self.records = [*passes[:-1], [*passes[-1], recorded]] if passes else [[recorded]]
+        if torch.compiler.is_compiling():
+            return
+        if (recorded := record_pass(x, self.selection(x), losses, real_N, shared.tokens, self.training)) is not None:
+            passes = self.records if before and self.records else [*self.records[1 - KEPT :], []]
+            self.records = [*passes[:-1], [*passes[-1], recorded]]
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -233,8 +238,7 @@ class MoELayer(nn.Module, FollowsTraining):
         """
         if not self.uses:
             raise RuntimeError("this layer has not run yet, so its experts have no load")
-        chosen = [(use.assigned_NK if use.real_N is None else use.assigned_NK[use.real_N]).flatten() for use in self.uses]
-        chosen_M = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+        chosen_M = torch.cat([use.assigned_to_real.flatten() for use in self.uses])
         counts_E = torch.bincount(chosen_M + 1, minlength=self.num_experts + 1)[1:]  # without those of fewer than K experts, -1
         return counts_E / counts_E.sum().clamp(min=1)
 
@@ -242,7 +246,7 @@ class MoELayer(nn.Module, FollowsTraining):
         """Mean number of experts per real token in the last pass. RuntimeError before the first pass."""
         if not self.uses:
             raise RuntimeError("this layer has not run yet")
-        chosen = [use.assigned_NK if use.real_N is None else use.assigned_NK[use.real_N] for use in self.uses]
+        chosen = [use.assigned_to_real for use in self.uses]
         return sum(int((each >= 0).sum()) for each in chosen) / max(sum(len(each) for each in chosen), 1)
 
     def routing_parameters(self) -> list[nn.Parameter]:

@@ -7,7 +7,6 @@ in neither. The hooks do nothing in a pass that activation checkpointing repeats
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 from smoe_dropout.arguments import shown
 from smoe_dropout.checks import require_finite_routers, untrained_router
-from smoe_dropout.control import moe_layers
+from smoe_dropout.control import layers_or_raise, moe_layers
 from smoe_dropout.experts import plain
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.recomputation import recomputing
 from smoe_dropout.routers import Router
-from smoe_dropout.selection import MASKED, bound
+from smoe_dropout.selection import MASKED, block, bound
 from smoe_dropout.shared import Shared
 
 
@@ -176,7 +175,7 @@ def watch_padding(module: nn.Module, shared: Sequence[Shared], arguments: Sequen
     module.register_forward_hook(mask.end, always_call=True)
 
 
-@contextmanager
+@block
 def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
     """Context manager for passes with padding: only tokens where `mask` is nonzero count in balance losses and expert load.
 
@@ -185,8 +184,7 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[nn.Module]:
     not change. Holds in the calling thread or task, as `top_k`. ConfigError if the model has no MoE layers, or for something that is not
     such a tensor.
     """
-    if not (layers := moe_layers(model)):
-        raise ConfigError(f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    layers = layers_or_raise(model)
     if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.is_complex():
         raise ConfigError(f"mask = {shown(mask)} must be a tensor [B, T] that is nonzero at the tokens that count")
     with bound(MASKED, {layer: mask > 0 for _, layer in layers}):

@@ -41,11 +41,16 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def may_be_repeated(training: bool) -> bool:
+    """Whether hooks pack saved tensors, or this is a pass without gradients in training."""
+    return hooked() or (training and not torch.is_grad_enabled())
+
+
 def record_pass(
     x: Tensor, selection: Selection, losses: dict[str, Tensor], real_N: Tensor | None, tokens: Tensor | None, training: bool
 ) -> Pass | None:
-    """Record of this pass. None if it cannot be repeated: no hooks pack saved tensors, nor is it one without gradients in training."""
-    if not hooked() and not (training and not torch.is_grad_enabled()):
+    """Record of this pass; None if it cannot be repeated."""
+    if not may_be_repeated(training):
         return None
     return Pass(selection, sampled(x), hooked(), in_graph(losses), real_N, tokens, [])
 
@@ -57,8 +62,7 @@ def hooked() -> bool:
 
 def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of a module's buffers by name, if the pass that begins may be repeated; else none."""
-    repeated = hooked() or (module.training and not torch.is_grad_enabled())
-    return {name: buffer.clone() for name, buffer in module.named_buffers()} if repeated else {}
+    return {name: buffer.clone() for name, buffer in module.named_buffers()} if may_be_repeated(module.training) else {}
 
 
 @contextmanager
@@ -88,6 +92,12 @@ def identical(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+def similar(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes are equal, and values up to rounding: torch multiplies matrices differently with gradients than without."""
+    tolerance = max(1e-5, 8 * torch.finfo(one.dtype).eps)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=tolerance * one.abs().max().item())
+
+
 def in_graph(losses: dict[str, Tensor]) -> bool | None:
     """Whether any loss requires a gradient; None without losses."""
     return any(loss.requires_grad for loss in losses.values()) if losses else None
@@ -99,7 +109,8 @@ def original(records: Sequence[Sequence[Pass]], x: Tensor) -> Pass:
     Raises RuntimeError if there is none, or if several that have not been repeated yet differ in what else they read.
     """
     sample, by_hooks = sampled(x), hooked()
-    found = [one for passes in records for one in passes if one.hooked == by_hooks and identical(one.sample, sample)]
+    known = [one for passes in records for one in passes if one.hooked == by_hooks]
+    found = [one for one in known if identical(one.sample, sample)] or [one for one in known if similar(one.sample, sample)]
     if not found:
         raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its backward pass: {REMEDY}")
     found = [one for one in found if not one.repeated] or found[-1:]

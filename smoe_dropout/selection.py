@@ -6,10 +6,12 @@ each other. What `set_top_k` sets, a layer's `default_k`, holds where nothing el
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec
 
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class TokenK(NamedTuple):
         sequence_first: whether the input is [T, B, D]. batch: the model's own input [B, T, ...], which tells rows where the model has
         flattened its tokens to [B * T, D]; None if it is unknown. ConfigError if the input has other rows or tokens.
         """
-        lead, k = x.shape[:-1], self.values.to(x.device)
+        lead, k, kind = x.shape[:-1], self.values.to(x.device), "the rows [B]" if self.values.dim() == 1 else "the tokens [B, T]"
         if len(lead) == 1 and batch is not None and batch.shape[:2].numel() == len(x):
             lead, sequence_first = batch.shape[:2], False
         if k.dim() == 2 and sequence_first:
@@ -37,10 +39,12 @@ class TokenK(NamedTuple):
             return k.reshape(-1)
         place = int(sequence_first and len(lead) > 1)
         if k.dim() == 1 and lead and lead[place] == len(k):
-            return k.view([len(k) if i == place else 1 for i in range(len(lead))]).expand(lead).reshape(-1)
+            return k.view(-1, *[1] * (len(lead) - place - 1)).expand(lead).reshape(-1)
+        remedy = "give one k for each of its rows, or for each of its tokens"
+        if k.dim() == 1 and len(lead) > 1 and lead[place] % len(k) == 0:
+            remedy += f"; generate() repeats rows for beams and num_return_sequences: k.repeat_interleave({lead[place] // len(k)})"
         raise ConfigError(
-            f"k is a tensor {list(self.values.shape)} for {'the rows [B]' if k.dim() == 1 else 'the tokens [B, T]'} of a batch, but an MoE "
-            f"layer got an input {list(x.shape)}: give one k for each of its rows, or for each of its tokens"
+            f"k is a tensor {list(self.values.shape)} for {kind} of a batch, but an MoE layer got an input {list(x.shape)}: {remedy}"
         )
 
 
@@ -84,6 +88,11 @@ def masked(layer: nn.Module) -> Tensor | None:
     return _innermost(_CONTEXT.masked, layer, None)
 
 
+def overridden(layer: nn.Module) -> bool:
+    """Whether a block of `top_k` or `top_p` around this call chooses the layer's k."""
+    return _innermost(_CONTEXT.chosen, layer, None) is not None
+
+
 def _innermost(blocks: Blocks | _Context, layer: nn.Module, default: Any) -> Any:
     if blocks is not _CONTEXT:
         for block in reversed(blocks):
@@ -116,6 +125,53 @@ def bound(variable: ContextVar[Blocks], values: Mapping[nn.Module, Any]) -> Iter
             "a block of top_k, top_p or token_mask was left in another thread or task than it was entered in, or before a block that was "
             "entered later, so passes inside it may have had another k: in a generator, open a block for each pass, between two yields"
         )
+
+
+class Block:
+    """Context manager, to be entered once, and decorator that opens a new block for each call of a function, also of one with `async`."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[nn.Module]]):
+        self.make, self.own = make, make()
+
+    def __enter__(self) -> nn.Module:
+        return self.own.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.own.__exit__(*error)
+
+    def __call__(self, function: Callable) -> Callable:
+        """The function inside a block. ConfigError for a generator function, whose body runs after the call and takes turns with others."""
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ConfigError(
+                f"top_k, top_p and token_mask cannot decorate {function.__name__!r}, a generator function: "
+                "inside it, open a block for each pass, between two yields"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            async def inside(*args: Any, **named: Any) -> Any:
+                with self.make():
+                    return await function(*args, **named)
+        else:
+
+            def inside(*args: Any, **named: Any) -> Any:
+                with self.make():
+                    return function(*args, **named)
+
+        return wraps(function)(inside)
+
+
+P = ParamSpec("P")
+
+
+def block(function: Callable[P, Iterator[nn.Module]]) -> Callable[P, Block]:
+    """Decorator like `contextmanager`, for functions that open a `Block`."""
+    manager = contextmanager(function)
+
+    @wraps(function)
+    def make(*args: P.args, **named: P.kwargs) -> Block:
+        return Block(partial(manager, *args, **named))
+
+    return make
 
 
 def _opened(variable: ContextVar[Blocks]) -> Blocks:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from smoe_dropout.arguments import integer, shown
-from smoe_dropout.control import expert_load, get_top_k, moe_layers, set_top_k
+from smoe_dropout.control import expert_load, get_top_k, mean_k, moe_layers, set_top_k
 from smoe_dropout.options import ConfigError
 from smoe_dropout.schedule import TopKSchedule
+from smoe_dropout.selection import overridden, selected
 from smoe_dropout.training import set_progress
 
 
@@ -26,10 +28,11 @@ class TopKScheduleCallback(TrainerCallback):
     that of the preceding step, with which evaluations at different steps are not comparable.
 
     k depends on the global step only, so resumed runs continue exactly and all micro-batches of a step share one k. After training k stays
-    at its last value; change it with `set_top_k` or `top_k`. Every entry of the Trainer's log history and of its loggers, such as
-    TensorBoard, has `top_k`, and of the expert load of this process's last pass, as means over layers, `expert_entropy`, its entropy from
-    0 for a single expert to 1 for equal loads, and `expert_load_max`, that of the busiest expert as a multiple of an equal one; evaluations
-    have them in the loggers with `eval_` in front.
+    at its last value; change it with `set_top_k` or `top_k`. A block of `top_k` or `top_p` around training takes precedence, which is
+    warned of. Every entry of the Trainer's log history and of its loggers, such as TensorBoard, has `top_k`, the mean of the last pass
+    where it differs, and of the expert load of this process's last pass, as means over layers, `expert_entropy`, its entropy from 0 for a
+    single expert to 1 for equal loads, and `expert_load_max`, that of the busiest expert as a multiple of an equal one; evaluations have
+    them in the loggers with `eval_` in front.
 
     Raises ConfigError for an invalid schedule, and at the start of training for a model without MoE layers, k_max or evaluate_at
     above the number of experts, or label smoothing, with which the Trainer computes the loss without the auxiliary losses.
@@ -51,7 +54,7 @@ class TopKScheduleCallback(TrainerCallback):
         total_steps = None if total_steps is None else integer("total_steps", total_steps, 1, None)
         evaluate_at = None if evaluate_at is None else integer("evaluate_at", evaluate_at)
         self.settings, self.total_steps, self.seed, self.evaluate_at = (mode, k_min, k_max), total_steps, seed, evaluate_at
-        self.training_k: int | None = None  # during an evaluation
+        self.training_k: dict[str, int] | None = None  # during an evaluation, by layer
         self.hook: RemovableHandle | None = None
         self.schedule = self._schedule(total_steps or 1)  # raises for an invalid schedule now, not when training starts
 
@@ -78,6 +81,12 @@ class TopKScheduleCallback(TrainerCallback):
                 f"label_smoothing_factor = {args.label_smoothing_factor}: the Trainer then computes the loss itself, without the "
                 "auxiliary losses; leave it out, or set balance_loss=0"
             )
+        if any(overridden(layer) for _, layer in layers):
+            warnings.warn(
+                "train() runs inside a block of top_k or top_p, whose k holds in every pass: the schedule and evaluate_at only change the "
+                "default k, which is saved; leave the block first",
+                stacklevel=2,
+            )
         if self.evaluate_at is not None:
             self.hook = model.register_forward_pre_hook(self._before_pass)
 
@@ -96,7 +105,7 @@ class TopKScheduleCallback(TrainerCallback):
     def _before_pass(self, model: nn.Module, _inputs: tuple) -> None:
         """Set the k of evaluations, of which the Trainer announces only the end."""
         if not model.training and self.training_k is None:
-            self.training_k = get_top_k(model)
+            self.training_k = {name: layer.default_k for name, layer in moe_layers(model)}
             set_top_k(model, self.evaluate_at)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
@@ -109,11 +118,18 @@ class TopKScheduleCallback(TrainerCallback):
         """Add k, and entropy and maximum of the expert load, to the log entry."""
         logs = {} if logs is None else logs
         prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        values: dict[str, Any] = {"top_k": get_top_k(model)}
-        values |= load_statistics(model)
+        values = {"top_k": used_k(model), **load_statistics(model)}
         logs |= {prefix + name: value for name, value in values.items()}
         if state.log_history:
             state.log_history[-1] |= values
+
+
+def used_k(model: nn.Module) -> float:
+    """k, or its mean over the last pass and all layers where it differs between layers, rows or tokens."""
+    if all(isinstance(selected(layer), int) for _, layer in moe_layers(model)) and isinstance(k := get_top_k(model), int):
+        return k
+    means = mean_k(model).values()
+    return sum(means) / len(means) if means else math.nan
 
 
 def load_statistics(model: nn.Module) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.arguments import is_finite, require_weights
-from smoe_dropout.control import moe_layers, top_k
+from smoe_dropout.control import layers_or_raise, moe_layers, top_k
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import require
 from smoe_dropout.planning.search import Costs, Ks
@@ -179,7 +179,7 @@ class Trial:
 @contextmanager
 def trial(model: nn.Module, passes: object) -> Iterator[Trial]:
     """A trial of the model in evaluation mode. Modes and random state are restored. ConfigError for arguments that are of another kind."""
-    require(bool(moe_layers(model)), f"{type(model).__name__} has no MoE layers: call moefy(model, SMoEConfig(...)) first")
+    layers_or_raise(model)
     require_weights(model)
     known = isinstance(passes, Iterable) and not isinstance(passes, Tensor | str | Mapping)
     require(known, f"passes is a {type(passes).__name__}, not functions that run the model, or pairs of one and a mask")

@@ -115,6 +115,12 @@ WRONG = {
     "truths": (torch.ones(B, dtype=torch.bool), "not of whole numbers"),
     "empty": (torch.zeros(0, dtype=torch.int64), "not of whole numbers"),
     "three dimensions": (torch.ones(B, T, 2, dtype=torch.int64), "rows .B. or tokens .B, T."),
+    "without values": (torch.ones(B, dtype=torch.int64, device="meta"), "a torch.strided tensor on meta: give an ordinary one"),
+    "sparse": (torch.ones(B, T, dtype=torch.int64).to_sparse(), "a torch.sparse_coo tensor on cpu: give an ordinary one"),
+    "nested": (
+        torch.nested.nested_tensor([torch.ones(n, dtype=torch.int64) for n in (1, 2)], layout=torch.jagged),
+        "a nested tensor on cpu",
+    ),
     "other rows": (torch.ones(B + 1, dtype=torch.int64), "an MoE layer got an input"),
     "other tokens": (torch.ones(B, T + 1, dtype=torch.int64), "an MoE layer got an input"),
     "tokens the other way": (torch.ones(T, B, dtype=torch.int64), "an MoE layer got an input"),
