@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from single_position import ELEMENTWISE, KeyValueCache, attend, is_plain, mapped, product
+from smoe_dropout.single_position import ELEMENTWISE, KeyValueCache, attend, is_plain, mapped, product
 
 Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
 # embeddings, positions and last hidden states; output of attention; hidden units and output of the feed-forward network

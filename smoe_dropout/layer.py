@@ -15,7 +15,18 @@ from smoe_dropout.arguments import integer, is_finite, shown
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
-from smoe_dropout.recomputation import KEPT, Pass, check, copied_buffers, identical, original, recomputing, record_pass, with_buffers
+from smoe_dropout.recomputation import (
+    KEPT,
+    Pass,
+    check,
+    copied_buffers,
+    identical,
+    may_be_repeated,
+    original,
+    recomputing,
+    record_pass,
+    with_buffers,
+)
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing, route_by_k
 from smoe_dropout.selection import CHOSEN, Selection, TokenK, bound, largest, masked, selected
@@ -199,11 +210,11 @@ class MoELayer(nn.Module, FollowsTraining):
         self.uses = [*before, Use(losses, assigned_NK, real_N)]
         if shared.uses is not None:
             shared.uses[self] = self.uses
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not may_be_repeated(self.training):
             return
-        if (recorded := record_pass(x, self.selection(x), losses, real_N, shared.tokens, self.training)) is not None:
-            passes = self.records if before and self.records else [*self.records[1 - KEPT :], []]
-            self.records = [*passes[:-1], [*passes[-1], recorded]]
+        recorded = record_pass(x, self.selection(x), losses, real_N, shared.tokens)
+        passes = self.records if before and self.records else [*self.records[1 - KEPT :], []]
+        self.records = [*passes[:-1], [*passes[-1], recorded]]
 
     @property
     def losses(self) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
 """Experts for a few tokens, as in generation: one expert after another, or all at once if most are active.
 
-Nothing is sorted and no weight is copied: for a token at a time the cost is reading the weights and launching each product. A CPU's
-matrix-vector product reads them at a third of the memory bandwidth; dot products with rows and sums over rows, as in an embedding bag
-and its derivative, read them at two thirds, for all chosen experts at once. Uses plain autograd, which builds a gradient of the whole
-stack for every expert, so it is not meant for training.
+Nothing is sorted and no weight is copied: for a token at a time the cost is reading the weights and launching each product. On a CPU dot
+products with rows and sums over rows read them for all chosen experts at once (`single_position`). Uses plain autograd, which builds a
+gradient of the whole stack for every expert, so it is not meant for training.
 """
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from smoe_dropout.experts.activations import ACTIVATIONS
 from smoe_dropout.experts.plain import gated
+from smoe_dropout.single_position import dots, numbered, sums
 
 RAGGED = True
 
@@ -54,15 +54,15 @@ def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Ten
     N, H, width = len(x_ND), weights.down_EHD.shape[1], weights.up_EHD.shape[1]
     experts_P, weights_P, begin_N, counts_N = chosen(indices_NK, weights_NK, weights.ragged)
     rows_M = rows_of(experts_P, width)
-    token_M = torch.zeros_like(rows_M) if N == 1 else torch.arange(N).repeat_interleave(counts_N * width)
-    pre_M = torch.ops.aten._embedding_bag_per_sample_weights_backward(x_ND, weights.up_EHD.flatten(0, 1), rows_M, rows_M[:0], token_M, 0)
-    hidden_PH = ACTIVATIONS[weights.activation].apply(weights.bias_up_EH[experts_P] + pre_M.view(-1, width))
+    token_M = numbered(len(rows_M))[1] if N == 1 else torch.arange(N).repeat_interleave(counts_N * width)
+    pre_PW = dots(x_ND, weights.up_EHD.view(-1, x_ND.shape[1]), rows_M, token_M).view(-1, width)
+    hidden_PH = ACTIVATIONS[weights.activation].apply(pre_PW.add_(weights.bias_up_EH.index_select(0, experts_P)))
     if weights.dropout:
         hidden_PH = F.dropout(hidden_PH, weights.dropout)
     rows_M = rows_M if width == H else rows_of(experts_P, H)
-    scale_M = (hidden_PH * weights_P[:, None]).flatten()
-    y_ND = F.embedding_bag(rows_M, weights.down_EHD.flatten(0, 1), begin_N * H, mode="sum", per_sample_weights=scale_M)
-    return y_ND.add_(F.embedding_bag(experts_P, weights.bias_down_ED, begin_N, mode="sum", per_sample_weights=weights_P))
+    scale_M = (hidden_PH * weights_P[:, None]).view(-1)
+    y_ND = sums(weights.down_EHD.view(-1, x_ND.shape[1]), rows_M, begin_N * H, scale_M)
+    return y_ND.add_(sums(weights.bias_down_ED, experts_P, begin_N, weights_P))
 
 
 def chosen(indices_NK: Tensor, weights_NK: Tensor, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
@@ -77,7 +77,7 @@ def chosen(indices_NK: Tensor, weights_NK: Tensor, ragged: bool) -> tuple[Tensor
 
 def rows_of(experts_P: Tensor, width: int) -> Tensor:
     """Rows of the chosen experts in maps that are stacked [E * width, ...] [P * width]."""
-    return (experts_P[:, None] * width + torch.arange(width)).flatten()
+    return (experts_P[:, None] * width + numbered(width)[0]).view(-1)
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:

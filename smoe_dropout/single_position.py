@@ -1,6 +1,7 @@
 """Generation: the cache of positions already read, and linear maps and attention of a single position without matrix products.
 
-Imports torch alone. Shape suffixes as in mem_transformer.
+A CPU's matrix-vector product reads a matrix at a third of the memory bandwidth. Dot products with rows and sums over rows, as in an
+embedding bag and its derivative, read them at two thirds. Imports torch alone. B sequences, H heads of width C, K keys, L distances.
 """
 
 import functools
@@ -13,22 +14,28 @@ ELEMENTWISE = 2  # sequences up to which a CPU forms attention faster by element
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. On a CPU a single position takes a dot product with each row of the weight, which reads it once, at twice the speed.
-
-    The operator that does it is the derivative of an embedding bag by its weights per sample.
-    """
+    """F.linear. On a CPU a single position takes a dot product with each row of the weight, which reads it once, at twice the speed."""
     if x.numel() != weight.shape[1] or not is_plain(x) or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
-    rows, zeros, none = _rows(len(weight))
-    y = torch.ops.aten._embedding_bag_per_sample_weights_backward(x.view(1, -1), weight, rows, none, zeros, 0)
+    y = dots(x.view(1, -1), weight, *numbered(len(weight)))
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of this many rows, as many zeros, and no index."""
+def dots(x_ND: Tensor, rows_RD: Tensor, row_M: Tensor, token_M: Tensor) -> Tensor:
+    """Dot product of a row and a token [M], each given by its number: the derivative of an embedding bag by its weights per sample."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x_ND, rows_RD, row_M, row_M[:0], token_M, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def numbered(count: int) -> tuple[Tensor, Tensor]:
+    """The numbers 0, 1, ... of this many rows, and as many zeros. They must not be changed."""
     rows = torch.arange(count)
-    return rows, torch.zeros_like(rows), rows[:0]
+    return rows, torch.zeros_like(rows)
+
+
+def sums(rows_RD: Tensor, row_M: Tensor, begin_N: Tensor, weights_M: Tensor) -> Tensor:
+    """Weighted sums of rows [N, D], one from each of the places where one begins: an embedding bag."""
+    return torch.embedding_bag(rows_RD, row_M, begin_N, False, 0, False, weights_M)[0]
 
 
 def mapped(linear: nn.Module, x: Tensor) -> Tensor:
@@ -39,10 +46,10 @@ def mapped(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is on a CPU, in float32, and nothing is differentiated, traced or cast."""
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32:
+    """Whether x is on a CPU, in float32, and nothing is differentiated, transformed, traced or cast."""
+    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32:
         return False
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    return x.is_cpu and not torch.is_autocast_enabled("cpu") and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def attend(qu_HBTC: Tensor, qv_HBTC: Tensor, k_HBKC: Tensor, v_HBKC: Tensor, r_HKC: Tensor) -> tuple[Tensor, Tensor]:
