@@ -71,7 +71,9 @@ class Experts(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """The parameters in the given precision, with the activation and the current dropout."""
-        tensors = (parameter.to(dtype) for parameter in (self.up, self.bias_up, self.down, self.bias_down))
+        tensors = self.up, self.bias_up, self.down, self.bias_down
+        if any(parameter.dtype != dtype for parameter in tensors):
+            tensors = [parameter.to(dtype) for parameter in tensors]
         return ExpertWeights(*tensors, activation=self.activation, dropout=self.dropout if self.training else 0.0)
 
     def extra_repr(self) -> str:

@@ -53,13 +53,13 @@ def _pairs(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Ten
     """Weighted sum over each token's experts."""
     N, H, width = len(x_ND), weights.down_EHD.shape[1], weights.up_EHD.shape[1]
     experts_P, weights_P, begin_N, counts_N = chosen(indices_NK, weights_NK, weights.ragged)
-    rows_M = rows_of(experts_P, width)
+    rows_M = rows_of(experts_P, width, len(weights.up_EHD))
     token_M = numbered(len(rows_M))[1] if N == 1 else torch.arange(N).repeat_interleave(counts_N * width)
     pre_PW = dots(x_ND, weights.up_EHD.view(-1, x_ND.shape[1]), rows_M, token_M).view(-1, width)
     hidden_PH = ACTIVATIONS[weights.activation].apply(pre_PW.add_(weights.bias_up_EH.index_select(0, experts_P)))
     if weights.dropout:
         hidden_PH = F.dropout(hidden_PH, weights.dropout)
-    rows_M = rows_M if width == H else rows_of(experts_P, H)
+    rows_M = rows_M if width == H else rows_of(experts_P, H, len(weights.up_EHD))
     scale_M = (hidden_PH * weights_P[:, None]).view(-1)
     y_ND = sums(weights.down_EHD.view(-1, x_ND.shape[1]), rows_M, begin_N * H, scale_M)
     return y_ND.add_(sums(weights.bias_down_ED, experts_P, begin_N, weights_P))
@@ -75,9 +75,9 @@ def chosen(indices_NK: Tensor, weights_NK: Tensor, ragged: bool) -> tuple[Tensor
     return experts_P[active_P], weights_P[active_P], counts_N.cumsum(0) - counts_N, counts_N
 
 
-def rows_of(experts_P: Tensor, width: int) -> Tensor:
-    """Rows of the chosen experts in maps that are stacked [E * width, ...] [P * width]."""
-    return (experts_P[:, None] * width + numbered(width)[0]).view(-1)
+def rows_of(experts_P: Tensor, width: int, count: int) -> Tensor:
+    """Rows of the chosen experts, of `count`, in maps that are stacked [E * width, ...] [P * width]."""
+    return numbered(count * width)[0].view(count, width).index_select(0, experts_P).view(-1)
 
 
 def _rows_by_expert(indices_NK: Tensor) -> dict[int, list[int]]:

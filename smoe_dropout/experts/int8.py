@@ -61,13 +61,13 @@ class Int8Experts(Experts):
             return self._summed(x_ND.float(), indices_NK, weights_NK.float(), ragged).to(dtype)
 
     def _summed(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, ragged: bool) -> Tensor:
-        (N, D), H = x_ND.shape, self.down_int8.shape[1]
+        (N, D), (E, H) = x_ND.shape, self.down_int8.shape[:2]
         experts_P, weights_P, begin_N, counts_N = chosen(indices_NK, weights_NK, ragged)
         x_PD = x_ND.expand(len(experts_P), D) if N == 1 else x_ND.repeat_interleave(counts_N, 0)
         begin_P = torch.arange(0, len(experts_P) * D, D)
-        pre_PH = bag(self.up_int8, rows_of(experts_P, D), begin_P, x_PD.reshape(-1)) + self.bias_up.float()[experts_P]
+        pre_PH = bag(self.up_int8, rows_of(experts_P, D, E), begin_P, x_PD.reshape(-1)) + self.bias_up.float()[experts_P]
         hidden_PH = ACTIVATIONS[self.activation].apply(pre_PH) * weights_P[:, None]
-        y_ND = bag(self.down_int8, rows_of(experts_P, H), begin_N * H, hidden_PH.flatten())
+        y_ND = bag(self.down_int8, rows_of(experts_P, H, E), begin_N * H, hidden_PH.flatten())
         return y_ND + F.embedding_bag(experts_P, self.bias_down.float(), begin_N, mode="sum", per_sample_weights=weights_P)
 
     def extra_repr(self) -> str:

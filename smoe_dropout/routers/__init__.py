@@ -19,7 +19,6 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options
 from smoe_dropout.precision import without_autocast
 from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 from smoe_dropout.shared import Shared
-from smoe_dropout.single_position import product
 
 
 class Routing(NamedTuple):
@@ -160,7 +159,7 @@ class LinearRouter(Router):
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(x_ND.device.type):
-            return product(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the k largest logits, with the balance loss in training mode."""
