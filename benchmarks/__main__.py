@@ -4,6 +4,7 @@ python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,m
 python -m benchmarks speculation --checkpoints RUN ... [flags]: generation by drafts, by trained models.
 python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
 python -m benchmarks tradeoff RUN... [flags]: quality of trained models against time and FLOPs, by the ways to choose k.
+python -m benchmarks slimmable STAGE=FOLDER... [flags]: quality and time of converted models of transformers.
 Ratios are valid only if nothing else runs on the machine.
 """
 
@@ -17,7 +18,7 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, mixed, speculation, step, tradeoff
+from benchmarks import attention, data, evaluation, generation, growth, layer, memory, mixed, slimmable, speculation, step, tradeoff
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["all", *arguments]
     kinds = {"all": AllFlags, **FLAGS, "backends": BackendFlags, "tradeoff": tradeoff.TradeoffFlags}
+    kinds["slimmable"] = slimmable.SlimmableFlags
     flags = tyro.extras.subcommand_cli_from_dict(kinds, prog="benchmarks", args=arguments)
     if isinstance(flags, BackendFlags):
         torch.set_num_threads(flags.threads)
@@ -99,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if isinstance(flags, tradeoff.TradeoffFlags):
         tradeoff.run(flags)
+        return
+    if isinstance(flags, slimmable.SlimmableFlags):
+        slimmable.run(flags)
         return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 
