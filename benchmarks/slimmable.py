@@ -25,11 +25,31 @@ from torch import Tensor, nn
 import smoe_dropout as sd
 from benchmarks.measure import SCHEMA, Common, environment, interleave, summarise
 from benchmarks.slimmable_table import DENSE, OTHER, RECORDS, Slimmable
+from smoe_dropout.files import read_object
+from smoe_dropout.hf.described import NAME
 from smoe_dropout.manifest import checksum, sha256
 from utils import documents
 from utils.errors import UserError
 
 ROWS = 4  # sequences in a pass
+# options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's recipe
+TRIALS = (
+    {"cut": "contiguous", "router": "random"},
+    {"cut": "contiguous", "router": "learned"},
+    {"cut": "random", "router": "learned"},
+    {"cut": "weights", "router": "learned"},
+    {"cut": "coactivation", "router": "learned"},
+    {"cut": "coactivation", "router": "random"},
+    {"cut": "coactivation", "router": "representative"},
+    {"cut": "coactivation", "router": "mlp"},
+    {"cut": "coactivation", "router": "learned", "correction": "norm"},
+    {"cut": "coactivation", "router": "learned", "shared_experts": 1},
+    {"cut": "coactivation", "router": "learned", "shared_experts": 1, "correction": "mean"},
+    {"cut": "coactivation", "router": "learned", "shared_experts": 2, "correction": "mean"},
+    {"cut": "coactivation", "router": "mlp", "shared_experts": 1, "correction": "mean"},
+    {"cut": "weights", "router": "representative", "shared_experts": 4},
+)
+DEFAULTS = {"shared_experts": 0, "correction": "none"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,14 @@ class SlimmableFlags(Common):
     """tokens generated in a round; 0: no time is measured"""
     rounds: int = 9
     """measured rounds, after one warm-up round"""
+    calibration: Path | None = None
+    """text to fit conversions to: measures `TRIALS`, the ways to convert the model, too"""
+    calibration_tokens: int = 8_192
+    """tokens of it"""
+    trial_tokens: int = 2_048
+    """tokens of the held-out text that those are measured on"""
+    trial_k: tuple[int, ...] = (14, 12, 8)
+    """numbers of active experts at which they are measured"""
     out: Path = RECORDS
     """folder of the records, one for each dense model, of its folder's name"""
 
@@ -118,8 +146,6 @@ def open_model(folder: Path, device: str) -> nn.Module:
     """The model of a folder, in float32, for inference: a causal language model, or an encoder without a head. UserError for others."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: give a folder of transformers")
     config = AutoConfig.from_pretrained(folder)
     causal = any("CausalLM" in name for name in config.architectures or ())
     kind = AutoModelForCausalLM if causal else AutoModel
@@ -272,12 +298,45 @@ def identity_of(flags: SlimmableFlags, text: Text) -> dict[str, Any]:
 
 
 def contestants(flags: SlimmableFlags) -> Iterator[tuple[dict[str, Any], Path]]:
-    """What a row is of, with its folder: the dense model, those of other sizes, and the stages of the conversion."""
-    yield {"stage": DENSE, "sha256": weights_hash(flags.dense)}, flags.dense
-    for folder in flags.others:
-        yield {"stage": OTHER, "name": folder.resolve().name, "sha256": weights_hash(folder)}, folder
-    for stage, folder in stages_of(flags).items():
-        yield {"stage": stage, "sha256": weights_hash(folder)}, folder
+    """What a row is of, with its folder: the dense model, those of other sizes, and the stages of the conversion. UserError for a folder
+    that is not what it is given as.
+    """
+    named = [({"stage": OTHER, "name": folder.resolve().name}, folder) for folder in flags.others]
+    named += [({"stage": stage}, folder) for stage, folder in stages_of(flags).items()]
+    for key, folder in [({"stage": DENSE}, flags.dense), *named]:
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no config.json: give a folder of transformers")
+        if (read_object(folder / "config.json").get("model_type") == NAME) != (key["stage"] not in (DENSE, OTHER)):
+            raise UserError(f"{folder}: dense models are given by --dense and --others, converted ones as STAGE=FOLDER")
+        yield {**key, "sha256": weights_hash(folder)}, folder
+
+
+def try_out(flags: SlimmableFlags, options: dict[str, Any], text: Text, calibration: Text) -> dict[str, Any]:
+    """Converts the dense model in one way, and measures it at a few k: seconds of the conversion, and perplexity by k."""
+    model = open_model(flags.dense, flags.device)
+    passes = [
+        (lambda ids=ids: model(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss, None)
+        for ids in calibration.inputs()
+    ]
+    begin = flags.clock()
+    sd.convert(model, passes, held_out=passes[:1], tokens=flags.calibration_tokens, seed=1, **options)
+    seconds, found = round(flags.clock() - begin, 1), {}
+    for k in flags.trial_k:
+        with at(model, k):
+            found[str(k)] = quality(model, text)["perplexity"]
+    print(f"{options}: {found}", flush=True)
+    return {"seconds": seconds, "perplexity": found}
+
+
+def ablation(flags: SlimmableFlags, record: Record) -> None:
+    """Measures every one of `TRIALS` that the record does not have, all with the same calibration text."""
+    text = Text.read(flags.text, flags.dense, flags.trial_tokens, flags.context)
+    calibration = Text.read(flags.calibration, flags.dense, flags.calibration_tokens, flags.context)
+    budget = {"calibration": calibration.sha256, "tokens": flags.calibration_tokens, "measured": flags.trial_tokens}
+    for options in TRIALS:
+        whole = {**DEFAULTS, **options}
+        key = {"options": {name: whole[name] for name in ("cut", "router", "shared_experts", "correction")}, **budget}
+        record.row("ablation", key, partial(try_out, flags, options, text, calibration))
 
 
 def run(flags: SlimmableFlags) -> None:
@@ -285,6 +344,7 @@ def run(flags: SlimmableFlags) -> None:
     if flags.dense is None or flags.text is None:
         raise UserError("--dense FOLDER and --text FILE are needed: the model, and text that it has not been fitted to")
     torch.set_num_threads(flags.threads)
+    compared = list(contestants(flags))
     text = Text.read(flags.text, flags.dense, flags.tokens, flags.context)
     path = flags.out / f"{flags.dense.resolve().name}.json"
     record = Record(path, identity_of(flags, text), environment(flags.device, []))
@@ -293,18 +353,18 @@ def run(flags: SlimmableFlags) -> None:
     with torch.no_grad():
         expected = outputs(dense, probe_BT)
     timed, rows = {}, {}
-    for key, folder in contestants(flags):
+    for key, folder in compared:
         record.forget(key)
         model = dense if key["stage"] == DENSE else open_model(folder, flags.device)
         E, own = experts_of(model), text if key["stage"] != OTHER else Text.read(flags.text, folder, flags.tokens, flags.context)
-        if bool(E) != (key["stage"] not in (DENSE, OTHER)):
-            raise UserError(f"{folder} has {E} experts: dense models are given by --dense and --others, converted ones as STAGE=FOLDER")
         for k in sorted({k for k in flags.k if k < E} | {E}) if E else [None]:
             find = partial(measure, model, k, own, None if key["stage"] == OTHER else (expected, probe_BT))
             row = record.row("rows", {**key, "k": k, "experts": E}, find)
             name = f"{key['stage']} {key.get('name', '')} {k}"
             timed[name], rows[name] = generator(model, k, own.tokens_BT[:1], flags), row
             print(f"{name}: {row.get('perplexity')}", flush=True)
+    if flags.calibration is not None:
+        ablation(flags, record)
     if flags.generated and not all("ratio" in row for row in rows.values()):
         baseline = next(iter(timed))
         times = summarise(interleave(timed, flags.rounds, flags.device, flags.clock), baseline)

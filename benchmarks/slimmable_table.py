@@ -54,8 +54,13 @@ class Row(Struct):
 
 
 class Trial(Struct):
-    """A way to convert the model. options: of the conversion. perplexity: by k, as text."""
+    """A way to convert the model. options: of the conversion. calibration: sha256 of its text. tokens, measured: of it, and of the held-out
+    text. perplexity: by k, as text.
+    """
 
+    calibration: Sha256
+    tokens: Count
+    measured: Count
     options: dict[str, Any]
     seconds: Positive
     perplexity: dict[str, Positive]
@@ -153,7 +158,7 @@ def shown(row: dict[str, Any], dense: dict[str, Any], quality: str) -> str:
 
 
 def ablation_table(record: dict[str, Any]) -> str:
-    """A row for each way to convert the model, the best at the smallest loss in the middle of the curve first."""
+    """A row for each way to convert the model."""
     trials = record["ablation"]
     names = list(dict.fromkeys(name for trial in trials for name in trial["options"]))
     ks = sorted({int(k) for trial in trials for k in trial["perplexity"]}, reverse=True)
@@ -180,7 +185,9 @@ def section(record: dict[str, Any]) -> str:
         parts.append(f"![Quality of {model['name']} against time and FLOPs](../../{FIGURES}/{model['name']}.png)")
     parts += [quality_table(record), exactness(record)]
     if record["ablation"]:
-        parts += ["Ways to convert it, with the same calibration text; perplexity without any training:", ablation_table(record)]
+        trial = record["ablation"][0]
+        of = f"the same {trial['tokens']:,} calibration tokens; perplexity on {trial['measured']:,} held-out tokens without any training"
+        parts += [f"Ways to convert it, all with {of}:", ablation_table(record)]
     origin = f", {model['origin']['name']} (sha256 {model['origin']['sha256'][:12]})" if model.get("origin") else ""
     weights = f"Weights: {model['package']}{origin}, dense folder sha256 {model['sha256'][:12]}."
     read = f"Text: {text['tokens']:,} tokens ({text['bytes']:,} bytes, sha256 {text['sha256'][:12]}) in sequences of {sizes['context']}."

@@ -1,0 +1,88 @@
+"""python -m benchmarks slimmable: records of converted models, resumed, and their page. Nothing here asserts a time."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import smoe_dropout as sd
+from benchmarks import slimmable
+from benchmarks.slimmable_table import dense_row, load, quality_table, render, stages
+from tests import tiny
+from utils import documents
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """A dense model, a narrower one, the first one converted, an encoder, and a text."""
+    folder = tmp_path_factory.mktemp("slimmable")
+    words = {"[UNK]": 0, **{word: place for place, word in enumerate(dict.fromkeys(tiny.WORDS), 1)}}
+    base = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
+    base.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="[UNK]", eos_token="[UNK]")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for name, width in (("dense", 32), ("narrow", 16)):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=width, tie_word_embeddings=True))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        if name == "dense":
+            sd.save_pretrained(sd.moefy(model, sd.SMoEConfig.exact(4)), folder / "split")
+    (folder / "text.txt").write_text(" ".join(word for turn in range(9) for word in tiny.WORDS[turn % 3 :]))
+    return folder
+
+
+def flags_of(folder: Path) -> slimmable.SlimmableFlags:
+    return slimmable.SlimmableFlags(
+        converted=(f"as cut={folder / 'split'}",),
+        dense=folder / "dense",
+        others=(folder / "narrow",),
+        text=folder / "text.txt",
+        package="none 1.0",
+        k=(1, 2),
+        tokens=64,
+        context=16,
+        prompt=4,
+        generated=2,
+        rounds=1,
+        out=folder / "records",
+    )
+
+
+def test_a_record_has_every_k_and_is_continued(folders, capsys):
+    flags = flags_of(folders)
+    slimmable.run(flags)
+    (record,) = load(flags.out)
+    dense, rows = dense_row(record), stages(record)["as cut"]
+    assert [row["k"] for row in rows] == [4, 2, 1] and record["model"]["package"] == "none 1.0"
+    assert rows[0]["error"] < 1e-5 < rows[1]["error"] and rows[0]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
+    expert, router = 3 * 16 * 8 + 2 * 8 + 16, 4 * 16 + 4  # maps and biases
+    assert rows[0]["weights"] - rows[2]["weights"] == 2 * 3 * expert
+    assert rows[0]["weights"] - dense["weights"] == 2 * (4 * (expert - 3 * 16 * 8) + router)  # those that the dense model does not have
+    lines = quality_table(record).splitlines()
+    assert len(lines) == 7 and lines[-1].startswith("| dense narrow | ") and "## dense" in render(flags.out)
+    changed = record | {"rows": [row | {"perplexity": 2.5} for row in record["rows"]]}
+    documents.write(flags.out / "dense.json", changed)
+    slimmable.run(flags)  # finds nothing to do
+    assert {row["perplexity"] for row in load(flags.out)[0]["rows"]} == {2.5}
+    slimmable.run(replace(flags, rounds=2))  # another measurement
+    assert load(flags.out)[0]["rows"][0]["perplexity"] == dense["perplexity"]
+
+
+def test_what_cannot_be_measured_is_refused(folders, tmp_path):
+    flags = flags_of(folders)
+    for changes, sentence in (
+        ({"text": None}, "--dense FOLDER and --text FILE are needed"),
+        ({"converted": ("split",)}, "'split' is not one of several STAGE=FOLDER"),
+        ({"converted": (f"cut={folders / 'narrow'}",)}, "narrow: dense models are given by --dense"),
+        ({"dense": folders / "split"}, "split: dense models are given"),
+        ({"dense": tmp_path}, "holds no config.json"),
+        ({"tokens": 4096}, "4096 are needed: give a longer text, or fewer --tokens"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            slimmable.run(replace(flags, out=tmp_path / "records", **changes))
+    assert not list(tmp_path.glob("records/*")) or load(tmp_path / "records")
