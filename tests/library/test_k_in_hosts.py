@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -243,11 +242,11 @@ def test_block_as_a_decorator():
 
 
 def held() -> tuple[int, int]:
+    """Objects of the library that are alive, and numbers in tensors."""
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what has moved in torch, and is found among all objects
-        tensors = [one for one in gc.get_objects() if isinstance(one, Tensor)]
-    return len(gc.get_objects()), sum(tensor.numel() for tensor in tensors)
+    alive = [(type(one), one) for one in gc.get_objects()]
+    own = [one for kind, one in alive if str(kind.__module__).startswith("smoe_dropout")]
+    return len(own), sum(one.numel() for kind, one in alive if kind in (Tensor, nn.Parameter))
 
 
 def test_requests_leave_nothing_behind():
@@ -263,4 +262,4 @@ def test_requests_leave_nothing_behind():
 
     objects, numbers = serve(2)
     after = serve(10)
-    assert after[0] - objects < 40 and after[1] <= numbers
+    assert after[0] <= objects and after[1] <= numbers

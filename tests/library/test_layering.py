@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 FLOORS = (
     ("registry",),
     ("options",),
-    ("arguments", "files", "folders", "selection"),
+    ("arguments", "files", "folders", "selection", "single_position"),
     ("manifest", "schedule", "training", "shared", "recomputation", "tuning", "precision"),
     ("config", "attention"),
     ("experts",),
