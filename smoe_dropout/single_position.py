@@ -15,7 +15,8 @@ ELEMENTWISE = 2  # sequences up to which a CPU forms attention faster by element
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. On a CPU a single position takes a dot product with each row of the weight, which reads it once, at twice the speed."""
-    if x.numel() != weight.shape[1] or not is_plain(x) or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
+    alone = x.shape[-1:] == weight.shape[1:] == (x.numel(),)
+    if not alone or not is_plain(x) or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
     y = dots(x.view(1, -1), weight, *numbered(len(weight)))
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
@@ -29,7 +30,7 @@ def dots(x_ND: Tensor, rows_RD: Tensor, row_M: Tensor, token_M: Tensor) -> Tenso
 @functools.lru_cache(maxsize=256)
 def numbered(count: int) -> tuple[Tensor, Tensor]:
     """The numbers 0, 1, ... of this many rows, and as many zeros. They must not be changed."""
-    rows = torch.arange(count)
+    rows = torch.arange(count, device="cpu")  # whatever the default device is now
     return rows, torch.zeros_like(rows)
 
 
