@@ -22,7 +22,8 @@ def test_an_input_of_another_width_is_refused(shape):
     weight = torch.randn(6, 16)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         product(torch.randn(shape), weight)
-    torch.testing.assert_close(product(torch.ones(1, 1, 32)[..., ::2], weight), F.linear(torch.ones(1, 1, 16), weight))
+    for other in (weight, weight.to_sparse_csr()):
+        torch.testing.assert_close(product(torch.ones(1, 1, 32)[..., ::2], other), F.linear(torch.ones(1, 1, 16), weight))
 
 
 @torch.no_grad()
