@@ -16,7 +16,6 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.experts import Experts, plain
 from smoe_dropout.options import ConfigError, NoOptions, build_options
 from smoe_dropout.recomputation import (
-    KEPT,
     Pass,
     check,
     copied_buffers,
@@ -26,6 +25,7 @@ from smoe_dropout.recomputation import (
     recomputing,
     record_pass,
     with_buffers,
+    with_record,
 )
 from smoe_dropout.registry import ROUTERS, load
 from smoe_dropout.routers import Routing, route_by_k
@@ -111,6 +111,7 @@ class MoELayer(nn.Module, FollowsTraining):
         self.experts = experts
         self.uses: list[Use] = []  # in the last pass, of whichever thread
         self.records: list[list[Pass]] = []  # of the last passes that activation checkpointing may repeat
+        self.lost: list[Pass] = []  # of those before them that were not repeated
         self.index, self.count, self.shared = 0, 1, Shared()
         self.router.shared = self.shared
         self._before: list[nn.Module] = []  # a list, so that torch does not register it as a child
@@ -173,7 +174,7 @@ class MoELayer(nn.Module, FollowsTraining):
                 f"{type(self).__name__} depends on other layers, so activation checkpointing cannot recompute it alone: "
                 "train without gradient checkpointing"
             )
-        before, shared = original(self.records, x), self.shared
+        before, shared = original(self.records, self.lost, x), self.shared
         now = shared.tokens
         shared.tokens, shared.real_N, shared.repeated = before.tokens, before.real_N, before
         try:
@@ -213,8 +214,7 @@ class MoELayer(nn.Module, FollowsTraining):
         if torch.compiler.is_compiling() or not may_be_repeated(self.training):
             return
         recorded = record_pass(x, self.selection(x), losses, real_N, shared.tokens)
-        passes = self.records if before and self.records else [*self.records[1 - KEPT :], []]
-        self.records = [*passes[:-1], [*passes[-1], recorded]]
+        self.records, self.lost = with_record(self.records, recorded, bool(before), self.lost)
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ class MoELayer(nn.Module, FollowsTraining):
 
     def __getstate__(self) -> dict:
         # results of the last pass belong to its autograd graph, which can be neither copied nor pickled
-        return {**super().__getstate__(), "uses": [], "records": []}
+        return {**super().__getstate__(), "uses": [], "records": [], "lost": []}
 
     def _replicate_for_data_parallel(self) -> MoELayer:
         replica = super()._replicate_for_data_parallel()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smoe_dropout.selection import Selection, TokenK
 
 KEPT = 4  # passes that are recorded, such as those of an objective that runs the model several times before it calls backward()
+LOST = 64  # further passes that are remembered, without buffers, if they were not repeated
 REMEDY = "call backward() right after the pass it belongs to, or train without gradient checkpointing"
 
 
@@ -99,17 +100,31 @@ def in_graph(losses: dict[str, Tensor]) -> bool | None:
     return any(loss.requires_grad for loss in losses.values()) if losses else None
 
 
-def original(records: Sequence[Sequence[Pass]], x: Tensor) -> Pass:
+def with_record(records: list[list[Pass]], recorded: Pass, again: bool, lost: list[Pass]) -> tuple[list[list[Pass]], list[Pass]]:
+    """Records of the last passes with a new one, and those that were dropped before they were repeated.
+
+    again: whether the layer has run before in the same pass of the model.
+    """
+    passes = records if again and records else [*records[1 - KEPT :], []]
+    dropped = (one._replace(buffers={}) for its in records[: len(records) + 1 - len(passes)] for one in its if not one.repeated)
+    return [*passes[:-1], [*passes[-1], recorded]], [*lost, *dropped][-LOST:]
+
+
+def original(records: Sequence[Sequence[Pass]], lost: Sequence[Pass], x: Tensor) -> Pass:
     """The record of the pass that is being repeated: the one with this input.
 
-    Raises RuntimeError if there is none, or if several that have not been repeated yet differ in what else they read.
+    lost: passes that were dropped from them. Raises RuntimeError if there is none, if several that have not been repeated yet differ in
+    what else they read, or if it may be one of the lost passes.
     """
     sample, by_hooks = sampled(x), hooked()
     known = [one for passes in records for one in passes if one.hooked == by_hooks]
     found = [one for one in known if identical(one.sample, sample)] or [one for one in known if similar(one.sample, sample)]
     if not found:
         raise RuntimeError(f"another pass of the model ran between a checkpointed pass and its backward pass: {REMEDY}")
-    found = [one for one in found if not one.repeated] or found[-1:]
+    waiting = [one for one in found if not one.repeated]
+    if not waiting and any(similar(one.sample, sample) and not same(one, found[-1]) for one in lost):
+        raise RuntimeError(f"more than {KEPT} checkpointed passes with the same input wait for their backward pass: {REMEDY}")
+    found = waiting or found[-1:]  # as where a graph is retained
     if any(not same(one, found[-1]) for one in found):
         ks = ", ".join(dict.fromkeys(shown(one.selection) for one in found))
         raise RuntimeError(

@@ -7,7 +7,7 @@ each other. What `set_top_k` sets, a layer's `default_k`, holds where nothing el
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
@@ -131,9 +131,14 @@ class Block:
     """Context manager, to be entered once, and decorator that opens a new block for each call of a function, also of one with `async`."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[nn.Module]]):
-        self.make, self.own = make, make()
+        self.make: Callable[[], AbstractContextManager[nn.Module]] = make
+        self.own: AbstractContextManager[nn.Module] | None = None
 
     def __enter__(self) -> nn.Module:
+        """Open the block. ConfigError if it was opened before."""
+        if self.own is not None:
+            raise ConfigError("this block of top_k, top_p or token_mask was opened before: call the function again for each `with`")
+        self.own = self.make()
         return self.own.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
@@ -142,10 +147,7 @@ class Block:
     def __call__(self, function: Callable) -> Callable:
         """The function inside a block. ConfigError for a generator function, whose body runs after the call and takes turns with others."""
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ConfigError(
-                f"top_k, top_p and token_mask cannot decorate {function.__name__!r}, a generator function: "
-                "inside it, open a block for each pass, between two yields"
-            )
+            raise _of_generator(function)
         if inspect.iscoroutinefunction(function):
 
             async def inside(*args: Any, **named: Any) -> Any:
@@ -155,9 +157,23 @@ class Block:
 
             def inside(*args: Any, **named: Any) -> Any:
                 with self.make():
-                    return function(*args, **named)
+                    result = function(*args, **named)
+                if inspect.isgenerator(result) or inspect.isasyncgen(result):
+                    raise _of_generator(function)
+                return self._awaited(result) if inspect.iscoroutine(result) else result
 
         return wraps(function)(inside)
+
+    async def _awaited(self, result: Coroutine) -> Any:
+        with self.make():
+            return await result
+
+
+def _of_generator(function: Callable) -> ConfigError:
+    return ConfigError(
+        f"top_k, top_p and token_mask cannot decorate {getattr(function, '__name__', function)!r}, a generator function: "
+        "inside it, open a block for each pass, between two yields"
+    )
 
 
 P = ParamSpec("P")

@@ -15,7 +15,9 @@ ELEMENTWISE = 2  # sequences up to which a CPU forms attention faster by element
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. On a CPU a single position takes a dot product with each row of the weight, which reads it once, at twice the speed."""
-    if x.numel() != weight.shape[1] or not is_plain(x) or weight.dtype != torch.float32 or type(weight) not in (Tensor, nn.Parameter):
+    alone = x.shape[-1:] == weight.shape[1:] == (x.numel(),)
+    known = weight.dtype == torch.float32 and weight.layout == torch.strided and type(weight) in (Tensor, nn.Parameter)
+    if not (alone and known and is_plain(x)):
         return F.linear(x, weight, bias)
     y = dots(x.view(1, -1), weight, *numbered(len(weight)))
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
@@ -29,7 +31,7 @@ def dots(x_ND: Tensor, rows_RD: Tensor, row_M: Tensor, token_M: Tensor) -> Tenso
 @functools.lru_cache(maxsize=256)
 def numbered(count: int) -> tuple[Tensor, Tensor]:
     """The numbers 0, 1, ... of this many rows, and as many zeros. They must not be changed."""
-    rows = torch.arange(count)
+    rows = torch.arange(count, device="cpu")  # whatever the default device is now
     return rows, torch.zeros_like(rows)
 
 
@@ -40,7 +42,7 @@ def sums(rows_RD: Tensor, row_M: Tensor, begin_N: Tensor, weights_M: Tensor) -> 
 
 def mapped(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), by `product` if it is nothing but an nn.Linear."""
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         return linear(x)
     return product(x, linear.weight, linear.bias)
 
@@ -71,7 +73,7 @@ class KeyValueCache:
     def __init__(self):
         self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
         self._kv: Tensor | None = None  # [2, H, B, capacity, C], filled up to `_end`
-        self._end = 0
+        self._end, self._needed = 0, 0  # of the filled positions, those that the memory needs because earlier ones are gone
 
     @property
     def length(self) -> int:
@@ -86,6 +88,7 @@ class KeyValueCache:
             fresh, kept = k_HBTC.new_empty(2, H, B, 2 * (memory + T) + self.SPARE, C), min(self._end, memory + self.SPARE)
             if kept:
                 fresh[:, :, :, :kept] = self._kv[:, :, :, self._end - kept : self._end]
+            self._needed = memory if kept < self._end else self._needed
             self._kv, self._end = fresh, kept
         begin, new = self._end - min(self._end, memory), self._kv[:, :, :, self._end : self._end + T]
         new[0].copy_(k_HBTC), new[1].copy_(v_HBTC)
@@ -93,7 +96,12 @@ class KeyValueCache:
         return self._kv[:, :, :, begin : self._end]
 
     def forget(self, count: int) -> None:
-        """Forget the last `count` positions, as if they had never been read. ValueError for more than SPARE, or than there are."""
-        if not 0 <= count <= min(self.SPARE, self._end):
-            raise ValueError(f"{count} of {self._end} positions cannot be forgotten: at most {self.SPARE} can")
+        """Forget the last `count` positions, as if they had never been read.
+
+        ValueError for more than SPARE, at once or one after another, if the memory would not be complete, or for more than there are.
+        """
+        if not 0 <= count <= min(self.SPARE, self._end - self._needed):
+            raise ValueError(
+                f"{count} of {self._end} positions cannot be forgotten: at most {self.SPARE} can, and the memory must be complete"
+            )
         self._end -= count

@@ -96,7 +96,7 @@ def _computes(module: nn.Module) -> bool:
     return _computes_small(kind, module.bias is None, own)
 
 
-_PLAIN = {*vars(nn.Linear(1, 1)), "nx", "nf", "forward", "_old_forward"}
+_PLAIN = {*vars(nn.Linear(1, 1, device="meta")), "nx", "nf", "forward", "_old_forward"}
 
 
 @lru_cache(maxsize=256)

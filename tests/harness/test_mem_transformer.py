@@ -236,6 +236,12 @@ def test_forgotten_positions_leave_no_trace(pre_lnorm, float64):
     for count in (-1, KeyValueCache.SPARE + 1):
         with pytest.raises(ValueError, match="cannot be forgotten"):
             kept[0].forget(count)
+    forgotten = 0
+    with pytest.raises(ValueError, match="the memory must be complete"):
+        for _ in range(alone[0].length):
+            kept[0].forget(1)
+            forgotten += 1
+    assert forgotten >= KeyValueCache.SPARE - 3 and kept[0].length >= model.mem_len
 
 
 def test_evaluation_may_set_another_memory_length():

@@ -1,12 +1,15 @@
 """Hosts for models of the transformers library: their feed-forward networks are found and replaced exactly."""
 
 import copy
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import smoe_dropout as sd
+from smoe_dropout import hosts
 from smoe_dropout.hosts import find_sites
 from smoe_dropout.hosts.probe import activation_of
 from smoe_dropout.registry import METHODS, load
@@ -207,3 +210,11 @@ def test_routes_see_as_far_as_the_models_attention(name, host):
         layer.shared.probabilities[layer.index] = torch.full((1, 2, 9, 9), 1 / 9)
         with torch.no_grad():
             assert not torch.equal(layer.route(x).weights_NK[0], layer.route(moved).weights_NK[0])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(Path(hosts.__file__).parent.glob("[a-z]*.py"))])
+def test_importing_draws_no_random_numbers(name):
+    """So that the first conversion of a process, which imports these modules, draws the same experts as the second."""
+    before = torch.random.get_rng_state()
+    runpy.run_module(f"smoe_dropout.hosts.{name}")
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -174,6 +174,22 @@ def test_checkpointed_pass_has_the_gradients_of_its_own_k(k, reentrant):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("ks", [[3, 3, 3, 3, 3, 3], [1, 3, 3, 3, 3], [1, 3]], ids=str)
+def test_more_passes_of_one_input_than_are_recorded(ks):
+    """Either their gradients are right, or the backward pass is refused."""
+    gradients = []
+    for model in (flattened(), flattened(reentrant=True)):
+        x, losses = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(), []
+        for k in ks:
+            with sd.top_k(model, k):
+                losses.append(model(x).square().sum())
+        refused = model.reentrant and len({*ks}) > 1
+        with pytest.raises(RuntimeError, match="checkpointed passes with the same input") if refused else nullcontext():
+            sum(losses).backward()
+        gradients.append(x.grad)
+    assert refused or torch.allclose(*gradients, atol=1e-5)
+
+
 def test_flattened_tokens_keep_their_rows():
     model, x = flattened().eval(), torch.randn(B, T, 8)
     with sd.top_k(model, ROWS):
