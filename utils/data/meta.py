@@ -48,12 +48,32 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sorted({self.cls, self.sep, self.mask, self.pad})
 
 
+class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tokens of a model of the transformers library: `size` ids, and the sha256 of what decides how a text is cut into them.
+
+    first: the id that stands before every sequence, if the tokenizer puts one there.
+    """
+
+    name: str
+    size: Annotated[int, Meta(ge=1, le=1 << 32)]
+    sha256: Sha256
+    first: Annotated[int, Meta(ge=0)] | None
+
+
 class Splits(TypedDict):
     """The files of the splits."""
 
     train: Content
     valid: Content
     test: Content
+
+
+class SplitBytes(TypedDict):
+    """The length of the splits of a text of tokens, in bytes of UTF-8."""
+
+    train: Annotated[int, Meta(ge=1)]
+    valid: Annotated[int, Meta(ge=1)]
+    test: Annotated[int, Meta(ge=1)]
 
 
 class TextMeta(msgspec.Struct):
@@ -71,6 +91,8 @@ class TextMeta(msgspec.Struct):
     limit: int | UnsetType | None = UNSET
     column: str | UnsetType = UNSET
     vocabulary: Vocabulary | UnsetType = UNSET
+    tokens: Tokens | UnsetType = UNSET
+    text_bytes: SplitBytes | UnsetType = UNSET
     files: dict[str, Content] | UnsetType = UNSET
 
 
