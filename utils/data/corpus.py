@@ -83,7 +83,7 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder written by data/prepare.py (bytes, tokens) or data/prepare_pieces.py (word pieces), its splits as read-only arrays on disk."""
+    """A folder written by data/prepare.py (bytes, tokens) or data/prepare_pieces.py (word pieces); its splits are read-only arrays."""
 
     path: Path
     meta: dict[str, Any]
