@@ -165,14 +165,14 @@ def published_file(name: str) -> Path:
 
 
 def pieces_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield a text in pieces, each of about PIECE characters and cut before a newline, where words of no tokenizer go on."""
+    """Yield a text in pieces, each of about PIECE characters and cut before a newline or else a space, where hardly any token goes on."""
     decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for chunk in chain(chunks, [b""]):
         rest += decoder.decode(chunk, final=not chunk)
         place = 0
         while len(rest) - place > PIECE:
-            at = rest.rfind("\n", place + 1, place + PIECE)
-            while at > place and rest[at - 1].isspace():  # the newline that begins the space between two lines
+            at = next((at for space in "\n " if (at := rest.rfind(space, place + 1, place + PIECE)) > 0), place)
+            while at > place and rest[at - 1].isspace():  # the first of several
                 at -= 1
             end = at if at > place else place + PIECE
             yield rest[place:end]

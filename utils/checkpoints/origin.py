@@ -244,7 +244,8 @@ def _host(path: Path, run: Path | None = None) -> Source:
         made["d_inner"] = width if experts.expert_init == "copy" else -(-width // experts.num_experts)
     sizes["d_ff"] = made["d_inner"] * experts.num_experts if experts else width
     model = next(name for name, model in MODELS.items() if model.from_folder)
-    found = {"model": model, "start_from": str(path), **sizes, **made, **vocabulary}
+    positions = {"max_length": most} if (most := getattr(text, "max_position_embeddings", None)) else {}
+    found = {"model": model, "start_from": str(path), **sizes, **made, **positions, **vocabulary}
     return Source(run or path, path / WEIGHTS, found, {"folder": (run or path).name}, from_transformers=True)
 
 

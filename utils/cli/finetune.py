@@ -35,7 +35,8 @@ def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:
     task, preset = command.get("task") or FinetuneFlags.task, values["preset"]
     known = preset in PRESET_NAMES and values["model"] in MODELS
     tuning = finetuning(task, preset, values["model"]) if known else {}
-    return {**values, **tuning, **finetuning_k(values), "task": task, "dataset": task}
+    longest = {"max_length": min(most, FinetuneFlags.max_length)} if (most := source.flags.get("max_length")) else {}
+    return {**values, **tuning, **finetuning_k(values), **longest, "task": task, "dataset": task}
 
 
 def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:

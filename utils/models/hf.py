@@ -51,9 +51,8 @@ def build(flags: Flags, vocabulary: Tokens | None = None) -> CausalLM:
     for name in ("dropout", "dropatt"):
         if hasattr(config, field := TRANSFORMERS_FIELDS[name][0]):
             setattr(config, field, getattr(flags, name))
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     length, flag = (flags.max_length, "max_length") if tunes else (flags.tgt_len, "tgt_len")
-    if most and length > most:
+    if length > (most := source.flags.get("max_length", length)):
         raise UserError(f"--{flag} {length} must be at most the {most} positions of {source.path}")
     if entries := entries_of(config):
         own = {"freeze_router": flags.freeze_gate, "balance_loss": flags.load_balance, "backend": flags.expert_backend}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ class Teacher(SelfTeacher):
     def __init__(self, task: Task):
         super().__init__(task)
         self.source = open_source(Path(task.flags.teacher))
-        model = build_model(self.source.made, task.vocabulary)
+        model = build_model(dataclasses.replace(self.source.made, tgt_len=self.flags.tgt_len), task.vocabulary)
         weights.load(model, self.source)
         if self.source.made.moe:
             set_top_k(model, self.source.made.moe_num_expert)
