@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel,
 
 import smoe_dropout as sd
 from data import prepare
+from smoe_dropout.adapters import merged
 from tests import tiny
 from tests.harness.test_finetune import made, refusal
 from tests.harness.test_resume import die
@@ -22,8 +23,7 @@ from utils.data.corpus import Corpus
 from utils.data.tokens import load_tokens
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.models.adapters import merged
-from utils.models.flops import forward_flops, parameter_counts
+from utils.models.flops import forward_flops
 from utils.models.hf import summary
 from utils.models.registry import Shape
 from utils.reporting.records import read_record
@@ -58,7 +58,9 @@ def write_tokenizer(folder: Path, text: list[str], around: tuple[str, ...] = (),
     if around:
         single = " ".join([around[0], "$A", *around[1:]])
         ids = [(token, tokenizer.token_to_id(token)) for token in around]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=f"{single} $B {' '.join(around[1:])}", special_tokens=ids)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} $B {' '.join(around[1:])}", special_tokens=ids
+        )
     tokenizer.enable_truncation(8)  # as some folders have it; no row and no text may lose a token by it
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
@@ -127,7 +129,7 @@ def test_every_token_is_predicted_once():
     tokens = torch.arange(50, dtype=torch.int64).numpy().astype("<u4")
     for first in (None, 99):
         sequences = TokenSequences(tokens, 7, first)
-        inputs, targets = sequences.batch(range(sequences.count), "cpu")
+        inputs, targets = sequences.batch(range(sequences.count), (), "cpu")
         assert targets.flatten().tolist() == list(range(first is None, (first is None) + 49))
         assert inputs[:, 1:].tolist() == targets[:, :-1].tolist()
         assert inputs[:, 0].tolist() == ([99] * 7 if first else list(range(0, 49, 7)))
@@ -152,7 +154,7 @@ def test_a_run_is_resumed_exactly_and_its_folder_is_a_model_of_transformers(worl
 
     model, before = loaded(recovered / "model"), loaded(world["llama"])
     assert sd.get_top_k(model) == 4 and load_tokens(recovered / "model")[1].sha256 == corpus.vocabulary.sha256
-    inputs, targets = TokenSequences(corpus.test, 12, None).batch(range(12), "cpu")
+    inputs, targets = TokenSequences(corpus.test, 12, None).batch(range(12), (), "cpu")
     with sd.top_k(model, 2), torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
     assert loss.exp().item() == pytest.approx(next(row["test"] for row in record["quality"] if row["k"] == 2), rel=1e-5)
@@ -184,20 +186,27 @@ def test_the_teacher_is_the_model_with_all_experts(world, tmp_path):
 
 
 def test_adapters_alone_are_trained_and_merged_into_the_experts(world, tmp_path):
-    tiny.completed(command(world, tmp_path / "run", train_only="adapters", adapter_rank=2, teacher=world["llama-dense"], tokens=200, max_step=None))
+    tiny.completed(
+        command(world, tmp_path / "run", train_only="adapters", adapter_rank=2, teacher=world["llama-dense"], tokens=200, max_step=None)
+    )
     record = read_record(tmp_path / "run" / "result.json")
     assert record["training"]["steps"] == 4 and record["settings"]["adapter_rank"] == 2
     assert record["pretrained"]["teacher"]["sha256"] == open_source(world["llama-dense"]).fingerprint
     flags, source = parse(command(world, tmp_path / "run", train_only="adapters", adapter_rank=2))
     with Engine(flags) as engine:
         built = pretraining_run(flags, Corpus.open(flags.data), engine, source).build()
-    trained = {name for name, one in built.named_parameters() if one.requires_grad}
-    assert trained and all(name.endswith(("a_ERD", "b_EHR")) for name in trained)
+    trained = {name: one for name, one in built.named_parameters() if one.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"up_a", "up_b", "down_a", "down_b"}
     with torch.no_grad():
-        for name in trained:
-            built.get_parameter(name).normal_()
-        plain, tokens = merged(built), torch.arange(24).view(2, 12)
-        torch.testing.assert_close(plain.host(tokens).logits, built.host(tokens).logits)
+        for adapter in trained.values():
+            adapter.normal_()
+        for network in (built, merged(built)):
+            for _, layer in sd.moe_layers(network):
+                assert not torch.equal(
+                    layer.experts.weights(torch.float32).down_EHD, loaded(world["llama"]).model.layers[0].mlp.experts.down
+                )
+        tokens = torch.arange(24).view(2, 12)
+        torch.testing.assert_close(merged(built).host(tokens).logits, built.host(tokens).logits)
     model, before = loaded(tmp_path / "run" / "model"), loaded(world["llama"])
     for (name, one), (_, other) in zip(model.named_parameters(), before.named_parameters(), strict=True):
         assert torch.equal(one, other) != name.endswith(("experts.up", "experts.down")), name
@@ -231,7 +240,7 @@ def test_fine_tuning_with_a_fresh_head(task, start, changes, world, tmp_path):
 
 
 def test_operations_are_those_of_the_model(world):
-    """Of a dense model: two for each weight of a matrix and token, and attention."""
+    """Two for each weight of a matrix and token, and attention."""
     flags, source = parse(command(world, Path("run"), "llama-dense", **dict.fromkeys(ELASTIC) | {"method": "dense"}))
     with Engine(flags) as engine:
         model = pretraining_run(flags, Corpus.open(flags.data), engine, source).build()

@@ -68,16 +68,10 @@ class Splits(TypedDict):
     test: Content
 
 
-class SplitBytes(TypedDict):
-    """The length of the splits of a text of tokens, in bytes of UTF-8."""
-
-    train: Annotated[int, Meta(ge=1)]
-    valid: Annotated[int, Meta(ge=1)]
-    test: Annotated[int, Meta(ge=1)]
-
-
 class TextMeta(msgspec.Struct):
-    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them."""
+    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them.
+    text_bytes: of the splits of a text of tokens, in UTF-8.
+    """
 
     schema: Version
     name: Name
@@ -92,7 +86,7 @@ class TextMeta(msgspec.Struct):
     column: str | UnsetType = UNSET
     vocabulary: Vocabulary | UnsetType = UNSET
     tokens: Tokens | UnsetType = UNSET
-    text_bytes: SplitBytes | UnsetType = UNSET
+    text_bytes: dict[str, Count] | UnsetType = UNSET
     files: dict[str, Content] | UnsetType = UNSET
 
 

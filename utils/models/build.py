@@ -3,6 +3,7 @@
 from torch import nn
 
 from smoe_dropout import freeze_routers, moe_layers, moefy
+from smoe_dropout.adapters import adapt
 from smoe_dropout.attention import ExpertQueryKeyValue, expert_attention
 from smoe_dropout.methods.base import Settings
 from smoe_dropout.options import ConfigError
@@ -11,7 +12,6 @@ from utils.errors import UserError
 from utils.flags.derive import built_options, method_of, parse_layers, smoe_config, top_k_schedule
 from utils.flags.fields import Flags
 from utils.flags.models import MODELS
-from utils.models.adapters import adapt
 from utils.models.registry import architecture
 
 ATTENTION_EXPERTS = 16  # as in the official code

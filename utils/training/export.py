@@ -6,10 +6,10 @@ from pathlib import Path
 from torch import nn
 
 import smoe_dropout as sd
+from smoe_dropout.adapters import merged
 from utils.checkpoints.origin import Source
 from utils.checkpoints.run_files import MODEL
 from utils.errors import TrainingError
-from utils.models.adapters import merged
 from utils.training.run import Callback, Run
 
 # what transformers needs besides the model, where the folder has it
