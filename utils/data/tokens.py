@@ -37,10 +37,6 @@ def load_tokens(folder: Path) -> tuple[Tokenizer, Tokens]:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
-    content = json.dumps({part: stored.get(part) for part in PARTS}, sort_keys=True, ensure_ascii=False)
-    try:
-        digest = hashlib.sha256(content.encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from None
+    digest = hashlib.sha256(json.dumps({part: stored.get(part) for part in PARTS}, sort_keys=True).encode()).hexdigest()
     first = next(iter(tokenizer.encode("").ids), None)
     return tokenizer, Tokens(folder.resolve().name, tokenizer.get_vocab_size(), digest, first)

@@ -52,12 +52,7 @@ class RunFlags:
     title = "run"
 
     method: str | None = flag(None, "training method, which sets flags. Default: the one the flags match", "run experts", choices=METHODS)
-    model: str = flag(
-        "transformer_xl",
-        "architecture; transformer_xl reads bytes, bert and roberta pieces; hf: as the --start_from folder of transformers has it",
-        "run model teacher",
-        choices=MODELS,
-    )
+    model: str = flag("transformer_xl", "architecture; hf: that of the --start_from folder", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
         None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored evaluation"
@@ -78,18 +73,11 @@ class StartFlags:
     title = "initialisation"
 
     start_from: str | None = folder(
-        None,
-        "start from the weights of a run, of surgery.py, or of transformers; they set the model's flags",
-        "run start replaceable",
-        since=None,
+        None, "start from the weights of a run, surgery.py or transformers; they set the model's flags", "run start replaceable", since=None
     )
     settings_from: str | None = folder(None, "take flags that are not given from a finished run; weights are random", "run unstored")
     teacher: str | None = folder(
-        None,
-        "finished run to distil from, at k = E; hf: a folder of transformers, or self, the model as it is",
-        "run start replaceable",
-        needs="start_from",
-        since=None,
+        None, "finished run to distil from, at k = E; hf: a folder, or self", "run start replaceable", needs="start_from", since=None
     )
     teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start", above=0, needs="teacher", since=0.2)
     teacher_temperature: float = flag(2.0, "distillation temperature", "run start", above=0, needs="teacher", since=2.0)

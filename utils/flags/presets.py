@@ -66,22 +66,12 @@ _RECOVERY = {
 HF: dict[str, dict] = {
     "paper": {
         **_RECOVERY,
-        "batch_size": 32,
-        "eval_batch_size": 32,
-        "tgt_len": 512,
-        "max_step": 2000,
-        "eval_interval": 200,
-        "warmup_step": 50,
+        **{"batch_size": 32, "eval_batch_size": 32, "tgt_len": 512, "max_step": 2000, "eval_interval": 200, "warmup_step": 50},
     },
     # a million tokens; some hours for 135 M parameters on two cores with native bf16 products
     "laptop": {
         **_RECOVERY,
-        "batch_size": 4,
-        "eval_batch_size": 8,
-        "tgt_len": 256,
-        "max_step": 1000,
-        "eval_interval": 250,
-        "warmup_step": 20,
+        **{"batch_size": 4, "eval_batch_size": 8, "tgt_len": 256, "max_step": 1000, "eval_interval": 250, "warmup_step": 20},
     },
     "quick": {**_RECOVERY, "batch_size": 2, "eval_batch_size": 4, "tgt_len": 128, "max_step": 60, "eval_interval": 30, "warmup_step": 5},
 }
