@@ -2,6 +2,7 @@
 
     python finetune.py --task sst2 --checkpoint runs/laptop/enwik8/smoe_dropout-seed1
     python finetune.py --task svamp --checkpoint RUN --dynamic_moe --dynamic_moe_mode linear_increase
+    python finetune.py --task csqa --checkpoint FOLDER             of any model of transformers, dense or converted
     python finetune.py --eval_only --k 1,2,4 --work_dir DIR
 
 The checkpoint decides what the model is; the training loop is that of train.py, and is resumed in the same way.

@@ -1,9 +1,11 @@
-"""Pre-trains a Transformer-XL, BERT or RoBERTa, dense or with experts, and tests it at every number of active experts.
+"""Pre-trains a Transformer-XL, BERT or RoBERTa, dense or with experts, or trains a model of transformers further, and tests it at every
+number of active experts.
 
     python train.py --preset laptop --method smoe_dropout --data data/enwik8
     python train.py --preset laptop --method smoe_dropout --model bert --data data/books-bert
     torchrun --nproc_per_node 2 train.py ...        accelerate launch train.py ...
     python train.py --start_from DIR --max_step 500        from the weights of a finished run, or of surgery.py
+    python train.py --model hf --start_from FOLDER --method elastic --teacher self --data data/TOKENS
     python train.py --eval_only --k 1,2,4 --work_dir DIR
 
 Rerun the same command to resume the run in its --work_dir. `python train.py --help` lists the flags.

@@ -231,7 +231,7 @@ class TextDataset(Dataset):
 
         `held_out` symbols are for valid and as many for test; `edit` is applied to each chunk that is written.
         """
-        dtype = UNITS[self.unit].dtype
+        dtype = UNITS["bytes" if self.unit == "tokens" else self.unit].dtype  # a text is cut into tokens after its splits
         require_space(whole.parent, whole.stat().st_size)
         symbols, step, entries = np.memmap(whole, dtype, mode="r"), CHUNK // dtype.itemsize, {}
         size, test = len(symbols), len(symbols) - held_out

@@ -1,6 +1,7 @@
-"""Prepare a text for byte-level training: a folder with train.bin, valid.bin, test.bin and meta.json (see data/README.md).
+"""Prepare a text: its bytes, or the tokens of a model, in train.bin, valid.bin and test.bin, with meta.json (see data/README.md).
 
     DATA=$(python data/prepare.py enwik8 --fallback pystdlib)
+    python data/prepare.py wikipedia-smollm2 --source wikipedia.txt.xz --tokenizer smollm2
 
 The last line of stdout is the folder; everything else goes to stderr.
 """
@@ -13,9 +14,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import lzma
+import os
 import re
 import struct
 import sys
@@ -24,21 +27,24 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
 from data.dataset import Parser, TextDataset, count, describe_files, display_path, read_chunks
-from utils.data.corpus import Corpus
+from utils.data.corpus import UNITS, Corpus, split_file
 from utils.data.download import Unavailable, download, log
-from utils.data.meta import CHUNK
+from utils.data.meta import CHUNK, SPLITS
 from utils.data.sources import PYSTDLIB, TEXTS, Text
-from utils.documents import naming, require_space
+from utils.data.tokens import load_tokens
+from utils.documents import content_of, naming, replace, require_space
 from utils.errors import UserError, run_main
 
 PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
@@ -60,6 +66,7 @@ READ_ERRORS = (
     LookupError,
 )
 RATIO, SMALL = 250, 1 << 30  # a text of more than SMALL bytes that is RATIO times smaller when it is packed is none
+PIECE, PIECES = 1 << 16, 64  # characters that are cut into tokens at once, and how many such pieces side by side
 PACKING = 1 << 20  # bytes that a packed file may be larger than its content
 
 
@@ -154,6 +161,35 @@ def published_file(name: str) -> Path:
     return target
 
 
+# tokens
+
+
+def pieces_of(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yield a text in pieces, each of about PIECE characters and cut before a newline or else a space, where hardly any token goes on."""
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for chunk in chain(chunks, [b""]):
+        rest += decoder.decode(chunk, final=not chunk)
+        place = 0
+        while len(rest) - place > PIECE:
+            at = next((at for space in "\n " if (at := rest.rfind(space, place + 1, place + PIECE)) > 0), place)
+            while at > place and rest[at - 1].isspace():  # the first of several
+                at -= 1
+            end = at if at > place else place + PIECE
+            yield rest[place:end]
+            place = end
+        rest = rest[place:]
+    if rest:
+        yield rest
+
+
+def tokens_of(chunks: Iterable[bytes], tokenizer) -> Iterator[list[int]]:
+    """Yield the tokens of a text in UTF-8 in order, without special tokens; a wrong byte is read as U+FFFD."""
+    pieces = pieces_of(chunks)
+    while batch := list(islice(pieces, PIECES)):
+        for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield encoded.ids
+
+
 # the dataset
 
 
@@ -161,15 +197,21 @@ class ByteText(TextDataset):
     """The bytes of --source, of a published text, or of the standard library."""
 
     unit = "bytes"
+    tokenizer = tokens = None
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, DATA_DIR)
+        if args.tokenizer is not None:
+            self.unit = "tokens"
+            self.tokenizer, tokens = load_tokens(args.tokenizer)
+            self.tokens = msgspec.structs.asdict(tokens)
         self.published = TEXTS.get(self.name)
         if self.published:
             self.inputs = frozenset({self.name, f"{self.name}{Path(self.published.url).suffix}"})
 
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"official_text": self.args.official_text, "held_out": self.args.held_out}
+        found |= {"tokens": self.tokens} if self.tokenizer else {}
         if self.name == PYSTDLIB:
             found["source"] = stdlib_label()
         elif self.args.sources and not self.published:  # a published text is the same from any source
@@ -217,6 +259,8 @@ class ByteText(TextDataset):
         splits = self.split(whole, held_out, edit)
         if empty := [split for split, entry in splits.items() if not entry["bytes"]]:
             raise UserError(f"nothing of {empty[0]} is left without its newlines: leave out --official_text")
+        if self.tokenizer:
+            splits, text_bytes = self.tokenized(folder), {split: entry["bytes"] for split, entry in splits.items()}
         meta = {
             "title": self.args.title or self.default_title(size),
             "source": source,
@@ -224,9 +268,20 @@ class ByteText(TextDataset):
             "official_text": self.args.official_text,
             **({} if self.args.held_out is None else {"held_out": self.args.held_out}),
             "splits": splits,
-            "symbols": int(seen.sum()),
+            **({"tokens": self.tokens, "text_bytes": text_bytes} if self.tokenizer else {"symbols": int(seen.sum())}),
         }
         return self.write_meta(folder, meta)
+
+    def tokenized(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Replace the bytes of each split by their tokens, and return the entries of meta.json."""
+        entries = {}
+        for split in SPLITS:
+            path = split_file(folder, split)
+            tokens = (np.array(ids, UNITS["tokens"].dtype).tobytes() for ids in tokens_of(read_chunks(path), self.tokenizer))
+            replace(path, tokens)
+            entries[split] = content_of(path)
+            log(f"{split}: {entries[split]['bytes'] // UNITS['tokens'].dtype.itemsize:,} tokens")
+        return entries
 
     def check_content(self, source: str, size: int, digest: str) -> None:
         """Refuse a text that is too short or that has the name of a published text and other content."""
@@ -258,10 +313,12 @@ class ByteText(TextDataset):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises UserError for values that cannot be used."""
-    parser = Parser(description="Prepare a text for byte-level training and print its folder.")
+    parser = Parser(description="Prepare the bytes of a text, or a model's tokens of it, and print its folder.")
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(TEXTS)}, {PYSTDLIB}, or any name together with --source")
     source_help = "plain, .xz, .gz or .zip file; repeat it to join several"
     parser.add_argument("--source", dest="sources", metavar="FILE", type=Path, action="append", default=[], help=source_help)
+    tokenizer_help = "folder of a model of the transformers library: cut the text into its tokens, by its tokenizer.json"
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer_help)
     parser.add_argument("--title", help="name of the text in tables (default: from its name and size)")
     parser.add_argument("--official_text", action="store_true", help="drop newlines, as the official code does")
     held_out_help = "bytes for validation, and as many for the test (default: a twentieth of the text each)"

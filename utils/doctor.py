@@ -22,7 +22,7 @@ from utils import documents
 from utils.checkpoints import run_files
 from utils.checkpoints.manifest import MANIFEST, STATE, WEIGHTS, Stored, name_of, steps, verify
 from utils.checkpoints.origin import EXPERTS
-from utils.checkpoints.run_files import CALIBRATION, CONFIG, ENVIRONMENT, METRICS, RESULT, SURGERY
+from utils.checkpoints.run_files import CALIBRATION, CONFIG, ENVIRONMENT, METRICS, MODEL, RESULT, SURGERY
 from utils.data.corpus import split_file
 from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, fault_of, tokenizer_fault
 from utils.data.rows import TASKS, kind_of, read_examples
@@ -337,7 +337,8 @@ def examine(path: Path) -> int:
     check(checkup)
     verdict = "intact, as far as it can be verified" if checkup.unverified else "intact"
     print(f"{path}: {f'{checkup.faults} of {checkup.parts} parts damaged, missing or unfinished' if checkup.faults else verdict}")
-    inner = [examine(one.parent) for one in path.glob(f"*/{SURGERY}")] if check is check_run else []  # of a run that pruned experts
+    made = [*path.glob(f"*/{SURGERY}"), *path.glob(f"{MODEL}/{CONFIG}")]  # by a run that pruned experts, or trained a model of transformers
+    inner = [examine(one.parent) for one in made] if check is check_run else []
     return max([int(checkup.faults > 0), *inner])
 
 

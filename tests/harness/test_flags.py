@@ -91,7 +91,7 @@ def test_command_line_beats_method_beats_preset_beats_default():
     assert flags("--moe").freeze_gate is False and flags("--method smoe_dropout").freeze_gate is True
     assert flags("--method smoe_dropout --dynamic_moe_mode cosine_increase").dynamic_moe_mode == "cosine_increase"
     assert flags("--method smoe_dropout --no-freeze_gate").freeze_gate is False
-    for model, name in ((one, name) for one in MODELS for name in presets_of(one)):
+    for model, name in ((one, name) for one, known in MODELS.items() if not known.from_folder for name in presets_of(one)):
         values, run = presets_of(model)[name], flags(f"--model {model} --preset {name} --method smoe")
         assert {key: getattr(run, key) for key in values} == values and run.d_inner * 16 == run.d_ff
 

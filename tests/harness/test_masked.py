@@ -72,7 +72,7 @@ def numbers(batches: list[Batch], pieces: np.ndarray) -> list[int]:
 def test_the_places_are_a_fixed_share_of_the_pieces_and_never_the_special_ones(length, rate, wanted):
     text = np.random.default_rng(1).integers(5, 40, 20 * (length - 2) + 1, dtype=np.uint16)
     sequences = MaskedSequences(text, VOCABULARY, length, rate)
-    assert (sequences.count, sequences.masked) == (20 + (length == 3), wanted)
+    assert (sequences.count, sequences.targets) == (20 + (length == 3), wanted)
     for index in range(20):
         tokens, places, targets = sequences.sequence(index, (3, 0))
         own = text[index * (length - 2) : (index + 1) * (length - 2)]

@@ -18,7 +18,7 @@ FLOORS = (
     ("layer",),
     ("native",),
     ("control", "hosts"),
-    ("methods", "checks", "decay", "slimming"),
+    ("methods", "checks", "decay", "slimming", "adapters"),
     ("passes",),
     ("conversion", "restoration", "io", "surgery", "sampling"),
     ("hf", "summary", "planning"),

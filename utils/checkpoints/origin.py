@@ -1,7 +1,7 @@
 """The checkpoint that training starts from: its weights, its flags and its history. Imports no torch.
 
-A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of surgery.py or of smoe_dropout.save_pretrained, or
-weights only: a folder of smoe_dropout.save_model, whose sizes must be given as flags.
+A run folder of train.py (its best weights), one of its checkpoints/step-*, a folder of surgery.py, of smoe_dropout.save_pretrained or of
+transformers, or weights only: a folder of smoe_dropout.save_model, whose sizes must be given as flags.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,10 @@ from smoe_dropout.registry import METHODS, load
 from utils import documents
 from utils.checkpoints import run_files, schema_1
 from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of
-from utils.checkpoints.run_files import RESULT, SURGERY, config_sha256, read_config, read_result
+from utils.checkpoints.run_files import CONFIG, MODEL, RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
+from utils.data.tokens import FILE as TOKENIZER_FILE
+from utils.data.tokens import load_tokens
 from utils.documents import Damaged
 from utils.errors import UserError
 from utils.flags.declare import flags_from
@@ -99,6 +101,8 @@ def open_run(path: Path) -> Source:
 def _run(path: Path) -> Source:
     """The weights whose test is in the run's record."""
     flags = _flags_of_run(path)
+    if (path / MODEL / CONFIG).exists():
+        return _host(path / MODEL, path)
     record = read_result(path, config_sha256(flags), documents.note_unverified)
     if record is None:
         raise UserError(f"the run {path} has not ended, it has no {RESULT}: finish it, or give one of its folders checkpoints/step-*")
@@ -134,6 +138,8 @@ def _step(path: Path) -> Source:
     if (run / SURGERY).exists():
         return operation(run)
     step, flags = path.resolve().name.rpartition("-")[2], _flags_of_run(run)
+    if MODELS[flags["model"]].from_folder:
+        raise UserError(f"{path} is a checkpoint of a model of transformers: give its run, {run}, which holds the model once it has ended")
     if not step.isdecimal():
         raise UserError(f"{path} is no checkpoint of the run {run}: give one of its folders checkpoints/step-*")
     return _of_run(path, path, flags, read_result(run, config_sha256(flags), documents.note_unverified) or {}, {"checkpoint": int(step)})
@@ -195,10 +201,10 @@ def flags_of_experts(experts: SMoEConfig) -> dict[str, Any]:
 
 
 def _transformers(path: Path) -> Source:
-    """A folder of smoe_dropout.save_pretrained: sizes from the host's settings."""
+    """A folder of smoe_dropout.save_pretrained or of transformers: sizes from the host's settings."""
     config = _json(path / "config.json")
     if config.get("model_type") != LIBRARY:
-        raise UserError(f"{path} holds a model of transformers without experts: make it one with smoe_dropout.moefy and save_pretrained")
+        return _host(path)
     try:
         host, kind, experts = config["host"], config["host_model_type"], SMoEConfig.from_dict(config[LIBRARY])
     except (ValueError, KeyError, TypeError) as error:
@@ -206,11 +212,41 @@ def _transformers(path: Path) -> Source:
     classes = [str(name) for name in config.get("architectures") or [kind]]
     known = [name for name, model in MODELS.items() if model.reads == "pieces"]
     if kind not in known or not classes[0].endswith("ForMaskedLM"):
-        raise UserError(f"{path} holds a {', '.join(classes)}: only {' and '.join(known)} for masked language modelling can be fine-tuned")
+        return _host(path)
     sizes = {name: host.get(field, default) for name, (field, default) in TRANSFORMERS_FIELDS.items()}
     sizes |= {"model": kind, "tgt_len": host.get("max_position_embeddings", 512) - MODELS[kind].first_position}
     weights = next(path / name for name in (TRANSFORMERS_WEIGHTS, WEIGHTS) if (path / name).exists() or name == WEIGHTS)
     return Source(path, weights, sizes | flags_of_experts(experts), {"folder": path.name}, from_transformers=True)
+
+
+def _host(path: Path, run: Path | None = None) -> Source:
+    """A folder of any model of transformers, dense or converted, for the model that is built from it. run: that made it, if one did."""
+    from smoe_dropout.hf.described import placed_conversions
+    from smoe_dropout.hf.loading import read_config as read_host  # imports transformers
+
+    try:
+        config, _ = read_host(path, {})
+        conversions = placed_conversions(config)
+        vocabulary = {"vocabulary_sha256": load_tokens(path)[1].sha256} if (path / TOKENIZER_FILE).exists() else {}
+    except ConfigError as error:
+        raise UserError(f"{path} holds no model that can be built: {' '.join(str(error).split())}") from None
+    if len(conversions) > 1 or any(conversion.module for conversion in conversions):
+        raise UserError(f"{path} holds a model that was converted in parts or more than once, which cannot be trained here: give another")
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"{path / WEIGHTS} is missing: save the model again, in one file (max_shard_size) of safetensors")
+    text = config.get_text_config()
+    width = next((size for name in ("intermediate_size", "n_inner", "ffn_dim") if isinstance(size := getattr(text, name, None), int)), None)
+    sizes = {name: getattr(text, TRANSFORMERS_FIELDS[name][0]) for name in ("n_layer", "d_model", "n_head")}
+    sizes |= {name: getattr(text, TRANSFORMERS_FIELDS[name][0], 0.0) for name in ("dropout", "dropatt")}
+    width, experts = width or 4 * sizes["d_model"], conversions[0].config if conversions else None
+    made = flags_of_experts(experts) if experts else {"moe": False}
+    if experts and "d_inner" not in made:
+        made["d_inner"] = width if experts.expert_init == "copy" else -(-width // experts.num_experts)
+    sizes["d_ff"] = made["d_inner"] * experts.num_experts if experts else width
+    model = next(name for name, model in MODELS.items() if model.from_folder)
+    positions = {"max_length": most} if (most := getattr(text, "max_position_embeddings", None)) else {}
+    found = {"model": model, "start_from": str(path), **sizes, **made, **positions, **vocabulary}
+    return Source(run or path, path / WEIGHTS, found, {"folder": (run or path).name}, from_transformers=True)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from utils.flags.fields import FinetuneFlags, Flags, defaults_before, names
 REPAIR = "restore it from a copy, or run the command of the run with --repair, which continues without it"
 CONFIG, RESULT, SURGERY, ENVIRONMENT, METRICS = "config.json", "result.json", "surgery.json", "env.json", "metrics.jsonl"
 CALIBRATION = "calibration.safetensors"  # in a folder of surgery.py: what an operation was decided by
+MODEL = "model"  # the folder with what a run of a model of transformers has made, as transformers reads it
 LOCK = ".lock"  # held by the process that writes the folder
 BEGUN = {LOCK, ".config.json.partial", "config.partial"}  # what a killed process may leave in a folder before its config.json
 

@@ -13,11 +13,14 @@ from utils.checkpoints import storage
 from utils.checkpoints.manifest import STATE
 from utils.checkpoints.origin import Source
 from utils.errors import UserError
+from utils.flags.models import MODELS
 
 
 def load(model: nn.Module, source: Source) -> None:
     """Loads all weights into a model of the same sizes. UserError, naming the tensor and both shapes, if they do not fit."""
     folder = source.weights.parent
+    if source.flags.get("model") in MODELS and MODELS[source.flags["model"]].from_folder:
+        return  # it was built with them
     try:
         if source.from_transformers:
             host = sd.from_pretrained(folder).train()  # which alone imports transformers

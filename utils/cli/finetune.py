@@ -35,7 +35,8 @@ def _defaults(command: Arguments | Values, source: Source) -> dict[str, Any]:
     task, preset = command.get("task") or FinetuneFlags.task, values["preset"]
     known = preset in PRESET_NAMES and values["model"] in MODELS
     tuning = finetuning(task, preset, values["model"]) if known else {}
-    return {**values, **tuning, **finetuning_k(values), "task": task, "dataset": task}
+    longest = {"max_length": min(most, FinetuneFlags.max_length)} if (most := source.flags.get("max_length")) else {}
+    return {**values, **tuning, **finetuning_k(values), **longest, "task": task, "dataset": task}
 
 
 def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
@@ -46,6 +47,10 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     ]
     if flags.moe_prune_to is not None:
         found.append(f"--moe_prune_to {flags.moe_prune_to} has no effect with finetune.py: prune with train.py --start_from first")
+    if flags.tokens is not None:
+        found.append(f"--tokens {flags.tokens}: rows differ in length; use --max_step")
+    if flags.from_scratch and flags.model in MODELS and MODELS[flags.model].from_folder:
+        found.append(f"--from_scratch: --model {flags.model} has the weights of its folder; leave it out")
     folds = max(task_kind(task).folds for task in TASKS)
     if flags.fold >= folds:
         found.append(f"--fold {flags.fold} must be from 0 to {folds - 1}")

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints.origin import Source, open_run
+from utils.checkpoints.origin import Source, open_run, open_source
 from utils.cli.arguments import Arguments
 from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, dataset_of, decide, inherited, lost_width
 from utils.data.corpus import Corpus
 from utils.data.lanes import Lanes
-from utils.errors import exit_on_user_error
+from utils.errors import UserError, exit_on_user_error
 from utils.flags.derive import method_flags
-from utils.flags.fields import Flags, names
+from utils.flags.fields import SELF, Flags, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS
 
@@ -37,6 +37,8 @@ def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
 
 
 def _defaults(command: Arguments, source: Source | None) -> dict[str, Any]:
+    if command.get("tokens") and command.get("max_step"):
+        raise UserError("--tokens and --max_step both say how long to train: leave one out")
     if (run := command.get("settings_from")) and source is None:
         return _settings(open_run(Path(run)), command) | dataset_of(command)
     continued = {name: source.flags[name] for name in names(role="continued") if name in source.flags} if source else {}
@@ -52,15 +54,18 @@ def _settings(run: Source, command: Arguments) -> dict[str, Any]:
         dropped |= {*names(follows=given)} if command.get(given) else set()
     dropped |= {"moe_experts_by_layer"} if command.get("moe_num_expert") else set()
     dropped |= {"data"} if command.get("dataset") else set()
+    dropped |= {"tokens"} if command.get("max_step") else set()
     return {**method_flags(run.made.method), **{name: value for name, value in stored.items() if name not in dropped}}
 
 
 def _mistakes(flags: Flags, source: Source | None) -> list[str]:
+    if flags.model in MODELS and MODELS[flags.model].from_folder and flags.start_from is None:
+        return [f"--model {flags.model} is built from a folder of transformers: give it with --start_from"]
     if flags.settings_from is not None:
         return _check_settings(flags)
     if source is None:
         return []
-    return contradictions(flags, source, CHECKPOINT_FLAGS) + _check_teacher(flags)
+    return contradictions(flags, source, CHECKPOINT_FLAGS) + (_check_teacher(flags, source) if flags.model in MODELS else [])
 
 
 def _check_settings(flags: Flags) -> list[str]:
@@ -73,15 +78,28 @@ def _check_settings(flags: Flags) -> list[str]:
     return found + (lost_width(run) if flags.moe_num_expert != run.made.moe_num_expert else [])
 
 
-def _check_teacher(flags: Flags) -> list[str]:
+def _check_teacher(flags: Flags, source: Source) -> list[str]:
     """A teacher must read the student's input and carry a memory of the same shape."""
     if flags.teacher is None:
         return []
+    if MODELS[flags.model].from_folder:
+        return _check_folder_of_teacher(flags, source)
+    if flags.teacher == SELF:
+        return [f"--teacher {SELF} is for --model hf: give a finished run"]
     teacher = open_run(Path(flags.teacher))
     differing = [name for name in names(role="teacher") if teacher.flags[name] != getattr(flags, name)]
     found = [f"{name} = {teacher.flags[name]}, not {getattr(flags, name)}" for name in differing]
     found = [f"--teacher {flags.teacher} has {', '.join(found)}: choose one of the same shape"] if found else []
     return found + ([f"--teacher {flags.teacher} cannot be combined with --compile: leave one out"] if flags.compile else [])
+
+
+def _check_folder_of_teacher(flags: Flags, source: Source) -> list[str]:
+    if flags.teacher == SELF:
+        return [] if flags.moe else [f"--teacher {SELF} predicts with all experts, and {source.path} has none: give another folder"]
+    teacher, own = open_source(Path(flags.teacher)), source.flags.get("vocabulary_sha256")
+    if teacher.flags.get("vocabulary_sha256") != own or not own:
+        return [f"--teacher {flags.teacher} reads other tokens than {source.path}: give a model with the same tokenizer"]
+    return []
 
 
 PROGRAM = Program("train.py", Flags, "start_from", defaults=_defaults, mistakes=_mistakes)

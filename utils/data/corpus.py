@@ -16,6 +16,7 @@ from utils.data.meta import (
     SPLITS,
     TOKENIZER,
     TextMeta,
+    Tokens,
     Vocabulary,
     fault_of,
     tokenizer_fault,
@@ -35,6 +36,7 @@ class Unit(NamedTuple):
 UNITS = {
     "bytes": Unit(np.dtype("u1"), "data/prepare.py", "--source FILE"),
     "pieces": Unit(np.dtype("<u2"), "data/prepare_pieces.py", "--tokenizer T --data_files FILE"),
+    "tokens": Unit(np.dtype("<u4"), "data/prepare.py", "--tokenizer FOLDER --source FILE"),
 }
 
 
@@ -57,7 +59,7 @@ def _refuse(fault: str, name: str, unit: str, force: bool = True) -> NoReturn:
 
 
 def _unit(meta: dict[str, Any]) -> str:
-    return "pieces" if "vocabulary" in meta else "bytes"
+    return "pieces" if "vocabulary" in meta else "tokens" if "tokens" in meta else "bytes"
 
 
 def _read_meta(folder: Path, unit: str) -> dict[str, Any]:
@@ -81,11 +83,11 @@ def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> np.memmap:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder written by data/prepare.py (bytes) or data/prepare_pieces.py (word pieces), with its splits as read-only arrays on disk."""
+    """A folder written by data/prepare.py (bytes, tokens) or data/prepare_pieces.py (word pieces); its splits are read-only arrays."""
 
     path: Path
     meta: dict[str, Any]
-    train: np.memmap  # uint8 [bytes] or uint16 [pieces], as the other splits
+    train: np.memmap  # uint8 [bytes], uint16 [pieces] or uint32 [tokens], as the other splits
     valid: np.memmap
     test: np.memmap
     notes: ClassVar[str] = ""
@@ -95,7 +97,7 @@ class Corpus:
         """Open the folder `path` after checking meta.json and the size of each split, without reading the text.
 
         Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json, or if the text is not in `unit`, the units
-        that the caller reads ("bytes" or "pieces", None: either).
+        that the caller reads (a key of UNITS, None: any).
         """
         folder = Path(path)
         try:
@@ -118,17 +120,19 @@ class Corpus:
 
     @property
     def unit(self) -> str:
-        """The symbols of the text, "bytes" or "pieces": what a model `reads`."""
+        """The symbols of the text, a key of UNITS: what a model `reads`."""
         return _unit(self.meta)
 
     @property
-    def vocabulary(self) -> Vocabulary | None:
-        """The vocabulary of the word pieces, None for bytes."""
+    def vocabulary(self) -> Vocabulary | Tokens | None:
+        """The vocabulary of the word pieces or tokens, None for bytes."""
+        if "tokens" in self.meta:
+            return msgspec.convert(self.meta["tokens"], Tokens)
         return msgspec.convert(self.meta["vocabulary"], Vocabulary) if "vocabulary" in self.meta else None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of bytes or pieces of each split."""
+        """The number of symbols of each split."""
         return {split: len(getattr(self, split)) for split in SPLITS}
 
     @property

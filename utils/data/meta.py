@@ -48,6 +48,18 @@ class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sorted({self.cls, self.sep, self.mask, self.pad})
 
 
+class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tokens of a model of the transformers library: `size` ids, and the sha256 of what decides how a text is cut into them.
+
+    first: the id that stands before every sequence, if the tokenizer puts one there.
+    """
+
+    name: str
+    size: Annotated[int, Meta(ge=1, le=1 << 32)]
+    sha256: Sha256
+    first: Annotated[int, Meta(ge=0)] | None
+
+
 class Splits(TypedDict):
     """The files of the splits."""
 
@@ -57,7 +69,9 @@ class Splits(TypedDict):
 
 
 class TextMeta(msgspec.Struct):
-    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them."""
+    """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them.
+    text_bytes: of the splits of a text of tokens, in UTF-8.
+    """
 
     schema: Version
     name: Name
@@ -71,6 +85,8 @@ class TextMeta(msgspec.Struct):
     limit: int | UnsetType | None = UNSET
     column: str | UnsetType = UNSET
     vocabulary: Vocabulary | UnsetType = UNSET
+    tokens: Tokens | UnsetType = UNSET
+    text_bytes: dict[str, Count] | UnsetType = UNSET
     files: dict[str, Content] | UnsetType = UNSET
 
 

@@ -78,6 +78,10 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--weight_decay {flags.weight_decay} has no effect with --optim {flags.optim}: leave it out, or use --optim adamw")
     if flags.k is not None and not flags.eval_only:
         found.append("--k selects what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
+    if flags.train_only == "adapters" and flags.model in MODELS and not MODELS[flags.model].from_folder:
+        found.append(f"--train_only adapters is for --model hf, not for --model {flags.model}: use --train_only experts")
+    if flags.train_only == "experts" and is_given(flags, "adapter_rank"):
+        found.append(no_effect("adapter_rank", "--train_only experts"))
     if flags.batch_chunk > flags.batch_size >= 1:
         found.append(f"--batch_chunk {flags.batch_chunk} must be at most --batch_size {flags.batch_size}")
     if flags.cuda and flags.device == "cpu":

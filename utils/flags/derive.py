@@ -135,6 +135,8 @@ def resolve(flags: FlagsT) -> FlagsT:
     d_inner = flags.d_inner if flags.d_inner is not None else (flags.d_ff or 0) // (E if flags.moe else 1)
     changes: dict[str, Any] = {"d_inner": d_inner, "d_ff": d_inner * E if flags.moe else d_inner}
     changes["data"] = flags.data or f"data/{flags.dataset}"
+    if flags.tokens is not None:
+        flags = dataclasses.replace(flags, max_step=max(1, flags.tokens // (flags.batch_size * flags.tgt_len)))
     changes["swad_end"] = flags.max_step if flags.swad_end == -1 else flags.swad_end
     if flags.cuda:
         changes["device"] = "cuda"

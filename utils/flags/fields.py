@@ -38,6 +38,8 @@ from utils.flags.presets import PRESET_NAMES
 DROPOUT_PLACES = ("embedding", "attention", "hidden", "output")
 COMPRESS = "compress"  # the operation of surgery.py that is not in the library's registry
 ROUTER_NORM = "router_norm"  # the score that needs no calibration data
+TRAINED = ("experts", "adapters")
+SELF = "self"  # the model itself as its teacher
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
 
 group = dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class RunFlags:
     title = "run"
 
     method: str | None = flag(None, "training method, which sets flags. Default: the one the flags match", "run experts", choices=METHODS)
-    model: str = flag("transformer_xl", "architecture; transformer_xl reads bytes, the others pieces", "run model teacher", choices=MODELS)
+    model: str = flag("transformer_xl", "architecture; hf: that of the --start_from folder", "run model teacher", choices=MODELS)
     preset: str = flag("paper", "sizes and lengths", "run", choices=PRESET_NAMES)
     work_dir: str | None = folder(
         None, "folder of the run; rerun to resume. Default: runs/<preset>/<dataset>/<run_name>-seed<seed>", "run unstored evaluation"
@@ -71,10 +73,12 @@ class StartFlags:
     title = "initialisation"
 
     start_from: str | None = folder(
-        None, "start from the weights of a run or of surgery.py; they set the model's flags", "run start replaceable", since=None
+        None, "start from the weights of a run, surgery.py or transformers; they set the model's flags", "run start replaceable", since=None
     )
     settings_from: str | None = folder(None, "take flags that are not given from a finished run; weights are random", "run unstored")
-    teacher: str | None = folder(None, "finished run to distil from, at k = E", "run start replaceable", needs="start_from", since=None)
+    teacher: str | None = folder(
+        None, "finished run to distil from, at k = E; hf: a folder, or self", "run start replaceable", needs="start_from", since=None
+    )
     teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start", above=0, needs="teacher", since=0.2)
     teacher_temperature: float = flag(2.0, "distillation temperature", "run start", above=0, needs="teacher", since=2.0)
 
@@ -164,6 +168,10 @@ class ExpertFlags:
     attn_moe: bool = expert_flag(False, "official: queries, keys and values from 16 top-1 experts, in MoE layers", "experts")
     freeze_main_network: bool = expert_flag(False, "official: do not train the experts")
     freeze_main_network_all: bool = expert_flag(False, "official: within the layers, train the routers only")
+    train_only: str | None = expert_flag(
+        None, "experts: with routers that are not frozen; adapters: of low rank, beside the experts' maps", choices=TRAINED, since=None
+    )
+    adapter_rank: int = flag(8, "rank of the adapters", low=1, needs="train_only", since=8)
     dynamic_router_start: int = expert_flag(-1, "official: step at which the router is frozen (-1: see --freeze_gate)", low=0, special=-1)
 
 
@@ -183,6 +191,7 @@ class OptimiserFlags:
     lr_min: float = flag(0.0, "dev_perf: smallest learning rate", low=0)
     clip: float = flag(0.25, "largest gradient norm", above=0)
     max_step: int = flag(400_000, "training steps", low=1)
+    tokens: int | None = flag(None, "training tokens, in place of --max_step: whole batches up to this many", "run", low=1, since=None)
     swad: bool = flag(False, "average the weights over steps swad_start to swad_end, and evaluate the average as well", "run")
     swad_start: int = flag(0, "first step of the average", "run", low=0, needs="swad")
     swad_end: int = flag(-1, "last step of the average (-1: --max_step)", "run", low=1, special=-1, follows="max_step")
@@ -230,7 +239,7 @@ class TaskFlags:
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "maximum number of positions of a row; longer rows are refused", "run", low=3)
-    tokenizer: str | None = folder(None, "word pieces: folder of the tokenizer. Default: that of the checkpoint's text", "run")
+    tokenizer: str | None = folder(None, "pieces, tokens: folder of the tokenizer. Default: that of the checkpoint's text, or in it", "run")
 
 
 @group

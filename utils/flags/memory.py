@@ -19,7 +19,7 @@ def refuse_if_too_large(flags: Flags, text: int | None = None) -> None:
     """Raises UserError if training cannot fit into memory. flags: decided ones. text: symbols of the training text, if they are known."""
     parameters, memory = least_parameters(flags), machine_memory()
     on_cpu = flags.device == "cpu" or (flags.device == "auto" and not any(map(os.path.exists, GPUS)))
-    trained = not (flags.freeze_main_network or flags.freeze_main_network_all)
+    trained = not (flags.freeze_main_network or flags.freeze_main_network_all or flags.train_only)
     held = 4 * parameters * (1 + STATES[flags.optim] if on_cpu and trained else 1)
     besides = {f"{short_number(parameters)} parameters": 4 * parameters if on_cpu and trained else 0}  # not at the same time: gradients,
     if on_cpu:  # embeddings in validation, and what is kept for the backward pass
@@ -44,6 +44,8 @@ def least_parameters(flags: Flags) -> int:
         experts = sum(parse_counts(flags.moe_experts_by_layer) or [sparse * flags.moe_num_expert])
         dense = flags.d_ff if "dense_width" in MODELS[flags.model].unknown_flags or flags.dense_width == "all" else flags.d_inner
         hidden = (0 if flags.moe_expert_rank else experts * flags.d_inner) + (layers - sparse) * dense
+    if MODELS[flags.model].from_folder:  # whose queries may share keys and values
+        attention //= 2
     symbols = BYTES if MODELS[flags.model].reads == "bytes" else flags.tgt_len  # pieces: embeddings of positions, at least
     return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
 

@@ -12,16 +12,18 @@ class Model(NamedTuple):
 
     title: as in tables. reads: units of its text, which decide what it is pre-trained on. module: its file. presets: place of its
     pre-training presets, flags by preset name. unknown_flags: flags it does not use, refused when given. causal: whether it can continue
-    a text. first_position: index of the first position embedding in the transformers library's configuration.
+    a text. first_position: index of the first position embedding in the transformers library's configuration. from_folder: whether it is
+    built as, and with the weights, that a folder of transformers has, so that it always starts from one.
     """
 
     title: str
-    reads: Literal["bytes", "pieces"]
+    reads: Literal["bytes", "pieces", "tokens"]
     module: str
     presets: str
     unknown_flags: tuple[str, ...] = ()
     causal: bool = True
     first_position: int = 0
+    from_folder: bool = False
 
 
 _XL_FLAGS = (
@@ -35,6 +37,12 @@ MODELS: dict[str, Model] = {
     ),
     "bert": Model("BERT", "pieces", "utils.models.bert", "utils.flags.presets:BERT", _XL_FLAGS, causal=False),
     "roberta": Model("RoBERTa", "pieces", "utils.models.roberta", "utils.flags.presets:ROBERTA", _XL_FLAGS, causal=False, first_position=2),
+    "hf": Model(
+        *("transformers", "tokens", "utils.models.hf", "utils.flags.presets:HF"),
+        (*_XL_FLAGS, "mask_rate"),
+        causal=False,  # by generate.py: transformers' own generate() does that
+        from_folder=True,
+    ),
 }
 TRANSFORMERS_FIELDS = {  # fields of a configuration of the transformers library, with their defaults, by flag
     "n_layer": ("num_hidden_layers", 12),

@@ -58,6 +58,23 @@ def _encoder(tokenizer: str) -> dict[str, dict]:
     return {name: {**values, "dataset": values["dataset"].format(tokenizer=tokenizer)} for name, values in _ENCODER.items()}
 
 
+# further training of a converted causal language model: its sizes are those of the folder it starts from
+_RECOVERY = {
+    **{"dataset": "text", "optim": "adamw", "scheduler": "cosine", "lr": 1e-4, "clip": 1.0, "precision": "bf16"},
+    **{"log_interval": 10, "max_eval_steps": 8, "tune_cpu": True},
+}
+HF: dict[str, dict] = {
+    "paper": {
+        **_RECOVERY,
+        **{"batch_size": 32, "eval_batch_size": 32, "tgt_len": 512, "max_step": 2000, "eval_interval": 200, "warmup_step": 50},
+    },
+    # a million tokens; some hours for 135 M parameters on two cores with native bf16 products
+    "laptop": {
+        **_RECOVERY,
+        **{"batch_size": 4, "eval_batch_size": 8, "tgt_len": 256, "max_step": 1000, "eval_interval": 250, "warmup_step": 20},
+    },
+    "quick": {**_RECOVERY, "batch_size": 2, "eval_batch_size": 4, "tgt_len": 128, "max_step": 60, "eval_interval": 30, "warmup_step": 5},
+}
 BERT, ROBERTA = _encoder("bert-base-uncased"), _encoder("roberta-base")
 PRESET_NAMES = tuple(TRANSFORMER_XL)
 
@@ -90,6 +107,8 @@ _FINETUNING_TASK: dict[str, dict[str, dict]] = {
         **{task: _WORD_PROBLEMS_ON_A_LAPTOP for task in ("asdiv_a", "mawps", "svamp")},
     }
 }
+# a model that was trained on much text moves little; the decoder of equations is fresh
+_FINETUNING_FOLDER = {task: {"lr": 2e-4} for task in ("asdiv_a", "mawps", "svamp")}
 # the laptop's for a model of preset replica, for which nothing is published
 for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
     _presets["replica"] = _presets["laptop"]
@@ -97,5 +116,6 @@ for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
 
 def finetuning(task: str, preset: str, model: str) -> dict:
     """Flags of a preset for fine-tuning a model on a task."""
-    encoder = _FINETUNING_ENCODER[preset] if MODELS[model].reads == "pieces" else {}
-    return {**_FINETUNING[preset], **encoder, **_FINETUNING_TASK.get(preset, {}).get(task, {})}
+    encoder = _FINETUNING_ENCODER[preset] if MODELS[model].reads != "bytes" else {}
+    own = _FINETUNING_FOLDER.get(task, {"lr": 5e-5}) if MODELS[model].from_folder else {}
+    return {**_FINETUNING[preset], **encoder, **_FINETUNING_TASK.get(preset, {}).get(task, {}), **own}

@@ -3,6 +3,7 @@
 from torch import nn
 
 from smoe_dropout import freeze_routers, moe_layers, moefy
+from smoe_dropout.adapters import adapt
 from smoe_dropout.attention import ExpertQueryKeyValue, expert_attention
 from smoe_dropout.methods.base import Settings
 from smoe_dropout.options import ConfigError
@@ -10,6 +11,7 @@ from utils.data.tokenizer import Vocabulary
 from utils.errors import UserError
 from utils.flags.derive import built_options, method_of, parse_layers, smoe_config, top_k_schedule
 from utils.flags.fields import Flags
+from utils.flags.models import MODELS
 from utils.models.registry import architecture
 
 ATTENTION_EXPERTS = 16  # as in the official code
@@ -21,7 +23,7 @@ def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module
     """
     model, method = architecture(flags.model).build(flags, vocabulary), method_of(flags)
     try:
-        if flags.moe:
+        if flags.moe and not MODELS[flags.model].from_folder:
             model = moefy(model, smoe_config(flags, method))
         elif method and method.convert:
             model = method.convert(model, built_options(flags)[0])
@@ -34,11 +36,17 @@ def build_model(flags: Flags, vocabulary: Vocabulary | None = None) -> nn.Module
 
 
 def freeze(model: nn.Module, flags: Flags) -> None:
-    """Freezes the experts (--freeze_main_network), or everything in the layers but the routers (--freeze_main_network_all)."""
+    """Freezes the experts (--freeze_main_network), everything in the layers but the routers (--freeze_main_network_all), or everything but
+    the experts and routers, of which adapters may be trained instead of the experts (--train_only).
+    """
     if flags.freeze_main_network_all:
         routers = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.routing_parameters()}
         for parameter in architecture(flags.model).blocks(model).parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in routers)
+    elif flags.train_only is not None:
+        inside = {id(parameter) for _, layer in moe_layers(model) for parameter in layer.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in inside)
     elif flags.freeze_main_network:
         for _, layer in moe_layers(model):
             layer.experts.requires_grad_(False)
@@ -47,6 +55,8 @@ def freeze(model: nn.Module, flags: Flags) -> None:
                 module.requires_grad_(False)
     if flags.dynamic_router_start == 0:
         freeze_routers(model)
+    if flags.train_only == "adapters":
+        adapt(model, flags.adapter_rank)
 
 
 def forget_router_gradients(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from smoe_dropout.attention import ExpertQueryKeyValue
 from smoe_dropout.experts.compressed import CompressedExperts
 from utils.models.registry import Shape, architecture
 
-# modules that make up the feed-forward layers: of Transformer-XL; of BERT and RoBERTa
-FEED_FORWARD = re.compile(r"(.*\.)?(feed_forward|layer\.\d+\.(intermediate|output\.dense))")
+# modules that make up the feed-forward layers: of Transformer-XL; of BERT and RoBERTa; of most decoders
+FEED_FORWARD = re.compile(r"(.*\.)?(feed_forward|layer\.\d+\.(intermediate|output\.dense)|(layers|h)\.\d+\.mlp)")
 
 
 def forward_flops(name: str, model: nn.Module, shape: Shape, k: int | None) -> int:
@@ -25,7 +25,7 @@ def forward_flops(name: str, model: nn.Module, shape: Shape, k: int | None) -> i
 def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, dense: int) -> int:
     """Operations of the feed-forward networks of `layers` layers in one pass; `dense`: those of one token in a dense layer."""
     sparse, tokens = moe_layers(model), shape.rows * shape.positions
-    total = (layers - len(sparse)) * tokens * dense
+    total = max(0, layers - len(sparse)) * tokens * dense
     for _, layer in sparse:
         one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
         active = min(k, layer.num_experts) if k else layer.computed_experts

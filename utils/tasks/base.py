@@ -25,12 +25,15 @@ State = tuple[Tensor, ...] | None  # carried from one batch to the next: tensors
 
 
 class Metric(NamedTuple):
-    """The quality shown in tables, computed by `of` from the mean of what `Task.measure` sums. of_loss: that mean is the loss in nats."""
+    """The quality shown in tables, computed by `of` from the mean of what `Task.measure` sums. of_loss: that mean is the loss in nats.
+    also: further measures by name, from the split and that mean.
+    """
 
     name: str
     lower_is_better: bool
     of: Callable[[float], float]
     of_loss: bool = True
+    also: Callable[[str, float], dict[str, float]] = lambda split, mean: {}
 
     @property
     def in_training(self) -> str:

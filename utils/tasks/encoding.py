@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.checkpoints.origin import Source
+from utils.data.meta import Tokens
 from utils.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from utils.data.tokens import load_tokens
 from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags
 from utils.flags.models import MODELS
@@ -16,12 +18,12 @@ from utils.flags.models import MODELS
 
 class RowEncoder(NamedTuple):
     """encode: turns each sequence of texts into a row of tokens int64 [T], terminated by an end token. pad: the token after a row's end.
-    vocabulary: of the word pieces, or None for bytes.
+    vocabulary: of the word pieces or tokens, or None for bytes.
     """
 
     encode: Callable[[list[tuple[str, ...]]], list[np.ndarray]]
     pad: int = 0
-    vocabulary: Vocabulary | None = None
+    vocabulary: Vocabulary | Tokens | None = None
 
 
 def encode_bytes(sequences: list[tuple[str, ...]]) -> list[np.ndarray]:
@@ -37,10 +39,23 @@ def encode_pieces(sequences: list[tuple[str, ...]], tokenizer) -> list[np.ndarra
     return [np.array(ids, np.int64) for ids in found]
 
 
+def encode_tokens(sequences: list[tuple[str, ...]], tokenizer) -> list[np.ndarray]:
+    """The texts with the special tokens that the tokenizer puts around them; without any, a newline after each text as in bytes."""
+    if not tokenizer.num_special_tokens_to_add(len(sequences[0]) > 1):
+        sequences = [("".join(f"{text}\n" for text in texts),) for texts in sequences]
+    found = tokenizer.encode_batch([texts if len(texts) > 1 else texts[0] for texts in sequences])
+    return [np.array(encoded.ids, np.int64) for encoded in found]
+
+
 def encoder_of(flags: FinetuneFlags, source: Source) -> RowEncoder:
     """UserError if the checkpoint's tokenizer is missing or differs."""
     if MODELS[flags.model].reads == "bytes":
         return RowEncoder(encode_bytes)
+    if MODELS[flags.model].reads == "tokens":
+        tokenizer, vocabulary = load_tokens(Path(flags.tokenizer) if flags.tokenizer else source.weights.parent)
+        if (known := source.flags.get("vocabulary_sha256")) and known != vocabulary.sha256:
+            raise UserError(f"--tokenizer {flags.tokenizer} is not that of {source.path}: leave it out")
+        return RowEncoder(partial(encode_tokens, tokenizer=tokenizer), vocabulary=vocabulary)
     folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
     if flags.tokenizer is None and not Path(folder).is_dir():
         raise UserError(f"the tokenizer of {source.path} is not at {folder}: give its folder, or its name on the hub, with --tokenizer")

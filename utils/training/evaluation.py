@@ -22,7 +22,7 @@ def forked_random(device: torch.device):
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
-    """Measures the task's metric on a split: its value, positions read, those with a loss, and positions read per second.
+    """Measures the task's metric on a split: its value and further ones, positions read, those with a loss, positions read per second.
 
     Methods that draw experts draw the same ones in every evaluation, from the run's seed. k, mode and memory length of the model, and the
     random generators, are restored. Rows are distributed over processes; the mean is over all positions with a loss.
@@ -43,9 +43,9 @@ def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps:
     finally:
         model.train(was_training)
     measured, targets, tokens = engine.sum([measured, targets, tokens])
-    quality = task.metric.of(measured / targets)
+    quality = {task.metric.name: task.metric.of(measured / targets), **task.metric.also(split, measured / targets)}
     speed = tokens / (time.perf_counter() - begin)
-    return {task.metric.name: quality, "tokens": int(tokens), "targets": int(targets), "tokens_per_second": speed}
+    return {**quality, "tokens": int(tokens), "targets": int(targets), "tokens_per_second": speed}
 
 
 def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list[int | None], say) -> list[dict]:
@@ -55,7 +55,8 @@ def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list
         measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
         parameters, ffn_parameters = active_parameters(model, k)
         row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
-        row |= {f"{split}_{name}": values[name] for split, values in measured.items() for name in ("tokens", "targets")}
+        further = [name for name in measured[splits[-1]] if name not in (metric, "tokens_per_second")]
+        row |= {f"{split}_{name}": values[name] for split, values in measured.items() for name in further}
         row |= {"active_parameters": parameters, "active_ffn_parameters": ffn_parameters}
         row["flops_per_token"] = forward_flops(task.flags.model, model, shape, k) / (shape.rows * shape.positions)
         row["tokens_per_second"] = measured[splits[-1]]["tokens_per_second"]

@@ -6,6 +6,7 @@ from typing import Any
 from utils.checkpoints.origin import Source
 from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
 from utils.flags.fields import FinetuneFlags, Flags, names
+from utils.flags.models import MODELS
 from utils.flags.presets import finetuning
 
 
@@ -13,6 +14,8 @@ def table_of(flags: Flags, source: Source | None) -> str:
     """The table that a run belongs to."""
     if isinstance(flags, FinetuneFlags):
         return "surgery" if source.surgery else "table2"
+    if source and MODELS[flags.model].from_folder:
+        return "recovery"
     return "surgery" if source else "table1"
 
 

@@ -4,20 +4,23 @@ from smoe_dropout.registry import load
 from utils.checkpoints.origin import Source
 from utils.data.corpus import Corpus
 from utils.data.rows import Examples, kind_of
+from utils.data.tokens import FILE as TOKENIZER_FILE
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.flags.fields import FinetuneFlags, Flags
+from utils.flags.fields import SELF, FinetuneFlags, Flags
 from utils.flags.models import MODELS
 from utils.tasks.base import Task
 from utils.tasks.encoding import encoder_of
 from utils.tasks.labelled import LabelledTask
+from utils.training.export import Export
 from utils.training.pruning import Pruning
 from utils.training.run import Run
-from utils.training.teacher import Teacher
+from utils.training.teacher import SelfTeacher, Teacher
 
 PRETRAINING = {  # by the units that a model reads
     "bytes": "utils.tasks.language_modelling:LanguageModelling",
     "pieces": "utils.tasks.masked:MaskedLanguageModelling",
+    "tokens": "utils.tasks.causal:CausalLanguageModelling",
 }
 
 
@@ -37,9 +40,15 @@ def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source
     task, callbacks = pretraining_task(flags, corpus, engine), []
     known = source.flags.get("vocabulary_sha256") if source else None
     if known and known != task.vocabulary.sha256:
-        raise UserError(f"{source.path} was trained on other word pieces than those of {corpus.path}: give a text of its pieces by --data")
+        what = "pieces" if corpus.unit == "pieces" else "tokens"
+        kind = "was trained on other word pieces" if what == "pieces" else "reads other tokens"
+        raise UserError(f"{source.path} {kind} than those of {corpus.path}: give a text of its {what} by --data")
+    if source and MODELS[flags.model].from_folder:
+        if not known:
+            raise UserError(f"{source.path} has no {TOKENIZER_FILE}, by which the text could be compared: save its fast tokenizer there")
+        callbacks.append(Export(source))
     if source and flags.teacher is not None:
-        callbacks.append(Teacher(task))
+        callbacks.append(SelfTeacher(task) if flags.teacher == SELF else Teacher(task))
     if source and flags.moe_prune_to is not None:
         callbacks.append(Pruning(flags.moe_prune_to, flags.max_step))
     return Run(task, source, callbacks)

@@ -1,0 +1,43 @@
+"""Causal language modelling on the tokens of a model: predicting the next token in sequences that are cut from a running text.
+
+Every sequence predicts --tgt_len tokens, and the next one goes on where it ends, so that every token is predicted once. The first token of
+a sequence is predicted from the token that the tokenizer puts before a text, or, if there is none, from the one before it in the text.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from utils.tasks.base import Metric
+from utils.tasks.sequences import SequenceTask
+
+
+class TokenSequences:
+    """A text of tokens uint32 [N], cut into `count` sequences of `targets` tokens. first: the token before each, or None."""
+
+    def __init__(self, tokens: np.ndarray, length: int, first: int | None):
+        self.tokens, self.targets, self.first = tokens, length, np.array([] if first is None else [first], np.int64)
+        self.count = (len(tokens) - (first is None)) // length
+
+    def batch(self, indices: np.ndarray, key: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and the token after each, int64 [B, targets]. Nothing is drawn."""
+        starts, read = (int(index) * self.targets for index in indices), self.targets + (len(self.first) == 0)
+        rows = [np.concatenate([self.first, self.tokens[start : start + read]]).astype(np.int64) for start in starts]
+        both = torch.from_numpy(np.stack(rows)).to(device)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+class CausalLanguageModelling(SequenceTask):
+    """Measures perplexity per token, and bits per byte of the text, by which models of other tokens can be compared."""
+
+    def __init__(self, flags, corpus, engine):
+        super().__init__(flags, corpus, engine)
+        self.metric = Metric("perplexity", True, math.exp, also=self._per_byte)
+
+    def cut(self, text: np.ndarray) -> TokenSequences:
+        return TokenSequences(text, self.flags.tgt_len, self.corpus.vocabulary.first)
+
+    def _per_byte(self, split: str, nats: float) -> dict[str, float]:
+        """Those of a token times the tokens of a byte, on average over the split."""
+        return {"bits_per_byte": nats / math.log(2) * len(getattr(self.corpus, split)) / self.corpus.meta["text_bytes"][split]}
