@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.slimmable_table import render as render_slimmable
 from benchmarks.tables import render as render_benchmarks
 from benchmarks.tradeoff_table import render as render_tradeoff
 from tests.conftest import ROOT
@@ -14,7 +15,7 @@ from utils.reporting.labels import method_label, operations_label, preset_label,
 from utils.reporting.pages import rendered
 from utils.reporting.records import PUBLISHED, read_record
 
-MEASURED = ("benchmarks", "tradeoff")  # folders of records that python -m benchmarks writes
+MEASURED = ("benchmarks", "slimmable", "tradeoff")  # folders of records that python -m benchmarks writes
 RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.parts}]
 PAGES = sorted((ROOT / "results").glob("*/page.md"))
 FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
@@ -61,6 +62,7 @@ def test_benchmarks_are_rendered_from_the_records():
 
 def test_the_page_of_quality_against_cost_is_rendered_from_the_records():
     assert rendered(ROOT / "results" / "tradeoff" / "page.md", "tradeoff") == render_tradeoff(ROOT / "results" / "tradeoff")
+    assert rendered(ROOT / "results" / "slimmable" / "page.md", "slimmable") == render_slimmable(ROOT / "results" / "slimmable")
 
 
 def test_a_footnote_stands_once_on_a_page():
