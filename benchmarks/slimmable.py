@@ -287,7 +287,7 @@ def stages_of(flags: SlimmableFlags) -> dict[str, Path]:
 
 
 def identity_of(flags: SlimmableFlags, text: Text) -> dict[str, Any]:
-    """What the numbers of a record depend on, and are not kept for if it changes."""
+    """Everything that the numbers of a record depend on: if it changes, they are not kept."""
     origin = None if flags.origin is None else {"name": flags.origin.name, "sha256": sha256(flags.origin)}
     model = {"name": flags.dense.resolve().name, "package": flags.package, "origin": origin, "sha256": weights_hash(flags.dense)}
     sizes = {"context": flags.context, "prompt": flags.prompt, "generated": flags.generated, "rounds": flags.rounds}
@@ -296,7 +296,7 @@ def identity_of(flags: SlimmableFlags, text: Text) -> dict[str, Any]:
 
 
 def contestants(flags: SlimmableFlags) -> Iterator[tuple[dict[str, Any], Path]]:
-    """What a row is of, with its folder: the dense model, those of other sizes, and the stages of the conversion. UserError for a folder
+    """Keys of the rows, with their folders: the dense model, those of other sizes, and the stages of the conversion. UserError for a folder
     that is not what it is given as.
     """
     named = [({"stage": OTHER, "name": folder.resolve().name}, folder) for folder in flags.others]
