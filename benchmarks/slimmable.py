@@ -32,6 +32,7 @@ from utils import documents
 from utils.errors import UserError
 
 ROWS = 4  # sequences in a pass
+TIMES = ("seconds", "ratio", "ratio_min", "ratio_max")
 # options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's recipe
 TRIALS = (
     {"cut": "contiguous", "router": "random"},
@@ -135,6 +136,7 @@ class Text:
             "name": path.name,
             "tokens": self.tokens_BT.numel(),
             "bytes": self.bytes,
+            "context": self.tokens_BT.shape[1],
             "sha256": self.sha256,
             "bos": self.bos is not None,
         }
@@ -245,12 +247,18 @@ def measure(model: nn.Module, k: int | None, text: Text, probe: tuple[Tensor, Te
 class Record:
     """The record of one dense model, written whenever a row has been found. Begun anew if anything that numbers depend on has changed."""
 
-    def __init__(self, path: Path, identity: dict[str, Any], env: dict[str, Any]):
-        self.path, self.content = path, {"schema": SCHEMA, "benchmark": "slimmable", **identity, "rows": [], "ablation": []}
+    def __init__(self, path: Path, identity: dict[str, Any], timing: dict[str, Any], env: dict[str, Any]):
+        empty = {"timing": timing, "rows": [], "ablation": []}
+        self.path, self.content = path, {"schema": SCHEMA, "benchmark": "slimmable", **identity, **empty}
         if path.exists():
             earlier = documents.read(path, Slimmable, "remove it, and measure again")
             if all(earlier[name] == identity[name] for name in identity):
                 self.content = earlier
+        if self.content["timing"] != timing:
+            self.content["timing"] = timing
+            for row in self.content["rows"]:
+                for name in TIMES:
+                    row.pop(name, None)
         self.content["environment"] = env
 
     def forget(self, key: dict[str, Any]) -> None:
@@ -290,9 +298,13 @@ def identity_of(flags: SlimmableFlags, text: Text) -> dict[str, Any]:
     """Everything that the numbers of a record depend on: if it changes, they are not kept."""
     origin = None if flags.origin is None else {"name": flags.origin.name, "sha256": sha256(flags.origin)}
     model = {"name": flags.dense.resolve().name, "package": flags.package, "origin": origin, "sha256": weights_hash(flags.dense)}
-    sizes = {"context": flags.context, "prompt": flags.prompt, "generated": flags.generated, "rounds": flags.rounds}
-    sizes |= {"threads": flags.threads, "clock": flags.clock.__name__}
-    return {"model": model, "text": text.about(flags.text), "sizes": sizes}
+    return {"model": model, "text": text.about(flags.text)}
+
+
+def timing_of(flags: SlimmableFlags) -> dict[str, Any]:
+    """How times are measured: if it changes, the others are not kept."""
+    names = ("prompt", "generated", "rounds", "threads", "device")
+    return {**{name: getattr(flags, name) for name in names}, "clock": flags.clock.__name__}
 
 
 def contestants(flags: SlimmableFlags) -> Iterator[tuple[dict[str, Any], Path]]:
@@ -347,7 +359,7 @@ def run(flags: SlimmableFlags) -> None:
     compared = list(contestants(flags))
     text = Text.read(flags.text, flags.dense, flags.tokens, flags.context)
     path = flags.out / f"{flags.dense.resolve().name}.json"
-    record = Record(path, identity_of(flags, text), environment(flags.device, []))
+    record = Record(path, identity_of(flags, text), timing_of(flags), environment(flags.device, []))
     probe_BT = next(iter(text.inputs()))[:, : min(128, flags.context)]
     dense = open_model(flags.dense, flags.device)
     with torch.no_grad():
@@ -363,12 +375,12 @@ def run(flags: SlimmableFlags) -> None:
             name = f"{key['stage']} {key.get('name', '')} {k}"
             timed[name], rows[name] = generator(model, k, own.tokens_BT[:1], flags), row
             print(f"{name}: {row.get('perplexity')}", flush=True)
-    if flags.calibration is not None:
-        ablation(flags, record)
     if flags.generated and not all("ratio" in row for row in rows.values()):
         baseline = next(iter(timed))
         times = summarise(interleave(timed, flags.rounds, flags.device, flags.clock), baseline)
         for name, row in rows.items():
             row |= times[name]
         record.write()
+    if flags.calibration is not None:
+        ablation(flags, record)
     print(f"measured {flags.dense}: {path}")

@@ -34,6 +34,7 @@ class Text(Struct):
     name: str
     tokens: Count
     bytes: Count
+    context: Count
     sha256: Sha256
     bos: bool
 
@@ -72,7 +73,7 @@ class Slimmable(Struct):
 
     model: Model
     text: Text
-    sizes: dict[str, Any]
+    timing: dict[str, Any]
     rows: list[Row]
     ablation: list[Trial]
     environment: Environment
@@ -126,7 +127,7 @@ def quality_table(record: dict[str, Any]) -> str:
     """A row for each k, with the perplexity of every stage, and time and bound of the last stage."""
     dense, by_stage = dense_row(record), stages(record)
     ks = sorted({row["k"] for rows in by_stage.values() for row in rows}, reverse=True)
-    causal, generated = "perplexity" in dense, record["sizes"]["generated"]
+    causal, generated = "perplexity" in dense, record["timing"]["generated"]
     last = [*by_stage][-1] if by_stage else None
     quality = "perplexity" if causal else "error"
     lines = head(["k", *(f"{stage}: {quality}" for stage in by_stage), "time / dense", "bound", "tokens/s" if causal else "passes/s"])
@@ -178,7 +179,7 @@ def exactness(record: dict[str, Any]) -> str:
 
 def section(record: dict[str, Any]) -> str:
     """Everything of one model."""
-    model, text, env, sizes = (record[name] for name in ("model", "text", "environment", "sizes"))
+    model, text, env, timing = (record[name] for name in ("model", "text", "environment", "timing"))
     causal = "perplexity" in dense_row(record)
     parts = [f"## {model['name']}"]
     if causal and stages(record):
@@ -190,9 +191,9 @@ def section(record: dict[str, Any]) -> str:
         parts += [f"Ways to convert it, all with {of}:", ablation_table(record)]
     origin = f", {model['origin']['name']} (sha256 {model['origin']['sha256'][:12]})" if model.get("origin") else ""
     weights = f"Weights: {model['package']}{origin}, dense folder sha256 {model['sha256'][:12]}."
-    read = f"Text: {text['tokens']:,} tokens ({text['bytes']:,} bytes, sha256 {text['sha256'][:12]}) in sequences of {sizes['context']}."
-    clock = "CPU time of one thread" if sizes["clock"] == "thread_time" else "wall-clock time"
-    machine = f"Times: medians of {sizes['rounds']} interleaved rounds, {clock}, {env['device_name']}, torch {env['torch']}."
+    read = f"Text: {text['tokens']:,} tokens ({text['bytes']:,} bytes, sha256 {text['sha256'][:12]}) in sequences of {text['context']}."
+    clock = "CPU time of one thread" if timing["clock"] == "thread_time" else "wall-clock time"
+    machine = f"Times: medians of {timing['rounds']} interleaved rounds, {clock}, {env['device_name']}, torch {env['torch']}."
     commits = sorted({row["commit"][:9] for row in (*record["rows"], *record["ablation"]) if row["commit"]})
     return "\n\n".join([*parts, f"{weights} {read} {machine} Code: commit {', '.join(commits) or 'unknown'}."])
 
