@@ -173,7 +173,7 @@ def ablation_table(record: dict[str, Any]) -> str:
 
 def exactness(record: dict[str, Any]) -> str:
     """How exact each stage is with all experts active."""
-    found = [f"{stage} {rows[0]['error']:.1e}" for stage, rows in stages(record).items() if "error" in rows[0]]
+    found = [f"{stage} {row['error']:.1e}" for stage, rows in stages(record).items() for row in rows if row["k"] == row["experts"]]
     return f"Error at k = E: {', '.join(found)}."
 
 
