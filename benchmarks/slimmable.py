@@ -31,7 +31,7 @@ from smoe_dropout.manifest import checksum, sha256
 from utils import documents
 from utils.errors import UserError
 
-ROWS = 4  # sequences in a pass
+ROWS = 1  # sequences in a pass: logits of a large vocabulary take room
 TIMES = ("seconds", "ratio", "ratio_min", "ratio_max")
 # options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's recipe
 TRIALS = (

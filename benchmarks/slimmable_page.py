@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.slimmable_table import COSTS, DENSE, FIGURES, RECORDS, dense_row, load, others, render, stages
+from benchmarks.slimmable_table import COSTS, DENSE, FIGURES, RECORDS, dense_row, load, others, perplexity, render, stages
 from utils.errors import run_main
 from utils.reporting.figures import COLOURS, GREYS, MARKERS, STYLE, save
 from utils.reporting.pages import update_page, writing
@@ -34,11 +35,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
             ax.plot([1], [dense["perplexity"]], color=GREYS[0], marker="*", markersize=11, linestyle="none", label=DENSE)
             for row in others(record):
                 ax.plot(
-                    [cost(row, name)], [row["perplexity"]], color=GREYS[1], marker="*", markersize=11, linestyle="none", label=row["name"]
+                    [cost(row, name)],
+                    [perplexity(row, record)],
+                    color=GREYS[1],
+                    marker="*",
+                    markersize=11,
+                    linestyle="none",
+                    label=row["name"],
                 )
             ax.set(xlabel=label, yscale="log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
         axes[0].set_ylabel("perplexity on held-out text")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=6)

@@ -1,5 +1,6 @@
 """Records of `python -m benchmarks slimmable` as tables. Imports no torch."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,11 +107,18 @@ def others(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record["rows"] if row["stage"] == OTHER]
 
 
+def perplexity(row: dict[str, Any], record: dict[str, Any]) -> float:
+    """Of a row, per token of the dense model's own tokenizer, also where the row is of a model with another one."""
+    if row["stage"] != OTHER:
+        return row["perplexity"]
+    return math.exp(row["bits_per_byte"] * math.log(2) * record["text"]["bytes"] / record["text"]["tokens"])
+
+
 def number(value: float | None) -> str:
-    """Three or four significant digits, with thousands separated."""
+    """Two decimals, or none for a large number."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def line(cells: Sequence[str]) -> str:
@@ -138,7 +146,7 @@ def quality_table(record: dict[str, Any]) -> str:
     def relative(row: dict[str, Any]) -> str:
         return f"{row['ratio']:.2f}" if "ratio" in row else "–"
 
-    lines.append(line([DENSE, *(number(dense.get(quality)) for _ in by_stage), relative(dense), "1.00", speed(dense)]))
+    lines.append(line([DENSE, *(number(dense[quality]) if causal else "–" for _ in by_stage), relative(dense), "1.00", speed(dense)]))
     for k in ks:
         rows = {stage: next((row for row in found if row["k"] == k), {}) for stage, found in by_stage.items()}
         cells = [shown(row, dense, quality) for row in rows.values()]
@@ -146,7 +154,8 @@ def quality_table(record: dict[str, Any]) -> str:
         bound = f"{own['weights'] / dense['weights']:.2f}" if own else "–"
         lines.append(line([str(k), *cells, relative(own), bound, speed(own)]))
     for row in others(record):
-        cells = [shown(row, dense, quality)] * len(by_stage)
+        own = {**row, quality: perplexity(row, record)} if causal else row
+        cells = [shown(own, dense, quality)] * len(by_stage)
         lines.append(line([f"dense {row['name']}", *cells, relative(row), f"{row['weights'] / dense['weights']:.2f}", speed(row)]))
     return "\n".join(lines)
 
@@ -155,7 +164,7 @@ def shown(row: dict[str, Any], dense: dict[str, Any], quality: str) -> str:
     """Perplexity with its ratio to the dense model's, or an error."""
     if quality not in row:
         return "–"
-    return f"{row[quality]:.1e}" if quality == "error" else f"{number(row[quality])} ({number(row[quality] / dense[quality])})"
+    return f"{row[quality]:.1e}" if quality == "error" else f"{number(row[quality])} (× {number(row[quality] / dense[quality])})"
 
 
 def ablation_table(record: dict[str, Any]) -> str:
