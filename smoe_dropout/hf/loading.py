@@ -22,6 +22,7 @@ from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import METHODS
 from smoe_dropout.registry import load as registered
 
+CACHE_LINE = 64  # bytes
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # names in safetensors
 
 
@@ -199,7 +200,16 @@ def restore(model: nn.Module, frozen: set[str], stored: dict[str, str]) -> None:
         for name, parameter in layer.named_parameters(prefix):
             parameter.requires_grad_(name not in frozen)
             if id(parameter) in experts:
+                align(parameter)
                 continue
             kept = stored.get(name) or stored.get(_bare(model, name)) or stored.get(f"{model.base_model_prefix}.{name}")
             if (dtype := PRECISIONS.get(kept)) not in (None, parameter.dtype):
                 parameter.data = parameter.data.to(dtype)
+
+
+def align(parameter: nn.Parameter) -> None:
+    """Move a parameter to where a cache line begins. In the file, which is mapped into memory, a tensor may begin anywhere, and products of
+    a single position then read the experts at half the speed.
+    """
+    if parameter.is_cpu and type(parameter.data) is torch.Tensor and parameter.data_ptr() % CACHE_LINE:
+        parameter.data = parameter.data.clone()

@@ -50,6 +50,7 @@ def test_conversion_of_a_part_or_of_what_is_around(convert, save, tmp_path):
     save(model, tmp_path)
     loaded = sd.from_pretrained(tmp_path)
     assert same(loaded, model) and torch.equal(logits(loaded), logits(model)) and sd.get_top_k(loaded) == 1
+    assert not any(parameter.data_ptr() % 64 for _, layer in sd.moe_layers(loaded) for parameter in layer.experts.parameters())
     for again in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
         save(again, tmp_path)
         assert same(sd.from_pretrained(tmp_path), model)
