@@ -161,7 +161,9 @@ def test_a_run_is_resumed_exactly_and_its_folder_is_a_model_of_transformers(worl
     changed = {name for name, one in model.named_parameters() if not torch.equal(one, before.get_parameter(name))}
     assert changed and all(".experts." in name for name in changed)
     tiny.completed(tuned(world, "sst2", recovered, work_dir=tmp_path / "tuned"), program="finetune.py")
-    assert read_record(tmp_path / "tuned" / "result.json")["pretrained"]["folder"] == recovered.name
+    start = read_record(tmp_path / "tuned" / "result.json")["pretrained"]
+    assert (start["folder"], start["operations"]) == ("llama", [{"method": "train", "steps": 6, "taught": True}])
+    assert start["experts"] == {"num_experts": 4, "top_k": 4, "gate_weight": "uniform", "output_scale": "dense", "expert_init": "split"}
 
 
 def test_the_teacher_is_the_model_with_all_experts(world, tmp_path):
