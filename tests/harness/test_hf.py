@@ -136,7 +136,8 @@ def test_every_token_is_predicted_once():
 
 
 def test_a_run_is_resumed_exactly_and_its_folder_is_a_model_of_transformers(world, recovered, tmp_path):
-    broken = command(world, tmp_path / "broken")
+    copied = Path(shutil.copytree(world["llama"], tmp_path / "llama"))
+    broken = command({**world, "llama": copied}, tmp_path / "broken")
     assert tiny.run(broken, partial(die, "step", 5, False)).code == -signal.SIGKILL
     tiny.completed(broken)
     tiny.same_run(recovered, tmp_path / "broken")
@@ -148,8 +149,9 @@ def test_a_run_is_resumed_exactly_and_its_folder_is_a_model_of_transformers(worl
     for row in record["quality"]:
         bits = torch.tensor(row["test"]).log2().item() * len(corpus.test) / corpus.meta["text_bytes"]["test"]
         assert row["test_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-    tiny.completed(["--eval_only", "--k", "1,4", "--work_dir", str(recovered)])
-    again = {row["k"]: row["test"] for row in tiny.read_json(recovered / "eval.json")["quality"]}
+    shutil.rmtree(copied)  # evaluation goes on without it
+    tiny.completed(["--eval_only", "--k", "1,4", "--work_dir", str(tmp_path / "broken")])
+    again = {row["k"]: row["test"] for row in tiny.read_json(tmp_path / "broken" / "eval.json")["quality"]}
     assert again == {row["k"]: row["test"] for row in record["quality"] if row["k"] in again}
 
     model, before = loaded(recovered / "model"), loaded(world["llama"])
