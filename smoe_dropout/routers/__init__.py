@@ -108,7 +108,7 @@ class Router(nn.Module):
             return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
         if self.gate_weight == "unit":
             if active_NK is None:
-                return torch.ones_like(top_NK) * self.factor[top_NK.shape[1] - 1]
+                return self.factor[top_NK.shape[1] - 1].expand_as(top_NK)
             return active_NK * self.factor[active_NK.sum(-1, keepdim=True) - 1]
         if self.gate_weight == "sigmoid":
             weights_NK = top_NK.sigmoid()
@@ -190,9 +190,9 @@ class LogitRouter(Router):
         """The chosen logits and their indices [N, K], those of the shared experts first."""
         if not self.shared_experts:
             return logits_NE.topk(k, dim=-1)
-        ahead_NE = logits_NE.detach().clone()
-        ahead_NE[:, : self.shared_experts] = torch.inf
-        indices_NK = ahead_NE.topk(k, dim=-1).indices
+        first_S = torch.arange(self.shared_experts, 0, -1, device=logits_NE.device)
+        shared_NS = logits_NE.amax(-1, keepdim=True) + first_S
+        indices_NK = torch.cat([shared_NS, logits_NE[:, self.shared_experts :]], 1).topk(k, dim=-1).indices
         return logits_NE.gather(1, indices_NK), indices_NK
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:

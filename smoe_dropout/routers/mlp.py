@@ -60,7 +60,7 @@ class MLPRouter(LogitRouter):
         optimizer = torch.optim.Adam(trained.parameters(), LEARNING_RATE)
         pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
         for _ in range(STEPS):
-            batch = torch.randint(len(inputs_TD), (BATCH,)).to(inputs_TD.device)
+            batch = torch.randint(len(inputs_TD), (min(BATCH, len(inputs_TD)),)).to(inputs_TD.device)
             loss = F.mse_loss(trained(inputs_TD[batch] / scale), (targets_TE[batch] - mean_E) / deviation)
             optimizer.zero_grad()
             loss.backward()
