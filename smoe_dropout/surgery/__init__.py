@@ -40,7 +40,8 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     """
     require(isinstance(method, str) and method in SURGERIES, unknown("method of surgery", str(method), SURGERIES))
     surgery, layers = load(SURGERIES, "method of surgery", method), [layer for _, layer in cuttable_layers(model)]
-    only_conversion(model)
+    shared = only_conversion(model).shared_experts
+    require(not shared, f"shared_experts = {shared} would not stay the first experts: convert the model without shared experts")
     require_weights(model)
     keep = _checked(layers, keep)
     if foreign := sorted(options.keys() - surgery.OPTIONS.keys()):
@@ -106,6 +107,7 @@ def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int])
         setattr(layer.router, name, nn.Parameter(rows[list(leaders)], rows.requires_grad))
     for name, values in list(layer.router.named_buffers(recurse=False)):
         if values.shape[:1] == (layer.num_experts,):
-            setattr(layer.router, name, values[list(leaders)])
+            # the factor of unit gates belongs to a k, not to an expert
+            setattr(layer.router, name, values.new_ones(count) if name == "factor" else values[list(leaders)])
     layer.num_experts = layer.router.num_experts = count
     layer.default_k = min(layer.default_k, count)

@@ -327,7 +327,7 @@ class ConvertFlags:
     cut: str = flag("coactivation", "which neurons form an expert together", choices=tuple(CUTS))
     router: str = flag("learned", "learned: linear, fitted by regression", choices=tuple(ROUTERS))
     shared_experts: int = flag(0, "experts of the most important neurons, which every token chooses", low=0)
-    correction: str = flag("none", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
+    correction: str = flag("norm", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
     k: int | None = flag(None, "active experts of the saved model, which any use of it may change. Default: E", low=1)
     tokens: int = flag(8192, "tokens that the cut is calibrated on", low=1)
     held_out: int = flag(4096, "tokens that the loss is measured on, at each k", low=1)
