@@ -10,6 +10,7 @@ from torch import nn
 import smoe_dropout as sd
 from smoe_dropout.surgery import averaging, merging, uncurl
 from smoe_dropout.surgery.alignment import aligned, permuted
+from smoe_dropout.surgery.budgets import AVERAGING, best
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
 
@@ -60,7 +61,7 @@ def test_most_used_experts_of_all_layers_are_dominant(usages, keep, by_layer, ex
 
 def test_keeping_more_experts_than_exist_is_rejected():
     with pytest.raises(ValueError, match="keep = 3 on average over 2 layers exceeds the 4 experts of the model"):
-        merging.most_used([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, by_layer=False)
+        best([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, AVERAGING)
 
 
 def test_other_experts_join_the_dominant_one_with_the_most_similar_routing():
