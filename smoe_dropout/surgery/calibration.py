@@ -46,7 +46,7 @@ class LayerCalibration(NamedTuple):
 
     @property
     def collected(self) -> dict[str, Tensor]:
-        """What was collected, by name."""
+        """The tensors that were collected, by name."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
     def of_outputs(self, name: str) -> Tensor:
@@ -55,7 +55,7 @@ class LayerCalibration(NamedTuple):
         return getattr(self, name)
 
 
-OF_OUTPUTS = tuple(LayerCalibration._field_defaults)
+OUTPUT_FIELDS = tuple(LayerCalibration._field_defaults)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Calibration:
     def _of(cls, header: dict, tensors: dict[str, Tensor]) -> Calibration:
         names = header["names"]
         require(isinstance(names, list) and all(isinstance(name, str) for name in names), "names is not a list of names")
-        fields = [name for name in LayerCalibration._fields if name not in OF_OUTPUTS or f"0.{name}" in tensors]
+        fields = [name for name in LayerCalibration._fields if name not in OUTPUT_FIELDS or f"0.{name}" in tensors]
         expected = {f"{index}.{name}" for index in range(len(names)) for name in fields}
         require(bool(names) and tensors.keys() == expected, f"it has not the tensors of {len(names)} layers")
         k, tokens = header["k"], integer("tokens", header["tokens"], 1, None)

@@ -171,7 +171,8 @@ def with_usage(calibration: sd.Calibration, usage: list[float]) -> sd.Calibratio
     )
 
 
-WAYS = [("merge", {"by_layer": True}, True), ("uncurl", {}, True), ("average", {"by_layer": True}, False)]  # average does not align
+ALIGNING = {"merge": True, "uncurl": True, "average": False, "hc_smoe": False}
+WAYS = [(method, {"by_layer": True} if method in ("merge", "average") else {}, aligning) for method, aligning in ALIGNING.items()]
 
 
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
@@ -190,7 +191,7 @@ def test_merging_twins_is_lossless_at_any_k(method, options, permuting, settings
 
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
-@pytest.mark.parametrize(("method", "permuting"), [("merge", True), ("uncurl", True), ("average", False)])
+@pytest.mark.parametrize(("method", "permuting"), ALIGNING.items())
 def test_merging_copies_of_one_expert_is_lossless_for_any_keep(method, permuting, keep, settings):
     """For any routing; merge and average leave different numbers of experts in the layers."""
     model = model_of_twins(False, **settings)
