@@ -31,6 +31,8 @@ _EXPORTS = {
     "moefy": "conversion",
     "adopt": "conversion",
     "report": "summary",
+    "convert": "recipe",
+    "Recipe": "recipe",
     "unmoefy": "restoration",
     "MoELayer": "layer",
     "Routing": "routers",

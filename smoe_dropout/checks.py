@@ -42,9 +42,9 @@ def untrained_router(model: nn.Module, layers: Sequence[MoELayer] | None = None,
     layer, router = found[0], found[0].router
     layer.router_named = True
     name = next((name for name, one in moe_layers(model) if one is layer), "")
-    why = "'uniform' gate weights are all equal" if router.uniform else "at k = 1 the gate weight is always the same"
+    why = f"{router.gate_weight!r} gate weights are all equal" if router.equal else "at k = 1 the gate weight is always the same"
     other = "only the balance loss does" if getattr(router, "balance_loss", 0) else "and there is no balance loss"
-    remedy = router.trains_at_any_k if router.uniform else f"{router.trains_at_any_k}, a larger k,"
+    remedy = router.trains_at_any_k if router.equal else f"{router.trains_at_any_k}, a larger k,"
     return f"the task does not train the router of {name!r}, since {why}, {other}: use {remedy} or freeze the routers"
 
 

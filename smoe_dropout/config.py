@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 from smoe_dropout.arguments import LARGEST, is_finite, plain, shown, too_large
 from smoe_dropout.files import parse_json, read_json
 from smoe_dropout.options import ConfigError
-from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
+from smoe_dropout.registry import BACKENDS, CUTS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
 
-GateWeight = Literal["softmax", "pre_softmax", "sigmoid", "uniform"]
+GateWeight = Literal["softmax", "pre_softmax", "sigmoid", "uniform", "unit"]
 OutputScale = Literal["mean", "dense"]
 ExpertInit = Literal["fresh", "split", "copy"]
 
@@ -28,12 +28,15 @@ class SMoEConfig:
     freeze_router: None uses the router's default (random: frozen, learned: trained).
     gate_weight: "softmax" over the k chosen logits (paper section 3.1), which is always 1 at k = 1; "pre_softmax" over all E logits before
         k are chosen, not renormalised (Switch Transformers, arXiv 2101.03961, eq. 2); "sigmoid" of each chosen logit, not renormalised (the
-        score of DeepSeek-V3, arXiv 2412.19437, eq. 15); or "uniform", 1/k. A trained router learns from the task at every k with
-        "pre_softmax" and "sigmoid", from k = 2 on with "softmax", and never with "uniform".
+        score of DeepSeek-V3, arXiv 2412.19437, eq. 15); "uniform", 1/k; or "unit", 1, times a factor of the router for each k, which is 1
+        at first and always at k = E: the layer is the sum of the chosen experts. A trained router learns from the task at every k with
+        "pre_softmax" and "sigmoid", from k = 2 on with "softmax", and never with "uniform" and "unit".
     output_scale: "mean" uses the gate weights unscaled, as the official code does: the layer is a weighted mean of experts. "dense"
         multiplies by E, so that k = E gives the sum that a dense FFN is, and k < E is inverted dropout over experts.
     expert_init: "fresh" N(0, init_std^2), as in the official code; "split" splits the model's FFN into E experts; "copy" gives every expert
         the whole FFN (sparse upcycling, arXiv 2212.05055).
+    cut: with "split", a name in `registry.CUTS`: which neurons form an expert together. "contiguous": neighbours.
+    shared_experts: S, experts 0..S-1 that the router chooses first for every token; with "split" they get the most important neurons.
     balance_loss: coefficient of the Switch load-balance loss; None uses the router's default (learned: 0.01).
     layers: indices of the FFNs to convert, counted from 0 or, if negative, from the end; None: all. A second conversion counts the
         model's original FFNs, so that those converted before keep their indices.
@@ -73,6 +76,8 @@ class SMoEConfig:
     expert_rank: int | None = None
     sparse_share: float = 1.0
     adopted: str | None = None
+    cut: str = "contiguous"
+    shared_experts: int = 0
 
     def __post_init__(self):
         router, implied = canonical_router(self.router) if isinstance(self.router, str) else (self.router, {})
@@ -105,12 +110,14 @@ class SMoEConfig:
             found.append(f"top_k = {shown(self.top_k)} must be a whole number from 1 to num_experts = {shown(E)}")
         if self.d_expert is not None and not _is_count(self.d_expert):
             found.append(f"d_expert = {shown(self.d_expert)} must be a whole number of at least 1{too_large(self.d_expert)}, or None")
-        names = {"router": [*ROUTERS, *ROUTER_ALIASES], "backend": ["auto", *BACKENDS], "method": [*METHODS]}
+        names = {"router": [*ROUTERS, *ROUTER_ALIASES], "backend": ["auto", *BACKENDS], "method": [*METHODS], "cut": [*CUTS]}
         for kind, known in names.items():
             if (given := getattr(self, kind)) not in known and not (kind == "method" and given is None):
                 found.append(name_mistake(kind, given, known))
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             found.append(f"options = {self.options!r} must be a mapping from names to values")
+        if not (self.shared_experts == 0 or _is_count(self.shared_experts)) or (_is_count(E) and self.shared_experts >= E):
+            found.append(f"shared_experts = {shown(self.shared_experts)} must be a whole number from 0 to below num_experts = {shown(E)}")
         if self.freeze_router not in (None, True, False):
             found.append(f"freeze_router = {self.freeze_router!r} must be True, False or None")
         for name, choices in (("gate_weight", GateWeight), ("output_scale", OutputScale), ("expert_init", ExpertInit)):
@@ -140,6 +147,9 @@ class SMoEConfig:
             found.append("expert_rank requires expert_init = 'fresh': use surgery to compress the experts of a trained model")
         if self.expert_init == "copy" and self.output_scale == "dense":
             found.append("expert_init = 'copy' gives E whole FFNs, whose sum is E times the dense output: use output_scale = 'mean'")
+        if self.gate_weight == "unit" and (self.expert_init == "copy" or self.output_scale == "dense"):
+            name = "expert_init" if self.expert_init == "copy" else "output_scale"
+            found.append(f"gate_weight = 'unit' sums the experts, which {name} = {getattr(self, name)!r} makes too large: leave that out")
         if self.expert_init != "fresh" and self.d_expert is not None:
             found.append(f"d_expert = {self.d_expert} follows from the model's FFN with expert_init = {self.expert_init!r}: leave it out")
         if self.adopted is not None:

@@ -13,7 +13,7 @@ from smoe_dropout.config import SMoEConfig
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import PACKAGE, unknown
-from smoe_dropout.routers import LinearRouter
+from smoe_dropout.routers import LogitRouter
 from smoe_dropout.selection import CHOSEN, GateMass, TokenK, block, bound
 
 
@@ -131,7 +131,7 @@ def top_p(model: nn.Module, p: float, k_min: int = 1, k_max: int | None = None) 
     if k_min > k_max:
         raise ConfigError(f"k_min = {k_min} must not be more than k_max = {k_max}")
     for name, layer in layers:
-        if not (isinstance(layer.router, LinearRouter) and type(layer.router).ragged):
+        if not (isinstance(layer.router, LogitRouter) and type(layer.router).ragged):
             raise ConfigError(f"the router of {name!r} has no logits, so there is no gate mass: use top_k(model, k)")
     k_min = k_max if p == 1 else k_min  # rounded masses may reach 1 before the last expert, or never
     masses = {layer: GateMass(float(p), min(k_min, layer.num_experts), min(k_max, layer.num_experts)) for _, layer in layers}

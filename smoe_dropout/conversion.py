@@ -22,9 +22,9 @@ from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.native.adoption import adopted_layers, described
-from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
+from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names, require
 from smoe_dropout.passes import watch_pass
-from smoe_dropout.registry import INTEGRATIONS, METHODS, ROUTERS, load
+from smoe_dropout.registry import CUTS, INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
 
 
@@ -62,11 +62,19 @@ def moefy(model: nn.Module, config: SMoEConfig) -> nn.Module:
     or a method or option does not apply. Warns (ConversionWarning) if experts start from random weights in place of trained ones that
     transformers has loaded, and if networks like the converted ones stay dense.
     """
+    return install(model, config)
+
+
+def install(model: nn.Module, config: SMoEConfig, cuts: bool = True) -> nn.Module:
+    """`moefy`. cuts: False deals their neurons in order, whatever the configuration says.
+
+    That is for models whose weights are loaded afterwards, in the order that they were saved in, and for `convert`, which cuts later.
+    """
     if isinstance(model, nn.Module) and isinstance(config, SMoEConfig) and config.adopted is not None:
         return _adopted(model, config)
-    plan = planned(model, config)
-    config = plan.config
-    layers = [plan.kind(site.d_model, site.experts(its), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
+    plan = planned(model, config, cuts)
+    config, dealt = plan.config, {} if cuts else {"cut": "contiguous", "shared_experts": 0}
+    layers = [plan.kind(site.d_model, site.experts(replace(its, **dealt)), its) for site, its in zip(plan.sites, plan.configs, strict=True)]
     earlier = [layer for _, layer in moe_layers(model)]
     _number(layers, config, earlier)
     discarded = config.expert_init == "fresh" and any(is_loaded(site) for site in plan.sites)
@@ -136,11 +144,11 @@ def _integrate(model: nn.Module, config: SMoEConfig) -> None:
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(sentence, ConversionWarning, stacklevel=3)
+    warnings.warn(sentence, ConversionWarning, stacklevel=4)
 
 
-def planned(model: nn.Module, config: SMoEConfig) -> Plan:
-    """Check a conversion without changing anything. ConfigError as `moefy`."""
+def planned(model: nn.Module, config: SMoEConfig, cuts: bool = True) -> Plan:
+    """Check a conversion without changing anything, and its cut unless that is done elsewhere. ConfigError as `moefy`."""
     require_module(model)
     if not isinstance(config, SMoEConfig):
         raise ConfigError(f"config is a {type(config).__name__}, not an SMoEConfig: pass SMoEConfig(num_experts=16, top_k=8), for example")
@@ -150,6 +158,12 @@ def planned(model: nn.Module, config: SMoEConfig) -> Plan:
         )
     method: Method | None = load(METHODS, "method", config.method) if config.method else None
     check(method, config)
+    if cuts and config.cut != "contiguous":
+        require(
+            config.expert_init == "split", f"cut = {config.cut!r} has no effect with expert_init = {config.expert_init!r}: leave it out"
+        )
+        data = load(CUTS, "cut", config.cut).NEEDS_DATA
+        require(not data, f"cut = {config.cut!r} needs calibration data: use convert(model, passes, cut={config.cut!r}) in place of moefy")
     kind = (method.layer if method else None) or MoELayer
     networks, left = numbered(model, config.sites)
     indices = chosen(model, config, networks)
@@ -251,7 +265,11 @@ def is_loaded(site: Site) -> bool:
 def check(method: Method | None, config: SMoEConfig) -> None:
     """Raise ConfigError for an option that neither method nor router has, or a configuration that the method cannot take."""
     router = load(ROUTERS, "router", config.router)
-    for name, given in (("balance_loss", config.balance_loss), ("gate_weight", config.gate_weight != "softmax")):
+    for name, given in (
+        ("balance_loss", config.balance_loss),
+        ("gate_weight", config.gate_weight != "softmax"),
+        ("shared_experts", config.shared_experts),
+    ):
         if given and name not in router.uses:
             raise ConfigError(f"{name} = {getattr(config, name)!r} has no effect with router {config.router!r}: leave it out")
     kinds = [method.options] if method else []
@@ -260,6 +278,10 @@ def check(method: Method | None, config: SMoEConfig) -> None:
     known = option_names(kinds)
     for kind in kinds or [NoOptions]:
         build_options(kind, config.options, known)
+    if method and config.shared_experts:
+        raise ConfigError(
+            f"shared_experts = {config.shared_experts} cannot be combined with method = {method.name!r}, which routes by itself"
+        )
     if sentence := refused(method, config):
         raise ConfigError(sentence)
     if method and method.layer is None:

@@ -20,6 +20,8 @@ ROUTERS: dict[str, str] = {
     "dense_to_sparse": "smoe_dropout.routers.dense_to_sparse:DenseToSparseRouter",
     "noisy_top_k": "smoe_dropout.routers.noisy_top_k:NoisyTopKRouter",
     "scored": "smoe_dropout.routers.scored:ScoredRouter",
+    "representative": "smoe_dropout.routers.representative:RepresentativeRouter",
+    "mlp": "smoe_dropout.routers.mlp:MLPRouter",
 }
 
 # the official code's gate names; those of its gates that have no balance loss set its coefficient to 0
@@ -92,6 +94,14 @@ PATTERNS: dict[str, dict[str, str]] = {
 # by imported package: modules with integrate(model, config), called at the end of `moefy`
 INTEGRATIONS: dict[str, str] = {
     "transformers": "smoe_dropout.hf.integration",
+}
+
+# orders in which the neurons of trained networks are dealt to experts
+CUTS: dict[str, str] = {
+    "contiguous": "smoe_dropout.cuts.contiguous",
+    "random": "smoe_dropout.cuts.random",
+    "weights": "smoe_dropout.cuts.weights",
+    "coactivation": "smoe_dropout.cuts.coactivation",
 }
 
 # operations on trained models

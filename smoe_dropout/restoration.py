@@ -52,7 +52,8 @@ def dense_maps(layer: MoELayer) -> dict[str, Tensor]:
     """Maps of the dense network that computes the same as the layer, named and shaped as in `hosts.site.Site`."""
     experts, copies = layer.experts, _are_copies(layer.experts, layer.original["up"].size[0])
     E, H, _ = experts.down.shape
-    kept, scale = (1, layer.output_scale) if copies else (E, layer.output_scale / E)
+    kept = 1 if copies else E
+    scale = layer.output_scale if copies or not layer.router.uniform else layer.output_scale / E
     ups, biases = (stacked[:kept].unflatten(1, (-1, H)).transpose(0, 1).flatten(1, 2) for stacked in (experts.up, experts.bias_up))
     bias_down = experts.bias_down[0] * kept if _equal(experts.bias_down) else experts.bias_down[:kept].sum(0)
     maps = {"up": ups[-1], "bias_up": biases[-1], "down": experts.down[:kept].flatten(0, 1).t(), "bias_down": bias_down}
@@ -76,7 +77,7 @@ def _refusal(layer: MoELayer) -> str | None:
         return "where the weights of the network before it were is not known"
     (E, H, _), width = experts.down.shape, layer.original["up"].size[0]
     if not (_are_copies(experts, width) and (router.uniform or ("gate_weight" in router.uses and router.normalised))):
-        if not (router.uniform or (E == 1 and router.normalised)):
+        if not (router.equal or (E == 1 and router.normalised)):
             return f"the weights of its experts depend on the token (router {config.router!r}, gate_weight = {config.gate_weight!r})"
         if layer.top_k != E:
             return f"{layer.top_k} of its {E} experts are active, and only all form a dense network: call set_top_k(model, {E}) first"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from smoe_dropout.control import moe_layers
-from smoe_dropout.conversion import ConversionWarning, moefy
+from smoe_dropout.conversion import ConversionWarning, install
 from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import Conversion, placed_conversions, plain
 from smoe_dropout.hf.folder import CONFIG, HUB, OLD_WEIGHTS, Files
@@ -63,7 +63,7 @@ def converting(host: type) -> type:
         with default_dtype(torch.float32), warnings.catch_warnings():  # in the precision of the first conversion, which has warned
             warnings.simplefilter("ignore", ConversionWarning)
             for module, conversion in described:
-                moefy(model.get_submodule(module), conversion)
+                install(model.get_submodule(module), conversion, cuts=False)
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), rf"(^|\.){STATE_OF_K}$"}
         kind.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         return model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.cuts import Neurons, arranged
 from smoe_dropout.experts import Experts
 from smoe_dropout.experts.compressed import experts_of
 from smoe_dropout.options import ConfigError
@@ -83,10 +84,19 @@ class Site:
             experts = experts_of(config, self.d_model, d_expert, self.activation, self.dropout)
         experts.to(self.up.device, self.up.dtype)
         if config.expert_init == "split":
-            self._fill(experts, lambda rows: rows.unflatten(0, (E, -1)), 1 / E)
+            order_F = None if (config.cut == "contiguous" and not config.shared_experts) or self.up.is_meta else self._order(config)
+            self._fill(experts, lambda rows: (rows if order_F is None else rows[order_F]).unflatten(0, (E, -1)), 1 / E)
         if config.expert_init == "copy":
             self._fill(experts, lambda rows: rows.expand(E, *rows.shape), 1.0)
         return experts
+
+    @torch.no_grad()
+    def _order(self, config: SMoEConfig) -> Tensor:
+        """The order in which the hidden neurons are dealt to experts [F]. A neuron's importance is the product of its weights' norms."""
+        maps = [self.up, self.down.t(), *([] if self.gate is None else [self.gate])]
+        importance_F = torch.stack([rows.float().norm(dim=1) for rows in maps]).prod(0)
+        neurons = Neurons(self.up if self.gate is None else self.gate, importance_F)
+        return arranged(config.cut, neurons, config.num_experts, config.shared_experts, torch.default_generator)
 
     @torch.no_grad()
     def _fill(self, experts: Experts, dealt: Callable[[Tensor], Tensor], bias_share: float) -> None:

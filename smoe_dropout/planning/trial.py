@@ -61,7 +61,7 @@ class Trial:
             for run, count in self.passes:
                 for _, layer in self.layers:
                     layer.uses = []
-                total += count * _loss(run(), ks)
+                total += count * mean_loss(run(), ks)
                 weight += count
                 if after is not None:
                     after()
@@ -197,7 +197,7 @@ def trial(model: nn.Module, passes: object) -> Iterator[Trial]:
             print(file=sys.stderr)
 
 
-def _loss(value: object, ks: Ks) -> float:
+def mean_loss(value: object, ks: Ks) -> float:
     """The mean loss that a pass returned. ConfigError if it is none."""
     known = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     found = value.item() if known else value

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.experts import Experts
 from smoe_dropout.options import ConfigError, NoOptions, build_options
 from smoe_dropout.precision import without_autocast
+from smoe_dropout.regression import Ridge, log_strength
 from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 from smoe_dropout.shared import Shared
 from smoe_dropout.single_position import product
@@ -40,7 +42,7 @@ class Router(nn.Module):
     Class attributes for subclasses:
     Options: options of the router, a frozen dataclass; filled from the configuration as `options`.
     needs: {"tokens"} if the router needs token ids, which are then in `shared.tokens`.
-    uses: which of the settings "balance_loss" and "gate_weight" have an effect.
+    uses: which of the settings "balance_loss", "gate_weight" and "shared_experts" have an effect.
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
     ragged: whether `forward` takes a k for each token and a gate mass, false in a subclass whose own `forward` does not say so. To others
         the tokens of each k are given separately.
@@ -71,6 +73,8 @@ class Router(nn.Module):
         self.options = build_options(self.Options, config.options, known=dict.fromkeys(config.options))
         self.num_experts, self.gate_weight = config.num_experts, config.gate_weight
         self.freeze = self.frozen_by_default if config.freeze_router is None else config.freeze_router
+        if config.gate_weight == "unit":
+            self.register_buffer("factor", torch.ones(config.num_experts))  # of the experts' sum, at k = 1 .. E
 
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
@@ -102,6 +106,10 @@ class Router(nn.Module):
             if active_NK is None:
                 return torch.full_like(top_NK, 1 / top_NK.shape[1])
             return active_NK / active_NK.sum(-1, keepdim=True, dtype=top_NK.dtype)
+        if self.gate_weight == "unit":
+            if active_NK is None:
+                return self.factor[top_NK.shape[1] - 1].expand_as(top_NK)
+            return active_NK * self.factor[active_NK.sum(-1, keepdim=True) - 1]
         if self.gate_weight == "sigmoid":
             weights_NK = top_NK.sigmoid()
         elif logits_NE is None:
@@ -120,13 +128,24 @@ class Router(nn.Module):
         return "gate_weight" in self.uses and self.gate_weight == "uniform"
 
     @property
+    def equal(self) -> bool:
+        """Whether the gate weights of a token's experts are always equal."""
+        return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "unit")
+
+    @property
     def normalised(self) -> bool:
         """Whether the gate weights of every token sum to 1; a router with weights of its own overrides it."""
         return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "softmax")
 
     def learns_from_task(self, k: int) -> bool:
         """Whether the gate weights depend on the router's parameters where tokens have up to k experts, so that the task trains them."""
-        return not self.uniform and not (k == 1 and self.normalised)
+        return not self.equal and not (k == 1 and self.normalised)
+
+    def fit(self, inputs_TD: Tensor, strength_TE: Tensor, experts: Experts) -> None:
+        """Fit the router without training it, so that it chooses the strongest experts; most routers have nothing to fit.
+
+        inputs: of calibration tokens, in float32. strength: sum over an expert's neurons of |h_j(x)| * ||down_j||.
+        """
 
     def flops(self, tokens: int) -> int:
         """FLOPs of routing this many tokens."""
@@ -137,35 +156,27 @@ class Router(nn.Module):
         return k
 
 
-class LinearRouter(Router):
-    """h(x) = W x + b; the k largest logits choose, their softmax weighs (paper section 3.1; official custom_gate.py:40-46), or another
-    `gate_weight`.
+class LogitRouter(Router):
+    """Base class of routers with a logit of each expert, `logits(x [..., D]) -> [..., E]`: the k largest choose, their softmax weighs, or
+    another `gate_weight`.
 
-    W ~ N(0, init_std^2), b = 0. Logits are computed in float32 or higher, whatever the model's precision, so that rounding in bf16 never
-    changes which experts are chosen. Subclasses set whether the router is frozen and its default balance loss.
+    Logits are computed in float32 or higher, whatever the model's precision, so that rounding in bf16 never changes which experts are
+    chosen. Subclasses set whether the router is frozen and its default balance loss.
     """
 
-    uses = ("balance_loss", "gate_weight")
+    uses = ("balance_loss", "gate_weight", "shared_experts")
     ragged = True
     balance_by_default = 0.0
 
-    def __init__(self, d_model: int, config: SMoEConfig):
+    def __init__(self, config: SMoEConfig):
         super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
-        self.bias = nn.Parameter(torch.zeros(config.num_experts))
         self.balance_loss = self.balance_by_default if config.balance_loss is None else config.balance_loss
-        self.requires_grad_(not self.freeze)
-
-    def logits(self, x_ND: Tensor) -> Tensor:
-        """x [..., D] -> logits [..., E]."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with without_autocast(x_ND.device.type):
-            return product(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        self.shared_experts = config.shared_experts
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the k largest logits, with the balance loss in training mode."""
         self.show(logits_NE)
-        top_NK, indices_NK = logits_NE.topk(largest(k), dim=-1)
+        top_NK, indices_NK = self.top(logits_NE, largest(k))
         shares_NE = self.shares(logits_NE)
         active_NK = active(k, shares_NE, indices_NK)
         if active_NK is not None:
@@ -175,9 +186,41 @@ class LinearRouter(Router):
             losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
         return Routing(indices_NK, self.weigh(top_NK, active_NK, logits_NE), losses, active_NK is not None)
 
+    def top(self, logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The chosen logits and their indices [N, K], those of the shared experts first."""
+        if not self.shared_experts:
+            return logits_NE.topk(k, dim=-1)
+        first_S = torch.arange(self.shared_experts, 0, -1, device=logits_NE.device)
+        shared_NS = logits_NE.amax(-1, keepdim=True) + first_S
+        indices_NK = torch.cat([shared_NS, logits_NE[:, self.shared_experts :]], 1).topk(k, dim=-1).indices
+        return logits_NE.gather(1, indices_NK), indices_NK
+
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""
         return self.choose(self.logits(x_ND), k)
+
+
+class LinearRouter(LogitRouter):
+    """h(x) = W x + b (paper section 3.1; official custom_gate.py:40-46). W ~ N(0, init_std^2), b = 0."""
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        self.requires_grad_(not self.freeze)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """x [..., D] -> logits [..., E]."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with without_autocast(x_ND.device.type):
+            return product(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+    @torch.no_grad()
+    def fit(self, inputs_TD: Tensor, strength_TE: Tensor, experts: Experts) -> None:
+        """Regress the logarithm of the strengths on the inputs, so that the router's probabilities are shares of the strength."""
+        weight_ED, bias_E = Ridge(inputs_TD).fit(log_strength(strength_TE))
+        self.weight.copy_(weight_ED)
+        self.bias.copy_(bias_E)
 
     def flops(self, tokens: int) -> int:
         """FLOPs of the linear map."""
@@ -188,6 +231,9 @@ class RandomRouter(LinearRouter):
     """SMoE-Dropout's router: randomly initialised and frozen."""
 
     frozen_by_default = True
+
+    def fit(self, inputs_TD: Tensor, strength_TE: Tensor, experts: Experts) -> None:
+        """Stay random."""
 
 
 class LearnedRouter(LinearRouter):

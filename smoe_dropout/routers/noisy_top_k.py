@@ -24,6 +24,8 @@ class NoisyTopKRouter(LinearRouter):
         """Whether it takes a k for each token: in evaluation, since the load loss is of one k."""
         return not self.training
 
+    uses = ("balance_loss", "gate_weight")
+
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
         self.noise_weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))

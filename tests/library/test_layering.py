@@ -11,9 +11,9 @@ FLOORS = (
     ("registry",),
     ("options",),
     ("arguments", "files", "folders", "selection", "single_position"),
-    ("manifest", "schedule", "training", "shared", "recomputation", "tuning", "precision"),
+    ("manifest", "schedule", "training", "shared", "recomputation", "tuning", "precision", "regression"),
     ("config", "attention"),
-    ("experts",),
+    ("experts", "cuts"),
     ("routers",),
     ("layer",),
     ("native",),
@@ -22,6 +22,7 @@ FLOORS = (
     ("passes",),
     ("conversion", "restoration", "io", "surgery", "sampling"),
     ("hf", "summary", "planning"),
+    ("recipe",),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {

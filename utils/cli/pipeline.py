@@ -1,4 +1,4 @@
-"""From a command line to decided flags, for train.py, finetune.py, surgery.py and generate.py. Imports no torch.
+"""From a command line to decided flags, for train.py, finetune.py, surgery.py, generate.py and convert.py. Imports no torch.
 
     command line -> defaults -> inherit -> parse -> check -> decide
 
@@ -37,7 +37,7 @@ CHECKPOINT_FLAGS = names(role="model") + names(role="experts")  # what the weigh
 class Program(NamedTuple):
     """A program as the pipeline sees it.
 
-    source_flag: the flag that names a checkpoint. required: refuse to run without it. open: opens the checkpoint. defaults: values for
+    source_flag: the flag that names a checkpoint or model. required: refuse to run without it. open: opens it. defaults: values for
     the flags that are not given. mistakes: checks of this program only; their source is None without a checkpoint, and with --eval_only.
     refused: flags with the reason why they are refused.
     """

@@ -1,4 +1,4 @@
-"""Every flag of train.py, finetune.py, surgery.py and generate.py, declared once. Imports no torch.
+"""Every flag of train.py, finetune.py, surgery.py, generate.py and convert.py, declared once. Imports no torch.
 
 A new flag is one line here, and the code that uses it. Its roles say how else it is used; `names(role=...)` lists the flags of a role:
 
@@ -27,7 +27,7 @@ from pathlib import PurePath
 from typing import get_args
 
 from smoe_dropout.config import GateWeight, OutputScale
-from smoe_dropout.registry import BACKENDS, METHODS, ROUTER_ALIASES, ROUTERS, SURGERIES
+from smoe_dropout.registry import BACKENDS, CUTS, METHODS, ROUTER_ALIASES, ROUTERS, SURGERIES
 from smoe_dropout.schedule import SCHEDULES
 from utils.data.rows import TASKS, kind_of
 from utils.flags.declare import ABSENT, flag, groups, same_flag, specs
@@ -43,6 +43,7 @@ SELF = "self"  # the model itself as its teacher
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
+CORRECTIONS = ("none", "norm", "mean")
 
 group = dataclass(frozen=True, kw_only=True)
 folder = partial(flag, metavar="DIR")
@@ -162,7 +163,10 @@ class ExpertFlags:
         "mean", "mean: weighted mean of the experts (official); dense: E times that", "experts", choices=get_args(OutputScale)
     )
     gate_weight: str = expert_flag(
-        "softmax", "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform", "experts", choices=get_args(GateWeight)
+        "softmax",
+        "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform; unit",
+        "experts",
+        choices=get_args(GateWeight),
     )
     expert_backend: str = expert_flag(
         "auto", "implementation of the experts; all give the same result", "run evaluation", choices=("auto", *BACKENDS)
@@ -311,6 +315,30 @@ class GenerateFlags:
     precision: str = same_flag(
         Flags, "precision", help="precision of the weights; int8: of the experts only", choices=("fp32", "bf16", "int8")
     )
+    threads: int = same_flag(Flags, "threads")
+
+
+@group
+class ConvertFlags:
+    """Cuts the FFNs of a trained transformers model into experts, without training, so that it runs at any number of them."""
+
+    title = "conversion"
+
+    source: str = flag(MISSING, "folder of a transformers model, GGUF file, or hub id such as owner/name", metavar="MODEL", name="from")
+    data: str = flag(MISSING, "UTF-8 text that the cut is calibrated on, also .xz; its last tenth is held out", metavar="FILE")
+    out: str = folder(MISSING, "new folder of the converted model")
+    num_experts: int = flag(16, "experts of a layer, E, which must divide the FFN width", low=1)
+    cut: str = flag("coactivation", "which neurons form an expert together", choices=tuple(CUTS))
+    router: str = flag("learned", "learned: linear, fitted by regression", choices=tuple(ROUTERS))
+    shared_experts: int = flag(0, "experts of the most important neurons, which every token chooses", low=0)
+    correction: str = flag("none", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
+    k: int | None = flag(None, "active experts of the saved model, which any use of it may change. Default: E", low=1)
+    tokens: int = flag(8192, "tokens that the cut is calibrated on", low=1)
+    held_out: int = flag(4096, "tokens that the loss is measured on, at each k", low=1)
+    length: int = flag(512, "tokens read at a time", low=2)
+    precision: str = flag("auto", "precision of the weights; auto: as stored, GGUF files in fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    seed: int = same_flag(Flags, "seed", help="random seed")
+    device: str = same_flag(Flags, "device")
     threads: int = same_flag(Flags, "threads")
 
 
