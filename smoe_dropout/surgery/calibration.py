@@ -25,7 +25,7 @@ from smoe_dropout.files import parse_json, writing_tensors
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
 from smoe_dropout.precision import without_autocast
-from smoe_dropout.routers import LinearRouter
+from smoe_dropout.routers import LogitRouter
 
 
 class LayerCalibration(NamedTuple):
@@ -48,6 +48,13 @@ class LayerCalibration(NamedTuple):
     def collected(self) -> dict[str, Tensor]:
         """The tensors that were collected, by name."""
         return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    def without(self, shared: int) -> LayerCalibration:
+        """Calibration of the experts behind the first `shared`, whose fractions then sum to less than 1."""
+        of_experts = {name: tensor for name, tensor in self.collected.items() if "E" in name.rpartition("_")[2]}
+        return self._replace(
+            **{name: tensor[:, shared:] if name == "logits_SE" else tensor[shared:] for name, tensor in of_experts.items()}
+        )
 
     def of_outputs(self, name: str) -> Tensor:
         """`saliency_E` or `outputs_ED`. ConfigError if it was not collected."""
@@ -125,7 +132,7 @@ class Calibration:
     def check_of(self, model: nn.Module) -> None:
         """Raise ConfigError unless the model has MoE layers with these names and sizes."""
         ours = {name: (*layer.usage_E.shape, layer.inputs_SD.shape[1]) for name, layer in zip(self.names, self.layers, strict=True)}
-        theirs = {name: layer.router.weight.shape for name, layer in cuttable_layers(model)}
+        theirs = {name: layer.experts.bias_down.shape for name, layer in cuttable_layers(model)}
         require(ours == theirs, "the calibration belongs to another model: names, numbers of experts or widths of its MoE layers differ")
 
 
@@ -135,7 +142,7 @@ def cuttable_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     require(bool(layers), f"{type(model).__name__} has no MoE layers: surgery needs a model with experts")
     for _, layer in layers:
         require(
-            isinstance(layer.router, LinearRouter),
+            isinstance(layer.router, LogitRouter),
             f"router {layer.config.router!r} has no row per expert, so it cannot be reduced to fewer experts",
         )
     return layers
@@ -216,11 +223,9 @@ class _Watch:
         self.layer, self.draw, self.sample, self.outputs, self.tokens = layer, draw, sample, outputs, 0
         self.real: Tensor | None = None
         self.counts_E, self.weight_E, self.reached_E, self.saliency_E = torch.zeros(4, layer.num_experts, dtype=torch.float64)
-        self.outputs_ED = torch.zeros(layer.router.weight.shape, dtype=torch.float64)
-        self.keys_S, self.inputs_SD = (
-            torch.empty(0, dtype=torch.float64),
-            layer.router.weight.new_empty(0, layer.router.weight.shape[1]).cpu(),
-        )
+        (_, D), dtype = layer.experts.bias_down.shape, torch.promote_types(layer.experts.bias_down.dtype, torch.float32)
+        self.outputs_ED = torch.zeros(layer.num_experts, D, dtype=torch.float64)
+        self.keys_S, self.inputs_SD = torch.empty(0, dtype=torch.float64), torch.empty(0, D, dtype=dtype)
 
     def see(self, _experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         """Count a pass; a forward pre-hook of the experts."""
@@ -258,8 +263,7 @@ class _Watch:
 
     def result(self) -> LayerCalibration:
         """Normalised statistics, and router logits of the sample."""
-        router = self.layer.router
-        logits_SE = router.logits(self.inputs_SD.to(router.weight.device)).cpu()
+        logits_SE = self.layer.router.logits(self.inputs_SD.to(self.layer.experts.bias_down.device)).cpu()
         found = LayerCalibration(*(sums_E / sums_E.sum() for sums_E in (self.counts_E, self.weight_E)), logits_SE, self.inputs_SD)
         if not self.outputs:
             return found

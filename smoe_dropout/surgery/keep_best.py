@@ -9,6 +9,7 @@ from torch import Tensor
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import require
 from smoe_dropout.registry import unknown
+from smoe_dropout.routers import LinearRouter
 from smoe_dropout.surgery.budgets import EQUAL, best, kept
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.dropping import combine
@@ -24,8 +25,15 @@ OPTIONS = {"score": "usage", **EQUAL}
 SCORES: dict[str, Callable[[MoELayer, LayerCalibration | None], Tensor]] = {
     "usage": lambda layer, calibration: calibration.usage_E,
     "gate_weight": lambda layer, calibration: calibration.weight_E,
-    "router_norm": lambda layer, calibration: F.normalize(layer.router.weight.detach().norm(dim=1).cpu(), 1, 0),
+    "router_norm": lambda layer, calibration: F.normalize(row_norms(layer), 1, 0),
 }
+
+
+def row_norms(layer: MoELayer) -> Tensor:
+    """Norms of the router's rows for the experts that are not shared. ConfigError for a router that is not linear."""
+    linear = isinstance(layer.router, LinearRouter)
+    require(linear, f"score 'router_norm' is the norm of a linear router's rows, but router {layer.config.router!r} has none: use usage")
+    return layer.router.weight.detach()[layer.config.shared_experts :].norm(dim=1).cpu()
 
 
 def groups(

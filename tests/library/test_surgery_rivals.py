@@ -252,3 +252,81 @@ def test_calibrations_of_earlier_versions(tmp_path):
         save_file(tensors | {name: tensor}, tmp_path / "wrong", header)
         with pytest.raises(sd.ConfigError, match="do not fit together"):
             sd.Calibration.load(tmp_path / "wrong")
+
+
+# plain sums of experts, as `convert` makes them
+
+
+def summed_model(router: str, **settings) -> tuple[nn.Module, sd.Calibration]:
+    """A conversion with unit gate weights, and its calibration at three of four experts."""
+    _, model = split_model(layers=2, gate_weight="unit", output_scale="mean", router=router, **settings)
+    with torch.no_grad():
+        for _, layer in sd.moe_layers(model):
+            layer.router.factor.copy_(torch.tensor([1.6, 1.3, 1.1, 1.0]))
+            for parameter in layer.router.parameters():
+                parameter.normal_(0, 0.5)
+    return model, calibrated(model, torch.randn(N, D), k=3)
+
+
+ROUTER_OPTIONS = {"random": {}, "mlp": {"router_width": 2 * E}, "representative": {"activation": "silu_gated"}}
+
+
+@pytest.mark.parametrize(("router", "options"), ROUTER_OPTIONS.items())
+@pytest.mark.parametrize("shared", [0, 1])
+@torch.no_grad()
+def test_a_plain_sum_is_not_rescaled(router, options, shared, tmp_path):
+    """With experts dropped it is the sum of the chosen ones times the factor of their number; shared ones stay, however little they do."""
+    model, calibration = summed_model(router, options=options, shared_experts=shared)
+    for _, layer in sd.moe_layers(model):
+        layer.experts.down[:shared] *= 1e-3
+        layer.experts.bias_down[:shared] *= 1e-3
+    calibration = calibrated(model, torch.randn(N, D), k=3)
+    smaller, config = sd.operate(model, "reap", 3, calibration)
+    x_ND = torch.randn(N, D)
+    for k in (1, 2, 3):
+        y_ND = x_ND
+        for (_, layer), its in zip(sd.moe_layers(model), calibration.layers, strict=True):
+            ranked = [expert for expert in its.saliency_E.argsort(descending=True).tolist() if expert >= shared]
+            kept = [*range(shared), *ranked[: 3 - shared]]
+            logits_NE, each_NED = layer.router.logits(y_ND), layer.experts.each(y_ND)
+            rows = []
+            for logits_E, each_ED in zip(logits_NE.tolist(), each_NED, strict=True):
+                chosen = sorted(kept, key=lambda expert: (expert >= shared, -logits_E[expert]))[:k]
+                rows.append([1.6, 1.3, 1.1][k - 1] * sum(each_ED[expert] for expert in chosen))
+            y_ND = torch.stack(rows)
+        with sd.top_k(smaller, k):
+            torch.testing.assert_close(smaller(x_ND), y_ND, rtol=1e-4, atol=1e-5)
+    assert (config.num_experts, config.shared_experts, config.gate_weight) == (3, shared, "unit")
+    sd.save_model(smaller, tmp_path)
+    dense, _ = split_model(layers=2)
+    assert torch.equal(sd.load_weights(sd.moefy(dense, config), tmp_path).eval()(x_ND), smaller(x_ND))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), {"merge": {"by_layer": True}, "average": {"by_layer": True}, "uncurl": {}, "hc_smoe": {}}.items()
+)
+@torch.no_grad()
+def test_a_merged_expert_of_a_plain_sum_is_the_sum_of_its_members(method, options):
+    """Copies of two experts merge without loss where all are active."""
+    model, _ = summed_model("random")
+    for _, layer in sd.moe_layers(model):
+        for stacked in (*layer.experts.parameters(), layer.router.weight, layer.router.bias):
+            stacked[2] = stacked[3] = stacked[1]
+    calibration = calibrated(model, torch.randn(N, D), k=3)
+    usage_E = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    calibration = replace(calibration, layers=tuple(its._replace(usage_E=usage_E) for its in calibration.layers))
+    smaller, _ = sd.operate(model, method, 2, calibration, **options)
+    assert [layer.num_experts for _, layer in sd.moe_layers(smaller)] == [2, 2]
+    with sd.top_k(model, E):
+        torch.testing.assert_close(smaller(x_ND := torch.randn(N, D)), model(x_ND), rtol=1e-4, atol=1e-5)
+    assert sd.moe_layers(smaller)[0][1].router.factor.tolist() == pytest.approx([1.3, 1.0])
+
+
+def test_shared_experts_are_not_counted():
+    model, calibration = summed_model("random", shared_experts=2)
+    with pytest.raises(sd.ConfigError, match="keep = 2 must be above the 2 shared experts, which are kept"):
+        sd.operate(model, "reap", 2, calibration)
+    for method in ("merge", "uncurl", "keep_best", "drop", "average", "reap", "hc_smoe"):
+        smaller, _ = sd.operate(model, method, 3, calibration)
+        for (_, layer), (_, old) in zip(sd.moe_layers(smaller), sd.moe_layers(model), strict=True):
+            assert torch.equal(layer.experts.up[:2], old.experts.up[:2]) and layer.num_experts >= 3
