@@ -32,7 +32,7 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     All other tensors are bit-identical to the model's, and the model is not changed. k of the copy is what `set_top_k` has set for the
     model, in every layer at most its number of experts.
 
-    method: a name in `registry.SURGERIES`. keep: number of experts to keep; see the method's file for its exact meaning. calibration: of
+    method: a name in `registry.SURGERIES`. keep: number of experts to keep, shared ones among them; see the method's file. calibration: of
     this model; None if the method needs none. options: of the method.
 
     Raises ConfigError for a dense or compressed model, a router that cannot be reduced, an invalid `keep` or option, and a missing
