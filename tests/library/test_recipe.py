@@ -110,16 +110,6 @@ def test_a_converted_model_is_saved_and_loaded(settings, tmp_path, monkeypatch):
     assert "2 feed-forward networks of 32 hidden units cut into 4 experts" in text and f"{done.losses[2]:.4f}" in text
 
 
-def test_surgery_knows_what_belongs_to_a_k_and_which_experts_come_first():
-    model = planted()
-    sd.convert(model, passes(model), GROUPS, correction="norm")
-    smaller, _ = sd.operate(model, "keep_best", 3, None, score="router_norm")
-    assert smaller[1].router.factor.tolist() == [1.0] * 3 and model[1].router.factor[0] != 1
-    model = sd.moefy(planted(), sd.SMoEConfig(GROUPS, 2, shared_experts=1))
-    with pytest.raises(sd.ConfigError, match="shared_experts = 1 would not stay"):
-        sd.operate(model, "keep_best", 3, None, score="router_norm")
-
-
 def returns(value: object):
     return lambda model: [(lambda: model(TOKENS) is None or value, None)] * 2
 

@@ -41,6 +41,8 @@ ROUTER_NORM = "router_norm"  # the score that needs no calibration data
 TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
+AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
+EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
 CORRECTIONS = ("none", "norm", "mean")
 
 group = dataclass(frozen=True, kw_only=True)
@@ -264,8 +266,10 @@ class OperationFlags:
 
     source: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py", name="from")
     method: str = flag(MISSING, "how the model is made smaller", choices=(*SURGERIES, COMPRESS))
-    keep: int | None = flag(None, "experts to keep per layer; merge, average and drop: on average", only=tuple(SURGERIES))
-    by_layer: bool = flag(False, "keep the same number in every layer", "option", only=("merge", "average", "drop"))
+    keep: int | None = flag(None, "experts to keep per layer; merge, average, drop and --pooled: on average", only=tuple(SURGERIES))
+    by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
+    pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
+    at_least: int | None = flag(None, "fewest experts of a layer where numbers differ. Default: 1", "option", low=1, only=tuple(SURGERIES))
     score: str | None = flag(None, "how experts are ranked. Default: usage", "option", choices=SCORES, only=("keep_best",))
     rank: int | None = flag(None, "rank of U V in W = U V + S", "option", only=(COMPRESS,))
     kept: float | None = flag(None, "share of the hidden units left in S after training", "option", above=0, high=1, only=(COMPRESS,))
