@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.arguments import integer
 from smoe_dropout.control import layers_or_raise, moe_layers
-from smoe_dropout.experts import Experts, ExpertWeights
+from smoe_dropout.experts import Experts
 from smoe_dropout.options import require
 
 MAPS = ("up", "down")
@@ -28,20 +28,25 @@ class AdaptedExperts(Experts):
         nn.Module.__init__(self)
         self.activation, self.dropout, self.backend = experts.activation, experts.dropout, experts.backend
         for name, parameter in experts.named_parameters():
-            self.register_parameter(name, parameter.requires_grad_(False))
+            self.register_parameter(f"{name}_w" if name in MAPS else name, parameter.requires_grad_(False))
         for name in MAPS:
-            map_EPD = getattr(experts, name)
-            E, P, D = map_EPD.shape
-            self.register_parameter(f"{name}_a", nn.Parameter(map_EPD.new_empty(E, rank, D).normal_(0.0, D**-0.5)))
-            self.register_parameter(f"{name}_b", nn.Parameter(map_EPD.new_zeros(E, P, rank)))
+            E, P, D = getattr(experts, name).shape
+            self.register_parameter(f"{name}_a", nn.Parameter(experts.up.new_empty(E, rank, D).normal_(0.0, D**-0.5)))
+            self.register_parameter(f"{name}_b", nn.Parameter(experts.up.new_zeros(E, P, rank)))
 
-    def adapted(self, name: str) -> Tensor:
-        """A map with its adapter [E, P, D]."""
-        return torch.baddbmm(getattr(self, name), getattr(self, f"{name}_b"), getattr(self, f"{name}_a"))
+    @property
+    def up(self) -> Tensor:
+        """Map with its adapter, shaped as in `Experts`."""
+        return torch.baddbmm(self.up_w, self.up_b, self.up_a)
 
-    def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """Weights with the adapters, in the given precision."""
-        return super().weights(dtype)._replace(up_EHD=self.adapted("up").to(dtype), down_EHD=self.adapted("down").to(dtype))
+    @property
+    def down(self) -> Tensor:
+        """Map with its adapter, shaped as in `Experts`."""
+        return torch.baddbmm(self.down_w, self.down_b, self.down_a)
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for `print(model)`."""
+        return f"{super().extra_repr()}, adapter_rank={self.up_a.shape[1]}"
 
 
 def adapt(model: nn.Module, rank: int = 8) -> nn.Module:
@@ -72,6 +77,5 @@ def _merged(adapted: AdaptedExperts) -> Experts:
     nn.Module.__init__(experts)
     experts.activation, experts.dropout, experts.backend = adapted.activation, adapted.dropout, adapted.backend
     for name in ("up", "bias_up", "down", "bias_down"):
-        value = adapted.adapted(name) if name in MAPS else getattr(adapted, name)
-        experts.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        experts.register_parameter(name, nn.Parameter(getattr(adapted, name), requires_grad=False))
     return experts.train(adapted.training)

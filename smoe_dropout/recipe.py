@@ -75,7 +75,7 @@ def convert(
     cut: str = "coactivation",
     router: str = "learned",
     shared_experts: int = 0,
-    correction: Correction = "none",
+    correction: Correction = "norm",
     tokens: int = 8192,
     seed: int = 0,
     say: Callable[[str], None] | None = None,

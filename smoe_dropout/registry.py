@@ -111,6 +111,8 @@ SURGERIES: dict[str, str] = {
     "keep_best": "smoe_dropout.surgery.keep_best",
     "drop": "smoe_dropout.surgery.dropping",
     "average": "smoe_dropout.surgery.averaging",
+    "reap": "smoe_dropout.surgery.reap",
+    "hc_smoe": "smoe_dropout.surgery.hc_smoe",
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Surgery on the pre-trained runs of a folder, then the table and its figures. Rerun to resume.
 # bash script/surgery/run_all.sh FOLDER [flags of train.py and finetune.py]; FOLDER holds runs of train.py, such as runs/laptop/enwik8.
-# Rows: METHODS ("merge uncurl keep_best drop average compress") at KEEP ("8 4") experts on the runs METHOD-seedSEED of RUNS
+# Rows: METHODS ("merge uncurl keep_best drop average reap hc_smoe compress") at KEEP ("8 4") experts on the runs METHOD-seedSEED of RUNS
 # ("smoe smoe_dropout") and SEEDS ("1"), JOBS (2) at a time. Each is trained for STEPS (500) further steps and fine-tuned on TASK (sst2;
 # TASK= for none), see row.sh. Baselines: the whole model, trained and fine-tuned as long, and with SCRATCH=1 models of those sizes from
 # random weights.
@@ -26,9 +26,9 @@ for model in ${RUNS:-smoe smoe_dropout}; do
     if [ -z "$rows" ]; then check_surgery_flags "$run" "$TASK" "${flags[@]}"; fi
     for keep in 0 ${KEEP:-8 4}; do
       methods=whole
-      if [ "$keep" != 0 ]; then methods="${METHODS:-merge uncurl keep_best drop average compress} ${SCRATCH:+scratch}"; fi
+      if [ "$keep" != 0 ]; then methods="${METHODS:-merge uncurl keep_best drop average reap hc_smoe compress} ${SCRATCH:+scratch}"; fi
       for method in $methods; do
-        case $method in whole | scratch | merge | uncurl | keep_best | drop | average | compress) ;; *) fail "METHODS: there is no $method" ;; esac
+        case $method in whole | scratch | merge | uncurl | keep_best | drop | average | reap | hc_smoe | compress) ;; *) fail "METHODS: there is no $method" ;; esac
         name=$model-seed$seed-$method-$keep place=${TASK:-text}
         if [ "$method$TASK" = scratch ]; then place=scratch; fi  # row.sh trains it there, and TASK is empty
         row "$name" "$runs/$place/$name" bash script/surgery/row.sh "$run" "$method" "$keep" "$seed" "${flags[@]}"

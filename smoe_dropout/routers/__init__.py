@@ -7,6 +7,7 @@ and a `GateMass`. Shape suffixes: N tokens, D model width, E experts, K active e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -197,6 +198,26 @@ class LogitRouter(Router):
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing."""
         return self.choose(self.logits(x_ND), k)
+
+    @property
+    def last(self) -> nn.Module:
+        """The module whose own parameters and buffers have a row for each expert, or several blocks of such rows."""
+        return self
+
+    @torch.no_grad()
+    def keep(self, experts: Sequence[int], members: int) -> None:
+        """Reduce the router to these experts, in place, with their rows. members: number of experts that they stand for after a merger.
+
+        The factor of k kept experts becomes that of the members that they stand for on average.
+        """
+        if "factor" in self._buffers:
+            self.factor = self.factor[[round(k * members / len(experts)) - 1 for k in range(1, len(experts) + 1)]]
+        blocks = {name: values for name, values in self.last.named_buffers(recurse=False) if name != "factor"}
+        blocks = {name: values for name, values in blocks.items() if values.shape[:1] == (self.num_experts,)}
+        for name, rows in [*self.last.named_parameters(recurse=False), *blocks.items()]:
+            kept = rows.unflatten(0, (-1, self.num_experts))[:, list(experts)].flatten(0, 1)
+            setattr(self.last, name, nn.Parameter(kept, rows.requires_grad) if isinstance(rows, nn.Parameter) else kept)
+        self.num_experts = len(experts)
 
 
 class LinearRouter(LogitRouter):

@@ -41,6 +41,11 @@ class MLPRouter(LogitRouter):
             nn.init.zeros_(part.bias)
         self.requires_grad_(not self.freeze)
 
+    @property
+    def last(self) -> nn.Module:
+        """The map whose rows are the experts'."""
+        return self.out
+
     def logits(self, x_ND: Tensor) -> Tensor:
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.out.weight.dtype, torch.float32)

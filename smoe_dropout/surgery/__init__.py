@@ -21,7 +21,7 @@ from smoe_dropout.layer import MoELayer
 from smoe_dropout.options import ConfigError, require
 from smoe_dropout.registry import SURGERIES, load, unknown
 from smoe_dropout.surgery.calibration import Calibration, calibrate, cuttable_layers, require_finite
-from smoe_dropout.surgery.groups import Expert
+from smoe_dropout.surgery.groups import Expert, Group, with_shared
 
 __all__ = ["Calibration", "calibrate", "operate"]
 
@@ -32,7 +32,7 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
     All other tensors are bit-identical to the model's, and the model is not changed. k of the copy is what `set_top_k` has set for the
     model, in every layer at most its number of experts.
 
-    method: a name in `registry.SURGERIES`. keep: number of experts to keep; see the method's file for its exact meaning. calibration: of
+    method: a name in `registry.SURGERIES`. keep: number of experts to keep, shared ones among them; see the method's file. calibration: of
     this model; None if the method needs none. options: of the method.
 
     Raises ConfigError for a dense or compressed model, a router that cannot be reduced, an invalid `keep` or option, and a missing
@@ -51,10 +51,12 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
         calibration.check_of(model)
     require(calibration is not None or not surgery.NEEDS, f"{method!r} needs a calibration: calibrate(model, passes) makes one")
     calibrations = [None] * len(layers) if calibration is None else calibration.layers
-    groups = surgery.groups(layers, calibrations, keep, options)
+    shared = layers[0].config.shared_experts
+    routed = [calibrated and calibrated.without(shared) for calibrated in calibrations]
+    groups = [with_shared(its, shared) for its in surgery.groups(layers, routed, keep - shared, options)]
     made = copy.deepcopy(model)
     for layer, smaller, its, calibrated in zip(layers, (layer for _, layer in moe_layers(made)), groups, calibrations, strict=True):
-        _replace(smaller, [surgery.combine(layer, group, calibrated) for group in its], [group.leader for group in its])
+        _replace(smaller, [surgery.combine(layer, group, calibrated) for group in its], its)
     counts = tuple(map(len, groups))
     configure(
         made,
@@ -62,6 +64,7 @@ def operate(model: nn.Module, method: str, keep: int, calibration: Calibration |
         experts_by_layer=counts if len(set(counts)) > 1 else None,
         d_expert=layers[0].experts.down.shape[1],
         expert_init="fresh",
+        cut="contiguous",
     )
     return made, moe_layers(made)[0][1].config
 
@@ -77,11 +80,12 @@ def _option(name: str, value: object, kind: type) -> object:
 
 
 def _checked(layers: Sequence[MoELayer], keep: int) -> int:
-    most = max(layer.num_experts for layer in layers)
+    most, shared = max(layer.num_experts for layer in layers), layers[0].config.shared_experts
     try:
         keep = integer("keep", keep, 1, most)
     except ConfigError:
         raise ConfigError(f"keep = {shown(keep)} must be a whole number from 1 to the {most} experts of a layer") from None
+    require(keep > shared, f"keep = {keep} must be above the {shared} shared experts, which are kept")
     require_finite(layers)
     require(
         not any(isinstance(layer.experts, CompressedExperts) for layer in layers),
@@ -93,8 +97,13 @@ def _checked(layers: Sequence[MoELayer], keep: int) -> int:
 
 
 @torch.no_grad()
-def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int]) -> None:
-    """Replace the layer's experts with these, and its router rows with those of their leaders."""
+def _replace(layer: MoELayer, experts: Sequence[Expert], groups: Sequence[Group]) -> None:
+    """Replace the layer's experts with these, and its router rows with those of the groups' leaders."""
+    if layer.config.gate_weight == "unit":  # an expert of a plain sum stands for the sum of its group, not for the mean
+        experts = [
+            expert._replace(down_HD=expert.down_HD * len(group.members), bias_down_D=expert.bias_down_D * len(group.members))
+            for expert, group in zip(experts, groups, strict=True)
+        ]
     count, scale_before = len(experts), layer.output_scale
     layer.output_scale = 1.0 if layer.config.output_scale == "mean" else float(count)
     names, stacked = ("up", "bias_up", "down", "bias_down"), (torch.stack(tensors) for tensors in zip(*experts, strict=True))
@@ -102,10 +111,6 @@ def _replace(layer: MoELayer, experts: Sequence[Expert], leaders: Sequence[int])
         if "down" in name and layer.output_scale != scale_before:
             tensor = tensor * (scale_before / layer.output_scale)  # keep the scale of the sum over experts
         setattr(layer.experts, name, nn.Parameter(tensor, getattr(layer.experts, name).requires_grad))
-    for name, rows in list(layer.router.named_parameters(recurse=False)):
-        setattr(layer.router, name, nn.Parameter(rows[list(leaders)], rows.requires_grad))
-    for name, values in list(layer.router.named_buffers(recurse=False)):
-        if values.shape[:1] == (layer.num_experts,):
-            setattr(layer.router, name, values[list(leaders)])
-    layer.num_experts = layer.router.num_experts = count
+    layer.router.keep([group.leader for group in groups], sum(len(group.members) for group in groups))
+    layer.num_experts = count
     layer.default_k = min(layer.default_k, count)

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smoe_dropout.layer import MoELayer
+from smoe_dropout.surgery.budgets import AVERAGING as OPTIONS
+from smoe_dropout.surgery.budgets import best, kept
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
-from smoe_dropout.surgery.merging import OPTIONS, most_used
 
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
@@ -20,8 +21,8 @@ def groups(
 
     Raises ValueError if one of them received no tokens.
     """
-    chosen = most_used([calibration.usage_E for calibration in calibrations], keep, options["by_layer"])
-    return [[Group((expert,), expert) for expert in experts] for experts in chosen]
+    usages = [calibration.usage_E for calibration in calibrations]
+    return kept(usages, best(usages, keep, options))
 
 
 def combine(layer: MoELayer, group: Group, calibration: LayerCalibration | None) -> Expert:

@@ -4,6 +4,8 @@ NEEDS: bool                                                         whether it r
 OPTIONS: dict[str, Any]                                             its options and their defaults
 groups(layers, calibrations, keep, options) -> list[list[Group]]    the new experts of every layer, in order
 combine(layer, group, calibration) -> Expert                        the tensors of one new expert
+
+`groups` sees neither the shared experts nor their calibration: they stay as they are, and `keep` does not count them.
 """
 
 from typing import NamedTuple
@@ -16,6 +18,12 @@ class Group(NamedTuple):
 
     members: tuple[int, ...]
     leader: int
+
+
+def with_shared(groups: list[Group], shared: int) -> list[Group]:
+    """Groups of the experts behind the first `shared`, and these, each unchanged."""
+    moved = [Group(tuple(index + shared for index in group.members), group.leader + shared) for group in groups]
+    return [*(Group((index,), index) for index in range(shared)), *moved]
 
 
 class Expert(NamedTuple):

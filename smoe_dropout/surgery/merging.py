@@ -16,11 +16,14 @@ from torch import Tensor
 
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.surgery.alignment import aligned
+from smoe_dropout.surgery.budgets import AVERAGING as OPTIONS
+from smoe_dropout.surgery.budgets import best, reached
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
 
+__all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
+
 NEEDS = True
-OPTIONS = {"by_layer": False}
 
 
 def groups(
@@ -30,33 +33,9 @@ def groups(
 
     Raises ValueError if a dominant expert received no tokens.
     """
-    chosen = most_used([calibration.usage_E for calibration in calibrations], keep, bool(options.get("by_layer")))
+    usages = [calibration.usage_E for calibration in calibrations]
+    chosen = reached(usages, best(usages, keep, options))
     return [grouped(leaders, calibration) for leaders, calibration in zip(chosen, calibrations, strict=True)]
-
-
-def most_used(usages: Sequence[Tensor], keep: int, by_layer: bool) -> list[list[int]]:
-    """Indices of the most used experts of every layer: `keep` per layer on average, or in every layer with `by_layer`.
-
-    Raises ValueError if one of them received no tokens, or there are not that many experts.
-    """
-    if not by_layer and keep * len(usages) > (total := sum(map(len, usages))):
-        raise ValueError(f"keep = {keep} on average over {len(usages)} layers exceeds the {total} experts of the model: keep fewer")
-    chosen = [_most_used(usage_E, keep) for usage_E in usages] if by_layer else dominant(usages, keep * len(usages))
-    for index, (leaders, usage_E) in enumerate(zip(chosen, usages, strict=True)):
-        if unreached := [leader for leader in leaders if usage_E[leader] == 0]:
-            raise ValueError(
-                f"expert {unreached[0]} of MoE layer {index} would be kept, but received no tokens of the calibration data: "
-                "use more data, a larger k, or keep fewer"
-            )
-    return chosen
-
-
-def dominant(usages: Sequence[Tensor], count: int) -> list[list[int]]:
-    """Indices of the most used experts of every layer: `count` over all layers together, at least one in each."""
-    first = [_most_used(usage_E, 1) for usage_E in usages]
-    others = [(-share, layer, expert) for layer, usage_E in enumerate(usages) for expert, share in enumerate(usage_E.tolist())]
-    others = sorted(entry for entry in others if entry[2] not in first[entry[1]])[: count - len(usages)]
-    return [sorted(first[layer] + [expert for _, of, expert in others if of == layer]) for layer in range(len(usages))]
 
 
 def grouped(leaders: Sequence[int], calibration: LayerCalibration) -> list[Group]:
@@ -85,7 +64,3 @@ def mean(members: Sequence[Expert], shares: Tensor) -> Expert:
     if len(members) == 1:
         return members[0]
     return Expert(*(torch.tensordot(shares.to(tensors[0]), torch.stack(tensors), 1) for tensors in zip(*members, strict=True)))
-
-
-def _most_used(usage_E: Tensor, count: int) -> list[int]:
-    return sorted(usage_E.sort(descending=True, stable=True).indices[:count].tolist())

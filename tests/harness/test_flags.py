@@ -18,7 +18,7 @@ from utils.flags import fields
 from utils.flags.check import check_limits
 from utils.flags.declare import flag, groups, specs
 from utils.flags.derive import evaluation_ks, parse_ks, top_k_schedule
-from utils.flags.fields import FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
+from utils.flags.fields import ConvertFlags, FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
 from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
 
@@ -288,7 +288,7 @@ def test_flags_without_effect_are_refused(text):
 # declarations
 
 
-@pytest.mark.parametrize("kind", [FinetuneFlags, SurgeryFlags, GenerateFlags])
+@pytest.mark.parametrize("kind", [FinetuneFlags, SurgeryFlags, GenerateFlags, ConvertFlags])
 def test_a_flag_is_declared_once(kind):
     """One line gives it a group, help, and everything that the parser and the checks need."""
     grouped = [name for group in groups(kind).values() for name in group.__annotations__]
@@ -340,6 +340,7 @@ TRAINING = ["run", "data", "model", "experts", "optimiser", "machine and logging
         ("finetune.py", ["task", *TRAINING], ["--task {sst2,", "--max_length INT"]),
         ("surgery.py", ["operation", "calibration and test"], ["--score {usage,gate_weight,router_norm}", "--by_layer"]),
         ("generate.py", ["generation"], ["--precision {fp32,bf16,int8}", "--top_p FLOAT"]),
+        ("convert.py", ["conversion"], ["--cut {contiguous,random,weights,coactivation}", "--from MODEL"]),
     ],
 )
 def test_help_shows_groups_and_choices(program, boxes, shown):

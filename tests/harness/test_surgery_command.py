@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from smoe_dropout import calibrate, moe_layers
 from smoe_dropout.io import load_weights, stored_tensors
-from smoe_dropout.registry import SURGERIES
+from smoe_dropout.registry import SURGERIES, load
 from smoe_dropout.surgery import keep_best
 from surgery import row_passes
 from tests import tiny
@@ -28,7 +28,7 @@ from utils.cli.train import parse as parse_training
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.engine import Engine
-from utils.flags.fields import SCORES, names
+from utils.flags.fields import AVERAGING, SCORES, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
 from utils.training.evaluation import evaluate_all
@@ -275,6 +275,9 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
         ({"task": "sst2", "fold": 0}, "--fold 0: sst2 has no folds, leave it out"),
         ({"task": "mawps", "fold": 5}, "--fold 5: mawps has the folds 0 to 4"),
         ({"method": "uncurl", "by_layer": True}, "--by_layer has no effect with --method uncurl: leave it out"),
+        ({"method": "merge", "pooled": True}, "--pooled has no effect with --method merge: leave it out"),
+        ({"method": "reap", "at_least": 2}, "--at_least has no effect with the same number of experts in every layer: leave it out"),
+        ({"method": "reap", "pooled": True, "at_least": 3}, "--at_least 3 must be at most --keep 2"),
         ({"rank": 4}, "--rank has no effect with --method drop: leave it out"),
         ({"method": "keep_best", "score": "usual"}, "--score: unknown value 'usual'; nearest: usage"),
         ({"method": "keep_best", "score": "router_norm", "task": "sst2"}, "--task has no effect with --score router_norm: leave it out"),
@@ -300,6 +303,7 @@ def test_the_norm_of_the_routers_rows_is_all_that_is_read_for_it(trained, tmp_pa
     surgery = tiny.read_json(out / "surgery.json")
     assert "read" not in surgery["operations"][0] and not (out / "calibration.safetensors").exists()
     assert set(SCORES) == keep_best.SCORES.keys()
+    assert set(AVERAGING) == {name for name in SURGERIES if "by_layer" in load(SURGERIES, "method", name).OPTIONS}
     theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
     for name in (name for name in theirs if name.endswith("router.weight")):
         kept = theirs[name].norm(dim=1).topk(2).indices.sort().values

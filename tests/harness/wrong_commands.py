@@ -20,13 +20,13 @@ from typing import NamedTuple, get_args
 from data import prepare, prepare_pieces, prepare_task
 from tests import tiny
 from tests.conftest import ROOT
-from utils.cli import finetune, generate, surgery, train
+from utils.cli import convert, finetune, generate, surgery, train
 from utils.cli.pipeline import refuse_other_data
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.errors import exit_on_user_error
 from utils.flags.declare import Spec
-from utils.flags.fields import FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
+from utils.flags.fields import ConvertFlags, FinetuneFlags, Flags, GenerateFlags, SurgeryFlags
 from utils.flags.models import MODELS
 from utils.reporting import __main__ as reporting
 from utils.reporting import ablations
@@ -62,8 +62,15 @@ GOOD = {  # command lines to which one wrong flag is added
     "finetune.py": "--task sst2 --checkpoint smoe --data sst2 --work_dir new",
     "surgery.py": "--from smoe --method merge --keep 2 --out new --threads 1",
     "generate.py": "--checkpoint smoe --prompt a",
+    "convert.py": "--from owner/name --data file --out new",
 }
-KINDS = {"train.py": Flags, "finetune.py": FinetuneFlags, "surgery.py": SurgeryFlags, "generate.py": GenerateFlags}
+KINDS = {
+    "train.py": Flags,
+    "finetune.py": FinetuneFlags,
+    "surgery.py": SurgeryFlags,
+    "generate.py": GenerateFlags,
+    "convert.py": ConvertFlags,
+}
 
 WRITTEN = """
 train.py --lr                                                   | --lr needs a value
@@ -200,6 +207,18 @@ generate.py --checkpoint smoe --temperature -1                  | --temperature 
 generate.py --checkpoint smoe --top_p 0                         | --top_p 0.0 must be above 0
 generate.py --checkpoint smoe --length 0                        | --length 0 must be at least 1
 generate.py --checkpoint smoe --prompt                          | --prompt needs a value
+convert.py --data file --out new                                | --from is missing
+convert.py --from owner/name --out new                          | --data is missing
+convert.py --from /nowhere --data file --out new                | --from /nowhere does not exist
+convert.py --from words --data file --out new                   | words has no config.json and 0 GGUF files
+convert.py --from file --data file --out new                    | --from file is a file, but not a GGUF file
+convert.py --from owner/name --data words --out new             | --data words is not a file
+convert.py --from owner/name --data file --out words            | --out words holds something already
+convert.py --from owner/name --data file --out file             | --out file cannot be a folder
+convert.py --from owner/name --data file --out new --shared_experts 16 | --shared_experts 16 must be less than --num_experts 16
+convert.py --from owner/name --data file --out new --correction mean   | --correction mean is added by a shared expert
+convert.py --from owner/name --data file --out new --k 17       | --k 17 must be at most --num_experts 16
+convert.py --from owner/name --data file --out new --cut weight | --cut: unknown value 'weight'
 data/prepare.py                                                 | required: NAME
 data/prepare.py x --source nowhere                              | nowhere
 data/prepare.py x --nope                                        | unrecognized arguments: --nope
@@ -291,7 +310,7 @@ def written(table: str) -> Iterator[Case]:
 
 
 def generated() -> Iterator[Case]:
-    """Every flag of the four programs with every value that is wrong for it by its declaration."""
+    """Every flag of the five programs with every value that is wrong for it by its declaration."""
     for program, kind in KINDS.items():
         for name, field in kind.__dataclass_fields__.items():
             spec: Spec = field.metadata["flag"]
@@ -332,7 +351,13 @@ def check_finetune(words: list[str]) -> None:
 
 
 PROGRAMS: dict[str, Callable] = {
-    **{"train.py": check_train, "finetune.py": check_finetune, "surgery.py": surgery.parse, "generate.py": generate.parse},
+    **{
+        "train.py": check_train,
+        "finetune.py": check_finetune,
+        "surgery.py": surgery.parse,
+        "generate.py": generate.parse,
+        "convert.py": convert.parse,
+    },
     **{"data/prepare.py": prepare.main, "data/prepare_pieces.py": prepare_pieces.main, "data/prepare_task.py": prepare_task.main},
     **{"-m utils.reporting": reporting.main, "-m utils.reporting.ablations": ablations.main},
 }

@@ -111,7 +111,7 @@ def test_official_router_names(official, router, balance):
 # names
 
 
-@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS", "HOSTS", "INTEGRATIONS", "SURGERIES"])
+@pytest.mark.parametrize("name", ["ROUTERS", "BACKENDS", "METHODS", "HOSTS", "INTEGRATIONS", "CUTS", "SURGERIES"])
 def test_registries(name):
     entries = getattr(registry, name)
     for known in entries:

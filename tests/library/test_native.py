@@ -231,7 +231,8 @@ def test_surgery_and_saved_folders(natives, family, tmp_path):
     E = sd.moe_layers(model)[0][1].num_experts
     calibration = sd.calibrate(model, [(lambda: model(**inputs(model), use_cache=False), None)], k=E - 1)
     made = {"whole": model, "compressed": sd.compress(model, 4, kept=0.5)}
-    made |= {name: sd.operate(model, name, E - 1, calibration, by_layer=True)[0] for name in ("merge", "drop", "average")}
+    made |= {name: sd.operate(model, name, E - 1, calibration, by_layer=True)[0] for name in ("merge", "drop")}
+    made |= {name: sd.operate(model, name, E - 1, calibration)[0] for name in ("reap", "hc_smoe")}
     made["keep_best"] = sd.operate(model, "keep_best", 2, calibration)[0]
     assert torch.allclose(logits(sd.compress(model, 4)), logits(model), rtol=1e-4, atol=1e-5)
     for name, changed in made.items():

@@ -10,6 +10,7 @@ from torch import nn
 import smoe_dropout as sd
 from smoe_dropout.surgery import averaging, merging, uncurl
 from smoe_dropout.surgery.alignment import aligned, permuted
+from smoe_dropout.surgery.budgets import AVERAGING, best
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
 
@@ -60,7 +61,7 @@ def test_most_used_experts_of_all_layers_are_dominant(usages, keep, by_layer, ex
 
 def test_keeping_more_experts_than_exist_is_rejected():
     with pytest.raises(ValueError, match="keep = 3 on average over 2 layers exceeds the 4 experts of the model"):
-        merging.most_used([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, by_layer=False)
+        best([torch.tensor([1.0]), torch.tensor([0.5, 0.3, 0.2])], 3, AVERAGING)
 
 
 def test_other_experts_join_the_dominant_one_with_the_most_similar_routing():
@@ -170,7 +171,8 @@ def with_usage(calibration: sd.Calibration, usage: list[float]) -> sd.Calibratio
     )
 
 
-WAYS = [("merge", {"by_layer": True}, True), ("uncurl", {}, True), ("average", {"by_layer": True}, False)]  # average does not align
+ALIGNING = {"merge": True, "uncurl": True, "average": False, "hc_smoe": False}
+WAYS = [(method, {"by_layer": True} if method in ("merge", "average") else {}, aligning) for method, aligning in ALIGNING.items()]
 
 
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
@@ -189,7 +191,7 @@ def test_merging_twins_is_lossless_at_any_k(method, options, permuting, settings
 
 @pytest.mark.parametrize("settings", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
-@pytest.mark.parametrize(("method", "permuting"), [("merge", True), ("uncurl", True), ("average", False)])
+@pytest.mark.parametrize(("method", "permuting"), ALIGNING.items())
 def test_merging_copies_of_one_expert_is_lossless_for_any_keep(method, permuting, keep, settings):
     """For any routing; merge and average leave different numbers of experts in the layers."""
     model = model_of_twins(False, **settings)

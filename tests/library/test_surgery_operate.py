@@ -43,7 +43,8 @@ def calibrated(model: nn.Module, k: int | None = None, **settings) -> sd.Calibra
 
 def with_usage(calibration: sd.Calibration, *usages: list[float]) -> sd.Calibration:
     pairs = zip(calibration.layers, usages, strict=True)
-    return replace(calibration, layers=tuple(layer._replace(usage_E=torch.tensor(usage).double()) for layer, usage in pairs))
+    pairs = [(layer, torch.tensor(usage).double()) for layer, usage in pairs]
+    return replace(calibration, layers=tuple(layer._replace(usage_E=usage_E, saliency_E=usage_E) for layer, usage_E in pairs))
 
 
 def sizes(model: nn.Module) -> list[int]:
@@ -145,7 +146,7 @@ def test_layers_that_no_pass_reaches_are_rejected():
 KEPT = [([0.4, 0.1, 0.3, 0.2], [0, 2]), ([0.1, 0.1, 0.3, 0.5], [2, 3])]
 
 
-@pytest.mark.parametrize("method", ["keep_best", "drop"])
+@pytest.mark.parametrize("method", ["keep_best", "drop", "reap"])
 @pytest.mark.parametrize("settings", [{}, {"output_scale": "dense"}, {"gate_weight": "uniform"}], ids=str)
 def test_kept_experts_equal_the_model_with_the_others_never_chosen(settings, method):
     model = model_with_experts(**settings)
@@ -301,6 +302,7 @@ NOTHING = [0.5, 0.5, 0.0, 0.0]
         ({"usage": NOTHING, "keep": 3, "by_layer": True}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
         ({"usage": NOTHING, "keep": 3, "method": "keep_best"}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
         ({"usage": NOTHING, "keep": 3, "method": "drop"}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
+        ({"usage": NOTHING, "keep": 3, "method": "reap"}, "expert 2 of MoE layer 0 would be kept, but received no tokens"),
     ],
     ids=str,
 )

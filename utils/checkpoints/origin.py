@@ -5,7 +5,7 @@ transformers, or weights only: a folder of smoe_dropout.save_model, whose sizes 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from smoe_dropout.registry import METHODS, load
 from utils import documents
 from utils.checkpoints import run_files, schema_1
 from utils.checkpoints.manifest import MANIFEST, REMEDY, WEIGHTS, name_of
-from utils.checkpoints.run_files import CONFIG, MODEL, RESULT, SURGERY, config_sha256, read_config, read_result
+from utils.checkpoints.run_files import MODEL, RESULT, SURGERY, config_sha256, read_config, read_result
 from utils.checkpoints.schema_1 import TRAINED
 from utils.data.tokens import FILE as TOKENIZER_FILE
 from utils.data.tokens import load_tokens
@@ -101,11 +101,16 @@ def open_run(path: Path) -> Source:
 def _run(path: Path) -> Source:
     """The weights whose test is in the run's record."""
     flags = _flags_of_run(path)
-    if (path / MODEL / CONFIG).exists():
-        return _host(path / MODEL, path)
     record = read_result(path, config_sha256(flags), documents.note_unverified)
     if record is None:
         raise UserError(f"the run {path} has not ended, it has no {RESULT}: finish it, or give one of its folders checkpoints/step-*")
+    if MODELS[flags["model"]].from_folder:
+        start, training = (
+            record["pretrained"],
+            {"method": "train", "steps": flags["max_step"], **({"taught": True} if flags["teacher"] else {})},
+        )
+        trained = {name: start[name] for name in ("folder", "experts") if name in start}
+        return replace(_host(path / MODEL), path=path, trained=trained, operations=(*start["operations"], training))
     return _of_run(path, path / "checkpoints" / name_of(record["best_step"]), flags, record)
 
 
@@ -219,8 +224,8 @@ def _transformers(path: Path) -> Source:
     return Source(path, weights, sizes | flags_of_experts(experts), {"folder": path.name}, from_transformers=True)
 
 
-def _host(path: Path, run: Path | None = None) -> Source:
-    """A folder of any model of transformers, dense or converted, for the model that is built from it. run: that made it, if one did."""
+def _host(path: Path) -> Source:
+    """A folder of any model of transformers, dense or converted, for the model that is built from it."""
     from smoe_dropout.hf.described import placed_conversions
     from smoe_dropout.hf.loading import read_config as read_host  # imports transformers
 
@@ -246,7 +251,9 @@ def _host(path: Path, run: Path | None = None) -> Source:
     model = next(name for name, model in MODELS.items() if model.from_folder)
     positions = {"max_length": most} if (most := getattr(text, "max_position_embeddings", None)) else {}
     found = {"model": model, "start_from": str(path), **sizes, **made, **positions, **vocabulary}
-    return Source(run or path, path / WEIGHTS, found, {"folder": (run or path).name}, from_transformers=True)
+    usual = asdict(SMoEConfig())
+    own = {"experts": {name: value for name, value in asdict(experts).items() if value != usual[name]}} if experts else {}
+    return Source(path, path / WEIGHTS, found, {"folder": path.resolve().name, **own}, from_transformers=True)
 
 
 def _json(path: Path) -> dict[str, Any]:

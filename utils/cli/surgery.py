@@ -19,7 +19,7 @@ from utils.data.rows import kind_of as task_kind
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import is_given, no_effect
 from utils.flags.derive import resized
-from utils.flags.fields import COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
+from utils.flags.fields import AVERAGING, COMPRESS, ROUTER_NORM, FinetuneFlags, Flags, SurgeryFlags, names
 from utils.flags.models import MODELS
 from utils.training.identity import operations_of, training_of
 
@@ -132,6 +132,11 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
             found.append("--kept is missing: give the share of the hidden units to leave in S")
     elif flags.keep is None:
         found.append(f"--keep is missing: give the number of the {E} experts of a layer to keep")
+    elif flags.at_least is not None:
+        if flags.by_layer or not (flags.pooled or flags.method in AVERAGING):
+            found.append(no_effect("at_least", "the same number of experts in every layer"))
+        elif flags.at_least > flags.keep:
+            found.append(f"--at_least {flags.at_least} must be at most --keep {flags.keep}, the number of experts of a layer on average")
     found += [
         f"--{name} {value} must be from 1 to the {E} experts of {source.path}"
         for name, value in (("keep", flags.keep), ("k", flags.k))
@@ -151,7 +156,8 @@ PROGRAM = Program("surgery.py", SurgeryFlags, "from", True, open_run, mistakes=_
 
 def _default_folder(flags: SurgeryFlags, source: Source) -> str:
     words = [source.path.resolve().name, flags.method, *(str(size) for size in (flags.keep, flags.rank, flags.kept, flags.score) if size)]
-    words += ["by-layer" if flags.by_layer else None, flags.task, f"fold{flags.fold}" if flags.fold is not None else None]
+    words += ["by-layer" if flags.by_layer else "pooled" if flags.pooled else None, f"at-least{flags.at_least}" if flags.at_least else None]
+    words += [flags.task, f"fold{flags.fold}" if flags.fold is not None else None]
     return f"runs/{source.flags['preset']}/surgery/{'-'.join(word for word in words if word)}"
 
 

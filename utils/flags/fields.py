@@ -41,6 +41,8 @@ ROUTER_NORM = "router_norm"  # the score that needs no calibration data
 TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
+AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
+EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
 CORRECTIONS = ("none", "norm", "mean")
 
 group = dataclass(frozen=True, kw_only=True)
@@ -264,8 +266,10 @@ class OperationFlags:
 
     source: str = folder(MISSING, "finished run, one of its checkpoints/step-*, or folder of surgery.py", name="from")
     method: str = flag(MISSING, "how the model is made smaller", choices=(*SURGERIES, COMPRESS))
-    keep: int | None = flag(None, "experts to keep per layer; merge, average and drop: on average", only=tuple(SURGERIES))
-    by_layer: bool = flag(False, "keep the same number in every layer", "option", only=("merge", "average", "drop"))
+    keep: int | None = flag(None, "experts to keep per layer; merge, average, drop and --pooled: on average", only=tuple(SURGERIES))
+    by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
+    pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
+    at_least: int | None = flag(None, "fewest experts of a layer where numbers differ. Default: 1", "option", low=1, only=tuple(SURGERIES))
     score: str | None = flag(None, "how experts are ranked. Default: usage", "option", choices=SCORES, only=("keep_best",))
     rank: int | None = flag(None, "rank of U V in W = U V + S", "option", only=(COMPRESS,))
     kept: float | None = flag(None, "share of the hidden units left in S after training", "option", above=0, high=1, only=(COMPRESS,))
@@ -327,7 +331,7 @@ class ConvertFlags:
     cut: str = flag("coactivation", "which neurons form an expert together", choices=tuple(CUTS))
     router: str = flag("learned", "learned: linear, fitted by regression", choices=tuple(ROUTERS))
     shared_experts: int = flag(0, "experts of the most important neurons, which every token chooses", low=0)
-    correction: str = flag("none", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
+    correction: str = flag("norm", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
     k: int | None = flag(None, "active experts of the saved model, which any use of it may change. Default: E", low=1)
     tokens: int = flag(8192, "tokens that the cut is calibrated on", low=1)
     held_out: int = flag(4096, "tokens that the loss is measured on, at each k", low=1)

@@ -14,6 +14,7 @@ from smoe_dropout.hf.described import described, entries_of
 from smoe_dropout.hf.loading import read_config
 from smoe_dropout.options import ConfigError
 from utils.checkpoints.origin import open_source
+from utils.checkpoints.run_files import MODEL
 from utils.data.meta import Tokens
 from utils.errors import UserError
 from utils.flags.derive import method_of
@@ -43,7 +44,8 @@ class CausalLM(nn.Module):
 def build(flags: Flags, vocabulary: Tokens | None = None) -> CausalLM:
     """The model with the weights of its folder. UserError for one without a head that predicts the next token, unless it is fine-tuned."""
     tunes = isinstance(flags, FinetuneFlags)
-    source = open_source(Path(flags.checkpoint if tunes else flags.start_from))
+    given, made = Path(flags.checkpoint if tunes else flags.start_from), Path(flags.work_dir or "") / MODEL
+    source = open_source(made if made.is_dir() and not given.exists() else given)
     folder, method = source.weights.parent, method_of(flags)
     if method and method.layer and source.flags.get("method") != method.name:
         raise UserError(f"--method {method.name} has layers of its own, which {source.path} has not: convert a model with this method")

@@ -37,7 +37,11 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "n_layer": lambda count: f"{count} layers",
     "max_step": lambda count: f"{count:,} steps",
     "d_ff": lambda width: f"width {width}",
+    "pooled": lambda _: "pooled over layers",
+    "at_least": lambda count: f"at least {count} in each",
 }
+# operations whose names in the literature are not words
+NAMES = {"uncurl": "UNCURL", "reap": "REAP", "hc_smoe": "HC-SMoE"}
 
 
 def words(name: str) -> str:
@@ -127,7 +131,7 @@ def _operation(one: dict[str, Any]) -> str:
         steps = f"step {one['checkpoint']:,}" if "checkpoint" in one else f"{one['steps']:,} steps"
         done = f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}"
         return ", ".join([done, *phrases(one.get("settings", {})), *(["taught"] if one.get("taught") else [])])
-    name = "UNCURL" if one["method"] == "uncurl" else words(one["method"])
+    name = NAMES.get(one["method"], words(one["method"]))
     sizes = [f"{one['from']} to {one['keep']}"] if "keep" in one else []
     options = {name: value for name, value in one.get("options", {}).items() if name != "kept"}
     read = one.get("read") or {}
