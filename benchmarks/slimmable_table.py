@@ -108,7 +108,7 @@ def others(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def perplexity(row: dict[str, Any], record: dict[str, Any]) -> float:
-    """Of a row, per token of the dense model's own tokenizer, also where the row is of a model with another one."""
+    """Perplexity of a row per token of the dense model's tokenizer, also where the row is of a model with another one."""
     if row["stage"] != OTHER:
         return row["perplexity"]
     return math.exp(row["bits_per_byte"] * math.log(2) * record["text"]["bytes"] / record["text"]["tokens"])
