@@ -77,10 +77,13 @@ def read(path: str, tokens: int, held_out: int) -> tuple[str, str]:
 
 
 def windows(text: str, tokenizer: Any, tokens: int, length: int, writes: bool) -> Iterator[list[int]]:
-    """Ids of the text, `length` at a time, `tokens` in all; of its lines, cut at `length`, for a model that does not write."""
+    """Ids of the text, `length` at a time, `tokens` in all, each part after the token that the tokenizer puts before a text, if any; of its
+    lines, cut at `length`, for a model that does not write.
+    """
     if writes:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-        yield from (ids[begin : begin + length] for begin in range(0, max(len(ids) - length, 0) + 1, length) if len(ids) > 1)
+        first, ids = tokenizer("")["input_ids"][:1], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        own = length - len(first)
+        yield from (first + ids[begin : begin + own] for begin in range(0, max(len(ids) - own, 0) + 1, own) if len(ids) > 1)
         return
     read = 0
     for line in filter(str.strip, text.splitlines()):

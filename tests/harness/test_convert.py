@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 import convert
 import smoe_dropout as sd
@@ -40,6 +41,15 @@ def place(tmp_path_factory) -> Path:
         model.save_pretrained(folder / name)
         transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder / name)
     return folder
+
+
+def test_every_part_begins_as_the_tokenizer_begins_a_text(place):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama")
+    text = " ".join(WORDS)
+    plain = [*convert.windows(text, tokenizer, 10, 4, writes=True)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[UNK] $A", special_tokens=[("[UNK]", 0)])
+    parts = [*convert.windows(text, tokenizer, 10, 4, writes=True)]
+    assert plain == [[1, 2, 3, 4], [5, 6, 7, 8]] and parts == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
 
 
 @pytest.mark.parametrize(("model", "text", "said"), [("llama", "text.txt", "dense"), ("bert", "text.txt.xz", "relative change")])
