@@ -116,7 +116,7 @@ class SMoEConfig:
                 found.append(name_mistake(kind, given, known))
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             found.append(f"options = {self.options!r} must be a mapping from names to values")
-        if not (self.shared_experts == 0 or _is_count(self.shared_experts)) or (_is_count(E) and self.shared_experts >= E):
+        if not _is_count(self.shared_experts, least=0) or (_is_count(E) and self.shared_experts >= E):
             found.append(f"shared_experts = {shown(self.shared_experts)} must be a whole number from 0 to below num_experts = {shown(E)}")
         if self.freeze_router not in (None, True, False):
             found.append(f"freeze_router = {self.freeze_router!r} must be True, False or None")
@@ -284,5 +284,5 @@ def _plain(value: Any) -> Any:
     return float(value) if is_finite(value) else value
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST

@@ -52,6 +52,7 @@ def test_command_writes_a_record_for_each_run(runs):
     tiny.call(measure, runs)
     (record,) = load(runs / "records")
     ways = {(row["kind"], row["setting"]): row for row in record["rows"]}
+    ways.pop((UNIFORM, 3), None)  # there if measured times compare the plan by time with it
     assert list(ways) == [*((UNIFORM, k) for k in (1, 2, 4)), (FLOPS, 0.5), (TIME, 1.0), (MASS, 0.4), ("dense", 0)]
     tested = {row["k"]: row for name in ("sparse", "dense") for row in tiny.read_json(runs / name / "result.json")["quality"]}
     for k, way in ((1, (UNIFORM, 1)), (2, (UNIFORM, 2)), (4, (UNIFORM, 4)), (None, ("dense", 0))):
@@ -63,7 +64,7 @@ def test_command_writes_a_record_for_each_run(runs):
     assert all(1 <= k <= 4 for k in mass["mean_k"]) and ways[UNIFORM, 1]["flops_per_token"] < mass["flops_per_token"]
     assert ways["dense", 0]["ratio"] == 1 and record["run"]["name"] == "sparse" and record["dense"]["name"] == "dense"
     lines = [line for line in render(runs / "records").splitlines() if line.startswith("| ")]
-    assert len(lines) == 8 and lines[-1].startswith("| dense, equal parameters | – |")
+    assert len(lines) == 1 + len(record["rows"]) and lines[-1].startswith("| dense, equal parameters | – |")
 
 
 def record(seed: int, shift: float, method: str = "elastic") -> dict:

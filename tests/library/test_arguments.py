@@ -71,6 +71,7 @@ ARGUMENTS = {
         {field.name: set() for field in fields(sd.SMoEConfig)}
         | {"num_experts": set(), "d_expert": OPTIONAL, "expert_rank": OPTIONAL, "top_k": COUNT, "freeze_router": {*TRUTH, "None", "0"}}
         | {"balance_loss": {*NUMBER, "None"}, "init_std": NUMBER - {"0"}, "options": {"{}"}, "sites": {"None", "'2'"}}
+        | {"shared_experts": {*COUNT, "0"}}
         | {name: {"None"} for name in ("layers", "experts_by_layer", "top_k_by_layer", "method", "adopted")},
     ),
     "exact": (sd.SMoEConfig.exact, {}, {"num_experts": COUNT}),
