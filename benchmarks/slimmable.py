@@ -302,7 +302,7 @@ def identity_of(flags: SlimmableFlags, text: Text) -> dict[str, Any]:
 
 
 def timing_of(flags: SlimmableFlags) -> dict[str, Any]:
-    """How times are measured: if it changes, the others are not kept."""
+    """Settings of the measurement of times: if they change, earlier times are not kept."""
     names = ("prompt", "generated", "rounds", "threads", "device")
     return {**{name: getattr(flags, name) for name in names}, "clock": flags.clock.__name__}
 

@@ -181,7 +181,7 @@ def ablation_table(record: dict[str, Any]) -> str:
 
 
 def exactness(record: dict[str, Any]) -> str:
-    """How exact each stage is with all experts active."""
+    """Error of each stage with all experts active, in a sentence."""
     found = [f"{stage} {row['error']:.1e}" for stage, rows in stages(record).items() for row in rows if row["k"] == row["experts"]]
     return f"Error at k = E: {', '.join(found)}."
 
