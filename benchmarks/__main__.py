@@ -22,6 +22,7 @@ from benchmarks import attention, data, evaluation, generation, growth, layer, m
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
+from utils.errors import exit_on_user_error
 
 BENCHMARKS = {
     "layer": layer,
@@ -109,4 +110,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

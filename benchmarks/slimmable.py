@@ -70,7 +70,7 @@ class SlimmableFlags(Common):
     k: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14, 16)
     """numbers of active experts"""
     tokens: int = 8_192
-    """tokens of the text that quality is measured on"""
+    """tokens of the text that quality is measured on, at most"""
     context: int = 512
     """tokens of a sequence"""
     prompt: int = 8
@@ -82,7 +82,7 @@ class SlimmableFlags(Common):
     calibration: Path | None = None
     """text to fit conversions to: measures `TRIALS`, the ways to convert the model, too"""
     calibration_tokens: int = 4_096
-    """tokens of it"""
+    """tokens of it, at most"""
     trial_tokens: int = 2_048
     """tokens of the held-out text that those are measured on"""
     trial_k: tuple[int, ...] = (12, 8)
@@ -107,7 +107,7 @@ class Text:
 
     @classmethod
     def read(cls, path: Path, folder: Path, tokens: int, context: int) -> Text:
-        """The first tokens of a file by the tokenizer of a folder. UserError for a text that is too short."""
+        """At most this many tokens of a file by the tokenizer of a folder. UserError for a text shorter than a sequence."""
         from transformers import AutoTokenizer
 
         try:
@@ -115,10 +115,10 @@ class Text:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text ({error}): give a file of plain text") from None
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        whole = tokens // context * context
         found = tokenizer(written, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if len(found["input_ids"]) < max(whole, 1):
-            raise UserError(f"{path} has {len(found['input_ids'])} tokens, {tokens} are needed: give a longer text, or fewer --tokens")
+        whole = min(tokens, len(found["input_ids"])) // context * context
+        if not whole:
+            raise UserError(f"{path} has {len(found['input_ids'])} tokens, and a sequence has --context {context}: give a longer text")
         read = written[: found["offset_mapping"][whole - 1][1]].encode()
         first = (tokenizer("a")["input_ids"] or [None])[0]
         bos = first if first is not None and first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
@@ -344,7 +344,7 @@ def ablation(flags: SlimmableFlags, record: Record) -> None:
     """Measures every one of `TRIALS` that the record does not have, all with the same calibration text."""
     text = Text.read(flags.text, flags.dense, flags.trial_tokens, flags.context)
     calibration = Text.read(flags.calibration, flags.dense, flags.calibration_tokens, flags.context)
-    budget = {"calibration": calibration.sha256, "tokens": flags.calibration_tokens, "measured": flags.trial_tokens}
+    budget = {"calibration": calibration.sha256, "tokens": calibration.tokens_BT.numel(), "measured": text.tokens_BT.numel()}
     for options in TRIALS:
         whole = {**DEFAULTS, **options}
         key = {"options": {name: whole[name] for name in ("cut", "router", "shared_experts", "correction")}, **budget}
