@@ -18,7 +18,21 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, mixed, slimmable, speculation, step, tradeoff
+from benchmarks import (
+    attention,
+    data,
+    evaluation,
+    generation,
+    growth,
+    layer,
+    memory,
+    mixed,
+    slimmable,
+    slimmable_trials,
+    speculation,
+    step,
+    tradeoff,
+)
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
@@ -105,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if isinstance(flags, slimmable.SlimmableFlags):
         slimmable.run(flags)
+        if flags.calibration is not None:
+            slimmable_trials.run(flags)
         return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 
