@@ -26,7 +26,7 @@ PREPARE = "data/prepare.py words --source source.txt --out text"
 ROWS = "data/prepare_task.py sst2 --source rows --out sst2"
 PIECES = "data/prepare_pieces.py pieces --tokenizer tokenizer --data_files lines.txt --out pieces"
 CONVERT = (
-    "convert.py --from=model --data=source.txt --num_experts=4 --tokens=64 --held_out=32 --length=12 --threads=1 --device=cpu --seed=1"
+    "convert.py --from=model --data source.txt --num_experts=4 --tokens=64 --held_out=32 --length=12 --threads=1 --device=cpu --seed=1"
 )
 RECOVER = f"train.py {HOW} {HERE} --model=hf --start_from=converted --method=elastic --teacher=self --tgt_len=8 --data=tokens"
 PASSED = "run/checkpoints tuned/checkpoints recovered/checkpoints"  # a damaged checkpoint that is passed over stays
@@ -100,7 +100,8 @@ READING = {  # what reads these folders, or finds its work done
     "load": Job("-m tests.faults.library load saved/pretrained", "saved", prints=True),
     "load_weights": Job("-m tests.faults.library load_weights saved/model", "saved", prints=True),
     "load_converted": Job("-m tests.faults.library load converted", "converted", prints=True),
-    "resume_recovered": Job(f"{RECOVER} --work_dir=recovered", "half_recovered:recovered tokens converted", "recovered", PASSED),
+    "start_converted": Job(f"{RECOVER} --max_step=2 --work_dir=next", "converted tokens", "next"),
+    "resume_recovered": Job(f"{RECOVER} --work_dir=recovered", "half_recovered:recovered tokens +converted", "recovered", PASSED),
     "repair": Job(f"{MAKING['train'].line} --repair", "half:run +text", "run", PASSED),
     "repair_finished": Job(f"{MAKING['train'].line} --repair", "run +text", "run", UNREAD),
     "repair_tuned": Job(f"{TUNING} --repair", "half_tuned:tuned +sst2 +run +text", "tuned", PASSED),

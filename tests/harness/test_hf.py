@@ -282,7 +282,7 @@ def test_wrong_commands_are_refused(changes, said, world, tmp_path):
 def test_another_tokenizer_or_a_damaged_folder_is_refused(world, tmp_path):
     other = Path(shutil.copytree(world["llama"], tmp_path / "other"))
     write_tokenizer(other, ["other words"])
-    assert "reads other tokens than those of" in tiny.run(command({**world, "llama": other}, tmp_path / "run")).err
+    assert "tokenizer.json makes other tokens than those of" in tiny.run(command({**world, "llama": other}, tmp_path / "run")).err
     assert "is not that of" in refusal(tuned(world, "sst2", world["llama"], tokenizer=other))
     assert "--from_scratch" in refusal(tuned(world, "sst2", world["llama"], from_scratch=True))
     assert "--tokens 5: rows differ in length" in refusal(tuned(world, "sst2", world["llama"], tokens=5))
