@@ -137,7 +137,8 @@ def load_entropy(indices_NK: Tensor, num_experts: int) -> float:
     """Entropy of the experts' shares divided by its maximum, log E; 1 for a single expert."""
     if num_experts == 1:
         return 1.0
-    shares_E = torch.bincount(indices_NK.flatten(), minlength=num_experts).double() / indices_NK.numel()
+    counts_E = torch.bincount(indices_NK.flatten() + 1, minlength=num_experts + 1)[1:].double()  # without -1, fewer than K experts
+    shares_E = counts_E / counts_E.sum().clamp(min=1)
     return torch.special.entr(shares_E).sum().item() / math.log(num_experts)
 
 
