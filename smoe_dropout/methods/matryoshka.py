@@ -1,8 +1,8 @@
 """Matryoshka MoE: a learned router, and k drawn for every layer by itself in every pass (Wang et al. 2025, arXiv 2509.26520, section 3).
 
 k_l is uniform over k_min..k_max, independent between layers ("M-MoE-layer", the best of the paper's variants), so that the first experts of
-a token learn to do with few others. A k for each step, the same in all layers, is the method "elastic" ("M-MoE-batch"); both work with every
-router (--gate_name). Elastic MoE (Gu et al. 2025, arXiv 2509.21892) draws which experts are active together, too; that is not here.
+a token learn to do with few others. A k for each step, the same in all layers, is the method "elastic" ("M-MoE-batch"); both work with
+every router (--gate_name). Elastic MoE (Gu et al. 2025, arXiv 2509.21892) draws which experts are active together, too; that is not here.
 Draws come from torch's default generator, those of process 0 in data parallelism. k_min defaults to E/2 (--moe_top_k_min).
 """
 

@@ -358,14 +358,9 @@ def assigned_shares(indices_NK: Tensor, num_experts: int, dtype: torch.dtype, re
     return assigned_E / assigned_E.sum().clamp(min=1)
 
 
-def process_count() -> int:
-    """Number of processes of a distributed run, else 1."""
-    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-
-
 def over_processes(summed: Tensor) -> Tensor:
     """Sum of a tensor over all processes of a distributed run, in place; not differentiated."""
-    if process_count() > 1:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(summed)
     return summed
 

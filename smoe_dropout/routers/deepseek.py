@@ -1,9 +1,9 @@
 """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), with the loss-free balance of Wang et al. 2024 (arXiv 2408.15664).
 
-s = sigmoid(W x); the k largest s + c choose, w = s / (sum of the chosen s). After each training pass c_i <- c_i + u sign(mean load - load_i)
-(algorithm 1), so that c alone balances the load; it never weighs. The first `shared` experts are chosen for every token with weight 1
-(DeepSeekMoE, arXiv 2401.06066, section 3.2) and count in k: k - shared are routed. The balance loss, coefficient 1e-4 as in DeepSeek-V3,
-is taken over the batch rather than over each sequence.
+s = sigmoid(W x); the k largest s + c choose, w = s / (sum of the chosen s). After each training pass
+c_i <- c_i + u sign(mean load - load_i) (algorithm 1), so that c alone balances the load; it never weighs. The first `shared` experts are
+chosen for every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2) and count in k: k - shared are routed. The balance loss,
+coefficient 1e-4 as in DeepSeek-V3, is taken over the batch rather than over each sequence.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Expert choice: every expert takes the tokens that want it most (Zhou et al. 2022, arXiv 2202.09368, section 3.2).
 
-S = softmax(W x) over the experts; in training expert e takes the c = round(N k / E) of the pass's N tokens with the largest S_e (eq. 1), with
-weight S_e. The load is even, and a token has k experts on average, perhaps none. Whether a token has an expert depends on all tokens of the
-batch, later ones included: in a causal model the training loss sees the future a little, and no text can be written in this way. So in
-evaluation each token takes its k largest S, which depends on it alone.
+S = softmax(W x) over the experts; in training expert e takes the c = round(N k / E) of the pass's N tokens with the largest S_e (eq. 1),
+with weight S_e. The load is even, and a token has k experts on average, perhaps none. Whether a token has an expert depends on all tokens
+of the batch, later ones included: in a causal model the training loss sees a little of the future, and no text can be written in this way.
+So in evaluation each token takes its k largest S, which depends on it alone.
 """
 
 import torch

@@ -9,7 +9,7 @@ from smoe_dropout.selection import Selection, largest
 
 
 class FixedRouter(Router):
-    """Experts 0..k-1, each with weight 1/k: at k = E the mean of all. The official gate leaves it to torch which of equal scores are first."""
+    """Experts 0..k-1, each with weight 1/k: at k = E the mean of all. In the official gate torch decides which of equal scores win."""
 
     uniform = True
     ragged = True

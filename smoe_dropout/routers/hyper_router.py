@@ -1,7 +1,8 @@
 """HyperRouter: router weights that a frozen random network makes of a trained vector (Do et al. 2023, arXiv 2312.07035, section 3).
 
 [W | b] = V ReLU(U r), with U [H, D] and V drawn from N(0, init_std^2) and frozen, and r [D] trained, from N(0, 1); then the k largest
-W x + b choose and their softmax weighs, with k growing as in SMoE-Dropout. H = 256, and a network of each layer's own, as in the authors' code.
+W x + b choose and their softmax weighs, with k growing as in SMoE-Dropout. H = 256, and every layer has its own network, as in the
+authors' code.
 """
 
 from dataclasses import dataclass

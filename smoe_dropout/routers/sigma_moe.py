@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smoe_dropout.options import require
-from smoe_dropout.routers import over_processes, process_count, real_mean, scored
+from smoe_dropout.routers import over_processes, real_mean, scored
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class SigmaMoERouter(scored.ScoredRouter):
     def losses(self, logits_NE: Tensor, _shares_NE: Tensor, _indices_NK: Tensor) -> dict[str, Tensor]:
         """The entropy loss, whose value and gradient in a distributed run are those of the global batch."""
         p_E = real_mean(logits_NE.softmax(-1), self.real_N)
-        global_E = p_E.detach().clone()
-        if (processes := process_count()) > 1:
-            global_E = over_processes(global_E) / processes
+        tokens = len(logits_NE) if self.real_N is None else self.real_N.sum()
+        global_E = over_processes(torch.cat([p_E.detach(), p_E.new_ones(1)]) * tokens)
+        global_E = global_E[:-1] / global_E[-1].clamp(min=1)
         # sum p log p, and its gradient, since the gradients of the p outside the logarithm's add up to 0
         return {"entropy": self.balance_loss * (p_E * global_E.clamp(min=torch.finfo(p_E.dtype).tiny).log()).sum()}
 

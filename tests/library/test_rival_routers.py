@@ -7,11 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import smoe_dropout as sd
-from smoe_dropout.selection import GateMass, TokenK
 from tests.library.test_routers import linear, numpy, router, softmax, tokens
-from tests.tiny import parse
-from utils.models.build import build_model
 
 N, E, D = 40, 6, 8
 RATE = 0.25  # coefficient of the balance loss
