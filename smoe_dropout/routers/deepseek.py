@@ -6,6 +6,7 @@ chosen for every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, section 3.2
 coefficient 1e-4 as in DeepSeek-V3, is taken over the batch rather than over each sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,14 @@ class DeepSeekRouter(scored.ScoredRouter):
         super().__init__(d_model, config)
         shared = self.options.shared
         require(shared < config.num_experts, f"option shared = {shared} must be below num_experts = {config.num_experts}")
+
+    def keep(self, experts: Sequence[int], members: int) -> None:
+        """Reduce the router to these experts. ConfigError unless the shared experts are the first of them."""
+        shared = list(range(self.options.shared))
+        require(
+            list(experts[: len(shared)]) == shared, f"the router's shared experts {shared} must stay the first of those kept: {[*experts]}"
+        )
+        super().keep(experts, members)
 
     def learns_from_task(self, k: int) -> bool:
         """Whether the gate weights depend on the router's parameters: not with one routed expert if weights are divided by their sum."""

@@ -28,7 +28,7 @@ class Options:
 
 
 class HyperRouter(LogitRouter):
-    """Between a learned and a frozen router: D trained numbers. Buffers: `hidden` [H, D] and `out` [E, D + 1, H]."""
+    """Between a learned and a frozen router: D trained numbers. Buffers: `hidden` [1, H, D] and `out` [E, D + 1, H]."""
 
     Options = Options
 
@@ -36,7 +36,7 @@ class HyperRouter(LogitRouter):
         super().__init__(config)
         size = self.options.hyper_size
         self.embedding = nn.ParameterList([torch.randn(d_model)])  # no parameter with rows of experts
-        self.register_buffer("hidden", torch.empty(size, d_model).normal_(0.0, config.init_std))
+        self.register_buffer("hidden", torch.empty(1, size, d_model).normal_(0.0, config.init_std))
         self.register_buffer("out", torch.empty(config.num_experts, d_model + 1, size).normal_(0.0, config.init_std))
         self.requires_grad_(not self.freeze)
 
@@ -44,7 +44,7 @@ class HyperRouter(LogitRouter):
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         with without_autocast(x_ND.device.type):
-            made_ED = self.out.to(dtype) @ (self.hidden.to(dtype) @ self.embedding[0].to(dtype)).relu()
+            made_ED = self.out.to(dtype) @ (self.hidden[0].to(dtype) @ self.embedding[0].to(dtype)).relu()
             return F.linear(x_ND.to(dtype), made_ED[:, :-1], made_ED[:, -1])
 
     def flops(self, tokens: int) -> int:

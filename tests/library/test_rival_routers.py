@@ -1,13 +1,24 @@
 """Routers of other papers, and official gates, match their equations, written in numpy with loops over tokens and experts."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import smoe_dropout as sd
+from smoe_dropout.methods.base import Forward
+from smoe_dropout.registry import ROUTERS, load
+from smoe_dropout.routers import LogitRouter
+from tests import tiny
 from tests.library.test_routers import linear, numpy, router, softmax, tokens
+from tests.tiny import parse
+from utils.flags.derive import method_of, parse_options
+from utils.models.build import build_model, training_settings
 
 N, E, D = 40, 6, 8
 RATE = 0.25  # coefficient of the balance loss
@@ -143,7 +154,7 @@ def top_p(gate, x, k, training):
 
 
 def hyper_router(gate, x, k, training):
-    made = numpy(gate.out) @ np.maximum(numpy(gate.hidden) @ numpy(gate.embedding[0]), 0)
+    made = numpy(gate.out) @ np.maximum(numpy(gate.hidden[0]) @ numpy(gate.embedding[0]), 0)
     h = numpy(x) @ made[:, :-1].T + made[:, -1]
     return best(h, k), over(h, best(h, k)), {}
 
@@ -171,7 +182,8 @@ def stable_moe(gate, x, k, training):
 
 
 def adamoe(gate, x, k, training):
-    h, every = scores(gate, x), gate.weight.shape[0]
+    h = np.concatenate([scores(gate, x), numpy(x) @ numpy(gate.nulls[0]).T], axis=1)
+    every = h.shape[1]
     chosen = best(h, k * every // E)
     f = chosen.sum(0) / chosen.sum()
     f[E:] = f[E:].mean()
@@ -212,17 +224,22 @@ CASES = {
 }
 
 
+def built(name: str, step: int | None = None) -> nn.Module:
+    """The router of a case, in training mode."""
+    gate = router(name.split()[0], **CASES[name][1])
+    gate.step, gate.total_steps = step, 100
+    return gate
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_its_equations(name, training):
-    reference, settings = CASES[name]
-    x = tokens(N)
+    reference, x = CASES[name][0], tokens(N)
     for k in (1, 2, E):
         for step in (5, 50) if reference is stable_moe else (None,):
-            gate = router(name.split()[0], **settings).train(training)
+            gate = built(name, step).train(training)
             if reference is deepseek:
                 gate.correction.copy_(torch.linspace(-0.2, 0.2, E))
-            gate.step, gate.total_steps = step, 100
             gate.before = copy.deepcopy(next(iter(gate.buffers()), None))  # what this pass changes: the only buffer, or the first
             torch.manual_seed(7)
             indices, weights, losses, _ = gate(x, k)
@@ -234,3 +251,120 @@ def test_matches_its_equations(name, training):
             assert losses.keys() == expected_losses.keys()
             for kind, loss in expected_losses.items():
                 assert losses[kind].item() == pytest.approx(loss, rel=2e-5, abs=1e-7), (kind, k)
+
+
+LOGITS = [name for name in ROUTERS if issubclass(load(ROUTERS, "router", name), LogitRouter) and name != "none"]
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_a_reduced_router_scores_the_experts_that_are_left(name):
+    """Every router with logits, in the order of the experts that surgery keeps, the first being a shared one."""
+    gate, x = router(name).eval(), tokens(N)
+    if "activation" in CASES.get(name, ({}, {}))[1]:
+        pytest.skip("needs the experts")
+    logits = gate.logits(x)
+    gate.keep((0, 4, 2), 3)
+    assert gate.num_experts == 3
+    torch.testing.assert_close(gate.logits(x), logits[:, [0, 4, 2]])
+    for k in (1, 3):
+        indices = gate(x, k).indices_NK
+        assert indices.shape[1] >= k and indices.max() < 3
+
+
+WHOLE = ["deepseek", "sigma_moe", "remoe", "top_p", "z_loss", "stable_moe", "adamoe", "xmoe"]
+SPLIT = (slice(0, 25), slice(25, N))
+
+
+def losses_and_gradients(name: str, part: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses, their gradient by the weight, and buffers after a training pass over a part of the tokens."""
+    gate = built(name, 5)
+    if gate.shared is not None:
+        gate.shared.tokens = gate.shared.tokens[part]
+    found = gate(tokens(N)[part], 2).losses
+    sum(found.values()).backward()
+    return {kind: loss.detach() for kind, loss in found.items()}, gate.weight.grad, dict(gate.named_buffers())
+
+
+def work(folder: Path, rank: int) -> None:
+    """Process of two, each with some of the tokens."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    torch.save({name: losses_and_gradients(name, SPLIT[rank]) for name in WHOLE}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_losses_of_two_processes_are_those_of_one(tmp_path):
+    """Their means, weighted by tokens; and what a pass changes is the same in both."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: tiny.call(work, tmp_path, rank), range(2)))
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name in WHOLE:
+        losses, gradient, buffers = losses_and_gradients(name, slice(0, N))
+        shares = [(part.stop - part.start) / N for part in SPLIT]
+        for kind, loss in losses.items():
+            torch.testing.assert_close(sum(s * one[name][0][kind] for s, one in zip(shares, both, strict=True)), loss, msg=f"{name} {kind}")
+        torch.testing.assert_close(sum(s * one[name][1] for s, one in zip(shares, both, strict=True)), gradient, msg=name)
+        for one in both:
+            assert one[name][2].keys() == buffers.keys()
+            for key, buffer in buffers.items():
+                torch.testing.assert_close(one[name][2][key], buffer, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in ("none", "representative")])
+def test_every_router_trains_at_a_k_drawn_for_each_layer(name):
+    """From the command line to gradients; a k for each step is what test_contract.py tries."""
+    words = [
+        "--preset",
+        "quick",
+        "--gate_name",
+        name,
+        "--no_freeze_gate",
+        "--moe_num_expert",
+        "4",
+        "--moe_top_k_min",
+        "1",
+        "--mem_len",
+        "0",
+    ]
+    words += ["--d_model", "16", "--d_head", "8", "--n_head", "2", "--d_ff", "32", "--tgt_len", "6", "--eval_tgt_len", "6"]
+    flags = parse([*words, "--method", "matryoshka"])
+    torch.manual_seed(0)
+    model, seen = build_model(flags).train(), []
+    for _, layer in sd.moe_layers(model):
+        layer.register_forward_pre_hook(lambda layer, _: seen.append(layer.top_k))
+    for _ in range(3):
+        ids = torch.randint(256, (2, 6))
+        method_of(flags).objective(model, lambda ids=ids: Forward(*model(ids, ids)), training_settings(flags, 1000)).total.backward()
+    assert len(seen) == 6 and set(seen) <= {1, 2, 3, 4}
+    assert any(one != other for one, other in zip(seen[::2], seen[1::2], strict=True))  # of the two layers
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert parse([*words, "--method", "elastic"]).dynamic_moe_mode == "elastic"
+
+
+OFFICIAL = {
+    "CustomDTSGate_softmax": ("dense_to_sparse", {"normalise": False}),
+    "CustomDTSRandomGate": ("dense_to_sparse", {"assign": "random"}),
+    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"assign": "random", "normalise": False}),
+    "CustomDenseGate": ("all_experts", {}),
+    "CustomRandomGate_Dense": ("fixed", {}),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_names_stand_for_a_router_and_its_options(name):
+    """In the library and on the command line, where options that are given take precedence."""
+    router, options = OFFICIAL[name]
+    config = sd.SMoEConfig(6, 1, router=name, options={"threshold": 0.1} if options else {})
+    assert (config.router, config.options) == (router, {**options, "threshold": 0.1} if options else {})
+    assert sd.SMoEConfig.from_json(config.to_json()) == config
+    given = ["--method_options", "threshold=0.1,assign=learned"] if "assign" in options else []
+    flags = parse(["--preset", "quick", "--moe", "--gate_name", name, *given])
+    own = {**options, "threshold": "0.1", "assign": "learned"} if given else options
+    assert (flags.gate_name, parse_options(flags.method_options)) == (router, {key: str(value) for key, value in own.items()})
+    gates = [layer.router for _, layer in sd.moe_layers(build_model(flags))]
+    assert all(
+        getattr(gate.options, key) == (value if key == "normalise" else "learned" if given else value)
+        for gate in gates
+        for key, value in options.items()
+    )
