@@ -74,6 +74,7 @@ METHODS: dict[str, str] = {
     "elastic": "smoe_dropout.methods.elastic:METHOD",
     "sandwich": "smoe_dropout.methods.sandwich:METHOD",
     "matryoshka": "smoe_dropout.methods.matryoshka:METHOD",
+    "moe_plus_plus": "smoe_dropout.methods.moe_plus_plus:METHOD",
     "thor": "smoe_dropout.methods.thor:METHOD",
     "competesmoe": "smoe_dropout.methods.competesmoe:METHOD",
     "momentumsmoe": "smoe_dropout.methods.momentumsmoe:METHOD",

@@ -75,11 +75,11 @@ def assert_like_each_k(model: nn.Module, run, k: Tensor, tolerance: float) -> No
     weights = torch.randn(run(model).shape, generator=torch.Generator().manual_seed(4)).to(next(model.parameters()).dtype)
     y, gradients = results(model, run, k, weights)
     active = [(layer.assigned >= 0).sum(1).view(B, T) for _, layer in sd.moe_layers(model)]
-    routers = [layer.router for _, layer in sd.moe_layers(model)]
-    if any(router.training and not router.ragged and type(router).ragged for router in routers):
-        assert all(router.variable or (counts >= k_BT).all() for router, counts in zip(routers, active, strict=True)) and y.isfinite().all()
+    layers = [layer for _, layer in sd.moe_layers(model)]
+    if any(layer.training and not layer.router.ragged and type(layer.router).ragged for layer in layers):
+        assert all(layer.variable or (counts >= k_BT).all() for layer, counts in zip(layers, active, strict=True)) and y.isfinite().all()
         return
-    if not any(router.variable for router in routers):
+    if not any(layer.variable for layer in layers):
         assert all(torch.equal(counts, k_BT) for counts in active)
         assert sd.mean_k(model).keys() and all(mean == pytest.approx(k_BT.double().mean()) for mean in sd.mean_k(model).values())
     expected, summed = torch.zeros_like(y), [torch.zeros_like(gradient) for gradient in gradients]

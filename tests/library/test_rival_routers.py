@@ -333,7 +333,8 @@ def test_every_router_trains_at_a_k_drawn_for_each_layer(name):
     model, seen = build_model(flags).train(), []
     for _, layer in sd.moe_layers(model):
         layer.register_forward_pre_hook(lambda layer, _: seen.append(layer.top_k))
-    for _ in range(3):
+    for seed in range(3):
+        torch.manual_seed(seed)
         ids = torch.randint(256, (2, 6))
         method_of(flags).objective(model, lambda ids=ids: Forward(*model(ids, ids)), training_settings(flags, 1000)).total.backward()
     assert len(seen) == 6 and set(seen) <= {1, 2, 3, 4}
@@ -368,3 +369,38 @@ def test_official_names_stand_for_a_router_and_its_options(name):
         for gate in gates
         for key, value in options.items()
     )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("constants", [1, 3])
+def test_moe_plus_plus_matches_its_equations(constants, training):
+    """Token by token, in a network of one layer whose experts are read from their tensors."""
+    torch.manual_seed(0)
+    ffn = nn.Sequential(nn.Linear(D, 24), nn.ReLU(), nn.Linear(24, D))
+    options = {"constants": constants, "tau": 0.4}
+    config = sd.SMoEConfig(
+        E, 2, router="learned", method="moe_plus_plus", init_std=0.7, output_scale="dense", balance_loss=RATE, options=options
+    )
+    model = sd.moefy(nn.Sequential(ffn), config).train(training)
+    ((_, layer),) = sd.moe_layers(model)
+    up, bias_up, down, bias_down = (numpy(getattr(layer.experts, name)) for name in ("up", "bias_up", "down", "bias_down"))
+    h = np.concatenate([linear(layer.router, tokens(N)), numpy(tokens(N)) @ numpy(layer.special).T], axis=1)
+    p, every, values, mixes = softmax(h), E + constants + 2, numpy(layer.values), numpy(layer.mixes)
+    for k in (1, 2, E):
+        sd.set_top_k(model, k)
+        y, chosen, expected = numpy(model(tokens(N))), best(h, k), np.zeros((N, D))
+        for t, x in enumerate(numpy(tokens(N))):
+            for e in np.flatnonzero(chosen[t]):
+                if e < E:
+                    out = np.maximum(up[e] @ x + bias_up[e], 0) @ down[e] + bias_down[e]
+                elif e < E + constants:
+                    a = softmax(mixes[e - E] @ x)
+                    out = a[0] * x + a[1] * values[e - E]
+                else:
+                    out = x if e == E + constants else 0 * x
+                expected[t] += E * p[t, e] * out
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+        f, weight = chosen.sum(0) / chosen.sum(), np.where(np.arange(every) < E, 1, 0.4)
+        loss = RATE * every * sum(weight[e] * f[e] * p[:, e].mean() for e in range(every)) if training else 0.0
+        assert sd.auxiliary_loss(model).item() == pytest.approx(loss, rel=1e-5)
+        assert layer.mean_k() == pytest.approx(chosen[:, :E].sum() / N)
