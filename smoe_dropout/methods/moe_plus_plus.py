@@ -1,9 +1,9 @@
 """MoE++: experts that compute almost nothing besides the E (Jin et al. 2024, arXiv 2410.07348, section 3).
 
-Besides the E there are C constant experts a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x) (eq. 5), a copy expert x and a zero expert 0 (eq.
-3-4). p = softmax(W x) over all E + C + 2, of which the k largest choose and weigh: k is the most of the E that a token has. The balance
-loss is that of Switch, with the terms of the C + 2 multiplied by tau = 0.75 (eq. 8), which decides how much they are used. C = E/4 - 2, at
-least 1. The paper's gating residual, which adds the previous layer's logits, is left out.
+Besides the E there are C constant experts a_1 x + a_2 v with [a_1, a_2] = softmax(W_c x), a copy expert x and a zero expert 0. Of all
+E + C + 2, the k largest of p = softmax(W x) choose and weigh: k is the most of the E that a token has. The balance loss is that of Switch,
+with the terms of the C + 2 multiplied by tau = 0.75, which decides how much they are used. C = E/4 - 2, at least 1. The paper's gating
+residual, which adds the previous layer's logits, is left out.
 """
 
 from dataclasses import dataclass

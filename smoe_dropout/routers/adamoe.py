@@ -1,8 +1,8 @@
-"""AdaMoE: null experts, which compute nothing, let tokens have different numbers of experts (Zeng et al. 2024, arXiv 2406.13233).
+"""AdaMoE: null experts, which compute nothing, vary the number of experts of a token (Zeng et al. 2024, arXiv 2406.13233, section 3).
 
 Of E experts and M null experts with logits W x a token takes the k' = k (E + M) / E largest, rounded, and those among them that are no
-null experts compute, weighed by a softmax over them (section 3.2). The Switch balance loss over all E + M, in which every null expert
-counts with the mean load of the null experts (section 3.3), leads to k experts per token on average, 0 to k'. At k = E all are active.
+null experts compute, weighed by a softmax over them. The Switch balance loss over all E + M, in which every null expert
+counts with the mean load of the null experts, leads to k experts per token on average, 0 to k'. At k = E all are active.
 """
 
 from dataclasses import dataclass

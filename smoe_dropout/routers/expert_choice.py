@@ -1,4 +1,4 @@
-"""Expert choice: every expert takes the tokens that want it most (Zhou et al. 2022, arXiv 2202.09368, section 3.2).
+"""Expert choice: every expert takes the tokens that want it most (Zhou et al. 2022, arXiv 2202.09368, section 3).
 
 S = softmax(W x) over the experts; in training expert e takes the c = round(N k / E) of the pass's N tokens with the largest S_e (eq. 1),
 with weight S_e. The load is even, and a token has k experts on average, perhaps none. Whether a token has an expert depends on all tokens

@@ -1,8 +1,8 @@
 """ReMoE's router: a ReLU in place of top-k and softmax (Wang et al. 2024, arXiv 2412.14711, section 3).
 
-R = ReLU(W x); experts with R_e > 0 are active, R weighs (eq. 6). In training all of these, however many: their mean number is led to k by
-the loss lambda mean_t sum_e f_e R_e (eq. 9-10), where f_e = E / (k T) * number of tokens that have e also balances the load, and after each
-pass lambda <- lambda alpha^sign(S_target - S) (eq. 8), S being the share of inactive experts and S_target = 1 - k/E. The paper takes S over
+R = ReLU(W x); experts with R_e > 0 are active, R weighs. In training all of these, however many: their mean number is led to k by
+the loss lambda mean_t sum_e f_e R_e, where f_e = E / (k T) * number of tokens that have e also balances the load, and after each
+pass lambda <- lambda alpha^sign(S_target - S), S being the share of inactive experts and S_target = 1 - k/E. The paper takes S over
 all layers, here each layer has its own lambda and reaches k by itself. In evaluation k is the most experts that a token has.
 """
 
@@ -17,6 +17,8 @@ from smoe_dropout.routers import LinearRouter, Routing, active, over_processes, 
 from smoe_dropout.selection import Selection, TokenK, largest
 from smoe_dropout.training import Reports
 
+LARGEST = 1.0  # lambda, which would grow beyond all bounds where k cannot be reached
+
 
 @dataclass(frozen=True)
 class Options:
@@ -29,7 +31,7 @@ class Options:
 
 
 class ReMoERouter(LinearRouter, Reports):
-    """Router with as many experts as have a positive logit. Buffers: `penalty`, lambda, and `mean_active`, experts of the last pass.
+    """Router with as many experts as have a positive logit. Buffer: `penalty`, lambda.
 
     The coefficient of the balance loss is lambda at first; 0: no loss.
     """
@@ -44,7 +46,7 @@ class ReMoERouter(LinearRouter, Reports):
         super().__init__(d_model, config)
         self.bias = None
         self.register_buffer("penalty", torch.tensor(self.balance_loss))
-        self.register_buffer("mean_active", torch.tensor(float(config.num_experts)))
+        self.active = torch.tensor(0.0)  # experts per token in the last training pass
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the experts with positive logits; in training mode also the loss and a step of lambda."""
@@ -59,23 +61,18 @@ class ReMoERouter(LinearRouter, Reports):
 
     def regularised(self, gates_NE: Tensor, k: Selection) -> dict[str, Tensor]:
         """The loss, and a step of lambda."""
-        real_N = self.real_N
+        real_N, penalty = self.real_N, self.penalty.clone()
         target = k.values.double().mean().item() if isinstance(k, TokenK) else largest(k)
         with torch.no_grad():
             on_NE = (gates_NE > 0).to(gates_NE.dtype)
             tokens = gates_NE.new_tensor(len(gates_NE)) if real_N is None else real_N.sum().to(gates_NE.dtype)
-            counts_E = on_NE.sum(0) if real_N is None else (on_NE * real_N[:, None]).sum(0)
-            over_processes(counts_E), over_processes(tokens)
-            use_E = counts_E / tokens.clamp(min=1)
-        loss = self.penalty.clone() * (real_mean(gates_NE, real_N) * use_E * self.num_experts / target).sum()
-        self.mean_active.copy_(use_E.sum())
-        self.penalty *= self.options.alpha ** (self.mean_active - target).sign()
+            counts_E = over_processes(on_NE.sum(0) if real_N is None else (on_NE * real_N[:, None]).sum(0))
+            use_E = counts_E / over_processes(tokens).clamp(min=1)
+            self.active = use_E.sum()
+            self.penalty.mul_(self.options.alpha ** (self.active - target).sign()).clamp_(max=LARGEST)
+        loss = penalty * (real_mean(gates_NE, real_N) * use_E * self.num_experts / target).sum()
         return {"sparsity": loss}
-
-    def computed(self, k: int) -> int:
-        """Experts computed per token: the mean of the last pass in training, at most k in evaluation."""
-        return max(1, round(self.mean_active.item())) if self.training else k
 
     def metrics(self) -> dict[str, float]:
         """Mean number of active experts in the last training pass, and lambda."""
-        return {"active_experts": self.mean_active.item(), "penalty": self.penalty.item()}
+        return {"active_experts": self.active.item(), "penalty": self.penalty.item()}

@@ -1,10 +1,10 @@
 """sigma-MoE's router (Csordas et al. 2023, arXiv 2310.10837, section 4) and its variant of S-BASE.
 
-s = sigmoid(W x), weights of the k largest, not normalised (eq. 10). In training each expert of each token is left out with probability
-delta, by a score of 0 (eq. 11), and the loss is gamma sum_e p_e log p_e, p = mean of softmax(W x) over the batch (eq. 20-21): the entropy
-of the load is maximised. selection = "sinkhorn": in training the k largest entries of the Sinkhorn-normalised scores choose, which spreads
-tokens evenly over experts (S-BASE, Clark et al. 2022, arXiv 2202.01169, as in section 5); their weights stay sigmoids. That choice depends
-on all tokens of the batch, later ones included; evaluation depends on each token alone.
+s = sigmoid(W x), weights of the k largest, not normalised. In training each expert of each token is left out with probability delta, by a
+score of 0, and the loss is gamma sum_e p_e log p_e, p = mean of softmax(W x) over the batch: the entropy of the load is maximised.
+selection = "sinkhorn": in training the k largest entries of the Sinkhorn-normalised scores choose, which spreads tokens evenly over experts
+(S-BASE, Clark et al. 2022, arXiv 2202.01169, as in sigma-MoE's experiments); their weights stay sigmoids. That choice depends on all tokens
+of the batch, later ones included; evaluation depends on each token alone.
 """
 
 from dataclasses import dataclass

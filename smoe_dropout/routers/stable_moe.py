@@ -1,9 +1,9 @@
 """StableMoE: routing that is learned in a first stage and never changes afterwards (Dai et al. 2022, arXiv 2204.08396, section 3).
 
 Stage one, the first `stage_one` of training: s = W x chooses, and the token's own scores d_e = v_e . w(id), of a word embedding w, learn to
-choose the same, by the mean cross-entropy of softmax(d) to the chosen experts (eq. 8). The balance loss, coefficient 0.3, is
-mean_t sum_{e chosen by t} (n_e - n) / n sigmoid(s_te), n_e being the tokens of expert e, n their mean (eq. 5-6).
-Stage two: d, which is frozen, chooses, so that a token id has the same experts for ever. In both stages sigmoid(s) weighs (eq. 4), and in
+choose the same, by the mean cross-entropy of softmax(d) to the chosen experts. The balance loss, coefficient 0.3, is
+mean_t sum_{e chosen by t} (n_e - n) / n sigmoid(s_te), n_e being the tokens of expert e, n their mean.
+Stage two: d, which is frozen, chooses, so that a token id has the same experts for ever. In both stages sigmoid(s) weighs, and in
 evaluation d chooses. The paper has k = 1.
 """
 

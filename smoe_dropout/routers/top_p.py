@@ -1,7 +1,7 @@
 """Top-p routing: as many experts as it takes to be confident (Huang et al. 2024, arXiv 2403.07652, section 3).
 
-P = softmax(W x); a token has the fewest experts, in descending order of P, whose P add up to p (eq. 4-5), with weights P (eq. 6). Losses:
-the Switch balance loss, coefficient 0.01, and beta times the mean entropy of P (eq. 8), without which P would become even and all experts
+P = softmax(W x); a token has the fewest experts, in descending order of P, whose P add up to p, with weights P. Losses:
+the Switch balance loss, coefficient 0.01, and beta times the mean entropy of P, without which P would become even and all experts
 active; beta = 1e-4, p = 0.4. Here k is the most experts that a token has: k = E gives the published router.
 """
 

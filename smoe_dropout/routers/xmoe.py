@@ -1,7 +1,7 @@
-"""X-MoE's router: cosine scores in a space of few dimensions (Chi et al. 2022, arXiv 2204.09179, section 3.2).
+"""X-MoE's router: cosine scores in a space of few dimensions (Chi et al. 2022, arXiv 2204.09179, section 3).
 
-s_e = (P x . v_e) / (|P x| |v_e|), P [C, D] with C = E/2, and p = softmax(s / tau) over all experts (eq. 6), or sigmoid(s / tau); the k
-largest choose, p weighs. tau is learned, from 0.3 for softmax and 0.07 for sigmoid (section 4.1). The Switch balance loss has coefficient
+s_e = (P x . v_e) / (|P x| |v_e|), P [C, D] with C = E/2, and p = softmax(s / tau) over all experts, or sigmoid(s / tau); the k
+largest choose, p weighs. tau is learned, from 0.3 for softmax and 0.07 for sigmoid. The Switch balance loss has coefficient
 0.01.
 """
 
