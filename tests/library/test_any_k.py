@@ -112,6 +112,29 @@ def test_mixed_batch_by_backend(backend, router):
                 torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_without_experts_by_backend(backend, rows):
+    """Of eight tokens, or of one, the first `rows` have experts; outputs and gradients are those of the reference."""
+    found = {}
+    for name in ("reference", backend):
+        layer = sd.moe_layers(net(backend=name))[0][1]
+        if refusal := load(BACKENDS, "backend", name).refusal(layer.experts.weights(torch.float32), "cpu"):
+            pytest.skip(refusal)
+        results = []
+        for count in (8, 1):
+            x = torch.randn(count, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            indices = torch.tensor([[2, 0]] * count).masked_fill(torch.arange(count)[:, None] >= rows, -1)
+            weights = torch.full((count, 2), 0.5) * (indices >= 0)
+            y = layer.experts(x, indices, weights, ragged=True)
+            results += [y, *torch.autograd.grad(y.square().sum(), [x, layer.experts.up, layer.experts.down])]
+            with torch.no_grad():
+                results.append(layer.experts(x, indices, weights, ragged=True))
+        found[name] = results
+    for one, other in zip(found["reference"], found[backend], strict=True):
+        torch.testing.assert_close(other, one)
+
+
 WRONG = {
     "zero": (torch.tensor([0, 1, 2]), "k = 0 must be a whole number from 1 to the 4 experts"),
     "too many": (torch.tensor([1, 5, 2]), "k = 5 must be"),
