@@ -271,9 +271,7 @@ class MoELayer(nn.Module, FollowsTraining):
 
     @property
     def computed_experts(self) -> int:
-        """Experts computed per token: k, unless the router or the last pass used more; their mean where tokens differ."""
-        if self.variable and any(len(use.assigned_NK) for use in self.uses):
-            return max(1, round(self.mean_k()))
+        """Experts computed per token: k, unless the router or the last pass used more."""
         return self.router.computed(self.top_k)
 
     def routing_flops(self, lanes: int, positions: int) -> int:

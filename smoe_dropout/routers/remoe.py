@@ -73,6 +73,10 @@ class ReMoERouter(LinearRouter, Reports):
         loss = penalty * (real_mean(gates_NE, real_N) * use_E * self.num_experts / target).sum()
         return {"sparsity": loss}
 
+    def computed(self, k: int) -> int:
+        """Experts computed per token: the rounded mean of the last pass in training, at most k in evaluation."""
+        return max(1, round(self.active.item())) if self.training and self.active else k
+
     def metrics(self) -> dict[str, float]:
         """Mean number of active experts in the last training pass, and lambda."""
         return {"active_experts": self.active.item(), "penalty": self.penalty.item()}
