@@ -46,7 +46,7 @@ class ReMoERouter(LinearRouter, Reports):
         super().__init__(d_model, config)
         self.bias = None
         self.register_buffer("penalty", torch.tensor(self.balance_loss))
-        self.active = torch.tensor(0.0)  # experts per token in the last training pass
+        self.active: Tensor | float = 0.0  # experts per token in the last training pass
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
         """Routing to the experts with positive logits; in training mode also the loss and a step of lambda."""
@@ -75,8 +75,8 @@ class ReMoERouter(LinearRouter, Reports):
 
     def computed(self, k: int) -> int:
         """Experts computed per token: the rounded mean of the last pass in training, at most k in evaluation."""
-        return max(1, round(self.active.item())) if self.training and self.active else k
+        return max(1, round(float(self.active))) if self.training and self.active else k
 
     def metrics(self) -> dict[str, float]:
         """Mean number of active experts in the last training pass, and lambda."""
-        return {"active_experts": self.active.item(), "penalty": self.penalty.item()}
+        return {"active_experts": float(self.active), "penalty": self.penalty.item()}
