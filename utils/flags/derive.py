@@ -49,13 +49,6 @@ def parse_options(text: str | None) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def with_implied(text: str | None, implied: dict[str, Any]) -> str | None:
-    """--method_options with the options that an official router name implies, unless they are given."""
-    given = parse_options(text) if implied else {}
-    own = [f"{name}={value}" for name, value in implied.items() if name not in given]
-    return ",".join([*own, *([text] if text else [])]) if own else text
-
-
 def built_options(flags: Flags) -> list[Any]:
     """The options of the method and, if any are given, of the router. Raises ConfigError for an unknown option or a wrong value."""
     values, method = parse_options(flags.method_options), method_of(flags)
@@ -154,7 +147,9 @@ def resolve(flags: FlagsT) -> FlagsT:
             changes["moe_index"] = None  # all layers, the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
             changes["moe_experts_by_layer"] = None  # all equal, the default
-        changes["method_options"] = with_implied(flags.method_options, implied.get("options", {}))
+        if "options" in implied:
+            implied_options = [f"{name}={value}" for name, value in implied["options"].items()]
+            changes["method_options"] = ",".join([*implied_options, *filter(None, [flags.method_options])])  # the last value counts
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)

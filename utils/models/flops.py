@@ -6,9 +6,10 @@ import re
 
 from torch import nn
 
-from smoe_dropout import MoELayer, moe_layers
+from smoe_dropout import moe_layers
 from smoe_dropout.attention import ExpertQueryKeyValue
 from smoe_dropout.experts.compressed import CompressedExperts
+from smoe_dropout.layer import MoELayer
 from utils.models.registry import Shape, architecture
 
 # modules that make up the feed-forward layers: of Transformer-XL; of BERT and RoBERTa; of most decoders
