@@ -45,7 +45,7 @@ class ReMoERouter(LinearRouter, Reports):
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
         self.bias = None
-        self.register_buffer("penalty", torch.tensor(self.balance_loss))
+        self.register_buffer("penalty", torch.tensor(float(self.balance_loss)))
         self.active: Tensor | float = 0.0  # experts per token in the last training pass
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
