@@ -115,7 +115,7 @@ def test_mixed_batch_by_backend(backend, router):
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_without_experts_by_backend(backend, rows):
-    """Of eight tokens, or of one, the first `rows` have experts; outputs and gradients are those of the reference."""
+    """The first `rows` of eight tokens, or of one, have experts; outputs and gradients are those of the reference."""
     found = {}
     for name in ("reference", backend):
         layer = sd.moe_layers(net(backend=name))[0][1]
