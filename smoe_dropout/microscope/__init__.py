@@ -29,11 +29,11 @@ from smoe_dropout.microscope.measures import (
     saturation,
 )
 from smoe_dropout.microscope.report import DEAD, LayerReport, Quality, Report
-from smoe_dropout.microscope.watch import Watch, routing_by, without_first
+from smoe_dropout.microscope.watch import FEWEST, Watch, routing_by, without_first
 from smoe_dropout.options import require
 from smoe_dropout.surgery.calibration import checked_pass
 
-__all__ = ["LayerReport", "Quality", "Report", "examine", "fluctuation", "saturation"]
+__all__ = ["FEWEST", "LayerReport", "Quality", "Report", "examine", "fluctuation", "saturation"]
 
 SLICE = 1 << 20  # weights of an expert that are compared at a time
 
@@ -67,7 +67,7 @@ def examine(
     most = max(layer.num_experts for layer in layers)
     k, without = None if k is None else integer("k", k, 1, most), boolean("without", without)
     ks = [integer("k", one, 1, most) for one in ks]
-    seed, sample = integer("seed", seed, *SEEDS), integer("sample", sample, 4)
+    seed, sample = integer("seed", seed, *SEEDS), integer("sample", sample, FEWEST)
     require(isinstance(passes, Iterable) and not isinstance(passes, Tensor | str), f"passes is a {type(passes).__name__}, not functions")
     checked = [checked_pass((one, None) if callable(one) else one) for one in passes]
     watches = {layer: Watch(layer, seed, sample) for layer in layers}

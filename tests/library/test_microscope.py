@@ -230,7 +230,7 @@ def test_planted_faults_are_found():
     said = "\n".join(found.findings)
     assert all(part in said for part in ("ffns.0: expert 3 of 6 is dead", "experts 0, 2, 5 compute the same", "ffns.2: the router has"))
     whole = made()
-    assert said in str(found) and sd.examine(whole, passes(whole), without=False).findings == []
+    assert said in str(found) and sd.examine(whole, passes(whole), k=4, without=False).findings == []
 
 
 @pytest.mark.parametrize(
