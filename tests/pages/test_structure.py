@@ -31,6 +31,7 @@ ROOMS = (
     "tasks",
     "training",
     "reporting",
+    "microscope",
     "doctor",
     "cli",
 )

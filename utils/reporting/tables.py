@@ -17,8 +17,8 @@ FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, wh
 TIME = "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine."
 ENTROPY = "Load entropy: entropy of the experts' shares of assignments, divided by log E."
 COLLAPSE = (
-    "Collapse, at k = E/2, means over layers. Dead experts: those with less than 1 % of the even load. Similarity of experts: mean cosine of "
-    "the outputs of two experts for the same token; 1 for equal experts."
+    "Collapse, at k = E/2, means over layers. Dead experts: those with less than 1 % of the even load. Similarity of experts: mean cosine "
+    "of the outputs of two experts for the same token; 1 for equal experts."
 )
 CHANGES = "Routes changing late: share of the tokens whose top expert differs between the last two checkpoints."
 
