@@ -250,7 +250,7 @@ data/prepare_task.py sst2 --source nowhere                      | nowhere
 BY_PROCESS = """
 -m utils.cli.train --lr x                                       | --lr x must be a number
 -m utils.cli.finetune --checkpoint nowhere                      | nowhere does not exist
--m utils.training.routing                                       | usage: python -m utils.training.routing RUN...
+-m utils.training.routing                                       | required: RUN
 -m utils.training.routing nowhere                               | nowhere
 script/table1/smoe.sh --lr x                                    | --lr x must be a number
 script/table1/thor.sh --nope                                    | --nope: unknown flag

@@ -121,6 +121,6 @@ def _load(folder: Path) -> tuple[nn.Module, Any]:
 
 def _content(kind: str, subject: dict[str, Any], text: dict[str, Any], report: Report, changes: dict[str, Any] | None) -> dict[str, Any]:
     packages = ("torch", "transformers") if kind == "model" else ("torch",)
-    versions = {"smoe_dropout": sd.__version__, **{name: metadata.version(name) for name in packages}}
+    versions = {sd.__name__: sd.__version__, **{name: metadata.version(name) for name in packages}}
     found = {"kind": kind, "subject": subject, "text": text, **report.values(), "checkpoints": changes}
     return found | {"commit": git_commit(), "versions": versions}

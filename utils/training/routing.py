@@ -6,7 +6,6 @@ They are measured at k = E/2 on the first batches of validation. docs/microscope
 """
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ from utils import documents
 from utils.checkpoints.manifest import name_of
 from utils.checkpoints.run_files import REPAIR, RESULT
 from utils.documents import Damaged
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import Parser, exit_on_user_error
 from utils.flags.fields import Flags
 from utils.training.finished import Finished, open_finished
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong folder is refused at once
-        if not sys.argv[1:]:
-            raise UserError("usage: python -m utils.training.routing RUN..., folders of finished runs")
-        RUNS = [open_finished(Path(folder)) for folder in sys.argv[1:]]
+        parser = Parser(prog="python -m utils.training.routing", description="Measures finished runs again, and updates their result.json.")
+        parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run of train.py, with its checkpoints")
+        RUNS = [open_finished(folder) for folder in parser.parse_args().runs]
 
 from torch import Tensor, nn
 
