@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     run = _opened(args)
-    if foreign := sorted({path.name for path in args.out.iterdir()} - {PAGE, RECORD}) if args.out.is_dir() else []:
+    here = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
+    if foreign := sorted(name for name in here if name.removeprefix(".").removesuffix(".partial") not in (PAGE, RECORD)):
         raise UserError(f"--out {args.out} holds something else, such as {foreign[0]}: choose an empty or a new folder")
     refuse_unwritable("--out", args.out)
 
