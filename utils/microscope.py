@@ -13,10 +13,12 @@ from typing import Any
 from smoe_dropout.files import read_object
 from smoe_dropout.options import ConfigError
 from utils import documents
-from utils.errors import Parser, UserError, refuse_unwritable, run_main
+from utils.errors import Parser, TrainingError, UserError, refuse_unwritable, run_main
 from utils.flags.models import MODELS
 from utils.reporting.microscope_record import PAGE, RECORD
 from utils.training.finished import Finished, open_finished
+
+SIZE = 4 << 20  # bytes of a large page and record
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     if foreign := sorted(name for name in here if name.removeprefix(".").removesuffix(".partial") not in (PAGE, RECORD)):
         raise UserError(f"--out {args.out} holds something else, such as {foreign[0]}: choose an empty or a new folder")
     refuse_unwritable("--out", args.out)
+    documents.require_space(next(folder for folder in (args.out, *args.out.absolute().parents) if folder.is_dir()), SIZE)
 
     from utils.reporting.microscope_page import render  # here, because they import torch and matplotlib
     from utils.training.examination import examine_folder, examine_run
@@ -44,10 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         content = examine_folder(args.path, args.data, args.k, args.tokens, max(args.length, 2))
     else:
         content = examine_run(run, args.k, args.tokens)
-    args.out.mkdir(parents=True, exist_ok=True)
     content = json.loads(json.dumps(documents.finite(content)))
-    documents.replace(args.out / PAGE, render(content))
-    documents.write(args.out / RECORD, content | {"page": documents.content_of(args.out / PAGE)})
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        documents.replace(args.out / PAGE, render(content))
+        documents.write(args.out / RECORD, content | {"page": documents.content_of(args.out / PAGE)})
+    except OSError as error:
+        raise TrainingError(f"{args.out} cannot be written ({error.strerror}): fix that, and run the same command again") from None
     for sentence in content["findings"] or ["no dead experts, no equal experts, no collapsed router"]:
         print(sentence)
     print(f"done: {args.out / PAGE}")
