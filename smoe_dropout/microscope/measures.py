@@ -66,7 +66,7 @@ def cosines(outputs_SED: Tensor) -> Tensor:
 
 
 def dependence(outputs_SED: Tensor) -> Tensor:
-    """Unbiased linear HSIC of the outputs of each two experts on a batch of tokens [E, E] (Song et al. 2012, eq. 5; S >= 4).
+    """Unbiased linear HSIC of the outputs of each two experts on a batch of tokens [E, E] (HSIC_1 of Song et al. 2012, JMLR 13; S >= 4).
 
     The inner product of both experts' centred S x S Gram matrices without diagonals, over S (S - 3).
     """
@@ -81,7 +81,7 @@ def dependence(outputs_SED: Tensor) -> Tensor:
 
 
 def alignment(dependence_EE: Tensor) -> Tensor:
-    """Linear CKA of each two experts [E, E] from their HSIC, added up over batches of tokens (arXiv 1905.00414; 2010.15327, eq. 2)."""
+    """Linear CKA of each two experts [E, E] from their HSIC, added up over batches of tokens (arXiv 1905.00414; 2010.15327, section 3)."""
     own_E = dependence_EE.diagonal().clamp(min=0).sqrt()
     return dependence_EE / (own_E[:, None] * own_E).clamp(min=TINY)
 
