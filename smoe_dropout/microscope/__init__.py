@@ -133,8 +133,10 @@ def _run(passes: Sequence[tuple[Callable[[], object], Tensor | None]], seed: int
 
 def _rise(model: nn.Module, layer: MoELayer, name: str, passes: Sequence, seed: int, k: int | None, loss: float) -> float:
     """Loss of the passes in which the tokens lose their first expert of this layer, less that of the whole model."""
-    with selected(model, k), routing_by([layer], without_first), top_k(model, {name: min(layer.top_k + 1, layer.num_experts)}):
-        return _run(passes, seed, lambda real: None).result()[0] - loss
+    with selected(model, k):  # one more, of which the first is lost; tokens that differ in their number just lose it
+        at = {name: min(layer.top_k + (not layer.variable), layer.num_experts)}
+        with routing_by([layer], without_first), top_k(model, at):
+            return _run(passes, seed, lambda real: None).result()[0] - loss
 
 
 def _layer_report(name: str, watch: Watch, rise: float | None) -> LayerReport:

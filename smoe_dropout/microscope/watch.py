@@ -37,17 +37,22 @@ def without_first(layer: MoELayer, route: Route, x: Tensor) -> Routing:
 
     With k + 1 selected, the k best of the remaining experts are left. Weights that have the same sum for all tokens have it again.
     """
-    indices_NK, weights_NK, losses, _ = route(x)
+    routing = route(x)
+    indices_NK, weights_NK = routing.indices_NK, routing.weights_NK
     first_NK = torch.zeros_like(indices_NK, dtype=torch.bool)
     first_NK.scatter_(1, (indices_NK >= layer.config.shared_experts).int().argmax(1, keepdim=True), True)
     first_NK &= indices_NK >= layer.config.shared_experts
     left_NK, router, total_N = weights_NK.masked_fill(first_NK, 0), layer.router, weights_NK.sum(1)
+    some_N = total_N[total_N > 0]
     indices_NK = indices_NK.masked_fill(first_NK, -1)
     if router.equal and not router.uniform:  # a factor that depends on k
         left_NK = (indices_NK >= 0) * router.factor[((indices_NK >= 0).sum(1, keepdim=True) - 1).clamp(min=0)]
-    elif bool((total_N - total_N.mean()).abs().amax() <= 1e-4 * total_N.mean()):
+    elif len(some_N) and bool(some_N.amax() - some_N.amin() <= 1e-4 * some_N.amax()):
         left_NK = left_NK * (total_N / left_NK.sum(1).clamp(min=measures.TINY))[:, None]
-    return Routing(indices_NK, left_NK.to(weights_NK.dtype), losses, True)
+    changed = routing._replace(indices_NK=indices_NK, weights_NK=left_NK.to(weights_NK.dtype), ragged=True)
+    for name, value in getattr(routing, "__dict__", {}).items():  # of a method's own kind of routing
+        setattr(changed, name, value)
+    return changed
 
 
 def probabilities(router: Router, logits_NE: Tensor) -> Tensor:
