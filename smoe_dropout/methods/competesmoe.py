@@ -1,12 +1,17 @@
-"""CompeteSMoE: occasionally runs all experts, uses those with the strongest responses, and distils them into the router.
+"""CompeteSMoE: in competition steps runs all experts, uses those with the strongest responses, and distils them into the router.
 
-Pham et al. 2024 (arXiv 2402.02526): in a competition step s_i = ||E_i(x)||_2, y = sum over the top-k of s with weights softmax(s_S), and
-the router's loss is MSE(softmax(router logits), softmax(s)) with a detached target. All other steps, and inference, use an ordinary learned
-top-k router with its balance loss. Each layer draws at random whether to compete in a step. Options of the successor (Nguyen et al. 2025,
-arXiv 2505.13380): affinity "softplus", mean softplus(E_i(x)), with weights s_S / sum; a predrawn plan of competition steps with at most two
-layers per step, after a warm-up.
+Pham et al. 2024 (arXiv 2402.02526): s_i = ||E_i(x)||_2, S = the k largest of s, y = sum over S with weights softmax(s_S), and the router's
+loss is MSE(softmax(router logits), t). Each layer draws at random whether to compete in a step. All other steps, and inference, use an
+ordinary learned top-k router with its balance loss, which a competition step does not have.
+
+Defaults are those of the authors' code (giangdip2410/CompeteSMoE, cacb77e): t is softmax(s_S) on S and 0 elsewhere, and is not detached, so
+that it also trains the experts; 14 of 16 scripts of pre-training have --freq 1.0, all have --alpha 5.0, and their trainer multiplies
+that loss by --load_balance, which is 0.01. Our reading of the paper is target=all, detach=true, times_balance=false, flip_rate=0.03,
+router_loss=1. The falling flip rate, 2 / (2 + sqrt(e + 1)) in epoch e (their --freq_type function), is decreasing=true. The authors have withdrawn
+this code in favour of that of the successor, `competesmoe2`.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +23,7 @@ from torch import Tensor
 
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
-from smoe_dropout.options import require
+from smoe_dropout.options import option, require
 from smoe_dropout.recomputation import recomputing
 from smoe_dropout.routers import active
 from smoe_dropout.selection import largest
@@ -27,25 +32,41 @@ from smoe_dropout.training import Reports, synchronized
 
 @dataclass(frozen=True)
 class Options:
-    """Options of CompeteSMoE.
+    """Options of CompeteSMoE and its successor.
 
-    flip_rate: probability of competition per layer and step (successor: 0.07). affinity: measure of an expert's response.
-    predrawn: at most `max_layers` layers compete in a step, and none during the first `warm_up` fraction of training.
-    router_loss: weight of the distillation loss (successor: 0.01).
+    flip_rate: probability of competition per layer and step. decreasing: 2 / (2 + sqrt(e + 1)) instead, in epoch e of `epochs`.
+    affinity: an expert's response; "norm" weighs by softmax, "softplus", mean softplus(E_i(x)), by s_S / sum.
+    target: softmax of the responses of the k winners, 0 for the others, or of all experts. detach: whether it is a constant.
+    router_loss: weight of the router's loss. times_balance: multiply it by the coefficient of the balance loss as well.
+    winners_loss: theta, weight in it of a second MSE over the k winners only, between both softmax over all experts.
+    diversity_loss: weight of the mean cosine similarity of the winners' outputs, over all k x k pairs, 0 for those of one expert.
+    predrawn: at most `max_layers` layers compete in a step, and none during the first `warm_up` fraction of training. moved: a competition
+    beyond that is moved to the nearest earlier step with room, or else the next later one, rather than dropped.
     """
 
-    flip_rate: float = 0.03
+    flip_rate: float = option(1.0, earlier=0.03)
     affinity: Literal["norm", "softplus"] = "norm"
     predrawn: bool = False
     max_layers: int = 2
     warm_up: float = 0.05
-    router_loss: float = 1.0
+    router_loss: float = option(5.0, earlier=1.0)
+    target: Literal["winners", "all"] = option("winners", earlier="all")
+    detach: bool = option(False, earlier=True)
+    times_balance: bool = option(True, earlier=False)
+    decreasing: bool = False
+    epochs: int = 80
+    winners_loss: float = 0.0
+    diversity_loss: float = 0.0
+    moved: bool = option(True, earlier=False)
 
     def __post_init__(self):
         require(0 <= self.flip_rate <= 1, f"option flip_rate = {self.flip_rate} must be from 0 to 1")
         require(0 <= self.warm_up < 1, f"option warm_up = {self.warm_up} must be from 0 to below 1")
-        require(self.max_layers >= 1, f"option max_layers = {self.max_layers} must be at least 1")
-        require(self.router_loss >= 0, f"option router_loss = {self.router_loss} must not be negative")
+        for name in ("max_layers", "epochs"):
+            require(getattr(self, name) >= 1, f"option {name} = {getattr(self, name)} must be at least 1")
+        for name in ("router_loss", "winners_loss", "diversity_loss"):
+            require(getattr(self, name) >= 0, f"option {name} = {getattr(self, name)} must not be negative")
+        require(not (self.predrawn and self.decreasing), "option predrawn draws at one rate: leave decreasing out")
 
 
 class CompeteLayer(MoELayer, Reports):
@@ -74,40 +95,59 @@ class CompeteLayer(MoELayer, Reports):
         return self.compete(x).view_as(x) if self.competed else super().run(x)
 
     def flips(self) -> bool:
-        """Whether this layer competes in the current step. RuntimeError with `predrawn` before `set_progress`."""
+        """Whether this layer competes in the current step. RuntimeError with `predrawn` or `decreasing` before `set_progress`."""
         o = self.options
-        if self.step is None and o.predrawn:
-            raise RuntimeError("option predrawn needs smoe_dropout.set_progress(model, step, total_steps) before each step")
+        if self.step is None and (o.predrawn or o.decreasing):
+            name = "predrawn" if o.predrawn else "decreasing"
+            raise RuntimeError(f"option {name} needs smoe_dropout.set_progress(model, step, total_steps) before each step")
         if self.step is None:
             return bool(synchronized(torch.rand((), device=self.experts.up.device)) < o.flip_rate)
-        if o.predrawn and self.step < o.warm_up * self.total_steps:
+        seed = int(self.seed)
+        if not o.predrawn:
+            rate = flip_rate(self.step * o.epochs // self.total_steps) if o.decreasing else o.flip_rate
+            return self.index in competing_layers(seed, self.step, self.count, rate, self.count)
+        begin = int(o.warm_up * self.total_steps) if o.moved else math.ceil(o.warm_up * self.total_steps)
+        if self.step < begin:
             return False
-        most = o.max_layers if o.predrawn else self.count
-        return self.index in competing_layers(int(self.seed), self.step, self.count, o.flip_rate, most)
+        if not o.moved:
+            return self.index in competing_layers(seed, self.step, self.count, o.flip_rate, o.max_layers)
+        plan = competition_plan(seed, self.total_steps - begin, self.count, o.flip_rate, o.max_layers)
+        return self.step < self.total_steps and bool(plan[self.index][self.step - begin])
 
     def compete(self, x: Tensor) -> Tensor:
-        """Run all experts, combine the k with the strongest responses [N, D], and store the router's distillation loss."""
+        """Run all experts, combine the k with the strongest responses [N, D], and store the losses of the competition."""
         self.see_padding(x)
-        x_ND, k, norm = x.reshape(-1, x.shape[-1]), self.selection(x), self.options.affinity == "norm"
+        o, x_ND, k = self.options, x.reshape(-1, x.shape[-1]), self.selection(x)
+        norm = o.affinity == "norm"
         outputs_NED = self.experts.each(x_ND)
-        affinity_NE = affinities(outputs_NED, self.options.affinity)
+        affinity_NE = affinities(outputs_NED, o.affinity)
         top_NK, indices_NK = affinity_NE.topk(largest(k), dim=-1)
         active_NK = active(k, affinity_NE if norm else affinity_NE.log(), indices_NK)
-        if active_NK is not None:
-            top_NK = top_NK.masked_fill(~active_NK, -torch.inf if norm else 0.0)
-        weights_NK = top_NK.softmax(-1) if norm else top_NK / top_NK.sum(-1, keepdim=True)
-        target_NE = affinity_NE.detach().softmax(-1)
+        if active_NK is None:
+            winners_NK = top_NK.softmax(-1)
+        else:
+            winners_NK, top_NK = top_NK.masked_fill(~active_NK, -torch.inf).softmax(-1), top_NK.masked_fill(~active_NK, 0.0)
+        weights_NK = winners_NK if norm else top_NK / top_NK.sum(-1, keepdim=True)
         logits_NE, real_N = self.router.logits(x_ND), self.router.real_N
         self.router.show(logits_NE)
-        if real_N is None:
-            distillation = F.mse_loss(logits_NE.softmax(-1), target_NE)
-        else:
-            error_NE = (logits_NE.softmax(-1) - target_NE).square() * real_N[:, None]
-            distillation = error_NE.sum() / (real_N.sum().clamp(min=1) * self.num_experts)
-        assigned_NK = indices_NK if active_NK is None else indices_NK.masked_fill(~active_NK, -1)
-        self.keep(x, {"router": self.options.router_loss * distillation}, assigned_NK)
         chosen_NKD = outputs_NED.gather(1, indices_NK[..., None].expand(-1, -1, outputs_NED.shape[-1]))
+        losses = self.competition_losses(logits_NE.softmax(-1), affinity_NE, winners_NK, indices_NK, active_NK, real_N)
+        if o.diversity_loss:
+            losses["diversity"] = o.diversity_loss * diversity(chosen_NKD, active_NK, real_N)
+        self.keep(x, losses, indices_NK if active_NK is None else indices_NK.masked_fill(~active_NK, -1))
         return (chosen_NKD * self.scaled(weights_NK)[..., None].to(chosen_NKD.dtype)).sum(1)
+
+    def competition_losses(self, shares_NE, affinity_NE, winners_NK, indices_NK, active_NK, real_N) -> dict[str, Tensor]:
+        """The router's loss. shares: the router's softmax. winners: softmax of the winners' responses, 0 where not active."""
+        o, softmax_NE = self.options, affinity_NE.softmax(-1)
+        target_NE = softmax_NE if o.target == "all" else torch.zeros_like(affinity_NE).scatter(1, indices_NK, winners_NK)
+        if o.detach:
+            target_NE, softmax_NE = target_NE.detach(), softmax_NE.detach()
+        loss = squared_error(shares_NE, target_NE, real_N)
+        if o.winners_loss:
+            ours_NK, theirs_NK = (some_NE.gather(1, indices_NK) for some_NE in (shares_NE, softmax_NE))
+            loss = loss + o.winners_loss * squared_error(ours_NK, theirs_NK, real_N, active_NK)
+        return {"router": o.router_loss * (self.router.balance_loss if o.times_balance else 1.0) * loss}
 
     @property
     def computed_experts(self) -> int:
@@ -126,6 +166,34 @@ def affinities(outputs_NED: Tensor, kind: str) -> Tensor:
     return outputs_NED.norm(dim=-1) if kind == "norm" else F.softplus(outputs_NED).mean(-1)
 
 
+def squared_error(ours_NX: Tensor, theirs_NX: Tensor, real_N: Tensor | None, active_NX: Tensor | None = None) -> Tensor:
+    """Mean squared difference over the real tokens and active entries; None: all of them."""
+    if real_N is None and active_NX is None:
+        return F.mse_loss(ours_NX, theirs_NX)
+    counted_NX = torch.ones_like(ours_NX, dtype=torch.bool) if active_NX is None else active_NX
+    counted_NX = counted_NX if real_N is None else counted_NX & real_N[:, None]
+    return ((ours_NX - theirs_NX).square() * counted_NX).sum() / counted_NX.sum().clamp(min=1)
+
+
+def diversity(outputs_NKD: Tensor, active_NK: Tensor | None, real_N: Tensor | None) -> Tensor:
+    """Mean cosine similarity over the K x K pairs of a token's outputs, where that of an output with itself counts as 0."""
+    directions_NKD = F.normalize(outputs_NKD.to(torch.promote_types(outputs_NKD.dtype, torch.float32)), dim=-1)
+    if active_NK is not None:
+        directions_NKD = directions_NKD * active_NK[..., None]
+    N, K, _ = directions_NKD.shape
+    pairs_NKK = directions_NKD @ directions_NKD.mT * (1 - torch.eye(K, device=outputs_NKD.device))
+    if active_NK is None and real_N is None:
+        return pairs_NKK.mean()
+    pairs_N = torch.full((N,), K * K, device=outputs_NKD.device) if active_NK is None else active_NK.sum(-1) ** 2
+    pairs_N = pairs_N if real_N is None else pairs_N * real_N
+    return (pairs_NKK.sum((1, 2)) * (1 if real_N is None else real_N)).sum() / pairs_N.sum().clamp(min=1)
+
+
+def flip_rate(epoch: int) -> float:
+    """Falling probability of competition (--freq_type function of the code of arXiv 2402.02526): 2 / (2 + sqrt(e + 1)), from 2/3."""
+    return 2 / (2 + math.sqrt(epoch + 1))
+
+
 @lru_cache(maxsize=8)
 def competing_layers(seed: int, step: int, layers: int, rate: float, most: int) -> frozenset[int]:
     """Layers that compete in a step: each with probability `rate`, at most `most` of them."""
@@ -134,10 +202,35 @@ def competing_layers(seed: int, step: int, layers: int, rate: float, most: int) 
     return frozenset(found if len(found) <= most else generator.sample(found, most))
 
 
+@lru_cache(maxsize=2)
+def competition_plan(seed: int, steps: int, layers: int, rate: float, most: int) -> tuple[bytes, ...]:
+    """For each layer, whether it competes in each step (arXiv 2505.13380): drawn with probability `rate`, layer by layer.
+
+    Where `most` layers compete already, a competition moves to the nearest earlier step with room, or else to the next later one.
+    """
+    generator, taken, plan = random.Random(seed * 2**40), bytearray(steps), []
+    most = min(most, 255)
+    for _ in range(layers):
+        own, room, waiting = bytearray(steps), [], 0  # room: earlier steps where this layer could compete, the nearest last
+        for step in range(steps):
+            drawn, free = generator.random() < rate, taken[step] < most
+            if drawn and not free and room:
+                own[room.pop()] = 1
+            elif drawn and not free:
+                waiting += 1
+            elif drawn or (waiting and free):
+                own[step] = 1
+                waiting -= not drawn
+            elif free:
+                room.append(step)
+        taken, plan = bytearray(map(sum, zip(taken, own, strict=True))), [*plan, bytes(own)]
+    return tuple(plan)
+
+
 METHOD = Method(
     name="competesmoe",
     title="CompeteSMoE",
-    source="arXiv 2402.02526; arXiv 2505.13380",
+    source="arXiv 2402.02526",
     sparse=True,
     flags=LEARNED_ROUTER,
     options=Options,

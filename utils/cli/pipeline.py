@@ -19,14 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smoe_dropout.files import read_object
+from smoe_dropout.options import ConfigError
 from utils.checkpoints.origin import Source, open_source
-from utils.checkpoints.run_files import read_config
+from utils.checkpoints.run_files import CONFIG, read_config
 from utils.cli.arguments import Arguments, Values
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
-from utils.flags.declare import flags_from
+from utils.flags.declare import FlagsT, flags_from
 from utils.flags.derive import parse_ks, resolve, training_flags
-from utils.flags.fields import Flags, names
+from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
@@ -73,7 +75,7 @@ def decide(program: Program, given: Sequence[str] | Values | None = None) -> tup
     refuse([*command.mistakes, *(check if trains else check_limits)(flags), *program.mistakes(flags, source)])
     if not trains:
         return flags, source
-    flags = resolve(flags)
+    flags = as_begun(resolve(flags), command)
     if source and source.flags.get("method", "") is None:  # a custom run stays custom even if its flags match a method
         flags = dataclasses.replace(flags, method=None)
     refuse_if_too_large(flags)
@@ -104,6 +106,16 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
         parse_ks(flags.k, flags.moe_num_expert)
     refuse_unwritable("--work_dir", folder)
     return flags
+
+
+def as_begun(flags: FlagsT, command: Arguments | Values) -> FlagsT:
+    """The flags. Those that are not given and that --work_dir was begun without, in an earlier version, are as they were by default then."""
+    try:
+        stored = read_object(Path(flags.work_dir) / CONFIG)
+    except ConfigError:  # no run, or a damaged one, which is refused elsewhere
+        return flags
+    earlier = {name: value for name, value in defaults_before(type(flags)).items() if name not in stored}
+    return dataclasses.replace(flags, **{name: value for name, value in earlier.items() if not command.has(name)})
 
 
 def refuse_other_data(flags: Flags, data: Any) -> None:

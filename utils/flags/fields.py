@@ -40,6 +40,7 @@ COMPRESS = "compress"  # the operation of surgery.py that is not in the library'
 ROUTER_NORM = "router_norm"  # the score that needs no calibration data
 TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
+EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
@@ -63,6 +64,9 @@ class RunFlags:
     run_name: str | None = flag(None, "name in the default --work_dir. Default: the method's", "run unstored")
     method_options: str | None = flag(
         None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training verbatim"
+    )
+    defaults: str = flag(
+        "authors", "options not given: as their authors' code has them, or as earlier runs had", "run experts", choices=("authors", EARLIER), since=EARLIER
     )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
     yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
@@ -350,6 +354,6 @@ def names(*, role: str | None = None, group: str | None = None, follows: str | N
     )
 
 
-def defaults_before() -> dict:
+def defaults_before(kind: type = Flags) -> dict:
     """The values of flags in runs made before these flags existed."""
-    return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}
+    return {name: spec.since for name, spec in specs(kind).items() if spec.since is not ABSENT}
