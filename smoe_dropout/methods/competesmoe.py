@@ -5,10 +5,10 @@ loss is MSE(softmax(router logits), t). Each layer draws at random whether to co
 ordinary learned top-k router with its balance loss, which a competition step does not have.
 
 Defaults are those of the authors' code (giangdip2410/CompeteSMoE, cacb77e): t is softmax(s_S) on S and 0 elsewhere, and is not detached, so
-that it also trains the experts; 14 of 16 scripts of pre-training have --freq 1.0, all have --alpha 5.0, and their trainer multiplies
-that loss by --load_balance, which is 0.01. Our reading of the paper is target=all, detach=true, times_balance=false, flip_rate=0.03,
-router_loss=1. The falling flip rate, 2 / (2 + sqrt(e + 1)) in epoch e (their --freq_type function), is decreasing=true. The authors have withdrawn
-this code in favour of that of the successor, `competesmoe2`.
+that it also trains the experts; 14 of 16 scripts of pre-training have --freq 1.0, all have --alpha 5.0, and their trainer multiplies that
+loss by --load_balance, which is 0.01. Our reading of the paper is target=all, detach=true, times_balance=false, flip_rate=0.03,
+router_loss=1. The falling flip rate, 2 / (2 + sqrt(e + 1)) in epoch e (their --freq_type function), is decreasing=true. The authors have
+withdrawn this code in favour of that of the successor, `competesmoe2`.
 """
 
 import math
@@ -41,7 +41,7 @@ class Options:
     winners_loss: theta, weight in it of a second MSE over the k winners only, between both softmax over all experts.
     diversity_loss: weight of the mean cosine similarity of the winners' outputs, over all k x k pairs, 0 for those of one expert.
     predrawn: at most `max_layers` layers compete in a step, and none during the first `warm_up` fraction of training. moved: a competition
-    beyond that is moved to the nearest earlier step with room, or else the next later one, rather than dropped.
+    beyond that is dropped, or with `moved` moved to the nearest earlier step with room, or else to the next later one.
     """
 
     flip_rate: float = option(1.0, earlier=0.03)
@@ -57,7 +57,7 @@ class Options:
     epochs: int = 80
     winners_loss: float = 0.0
     diversity_loss: float = 0.0
-    moved: bool = option(True, earlier=False)
+    moved: bool = False
 
     def __post_init__(self):
         require(0 <= self.flip_rate <= 1, f"option flip_rate = {self.flip_rate} must be from 0 to 1")

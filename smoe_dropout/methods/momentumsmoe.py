@@ -2,10 +2,10 @@
 
 Heavy ball across depth, with m = 0 before the first MoE layer of every forward pass: m <- mu m + gamma f(x), where f is the layer's
 weighted sum of experts. As in the authors' code (rachtsy/MomentumSMoE, b43846f) the layer has a residual and a LayerNorm of its own and
-returns LN(x - m), to which the model adds its residual and norm: norm2(x + LN(x - m)). AdamSMoE: in the first layer the step is
-p / sqrt(v + 1e-8) with p = (1 - beta1) f and v = (1 - beta2) f^2 (averages that start from 0, without bias correction); the authors add x to
-it before they subtract it from x, so that the inner residual cancels and the layer returns LN(-adam_gamma p / sqrt(v + 1e-8)). m is updated
-as before, and later layers take the heavy ball.
+returns LN(x - m), to which the model adds its residual and norm: norm2(x + LN(x - m)). AdamSMoE: in the first layer the step is p / sqrt(v
++ 1e-8) with p = (1 - beta1) f and v = (1 - beta2) f^2 (averages that start from 0, without bias correction); the authors add x to it before
+they subtract it from x, so that the inner residual cancels and the layer returns LN(-adam_gamma p / sqrt(v + 1e-8)). m is updated as
+before, and later layers take the heavy ball.
 
 Option own_norm=false is the paper's equation without a second residual: the layer returns m (Adam: the step) with the sign absorbed by f,
 and the model's residual adds it. f is taken before the model's dropout, in the authors' code after it.

@@ -1,10 +1,10 @@
 """THOR: randomly drawn experts, with a consistency loss between two passes per step (Zuo et al. 2021, arXiv 2110.04260).
 
 Training: in each pass every layer draws one expert uniformly for the whole batch. Loss = (CE_1 + CE_2) + alpha * 1/2 (KL(p_1 || p_2) +
-KL(p_2 || p_1)), a mean over tokens, with KL summed over the V symbols, as in the paper and its code (microsoft/Stochastic-Mixture-of-Experts).
-SMoE-Dropout's code (THOR_Model, new_utils.py) has (CE_1 + CE_2) / 2 + alpha * (KL(p_1 || p_2) + KL(p_2 || p_1)) / V, where the second term
-weighs V / 4 times less against the first: option consistency=smoe_dropout. Inference at k averages k experts drawn per sequence or per
-token, all of them at k = E; this meaning of k is ours.
+KL(p_2 || p_1)), a mean over tokens, with KL summed over the V symbols, as in the paper and its code
+(microsoft/Stochastic-Mixture-of-Experts). SMoE-Dropout's code (THOR_Model, new_utils.py) has (CE_1 + CE_2) / 2 + alpha * (KL(p_1 || p_2) +
+KL(p_2 || p_1)) / V, where the second term weighs V / 4 times less against the first: option consistency=smoe_dropout. Inference at k
+averages k experts drawn per sequence or per token, all of them at k = E; this meaning of k is ours.
 """
 
 from dataclasses import dataclass

@@ -27,7 +27,7 @@ from utils.cli.arguments import Arguments, Values
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
 from utils.flags.declare import FlagsT, flags_from
-from utils.flags.derive import parse_ks, resolve, training_flags
+from utils.flags.derive import built_options, parse_ks, resolve, training_flags
 from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of
@@ -109,13 +109,18 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
 
 
 def as_begun(flags: FlagsT, command: Arguments | Values) -> FlagsT:
-    """The flags. Those that are not given and that --work_dir was begun without, in an earlier version, are as they were by default then."""
+    """The flags. Those not given that --work_dir was begun without, in an earlier version, are as they were by default then."""
     try:
         stored = read_object(Path(flags.work_dir) / CONFIG)
     except ConfigError:  # no run, or a damaged one, which is refused elsewhere
         return flags
-    earlier = {name: value for name, value in defaults_before(type(flags)).items() if name not in stored}
-    return dataclasses.replace(flags, **{name: value for name, value in earlier.items() if not command.has(name)})
+    earlier = {name: value for name, value in defaults_before(type(flags)).items() if name not in stored and not command.has(name)}
+    begun = dataclasses.replace(flags, **earlier)
+    told = [name for name, value in earlier.items() if value != getattr(flags, name) and name not in MODELS[flags.model].unknown_flags]
+    if told and (told != ["defaults"] or built_options(begun) != built_options(flags)):
+        kept = ", ".join(f"--{name} {earlier[name]}" for name in told)
+        print(f"note: {flags.work_dir} was begun by an earlier version, so it keeps {kept}", file=sys.stderr)
+    return begun
 
 
 def refuse_other_data(flags: Flags, data: Any) -> None:

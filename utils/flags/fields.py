@@ -66,7 +66,11 @@ class RunFlags:
         None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training verbatim"
     )
     defaults: str = flag(
-        "authors", "options not given: as their authors' code has them, or as earlier runs had", "run experts", choices=("authors", EARLIER), since=EARLIER
+        "authors",
+        "options not given: as their authors' code has them, or as earlier runs had",
+        "run experts",
+        choices=("authors", EARLIER),
+        since=EARLIER,
     )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
     yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
@@ -193,6 +197,9 @@ class OptimiserFlags:
     lr: float = flag(2.5e-4, "learning rate", above=0)
     mom: float = flag(0.0, "momentum of sgd", low=0, below=1)
     weight_decay: float = flag(0.01, "weight decay of adamw", low=0)
+    decayed: str = flag(
+        "all", "what adamw's weight decay acts on; matrices: not on biases, norms and routers", choices=("all", "matrices"), since="all"
+    )
     scheduler: str = flag("cosine", "learning-rate schedule", choices=("cosine", "linear", "inv_sqrt", "constant", "dev_perf"))
     warmup_step: int = flag(0, "steps of linear warm-up", low=0)
     eta_min: float = flag(0.0, "final learning rate of cosine", low=0)
@@ -249,6 +256,9 @@ class TaskFlags:
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "maximum number of positions of a row; longer rows are refused", "run", low=3)
+    head_dropout: str = flag(
+        "once", "between Transformer-XL and a head that chooses; earlier runs: twice", "variant", choices=("once", "twice"), since="twice"
+    )
     tokenizer: str | None = folder(None, "pieces, tokens: folder of the tokenizer. Default: that of the checkpoint's text, or in it", "run")
 
 

@@ -42,7 +42,8 @@ def _usual(flags: Flags, source: Source) -> Flags:
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that differ from the preset, and from the method, given the `usual` flags of preset and method."""
     derived, variants = names(role="derived"), names(role="variant")
-    own = [field.name for field in dataclasses.fields(flags) if field.name not in (*names(role="run"), *derived)]
+    left_out = (*names(role="run"), *derived, *MODELS[flags.model].unknown_flags)
+    own = [field.name for field in dataclasses.fields(flags) if field.name not in left_out]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
     found |= {name: getattr(flags, name) for name in derived if getattr(flags, name) != getattr(follows, name)}
