@@ -98,10 +98,16 @@ class Pruner:
             importance_EU.copy_(state[f"importance.{index}"])
 
 
-def distilled(task_loss: Tensor, logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, temperature: float = 2.0) -> Tensor:
-    """task_loss + alpha T^2 KL(teacher || model) at temperature T, averaged over positions; logits [..., V]."""
+def distilled(
+    task_loss: Tensor, logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, temperature: float = 2.0, squared: bool = False
+) -> Tensor:
+    """task_loss + alpha KL(teacher || model) at temperature T, averaged over positions; logits [..., V].
+
+    squared: times T^2, which keeps the size of its gradient (Hinton et al. 2015, arXiv 1503.02531); MC-SMoE's code does not.
+    """
     ours, theirs = ((some.flatten(0, -2) / temperature).log_softmax(-1) for some in (logits, teacher_logits))
-    return task_loss + alpha * temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    weight = alpha * temperature**2 if squared else alpha
+    return task_loss + weight * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _importance(experts: CompressedExperts) -> Tensor:

@@ -36,7 +36,7 @@ def check_limits(flags: Any) -> list[str]:
             found.append(f"--{option}: " + unknown("value", str(value), list(spec.choices)))
         elif limits := _broken_limits(value, spec):
             found.append(f"--{option} {value} must be {limits}")
-        if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name):
+        if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name) and value != spec.since:
             found.append(f"--{option} needs --{declared[spec.needs].name or spec.needs}")
         known = declared["method"].choices if spec.only else ()  # an unknown method has been refused as such
         if spec.only and flags.method in known and flags.method not in spec.only and is_given(flags, name):

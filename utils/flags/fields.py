@@ -10,6 +10,7 @@ continued    the same, for --start_from only
 start        how training starts from a checkpoint; without meaning for the trained model
 surgery      changed by surgery.py
 teacher      must be equal for a teacher and its student
+taught       recorded with a teacher
 derived      derived from another flag (`follows`) unless given
 unstored     not part of config.json: changes no number
 replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
@@ -42,6 +43,7 @@ TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
+SIMILARITY, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
 CORRECTIONS = ("none", "norm", "mean")
@@ -90,8 +92,15 @@ class StartFlags:
     teacher: str | None = folder(
         None, "finished run to distil from, at k = E; hf: a folder, or self", "run start replaceable", needs="start_from", since=None
     )
-    teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start", above=0, needs="teacher", since=0.2)
-    teacher_temperature: float = flag(2.0, "distillation temperature", "run start", above=0, needs="teacher", since=2.0)
+    teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start taught", above=0, needs="teacher", since=0.2)
+    teacher_temperature: float = flag(2.0, "distillation temperature", "run start taught", above=0, needs="teacher", since=2.0)
+    teacher_squared: bool = flag(
+        False,
+        "multiply by the square of the temperature, as --teacher self always does",
+        "run start taught",
+        needs="teacher",
+        since=True,
+    )
 
 
 @group
@@ -283,6 +292,16 @@ class OperationFlags:
     keep: int | None = flag(None, "experts to keep per layer; merge, average, drop and --pooled: on average", only=tuple(SURGERIES))
     by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
     pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
+    similarity: str | None = flag(
+        None,
+        "of router logits: over all positions read (default) or a sample of 256",
+        "option",
+        choices=SIMILARITY,
+        only=("merge", "average"),
+    )
+    align: str | None = flag(
+        None, "hidden units: to the layer's first expert (default), or a group's leader", "option", choices=ALIGN, only=("merge",)
+    )
     at_least: int | None = flag(None, "fewest experts of a layer where numbers differ. Default: 1", "option", low=1, only=tuple(SURGERIES))
     score: str | None = flag(None, "how experts are ranked. Default: usage", "option", choices=SCORES, only=("keep_best",))
     rank: int | None = flag(None, "rank of U V in W = U V + S", "option", only=(COMPRESS,))
@@ -299,7 +318,8 @@ class CalibrationFlags:
     task: str | None = flag(None, "calibrate on the rows of a task instead of a text; padding is not counted", "calibration", choices=TASKS)
     fold: int | None = flag(None, "tasks with folds: the one not read, to hold out in fine-tuning. Default: 0", "calibration", low=0)
     k: int | None = flag(None, "active experts during calibration. Default: E/2; at E, usage is uniform", "calibration")
-    tokens: int = flag(65_536, "positions to read", low=1)
+    examples: int = flag(256, "rows of a task, or segments of a text, to read", low=1)
+    tokens: int | None = flag(None, "positions to read instead", low=1)
     data: str | None = folder(None, "prepared text to test both models on. Default: the run's")
     max_test_steps: int | None = same_flag(Flags, "max_test_steps", default=None, help="batches per test (-1: all). Default: the run's")
     device: str = same_flag(Flags, "device")

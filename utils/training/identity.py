@@ -22,7 +22,7 @@ def table_of(flags: Flags, source: Source | None) -> str:
 def departures_of(flags: Flags, source: Source | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a run that differ from its preset, and those that differ from its method, now or in pre-training."""
     of_preset, of_method = departures(flags, _usual(flags, source) if source else usual_flags(flags))
-    taught = {"teacher_weight": flags.teacher_weight, "teacher_temperature": flags.teacher_temperature} if flags.teacher else {}
+    taught = {name: getattr(flags, name) for name in names(role="taught")} if flags.teacher else {}
     return of_preset, of_method | taught
 
 
