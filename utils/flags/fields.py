@@ -159,6 +159,12 @@ class ExpertFlags:
     moe_prune_to: float | None = expert_flag(
         None, "with --start_from: share of the hidden units to prune S to", "start continued", above=0, high=1, since=None
     )
+    moe_prune_by: str = flag(
+        *("rows", "rows of each map, over all experts and layers; units: as many hidden units of every expert", "start continued"),
+        choices=("rows", "units"),
+        needs="moe_prune_to",
+        since="units",
+    )
     dense_width: str = expert_flag(
         "expert", "width of dense layers: of one expert (official), or of all", "experts", choices=("expert", "all"), since="expert"
     )
