@@ -11,12 +11,12 @@ an entropy; here it is that of the learned router (Switch).
 from dataclasses import dataclass
 from typing import Literal
 
-from smoe_dropout.methods import competesmoe
+from smoe_dropout import competition
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
 
 
 @dataclass(frozen=True)
-class Options(competesmoe.Options):
+class Options(competition.Options):
     """Options of `competesmoe` with the successor's defaults."""
 
     flip_rate: float = 0.07
@@ -31,7 +31,7 @@ class Options(competesmoe.Options):
     moved: bool = True
 
 
-class Layer(competesmoe.CompeteLayer):
+class Layer(competition.CompeteLayer):
     """Layer with competition steps of the successor."""
 
     Options = Options

@@ -3,7 +3,7 @@
 The most used experts are dominant. Every other expert joins the dominant expert of its layer with the most similar router logits, by the
 cosine over all calibration tokens, and is merged into it, weighted by usage. Hidden units of all experts of a layer are aligned to its
 expert 0, as in the authors' code (UNITES-Lab/MC-SMoE, 4a195b1); align="leader" aligns those of a group to its dominant expert, and
-similarity="sample" takes the cosine over the calibration's sample of tokens.
+compare="sample" takes the cosine over the calibration's sample of tokens.
 
 The paper keeps all router rows and maps them to merged experts. Here the router shrinks too, and a merged expert gets the row of its
 dominant expert: a mean of different rows would be shorter than each of them, so a large group would rarely be chosen.
@@ -27,8 +27,8 @@ from smoe_dropout.surgery.groups import Expert, Group, expert_of
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
 
 NEEDS = True
-SIMILARITY, ALIGN = ("all", "sample"), ("first", "leader")
-OPTIONS = {**AVERAGING, "similarity": SIMILARITY[0], "align": ALIGN[0]}
+COMPARE, ALIGN = ("all", "sample"), ("first", "leader")
+OPTIONS = {**AVERAGING, "compare": COMPARE[0], "align": ALIGN[0]}
 
 
 def groups(
@@ -38,9 +38,9 @@ def groups(
 
     Raises ValueError if a dominant expert received no tokens, ConfigError for an unknown option's value and a calibration without products.
     """
-    for name, known in (("similarity", SIMILARITY), ("align", ALIGN)):
+    for name, known in (("compare", COMPARE), ("align", ALIGN)):
         require((value := options.get(name, known[0])) in known, unknown(f"value of option {name}", str(value), list(known)))
-    sampled, reference = options["similarity"] == "sample", 0 if options.get("align") == "first" else None
+    sampled, reference = options["compare"] == "sample", 0 if options.get("align") == "first" else None
     usages = [calibration.usage_E for calibration in calibrations]
     chosen = reached(usages, best(usages, keep, options))
     return [
@@ -65,7 +65,7 @@ def similarity(logits_SE: Tensor) -> Tensor:
 def similarity_of_all(calibration: LayerCalibration) -> Tensor:
     """Cosine similarity of experts' router logits over all tokens [E, E]. ConfigError for a calibration of an earlier version."""
     products_EE = calibration.products_EE
-    require(products_EE is not None, "the calibration has no sums over all its tokens: make it again, or give similarity='sample'")
+    require(products_EE is not None, "the calibration has no sums over all its tokens: make it again, or give compare='sample'")
     norms_E = products_EE.diagonal().sqrt().clamp(min=1e-12)
     return products_EE / (norms_E[:, None] * norms_E)
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import smoe_dropout as sd
-from smoe_dropout.methods import competesmoe, thor
+from smoe_dropout import competition
+from smoe_dropout.methods import thor
 from smoe_dropout.methods.base import Settings
 from smoe_dropout.options import build_options
 from smoe_dropout.registry import METHODS, load
+from smoe_dropout.routers.noisy_top_k import NoisyTopKRouter
 from tests.library.test_library import Net, tokens
 from tests.library.test_methods_sparse import (
     THOR,
@@ -90,7 +92,7 @@ def test_competesmoes_falling_rate():
     with pytest.raises(RuntimeError, match="set_progress"):
         model(tokens(1))
     found = competed_steps(model, 300).reshape(3, 100, 2)
-    assert [competesmoe.flip_rate(epoch) for epoch in (0, 3, 8)] == pytest.approx([2 / 3, 1 / 2, 2 / 5])
+    assert [competition.flip_rate(epoch) for epoch in (0, 3, 8)] == pytest.approx([2 / 3, 1 / 2, 2 / 5])
     for epoch, steps in enumerate(found):
         assert about(steps.sum(), 200, 2 / (2 + math.sqrt(epoch + 1)))
 
@@ -170,7 +172,7 @@ def moved_plan(drawn: list[list[bool]], most: int) -> list[set[int]]:
 @pytest.mark.parametrize(("rate", "most"), [(0.07, 2), (0.5, 2), (0.6, 1)])
 def test_competesmoe2_moves_competitions_beyond_the_most(rate, most):
     layers, steps = 4, 60
-    plan = competesmoe.competition_plan(3, steps, layers, rate, most)
+    plan = competition.competition_plan(3, steps, layers, rate, most)
     source = random.Random(3 * 2**40)
     drawn = [[source.random() < rate for _ in range(steps)] for _ in range(layers)]
     assert [set(np.flatnonzero(list(own))) for own in plan] == moved_plan(drawn, most)
@@ -184,7 +186,7 @@ def test_competesmoe2_competes_by_its_plan():
     with pytest.raises(RuntimeError, match="set_progress"):
         model(tokens(1))
     found = competed_steps(model, 40)
-    plan = competesmoe.competition_plan(int(model.layers[0].seed), 30, 3, 0.3, 1)
+    plan = competition.competition_plan(int(model.layers[0].seed), 30, 3, 0.3, 1)
     assert not found[:10].any() and found[10:].T.tolist() == [[bool(one) for one in own] for own in plan]
     sd.set_progress(model, 40, 40)
     model(tokens(1))
@@ -202,6 +204,25 @@ def test_thor_weighs_its_consistency_as_either_code(consistency, ce, divisor):
     entropies = cross_entropy(p, forward.targets) + cross_entropy(q, forward.targets)
     expected = ce * entropies + 3 * (kl(p, q) + kl(q, p)).mean() / (divisor or p.shape[-1])
     assert objective.total.item() == pytest.approx(expected, rel=1e-5) and objective.nll.item() == pytest.approx(entropies / 2, rel=1e-5)
+
+
+def test_noisy_gate_is_fastmoes():
+    """Noise never smaller than its epsilon; weights uniform within 1 / sqrt(E), where Kaiming's initialisation sees maps [D, E]."""
+    torch.manual_seed(0)
+    config = sd.SMoEConfig(num_experts=E, top_k=2, router="NoisyGate")
+    gate, plain = (NoisyTopKRouter(2000, one) for one in (config, dataclasses.replace(config, options={"gate_init": "normal"})))
+    for weight in (gate.weight, gate.noise_weight):
+        assert 0.499 < weight.abs().max() <= 0.5 and weight.var().item() == pytest.approx(1 / 12, rel=0.05)
+    assert plain.weight.std().item() == pytest.approx(0.02, rel=0.05) and config.balance_loss == 0.0
+    gate.noise_weight.data.fill_(-100.0)  # softplus of it is 0
+    x = torch.ones(50, 2000)
+    torch.manual_seed(1)
+    routing = gate(x, 2)
+    torch.manual_seed(1)
+    noisy = numpy(gate.logits(x)) + 0.01 * numpy(torch.randn(50, E))
+    kept, indices = best(noisy, 2)
+    np.testing.assert_array_equal(routing.indices_NK.numpy(), indices)
+    close(routing.weights_NK, softmax(kept))
 
 
 OPTIONS = {name: dataclasses.fields(load(METHODS, "method", name).options) for name in METHODS}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import smoe_dropout as sd
+from smoe_dropout.competition import competing_layers
 from smoe_dropout.methods import sandwich, thor
 from smoe_dropout.methods.base import Forward, Settings
-from smoe_dropout.methods.competesmoe import competing_layers
 from tests.conftest import REFERENCE
 from tests.library.test_library import Net, tokens
 from tests.library.test_moefy import transformer_xl

@@ -160,7 +160,7 @@ def test_resumed_pruning_equals_uninterrupted_pruning(by):
 
 
 def test_kept_fraction_has_the_phases_of_the_authors():
-    """At step 50 of 1,000 everything is left, where the schedule without phases has 0.87; in the last 200 the final fraction."""
+    """Everything is left at step 50 of 1,000, where the schedule without phases has 0.87; in the last 200 the final fraction."""
     shares = [kept_share(step, 1000, 0.1, warm_up=50) for step in (0, 50, 51, 425, 800, 999)]
     assert shares == pytest.approx([1, 1, 0.1 + 0.9 * (1 - 1 / 750) ** 3, 0.1 + 0.9 / 8, 0.1, 0.1])
     assert kept_share(50, 1000, 0.1) == pytest.approx(0.8716, abs=1e-4)
@@ -185,7 +185,7 @@ def test_pruning_by_rows_is_that_of_the_authors():
     pruner, means, latest = Pruner(model, kept, steps), [], []
 
     def maps(of: str) -> list[np.ndarray]:
-        """Of every expert, as [H, D] and, the second as a linear map's weight, [D, H]."""
+        """Weights of every expert, as [H, D] and, the second as a linear map's weight, [D, H]."""
         tensors = [getattr(rows, of) if of == "grad" else rows for e in experts_of(model) for rows in (e.up_s, e.down_s)]
         arrays = [tensor.detach().numpy().astype(np.float64) for tensor in tensors]
         return [each[e, 0].T if at % 2 else each[e, 0] for at, each in enumerate(arrays) for e in range(len(each))]

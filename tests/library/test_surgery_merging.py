@@ -169,10 +169,10 @@ def test_merge_is_by_the_cosine_over_all_tokens():
     torch.testing.assert_close(merging.similarity_of_all(calibration), cosine, rtol=1e-4, atol=1e-5)
     leaders = sorted(calibration.usage_E.topk(2).indices.tolist())
     nearest = [leader if leader in leaders else max(leaders, key=lambda one: cosine[leader, one]) for leader in range(5)]
-    (of_all,), (of_sample,) = (groups_of("merge", [calibration], 2, similarity=name) for name in ("all", "sample"))
+    (of_all,), (of_sample,) = (groups_of("merge", [calibration], 2, compare=name) for name in ("all", "sample"))
     assert [group.members for group in of_all] == [tuple(e for e in range(5) if nearest[e] == leader) for leader in leaders]
     assert of_sample != of_all
-    with pytest.raises(sd.ConfigError, match="make it again, or give similarity='sample'"):
+    with pytest.raises(sd.ConfigError, match="make it again, or give compare='sample'"):
         groups_of("merge", [calibration._replace(products_EE=None)], 2)
 
 

@@ -43,7 +43,7 @@ TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
-SIMILARITY, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
+COMPARE, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
 CORRECTIONS = ("none", "norm", "mean")
@@ -298,11 +298,11 @@ class OperationFlags:
     keep: int | None = flag(None, "experts to keep per layer; merge, average, drop and --pooled: on average", only=tuple(SURGERIES))
     by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
     pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
-    similarity: str | None = flag(
+    compare: str | None = flag(
         None,
         "of router logits: over all positions read (default) or a sample of 256",
         "option",
-        choices=SIMILARITY,
+        choices=COMPARE,
         only=("merge", "average"),
     )
     align: str | None = flag(
