@@ -65,7 +65,8 @@ class Pruning(Callback):
         documents.write(folder / CONFIG, config)
         taught = {"taught": True} if flags.teacher else {}
         settings = {"settings": own} if (own := own_settings(flags)) else {}
-        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught, **settings}
+        by = {"pruned_by": self.by} if self.by == "rows" else {}  # as earlier records have it, units
+        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **by, **taught, **settings}
         operations = [*operations_of(run.source), training]
         operated = {"trained": training_of(run.source), "operations": operations} | self._surgery
         documents.write(folder / SURGERY, operated | {"config_sha256": identity})
