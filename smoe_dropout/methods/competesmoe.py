@@ -12,7 +12,24 @@ withdrawn this code in favour of that of the successor, `competesmoe2`.
 """
 
 from smoe_dropout.competition import CompeteLayer, Options
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
+from smoe_dropout.options import build_options
+
+
+def refusal(config: SMoEConfig) -> str | None:
+    """Error sentence for a trained router whose loss is multiplied by a balance coefficient of 0, else None."""
+    options = build_options(Options, config.options, known=dict.fromkeys(config.options))
+    if (
+        options.times_balance
+        and options.router_loss
+        and config.balance_loss == 0
+        and config.router == "learned"
+        and not config.freeze_router
+    ):
+        return "balance_loss = 0 multiplies the router's loss as well: give option times_balance = False, or leave balance_loss out"
+    return None
+
 
 METHOD = Method(
     name="competesmoe",
@@ -23,4 +40,5 @@ METHOD = Method(
     options=Options,
     layer=CompeteLayer,
     routers=("learned", "random"),
+    refusal=refusal,
 )

@@ -86,6 +86,15 @@ def test_competesmoes_target_trains_the_experts():
     assert gradient.abs().max() > 1e-4 and gradient[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
 
 
+def test_competesmoe_without_a_balance_coefficient_is_refused():
+    with pytest.raises(sd.ConfigError, match="balance_loss = 0 multiplies the router's loss as well: give option times_balance = False"):
+        sparse(Net(1), method="competesmoe", balance_loss=0.0)
+    model = sparse(Net(1), method="competesmoe", balance_loss=0.0, options={"times_balance": False})
+    model(tokens(3))
+    assert sd.auxiliary_loss(model) > 0
+    sparse(Net(1), method="competesmoe", balance_loss=0.0, freeze_router=True)  # as after merging
+
+
 def test_competesmoes_falling_rate():
     """2 / (2 + sqrt(e + 1)) in epoch e, here of 100 steps."""
     model = compete(2, decreasing=True, epochs=3)
@@ -253,3 +262,20 @@ def test_saved_models_of_earlier_versions_keep_their_options(method, tmp_path):
     (tmp_path / "new" / "manifest.json").unlink()
     twin = sd.load_weights(sd.moefy(Net(2), config), tmp_path / "new")
     assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
+def test_saved_transformers_models_of_earlier_versions_keep_their_options(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = sd.SMoEConfig(num_experts=4, top_k=2, router="learned", method="momentumsmoe", options={"own_norm": False})
+    model, ids = sd.moefy(BertModel(BertConfig(**sizes)), config).eval(), torch.randint(32, (2, 5))
+    sd.save_pretrained(model, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["smoe_dropout"]["options"] == {"own_norm": False}
+    stored["smoe_dropout"]["options"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "manifest.json").unlink()  # folders of version 0.1 have none
+    again = sd.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
