@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.checkpoints.origin import Source
 from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
-from utils.flags.fields import FinetuneFlags, Flags, names
+from utils.flags.fields import EARLIER, FinetuneFlags, Flags, names
 from utils.flags.models import MODELS
 from utils.flags.presets import finetuning
 
@@ -51,12 +51,10 @@ def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, An
         found["d_ff"] = flags.d_ff
     experts = {name: value for name, value in found.items() if name in (*names(group="experts"), "d_inner")}
     found.pop("method_options", None)
-    options = {
-        field.name: value
-        for built in built_options(flags)
-        for field in dataclasses.fields(built)
-        if (value := getattr(built, field.name)) != field.default
-    }
+    fields = [(field, getattr(built, field.name)) for built in built_options(flags) for field in dataclasses.fields(built)]
+    earlier = {field.name: field.metadata["earlier"] for field, _ in fields if "earlier" in field.metadata and flags.defaults == EARLIER}
+    options = {field.name: value for field, value in fields if value != earlier.get(field.name, field.default)}
+    options |= {"defaults": EARLIER} if earlier else {}
     of_method = (experts if flags.moe else {}) | {name: found[name] for name in found if name in variants} | options
     return {name: value for name, value in found.items() if name not in (*experts, *variants)}, of_method
 
