@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -83,11 +84,12 @@ class CompeteLayer(MoELayer, Reports):
         return self.compete(x).view_as(x) if self.competed else super().run(x)
 
     def flips(self) -> bool:
-        """Whether this layer competes in the current step. RuntimeError with `predrawn` or `decreasing` before `set_progress`."""
+        """Whether this layer competes in the current step. Before `set_progress`, `predrawn` and `decreasing` warn and never do."""
         o = self.options
         if self.step is None and (o.predrawn or o.decreasing):
-            name = "predrawn" if o.predrawn else "decreasing"
-            raise RuntimeError(f"option {name} needs smoe_dropout.set_progress(model, step, total_steps) before each step")
+            sentence = "no layer competes before smoe_dropout.set_progress(model, step, total_steps): call it before each training step"
+            warnings.warn(sentence, stacklevel=2)
+            return False
         if self.step is None:
             return bool(synchronized(torch.rand((), device=self.experts.up.device)) < o.flip_rate)
         seed = int(self.seed)
@@ -156,11 +158,12 @@ def affinities(outputs_NED: Tensor, kind: str) -> Tensor:
 
 def squared_error(ours_NX: Tensor, theirs_NX: Tensor, real_N: Tensor | None, active_NX: Tensor | None = None) -> Tensor:
     """Mean squared difference over the real tokens and active entries; None: all of them."""
+    squares_NX = (ours_NX - theirs_NX).square()
     if real_N is None and active_NX is None:
-        return F.mse_loss(ours_NX, theirs_NX)
+        return squares_NX.sum() / squares_NX.numel()  # not F.mse_loss, whose gradient rounds differently from that with a mask
     counted_NX = torch.ones_like(ours_NX, dtype=torch.bool) if active_NX is None else active_NX
     counted_NX = counted_NX if real_N is None else counted_NX & real_N[:, None]
-    return ((ours_NX - theirs_NX).square() * counted_NX).sum() / counted_NX.sum().clamp(min=1)
+    return (squares_NX * counted_NX).sum() / counted_NX.sum().clamp(min=1)
 
 
 def diversity(outputs_NKD: Tensor, active_NK: Tensor | None, real_N: Tensor | None) -> Tensor:
