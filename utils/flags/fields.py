@@ -328,10 +328,16 @@ class ConvertFlags:
     data: str = flag(MISSING, "UTF-8 text that the cut is calibrated on, also .xz; its last tenth is held out", metavar="FILE")
     out: str = folder(MISSING, "new folder of the converted model")
     num_experts: int = flag(16, "experts of a layer, E, which must divide the FFN width", low=1)
-    cut: str = flag("coactivation", "which neurons form an expert together", choices=tuple(CUTS))
+    expert_init: str = flag("split", "copy: experts are copies of the whole network, for fine-tuning", choices=("split", "copy"))
+    cut: str | None = flag(None, "which neurons form an expert together. Default: coactivation", choices=tuple(CUTS))
     router: str = flag("learned", "learned: linear, fitted by regression", choices=tuple(ROUTERS))
     shared_experts: int = flag(0, "experts of the most important neurons, which every token chooses", low=0)
-    correction: str = flag("norm", "of what is left out; mean needs a shared expert", choices=CORRECTIONS)
+    gate_weight: str | None = flag(
+        None, "unit: exact; softmax: fine-tuning trains the router. Default: unit, of copies softmax", choices=("unit", "softmax")
+    )
+    correction: str | None = flag(
+        None, "of what is left out; mean needs a shared expert. Default: norm, with softmax none", choices=CORRECTIONS
+    )
     k: int | None = flag(None, "active experts of the saved model, which any use of it may change. Default: E", low=1)
     tokens: int = flag(8192, "tokens that the cut is calibrated on", low=1)
     held_out: int = flag(4096, "tokens that the loss is measured on, at each k", low=1)
