@@ -263,6 +263,8 @@ script/table2/run_all.sh                                        | usage: bash
 script/table2/run_all.sh {HERE}/named --lrr 3                   | --lrr: unknown flag
 script/table2/run_all.sh {HERE}/words                           | holds no finished run named
 TASKS=nope script/table2/run_all.sh {HERE}/named                | --task: unknown value 'nope'
+script/slimmable/finetune.sh                                    | usage: bash
+script/slimmable/finetune.sh {HERE}/smoe {HERE}/file out --seed 3 | --seed differs from row to row
 script/surgery/run_all.sh {HERE}/named --lrr 3                  | --lrr: unknown flag
 script/surgery/run_all.sh {HERE}/words                          | holds no finished run named
 METHODS=nope script/surgery/run_all.sh {HERE}/named             | METHODS: there is no nope
