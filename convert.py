@@ -36,7 +36,7 @@ import smoe_dropout as sd
 from smoe_dropout.manifest import sha256
 from utils import documents
 from utils.checkpoints.storage import require_space
-from utils.cli.convert import Origin
+from utils.cli.convert import ACCOUNT, Origin, is_finished
 from utils.flags.fields import ConvertFlags
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +120,13 @@ class Change:
 def main(flags: ConvertFlags, origin: Origin) -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
+    hashes = {"data_sha256": sha256(Path(flags.data)), "weights_sha256": {path.name: sha256(path) for path in origin.weights}}
+    if is_finished(flags):
+        made = documents.read(Path(flags.out, ACCOUNT), dict, "remove the folder and convert again")
+        if any(made[name] != found for name, found in hashes.items()):
+            raise UserError(f"--out {flags.out} was made of another text or of other weights: choose a new folder")
+        print(f"done already: {flags.out}")
+        return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if flags.device == "auto" else flags.device
     texts = read(flags.data, flags.tokens, flags.held_out)
     model, tokenizer = load(origin, flags.precision, device)
@@ -142,25 +149,24 @@ def main(flags: ConvertFlags, origin: Origin) -> None:
     )
     if flags.k is not None:
         sd.set_top_k(model, flags.k)
-    write(model, tokenizer, done, flags, origin)
+    write(model, tokenizer, flags, asdict(done) | hashes)
     print(done)
     if not model.can_generate():
         print("  the loss is the relative change of the output, as the model writes no text")
     print(f"done: {flags.out}")
 
 
-def write(model: nn.Module, tokenizer: Any, done: sd.Recipe, flags: ConvertFlags, origin: Origin) -> None:
-    """Write the folder, which is complete or absent."""
+def write(model: nn.Module, tokenizer: Any, flags: ConvertFlags, account: dict[str, Any]) -> None:
+    """Write the folder, which is complete or absent. account: what was done, and with what."""
     out = Path(flags.out)
     partial = out.with_name(f"{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)  # of an interrupted run
     sd.save_pretrained(model, partial)
     tokenizer.save_pretrained(partial)
-    hashes = {"data_sha256": sha256(Path(flags.data)), "weights_sha256": {path.name: sha256(path) for path in origin.weights}}
     versions = {"versions": {"smoe_dropout": sd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}}
-    losses = {"losses": {str(k): loss for k, loss in done.losses.items()}}
-    documents.write(partial / "conversion.json", asdict(done) | losses | {"flags": asdict(flags)} | hashes | versions)
+    losses = {"losses": {str(k): loss for k, loss in account["losses"].items()}}
+    documents.write(partial / ACCOUNT, account | losses | {"flags": asdict(flags)} | versions)
     if out.is_dir():
         out.rmdir()
     partial.rename(out)

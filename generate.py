@@ -15,7 +15,7 @@ from dataclasses import replace
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before exit_on_user_error handles signals
 
-from utils.errors import UserError, exit_on_user_error
+from utils.errors import exit_on_user_error
 
 if __name__ == "__main__":
     with exit_on_user_error():  # before torch is imported, so that a wrong flag is refused at once
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from mem_transformer import MemTransformerLM
-from smoe_dropout import moe_layers, slim
+from smoe_dropout import slim
 from smoe_dropout.sampling import Drafts, write
 from utils.checkpoints import weights
 from utils.checkpoints.origin import Source
@@ -36,7 +36,7 @@ from utils.models.flops import active_parameters
 
 
 def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:
-    """The trained model for inference, at k. UserError if it is to draft, but a token's experts depend on those read with it."""
+    """The trained model for inference, at k."""
     made = source.made
     model = build_model(made)
     weights.load(model, source)
@@ -45,8 +45,6 @@ def load(flags: GenerateFlags, source: Source) -> MemTransformerLM:
     if not made.same_length:  # every position as far back as the last one of a training segment attends, itself included
         model.mem_len = made.mem_len + made.tgt_len
         model.config = replace(model.config, mem_len=model.mem_len, same_length=True)
-    if flags.draft_k and any(layer.needs for _, layer in moe_layers(model)):
-        raise UserError(f"--draft_k {flags.draft_k}: the run's method chooses experts by the bytes that are read together; leave it out")
     return model
 
 

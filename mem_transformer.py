@@ -4,15 +4,14 @@ Shape suffixes: B batch, T positions of the segment, M positions of memory, K = 
 """
 
 import math
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoe_dropout.single_position import ELEMENTWISE, KeyValueCache, attend, is_plain, mapped, product
+from smoe_dropout.single_position import ELEMENTWISE, KeyValueCache, OfThread, attend, is_plain, mapped, product
 
 Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
 # embeddings, positions and last hidden states; output of attention; hidden units and output of the feed-forward network
@@ -25,7 +24,8 @@ class TransformerXLConfig:
 
     mem_len: positions of memory kept. same_length: every position attends equally far back; otherwise the first ones see less.
     clamp_len: distances beyond it share one position embedding; -1: no limit. pre_lnorm: LayerNorm before each sublayer instead of after.
-    dropout_only: the one of DROPOUT_PLACES at which `dropout` acts; None: all.
+    dropout_only: the one of DROPOUT_PLACES at which `dropout` acts; None: all. segment_len: positions of a segment in training, to which
+    `read` keeps for layers that mix the positions of a segment; None: a whole text is one.
     """
 
     n_token: int
@@ -43,6 +43,7 @@ class TransformerXLConfig:
     clamp_len: int = -1
     tie_weight: bool = True
     init_std: float = 0.02
+    segment_len: int | None = None
 
     def __post_init__(self):
         if self.same_length and self.mem_len == 0:
@@ -151,25 +152,18 @@ class QueryKeyValue(nn.Linear):
         return q_BTW, tuple(kv_of_x), F.linear(memory_BMD, self.weight[self.width :]).split(self.width, -1)
 
 
-class OfThread(threading.local):
-    """Value that every thread sets for itself."""
-
-    value: Tensor | None = None
-
-    def __reduce__(self):  # copies and pickles have none
-        return OfThread, ()
-
-
 class RelativeAttention(nn.Module):
     """Multi-head attention with relative positions: softmax(((q + u) k + shift((q + v) r)) / sqrt(C)) v.
 
-    If `keep_probabilities` is set, `probabilities` holds those of the thread's last pass [B, H, T, K], detached and before dropout.
+    If `keep_probabilities` is set, `probabilities` holds those of the thread's last pass [B, H, T, K], detached and before dropout. If
+    `keep_past` is set, `past.value` is the cache that the thread reads with, which carries values of earlier positions of the segment.
     """
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = config.n_head, config.d_head, config.dropatt
         self.keep_probabilities, self._probabilities = False, OfThread()
+        self.keep_past, self.past = False, OfThread()
         width = config.n_head * config.d_head
         self.qkv = QueryKeyValue(config.d_model, width)
         self.position = nn.Linear(config.d_model, width, bias=False)
@@ -264,7 +258,8 @@ class DecoderLayer(nn.Module):
 
     def read(self, x_BTD: Tensor, cache: KeyValueCache, *attention_inputs) -> Tensor:
         """`forward` with cached positions in place of memory."""
-        return self._around(x_BTD, lambda x_BTD: self.attention.read(x_BTD, cache, *attention_inputs))
+        with self.attention.past.holding(cache if self.attention.keep_past else None):
+            return self._around(x_BTD, lambda x_BTD: self.attention.read(x_BTD, cache, *attention_inputs))
 
     def _around(self, x_BTD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_lnorm:
@@ -330,13 +325,15 @@ class MemTransformerLM(nn.Module):
     def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
 
-        Pass the returned cache to the next call; the one passed in is modified. A layer that mixes positions, as some methods of routing
-        do, sees those of one call, so that each should be a segment as in training. RuntimeError in training mode.
+        Pass the returned cache to the next call; the one passed in is modified. A layer that mixes the positions of a segment, as some
+        methods of routing do, sees those of `segment_len` positions, in however many calls they are read. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")
         if cache is None:
             cache = tuple(KeyValueCache() for _ in self.layers)
+        if len(parts := self._segments(tokens_BT, cache)) > 1:
+            return torch.cat([self.read(part, cache)[0] for part in parts], 1), cache
         T, M = tokens_BT.shape[1], min(cache[0].length, self.mem_len)
         if cache[0].r_HLC is None or cache[0].r_HLC.shape[1] < M + T:
             position_LD = self._positions(self.mem_len + T)
@@ -348,6 +345,16 @@ class MemTransformerLM(nn.Module):
         for layer, cached in zip(self.layers, cache, strict=True):
             x = layer.read(x, cached, *attention_inputs)
         return mapped(self.head, x).float(), cache
+
+    def _segments(self, tokens_BT: Tensor, cache: Cache) -> Sequence[Tensor]:
+        """The tokens by segment, if a layer mixes those of one. Where a segment begins, what the cache carries is dropped."""
+        length = self.config.segment_len
+        if length is None or not any(layer.attention.keep_past for layer in self.layers):
+            return (tokens_BT,)
+        if (read := cache[0].count % length) == 0:
+            for cached in cache:
+                cached.carried.clear()
+        return tokens_BT.tensor_split([*range(length - read, tokens_BT.shape[1], length)], 1)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
         """Cross-entropy of each target in nats [B, T], the next memory, and logits [B, T, V]."""

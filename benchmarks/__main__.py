@@ -18,10 +18,25 @@ import torch
 import tyro
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, generation, growth, layer, memory, mixed, slimmable, speculation, step, tradeoff
+from benchmarks import (
+    attention,
+    data,
+    evaluation,
+    generation,
+    growth,
+    layer,
+    memory,
+    mixed,
+    slimmable,
+    slimmable_trials,
+    speculation,
+    step,
+    tradeoff,
+)
 from benchmarks.backends import BackendFlags, measure_table
 from benchmarks.measure import Common, Device, record
 from benchmarks.tables import RECORDS, markdown, summary
+from utils.errors import exit_on_user_error
 
 BENCHMARKS = {
     "layer": layer,
@@ -104,9 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if isinstance(flags, slimmable.SlimmableFlags):
         slimmable.run(flags)
+        if flags.calibration is not None:
+            slimmable_trials.run(flags)
         return
     run(flags.each() if isinstance(flags, AllFlags) else [flags])
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -33,22 +33,6 @@ from utils.errors import UserError
 
 ROWS = 1  # sequences in a pass: logits of a large vocabulary take room
 TIMES = ("seconds", "ratio", "ratio_min", "ratio_max")
-# options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's recipe
-TRIALS = (
-    {"cut": "contiguous", "router": "random"},
-    {"cut": "coactivation", "router": "learned"},
-    {"cut": "weights", "router": "learned"},
-    {"cut": "random", "router": "learned"},
-    {"cut": "contiguous", "router": "learned"},
-    {"cut": "coactivation", "router": "random"},
-    {"cut": "coactivation", "router": "representative"},
-    {"cut": "coactivation", "router": "learned", "correction": "norm"},
-    {"cut": "coactivation", "router": "learned", "shared_experts": 2},
-    {"cut": "coactivation", "router": "learned", "shared_experts": 2, "correction": "mean"},
-    {"cut": "coactivation", "router": "mlp"},
-    {"cut": "weights", "router": "representative", "shared_experts": 4},
-)
-DEFAULTS = {"shared_experts": 0, "correction": "none"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,7 @@ class SlimmableFlags(Common):
     k: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14, 16)
     """numbers of active experts"""
     tokens: int = 8_192
-    """tokens of the text that quality is measured on"""
+    """tokens of the text that quality is measured on, at most"""
     context: int = 512
     """tokens of a sequence"""
     prompt: int = 8
@@ -80,13 +64,17 @@ class SlimmableFlags(Common):
     rounds: int = 9
     """measured rounds, after one warm-up round"""
     calibration: Path | None = None
-    """text to fit conversions to: measures `TRIALS`, the ways to convert the model, too"""
+    """text to fit conversions to: measures the ways to convert the model, too"""
     calibration_tokens: int = 4_096
-    """tokens of it"""
+    """tokens of it, at most"""
     trial_tokens: int = 2_048
     """tokens of the held-out text that those are measured on"""
     trial_k: tuple[int, ...] = (12, 8)
     """numbers of active experts at which they are measured"""
+    recovery: Path | None = None
+    """with --calibration: folder of prepared tokens to train every way to convert on, for what it recovers"""
+    recovery_tokens: int = 50_000
+    """tokens of that training"""
     out: Path = RECORDS
     """folder of the records, one for each dense model, of its folder's name"""
 
@@ -107,7 +95,7 @@ class Text:
 
     @classmethod
     def read(cls, path: Path, folder: Path, tokens: int, context: int) -> Text:
-        """The first tokens of a file by the tokenizer of a folder. UserError for a text that is too short."""
+        """At most this many tokens of a file by the tokenizer of a folder. UserError for a text shorter than a sequence."""
         from transformers import AutoTokenizer
 
         try:
@@ -115,10 +103,10 @@ class Text:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text ({error}): give a file of plain text") from None
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        whole = tokens // context * context
         found = tokenizer(written, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if len(found["input_ids"]) < max(whole, 1):
-            raise UserError(f"{path} has {len(found['input_ids'])} tokens, {tokens} are needed: give a longer text, or fewer --tokens")
+        whole = min(tokens, len(found["input_ids"])) // context * context
+        if not whole:
+            raise UserError(f"{path} has {len(found['input_ids'])} tokens, and a sequence has --context {context}: give a longer text")
         read = written[: found["offset_mapping"][whole - 1][1]].encode()
         first = (tokenizer("a")["input_ids"] or [None])[0]
         bos = first if first is not None and first in (tokenizer.bos_token_id, tokenizer.cls_token_id) else None
@@ -321,34 +309,11 @@ def contestants(flags: SlimmableFlags) -> Iterator[tuple[dict[str, Any], Path]]:
         yield {**key, "sha256": weights_hash(folder)}, folder
 
 
-def try_out(flags: SlimmableFlags, options: dict[str, Any], text: Text, calibration: Text) -> dict[str, Any]:
-    """Converts the dense model in one way, and measures it at a few k: seconds of the conversion, and perplexity by k."""
-    model = open_model(flags.dense, flags.device)
-    passes = [
-        (lambda ids=ids: model(ids.to(model.device), labels=ids.to(model.device), use_cache=False).loss, None)
-        for ids in calibration.inputs()
-    ]
-    short = next(iter(calibration.inputs()))[:1, :8].to(model.device)  # the losses that the conversion measures are of no use here
-    held_out = [(lambda: model(short, labels=short, use_cache=False).loss, None)]
-    begin = flags.clock()
-    sd.convert(model, passes, held_out=held_out, tokens=flags.calibration_tokens, seed=1, **options)
-    seconds, found = round(flags.clock() - begin, 1), {}
-    for k in flags.trial_k:
-        with at(model, k):
-            found[str(k)] = quality(model, text)["perplexity"]
-    print(f"{options}: {found}", flush=True)
-    return {"seconds": seconds, "perplexity": found}
-
-
-def ablation(flags: SlimmableFlags, record: Record) -> None:
-    """Measures every one of `TRIALS` that the record does not have, all with the same calibration text."""
-    text = Text.read(flags.text, flags.dense, flags.trial_tokens, flags.context)
-    calibration = Text.read(flags.calibration, flags.dense, flags.calibration_tokens, flags.context)
-    budget = {"calibration": calibration.sha256, "tokens": flags.calibration_tokens, "measured": flags.trial_tokens}
-    for options in TRIALS:
-        whole = {**DEFAULTS, **options}
-        key = {"options": {name: whole[name] for name in ("cut", "router", "shared_experts", "correction")}, **budget}
-        record.row("ablation", key, partial(try_out, flags, options, text, calibration))
+def opened(flags: SlimmableFlags) -> tuple[Text, Record]:
+    """The held-out text, and the record of the dense model, as far as it is."""
+    text = Text.read(flags.text, flags.dense, flags.tokens, flags.context)
+    path = flags.out / f"{flags.dense.resolve().name}.json"
+    return text, Record(path, identity_of(flags, text), timing_of(flags), environment(flags.device, []))
 
 
 def run(flags: SlimmableFlags) -> None:
@@ -357,9 +322,7 @@ def run(flags: SlimmableFlags) -> None:
         raise UserError("--dense FOLDER and --text FILE are needed: the model, and text that it has not been fitted to")
     torch.set_num_threads(flags.threads)
     compared = list(contestants(flags))
-    text = Text.read(flags.text, flags.dense, flags.tokens, flags.context)
-    path = flags.out / f"{flags.dense.resolve().name}.json"
-    record = Record(path, identity_of(flags, text), timing_of(flags), environment(flags.device, []))
+    text, record = opened(flags)
     probe_BT = next(iter(text.inputs()))[:, : min(128, flags.context)]
     dense = open_model(flags.dense, flags.device)
     with torch.no_grad():
@@ -381,6 +344,4 @@ def run(flags: SlimmableFlags) -> None:
         for name, row in rows.items():
             row |= times[name]
         record.write()
-    if flags.calibration is not None:
-        ablation(flags, record)
-    print(f"measured {flags.dense}: {path}")
+    print(f"measured {flags.dense}: {record.path}")

@@ -57,7 +57,7 @@ class Row(Struct):
 
 class Trial(Struct):
     """A way to convert the model. options: of the conversion. calibration: sha256 of its text. tokens, measured: of it, and of the held-out
-    text. perplexity: by k, as text.
+    text. perplexity: by k, as text; recovered: after training on recovery_tokens.
     """
 
     calibration: Sha256
@@ -67,6 +67,8 @@ class Trial(Struct):
     seconds: Positive
     perplexity: dict[str, Positive]
     commit: str | None
+    recovered: dict[str, Positive] | UnsetType = UNSET
+    recovery_tokens: Count | UnsetType = UNSET
 
 
 class Slimmable(Struct):
@@ -172,10 +174,12 @@ def ablation_table(record: dict[str, Any]) -> str:
     trials = record["ablation"]
     names = list(dict.fromkeys(name for trial in trials for name in trial["options"]))
     ks = sorted({int(k) for trial in trials for k in trial["perplexity"]}, reverse=True)
-    lines = head([*(name.replace("_", " ") for name in names), *(f"k = {k}" for k in ks), "seconds"])
+    trained = [f"k = {k}, trained" for k in ks] if any("recovered" in trial for trial in trials) else []
+    lines = head([*(name.replace("_", " ") for name in names), *(f"k = {k}" for k in ks), *trained, "seconds"])
     for trial in trials:
         cells = [str(trial["options"].get(name, "–")) for name in names]
         cells += [number(trial["perplexity"].get(str(k))) for k in ks]
+        cells += [number(trial.get("recovered", {}).get(str(k))) for k in ks if trained]
         lines.append(line([*cells, f"{trial['seconds']:.0f}"]))
     return "\n".join(lines)
 
@@ -197,7 +201,9 @@ def section(record: dict[str, Any]) -> str:
     if record["ablation"]:
         trial = record["ablation"][0]
         of = f"the same {trial['tokens']:,} calibration tokens; perplexity on {trial['measured']:,} held-out tokens without any training"
-        parts += [f"Ways to convert it, all with {of}:", ablation_table(record)]
+        trained = {one["recovery_tokens"] for one in record["ablation"] if "recovery_tokens" in one}
+        then = f", and after training on the same {', '.join(f'{tokens:,}' for tokens in sorted(trained))} tokens" if trained else ""
+        parts += [f"Ways to convert it, all with {of}{then}:", ablation_table(record)]
     origin = f", {model['origin']['name']} (sha256 {model['origin']['sha256'][:12]})" if model.get("origin") else ""
     weights = f"Weights: {model['package']}{origin}, dense folder sha256 {model['sha256'][:12]}."
     read = f"Text: {text['tokens']:,} tokens ({text['bytes']:,} bytes, sha256 {text['sha256'][:12]}) in sequences of {text['context']}."

@@ -4,6 +4,7 @@ set -euo pipefail
 SCRIPT=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # idle threads do not spin, so that parallel runs do not slow each other down
+[ -t 2 ] || export HF_HUB_DISABLE_PROGRESS_BARS=1  # a log has plain lines
 
 BOOKCORPUS=bookcorpus/bookcorpus@refs/convert/parquet  # the hub's Parquet conversion
 

@@ -15,7 +15,7 @@ from smoe_dropout import hosts
 from smoe_dropout.arguments import require_module
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.control import moe_layers
-from smoe_dropout.hosts.attention import attention_before, keep_probabilities
+from smoe_dropout.hosts.attention import attention_before, keep_past, keep_probabilities
 from smoe_dropout.hosts.named import pattern_of
 from smoe_dropout.hosts.original import Snapshot, base, dense_tensors, put_modules
 from smoe_dropout.hosts.site import Site
@@ -251,6 +251,8 @@ def _place(plan: Plan, layers: list[MoELayer]) -> None:
     for place, (site, layer, attention) in enumerate(zip(plan.sites, layers, plan.attentions, strict=True)):
         layer.place(place, len(layers), shared, attention)
         site.replace(layer)
+        if "attention" in plan.needs:
+            keep_past(attention)
         if "probabilities" in plan.needs:
             keep_probabilities(attention, shared, place)
     if plan.embedding is not None:

@@ -5,6 +5,10 @@ embedding bag and its derivative, read them at two thirds. Imports torch alone. 
 """
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +65,30 @@ def attend(qu_HBTC: Tensor, qv_HBTC: Tensor, k_HBKC: Tensor, v_HBKC: Tensor, r_H
     return p_HBTK, (v_HBKC * p_HBTK.transpose(2, 3)).sum(2, keepdim=True)
 
 
+class OfThread(threading.local):
+    """Value that every thread sets for itself."""
+
+    value: Any = None
+
+    @contextmanager
+    def holding(self, value: Any) -> Iterator[None]:
+        """Set the value while this runs, and None afterwards."""
+        self.value = value
+        try:
+            yield
+        finally:
+            self.value = None
+
+    def __reduce__(self):  # copies and pickles have none
+        return OfThread, ()
+
+
 class KeyValueCache:
     """Keys and values of an attention module for positions already read, and the keys of distances, without gradients.
 
     Buffers are twice as long as needed, so that their content moves only when they are full, not for every new position. They keep SPARE
-    positions beyond the memory, which is still complete after that many have been forgotten.
+    positions beyond the memory, which is still complete after that many have been forgotten. count: positions read and not forgotten.
+    carried: values [B, P, C] of the last P of them for layers that mix positions, by the layer's place; see `carry`.
     """
 
     SPARE = 32
@@ -73,6 +96,7 @@ class KeyValueCache:
     def __init__(self):
         self.r_HLC: Tensor | None = None  # keys of the distances L - 1 .. 0
         self._kv: Tensor | None = None  # [2, H, B, capacity, C], filled up to `_end`
+        self.count, self.carried = 0, dict[int, tuple[Tensor, ...]]()
         self._end, self._needed = 0, 0  # of the filled positions, those that the memory needs because earlier ones are gone
 
     @property
@@ -92,16 +116,26 @@ class KeyValueCache:
             self._kv, self._end = fresh, kept
         begin, new = self._end - min(self._end, memory), self._kv[:, :, :, self._end : self._end + T]
         new[0].copy_(k_HBTC), new[1].copy_(v_HBTC)
-        self._end += T
+        self._end, self.count = self._end + T, self.count + T
         return self._kv[:, :, :, begin : self._end]
+
+    def carry(self, place: int, *parts_BTC: Tensor) -> tuple[Tensor, ...]:
+        """Parts of a pass's positions with those of the positions carried before them [B, P + T, C], which are carried from now on."""
+        if place in self.carried:
+            parts_BTC = tuple(torch.cat(pair, 1) for pair in zip(self.carried[place], parts_BTC, strict=True))
+        self.carried[place] = parts_BTC
+        return parts_BTC
 
     def forget(self, count: int) -> None:
         """Forget the last `count` positions, as if they had never been read.
 
-        ValueError for more than SPARE, at once or one after another, if the memory would not be complete, or for more than there are.
+        ValueError for more than SPARE, at once or one after another, if the memory would not be complete, or for more than there are,
+        also of those that are carried.
         """
-        if not 0 <= count <= min(self.SPARE, self._end - self._needed):
+        carried = min((parts[0].shape[1] for parts in self.carried.values()), default=self._end)
+        if not 0 <= count <= min(self.SPARE, self._end - self._needed, carried):
             raise ValueError(
                 f"{count} of {self._end} positions cannot be forgotten: at most {self.SPARE} can, and the memory must be complete"
             )
-        self._end -= count
+        self._end, self.count = self._end - count, self.count - count
+        self.carried = {place: tuple(part[:, : part.shape[1] - count] for part in parts) for place, parts in self.carried.items()}

@@ -17,7 +17,7 @@ head -n "$((lines - lines / 50))" "$text" >"$out/train.txt"
 tail -n "$((lines / 50))" "$text" >"$out/held_out.txt"
 
 # 2. cut the feed-forward networks, and fit routers to the cut
-if [ ! -e "$out/fitted/manifest.json" ]; then "$PYTHON" convert.py --from "$model" --data "$out/train.txt" --out "$out/fitted"; fi
+"$PYTHON" convert.py --from "$model" --data "$out/train.txt" --out "$out/fitted"
 stages=("fitted=$out/fitted")
 
 if [ "$budget" != 0 ]; then

@@ -2,7 +2,8 @@
 # Fine-tunes the pre-trained runs of a folder on the tasks of Table 2, then prints the table and draws its figures. Rerun to resume.
 # bash script/table2/run_all.sh RUNS [flags of finetune.py]; RUNS, such as runs/laptop/enwik8, holds runs named <method>-seed<seed>.
 # Rows: METHODS ("dense smoe thor smoe_dropout") that have a finished run in RUNS, TASKS (all that have a script here), SEEDS ("1 2") and
-# FOLDS (all of the task), JOBS (2) at a time; a run is fine-tuned with its own seed. SCRATCH=1 adds each row from random weights.
+# FOLDS (all of the task), JOBS (2) at a time; a run is fine-tuned with its own seed. As in the paper, models with experts are fine-tuned
+# twice, with all experts and with half of them, unless --moe_top_k or --dynamic_moe is given. SCRATCH=1 adds each row from random weights.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ ! -d "$1" ]; then
@@ -20,16 +21,22 @@ for task in $tasks; do
     for method in ${METHODS:-dense smoe thor smoe_dropout}; do
       checkpoint=$pretrained/$method-seed$seed
       [ -e "$checkpoint/result.json" ] || continue
-      for scratch in "" ${SCRATCH:+--from_scratch}; do
-        settings=$("$PYTHON" -m utils.cli.finetune --checkpoint "$checkpoint" --task "$task" "${flags[@]}" --seed "$seed" $scratch)
+      for scratch in "" ${SCRATCH:+--from_scratch}; do for tuned in all half; do
+        how=(--seed "$seed" $scratch)
+        if [ $tuned = half ]; then
+          E=$(field moe_num_expert <<<"$settings")
+          if has moe_top_k "${flags[@]}" || [ "$(field moe_top_k <<<"$settings")" != "$E" ]; then continue; fi
+          how+=(--moe_top_k "$((E / 2))" --run_name "$method-half")
+        fi
+        settings=$("$PYTHON" -m utils.cli.finetune --checkpoint "$checkpoint" --task "$task" "${flags[@]}" "${how[@]}")
         folder=$(field work_dir <<<"$settings")
-        name=$(field model <<<"$settings")-$task-$method-seed$seed${scratch:+-scratch}
-        command=(bash "script/table2/$task.sh" "$checkpoint" "${flags[@]}" --seed "$seed" $scratch)
+        name=$(field model <<<"$settings")-$task-$(basename "$folder")${scratch:+-scratch}
+        command=(bash "script/table2/$task.sh" "$checkpoint" "${flags[@]}" "${how[@]}")
         if [ -z "$folds" ]; then row "$name" "$folder" "${command[@]}"; fi
         for fold in ${folds:+${FOLDS:-$folds}}; do
           row "$name-fold$fold" "${folder/\/fold0//fold$fold}" "${command[@]}" --fold "$fold"
         done
-      done
+      done; done
     done
   done
 done

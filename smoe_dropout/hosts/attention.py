@@ -2,7 +2,8 @@
 
 An attention module has `is_causal`, whether a position attends only to earlier ones (default: yes). It keeps its probabilities
 [B, heads, T, keys] if it has a switch `keep_probabilities`; those of transformers return them, after dropout, with
-attn_implementation="eager".
+attn_implementation="eager". With a switch `keep_past` its `past.value` is the cache of a pass that reads with one, whose `carry` keeps what
+the layer after it needs of earlier positions; `smoe_dropout.hf` does so in caches of transformers.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ class _Returned:
         self.shared.probabilities[self.index] = output[1].detach()
 
 
+def keep_past(attention: nn.Module) -> None:
+    """Make the module show the cache it reads with to the MoE layer after it, if it can."""
+    if hasattr(attention, "keep_past"):
+        attention.keep_past = True
+
+
 def probabilities_before(layer: MoELayer) -> Tensor:
     """Probabilities [B, heads, T, keys] of the attention module before the layer in this pass. RuntimeError if it has not run."""
     if hasattr(layer.attention, "keep_probabilities"):
@@ -76,6 +83,8 @@ def with_past(layer: MoELayer, *parts_BTC: Tensor) -> tuple[Tensor, ...]:
             f"{type(layer.attention).__name__} is the last attention module before an MoE layer, but did not run before it: use another "
             "method for this model"
         )
+    if getattr(layer.attention, "keep_past", False) and (cache := layer.attention.past.value) is not None:
+        return cache.carry(layer.index, *parts_BTC)
     past = pasts.pop(layer.index, None)
     return parts_BTC if past is None else past.extend(*parts_BTC)
 

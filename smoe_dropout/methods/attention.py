@@ -2,8 +2,9 @@
 
 e_j = W u_j + b; e'_i = sum_j A_ij e_j, with A the preceding attention's head of lowest mean entropy; then top-k of e'. Here A is restricted
 to positions of the same segment and renormalised, since memory has no router scores; a cache of transformers has those of its positions,
-which count as the same segment. With causal attention the head is selected per position by the mean entropy up to that position, so that no
-route depends on later tokens; otherwise by the mean over all positions. A is detached, so routing does not train attention.
+which count as the same segment, and a Transformer-XL may read a segment in several calls. With causal attention the head is selected per
+position by the mean entropy up to that position, so that no route depends on later tokens; otherwise by the mean over all positions. A is
+detached, so routing does not train attention.
 """
 
 import torch

@@ -3,7 +3,7 @@
 e_j = W u_j + b, the router's scores of MoE input u_j; e'_i = sum_j softmax_j(u_i^T W_s u_j / tau) e_j; then top-k of e'. With causal
 attention j runs over the positions up to i of the same segment, since a language model's routes may not depend on later tokens; otherwise
 over all positions, including padding. Positions in a cache of transformers count as the same segment; the memory of a Transformer-XL does
-not. tau = sqrt(d) and the initial W_s = identity are our choice: the paper does not state them.
+not, but a segment may be read in several calls. tau = sqrt(d) and the initial W_s = identity are our choice: the paper does not state them.
 """
 
 import math

@@ -34,6 +34,7 @@ PRELOADED = {  # modules that a program imports late, loaded once before it is f
     "finetune.py": ("finetune",),
     "surgery.py": ("surgery", "smoe_dropout.surgery.clustering", "scipy.optimize"),
     "generate.py": ("generate",),
+    "convert.py": ("convert",),
     "data/prepare_pieces.py": ("datasets", "transformers"),
     "utils.reporting": ("utils.reporting.ablations", "utils.reporting.surgery_table"),
     "tests.faults.library": ("transformers", "smoe_dropout.hf.pretrained"),

@@ -25,7 +25,11 @@ SURGERY = f"surgery.py --from=run {HERE} --tokens=200"
 PREPARE = "data/prepare.py words --source source.txt --out text"
 ROWS = "data/prepare_task.py sst2 --source rows --out sst2"
 PIECES = "data/prepare_pieces.py pieces --tokenizer tokenizer --data_files lines.txt --out pieces"
-PASSED = "run/checkpoints tuned/checkpoints"  # a damaged checkpoint that is passed over stays
+CONVERT = (
+    "convert.py --from=model --data source.txt --num_experts=4 --tokens=64 --held_out=32 --length=12 --threads=1 --device=cpu --seed=1"
+)
+RECOVER = f"train.py {HOW} {HERE} --model=hf --start_from=converted --method=elastic --teacher=self --tgt_len=8 --data=tokens"
+PASSED = "run/checkpoints tuned/checkpoints recovered/checkpoints"  # a damaged checkpoint that is passed over stays
 UNREAD = f"{PASSED} run/env.json tuned/env.json run/metrics.jsonl tuned/metrics.jsonl"  # where the result is already there
 EXAMINED = "run merged saved/pretrained saved/model text pieces sst2 results"
 TWINS = {"source.txt": "source2.txt", "lines.txt": "lines2.txt", "rows": "rows2", "--seed=1": "--seed=2"}  # for what another run has
@@ -72,6 +76,10 @@ MAKING = {
     "keep_best": Job(f"{SURGERY} --method=keep_best --keep=2 --out=kept", "run text", "kept"),
     "compress": Job(f"{SURGERY} --method=compress --rank=2 --kept=0.5 --out=small", "run text", "small"),
     "save": Job("-m tests.faults.library save saved --seed=1", "", "saved"),
+    "dense": Job("-m tests.faults.library dense model --seed=1", "", "model"),
+    "convert": Job(f"{CONVERT} --out=converted", "model source.txt", "converted"),
+    "prepare_tokens": Job("data/prepare.py words --source source.txt --tokenizer converted --out tokens", "converted source.txt", "tokens"),
+    "recover": Job(f"{RECOVER} --work_dir=recovered", "converted tokens", "recovered"),
     "collect": Job("-m utils.reporting --collect run", "run", "results"),
 }
 READING = {  # what reads these folders, or finds its work done
@@ -91,6 +99,9 @@ READING = {  # what reads these folders, or finds its work done
     "verify_rows": Job(ROWS, "sst2 rows", "sst2"),
     "load": Job("-m tests.faults.library load saved/pretrained", "saved", prints=True),
     "load_weights": Job("-m tests.faults.library load_weights saved/model", "saved", prints=True),
+    "load_converted": Job("-m tests.faults.library load converted", "converted", prints=True),
+    "start_converted": Job(f"{RECOVER} --max_step=2 --work_dir=next", "converted tokens", "next"),
+    "resume_recovered": Job(f"{RECOVER} --work_dir=recovered", "half_recovered:recovered tokens +converted", "recovered", PASSED),
     "repair": Job(f"{MAKING['train'].line} --repair", "half:run +text", "run", PASSED),
     "repair_finished": Job(f"{MAKING['train'].line} --repair", "run +text", "run", UNREAD),
     "repair_tuned": Job(f"{TUNING} --repair", "half_tuned:tuned +sst2 +run +text", "tuned", PASSED),
@@ -99,7 +110,7 @@ READING = {  # what reads these folders, or finds its work done
 JOBS = MAKING | READING
 WRITING = (*MAKING, "page", "evaluate", "resume")  # what is stopped at every operation
 MAKERS = {entry: name for name, job in MAKING.items() for entry in job.makes.split()}
-HALVES = {"half": ("train", "run"), "half_tuned": ("finetune", "tuned")}
+HALVES = {"half": ("train", "run"), "half_tuned": ("finetune", "tuned"), "half_recovered": ("recover", "recovered")}
 
 
 class World:

@@ -12,6 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import smoe_dropout as sd
+from benchmarks import slimmable_trials
+from benchmarks.slimmable import SlimmableFlags
+from benchmarks.slimmable_table import load
 from data import prepare
 from smoe_dropout.adapters import merged
 from tests import tiny
@@ -279,7 +282,7 @@ def test_wrong_commands_are_refused(changes, said, world, tmp_path):
 def test_another_tokenizer_or_a_damaged_folder_is_refused(world, tmp_path):
     other = Path(shutil.copytree(world["llama"], tmp_path / "other"))
     write_tokenizer(other, ["other words"])
-    assert "reads other tokens than those of" in tiny.run(command({**world, "llama": other}, tmp_path / "run")).err
+    assert "tokenizer.json makes other tokens than those of" in tiny.run(command({**world, "llama": other}, tmp_path / "run")).err
     assert "is not that of" in refusal(tuned(world, "sst2", world["llama"], tokenizer=other))
     assert "--from_scratch" in refusal(tuned(world, "sst2", world["llama"], from_scratch=True))
     assert "--tokens 5: rows differ in length" in refusal(tuned(world, "sst2", world["llama"], tokens=5))
@@ -301,3 +304,17 @@ def test_a_dense_folder_is_fine_tuned_as_it_is(world):
         found.append(network._hidden_states(network.backbone, tokens, lengths))
         assert (task.flags.moe, task.flags.dropout, task.flags.lr) == (start == "bert", 0.1, 5e-5)
     torch.testing.assert_close(*found)
+
+
+def test_ways_to_convert_are_compared_also_after_a_recovery(world, tmp_path, monkeypatch):
+    (way,) = ways = slimmable_trials.TRIALS[-1:]
+    short = {"preset": "quick", "tgt_len": 12, "batch_size": 4, "eval_batch_size": 4, "lr": 1e-2, "device": "cpu"}
+    monkeypatch.setattr(slimmable_trials, "TRIALS", ways)
+    monkeypatch.setattr(slimmable_trials, "RECOVERY", slimmable_trials.RECOVERY | short)
+    texts = {"text": world["text"], "calibration": world["text"], "tokens": 96, "context": 32, "calibration_tokens": 96, "trial_tokens": 64}
+    flags = SlimmableFlags(dense=world["llama-dense"], **texts, recovery=world["data"], recovery_tokens=960, out=tmp_path)
+    slimmable_trials.run(flags)
+    slimmable_trials.run(flags)  # finds nothing to do
+    ((trial,),) = (record["ablation"] for record in load(tmp_path))
+    assert trial["options"] == {**slimmable_trials.DEFAULTS, **way} and trial["recovery_tokens"] == 960
+    assert all(trial["recovered"][k] < 0.95 * trial["perplexity"][k] for k in ("8", "12"))

@@ -15,6 +15,7 @@ from utils.errors import UserError, run_main
 from utils.formatting import short_number
 from utils.reporting.__main__ import main
 from utils.reporting.groups import Row, method_groups
+from utils.reporting.published import SHARES, elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 from utils.reporting.tables import DASH
 
@@ -144,7 +145,9 @@ def test_published_only_where_it_is_known(folder, capsys):
     tables = capsys.readouterr().out.partition("\n- ")[0].split("**\n\n|")[1:]
     assert [("1.1776" in t, "Published" in t) for t in tables] == [(True, True), (False, False), (False, False)]
     entries = json.loads(PUBLISHED.read_text())["entries"]
-    assert all(e["source"] and set(e["values"]) <= {"E/2", "E", "dense"} for e in entries)
+    assert all(e["source"] and set(e["values"]) <= {*SHARES, "dense"} for e in entries)
+    (table,) = elsewhere("table1")
+    assert [row[0].text for row in table.rows].count("HyperRouter") == 1 and elsewhere("router") == []
 
 
 def test_latex(folder):

@@ -85,7 +85,7 @@ def test_what_cannot_be_measured_is_refused(folders, tmp_path):
         ({"converted": (f"cut={folders / 'narrow'}",)}, "narrow: dense models are given by --dense"),
         ({"dense": folders / "split"}, "split: dense models are given"),
         ({"dense": tmp_path}, "holds no config.json"),
-        ({"tokens": 4096}, "4096 are needed: give a longer text, or fewer --tokens"),
+        ({"tokens": 4096, "context": 4096}, "and a sequence has --context 4096: give a longer text"),
     ):
         with pytest.raises(UserError, match=sentence):
             slimmable.run(replace(flags, out=tmp_path / "records", **changes))

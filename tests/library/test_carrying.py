@@ -141,6 +141,30 @@ def test_decoder_with_attention_to_an_encoder(method):
         sd.moefy(model, sd.SMoEConfig(4, 2, router="learned", method=method))(ids())
 
 
+@pytest.mark.parametrize("segment_len", [6, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_transformer_xl_reads_segments_in_any_pieces(method, segment_len):
+    """Routes of evaluation and of generation are those of training, whose segments have memory but no routing across them."""
+    model, text = transformer_xl(mem_len=20, segment_len=segment_len), ids(2, 19) % 11
+    sd.moefy(model, sd.SMoEConfig(4, 1, router="learned", gate_weight="sigmoid", init_std=0.5, method=method)).eval()
+    segments, memory, cache, read = [], None, None, []
+    with torch.no_grad():
+        for segment in text.split(segment_len or 19, 1):
+            logits, memory = model.logits(segment, memory)
+            segments.append(logits)
+        whole = torch.cat(segments, 1)
+        for place, piece in enumerate(text.split([3, 1, 1, 2, 1, 11], 1)):
+            if place in (1, 4):  # what is forgotten leaves no trace
+                for cached in model.read(text[:, -1:], cache)[1]:
+                    cached.forget(1)
+            logits, cache = model.read(piece, cache)
+            read.append(logits)
+        close(torch.cat(read, 1), whole)
+        assert (model.read(text[:, 5:6])[0] - whole[:, 5:6]).abs().max() > 1e-2  # the earlier positions matter
+        with pytest.raises(ValueError, match="cannot be forgotten"):
+            cache[0].forget(2 if segment_len else 20)
+
+
 def test_probabilities_of_a_transformer_xl_belong_to_a_thread():
     model, texts = transformer_xl(n_layer=2), [ids(1, length) % 11 for length in (6, 7)]
     sd.moefy(model.eval(), sd.SMoEConfig(4, 1, router="learned", gate_weight="sigmoid", init_std=0.5, method="attention"))

@@ -105,9 +105,8 @@ def runs(tmp_path_factory):
 @SIMILARITY
 def test_reservations_before_training(runs):
     """Each said once: also the library's warning of the router."""
-    first, second, *_ = (runs / "similarity.err").read_text().splitlines()
+    first, *_ = (runs / "similarity.err").read_text().splitlines()
     assert re.match(r"warning: the task does not train the router of .*, since at k = 1 .*\(k: constant, 1 to 1 over 2 steps\)", first)
-    assert re.match(r"warning: --method similarity .* --tgt_len 8 .* --eval_tgt_len 4 in evaluation: set both to the same", second)
     assert (runs / "similarity.err").read_text().count("does not train the router") == 1
 
 
@@ -131,6 +130,12 @@ def test_generate(runs, precision, tmp_path):
     assert generate(*arguments, prompt=tmp_path / "prompt").out_bytes == done.out_bytes
 
 
+@SIMILARITY
+def test_generate_by_a_method_that_routes_by_earlier_bytes(runs):
+    done = generate("--checkpoint", runs / "similarity", "--length", 12, "--k", 2, "--prompt", "Words and ")
+    assert done.code == 0 and len(done.out_bytes) == 22, done
+
+
 def test_generate_by_drafts(runs):
     arguments = ("--checkpoint", runs / "smoe_dropout", "--length", 40, "--temperature", 0, "--prompt", "Words and ")
     drafted = generate(*arguments, "--draft_k", 1, "--draft_length", 3)
@@ -151,7 +156,7 @@ def test_generate_by_drafts(runs):
         ),
         ("smoe_dropout", ["--precision", "fp8"], "--precision: unknown value 'fp8'; nearest: fp32"),
         ("nothing", [], "does not exist"),
-        pytest.param("similarity", [], "--method similarity routes a byte by those before it in its segment of 8", marks=SIMILARITY),
+        pytest.param("similarity", ["--draft_k", "1"], "--method similarity chooses experts by the bytes that are read", marks=SIMILARITY),
     ],
 )
 def test_generate_rejects_invalid_arguments(runs, run, arguments, sentence):

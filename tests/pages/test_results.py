@@ -14,6 +14,7 @@ from utils import documents
 from utils.reporting.__main__ import TABLES, build_tables, place, render
 from utils.reporting.labels import method_label, operations_label, preset_label, training_label
 from utils.reporting.pages import rendered
+from utils.reporting.published import elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 
 MEASURED = ("benchmarks", "slimmable", "tradeoff")  # folders of records that python -m benchmarks writes
@@ -53,7 +54,7 @@ def test_labels_are_words():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_tables_are_rendered_from_the_records(table):
-    tables = build_tables(table, [ROOT / "results" / source for source in TABLES[table].sources])
+    tables = [*build_tables(table, [ROOT / "results" / source for source in TABLES[table].sources]), *elsewhere(table)]
     assert rendered(ROOT / "results" / table / "page.md", table) == render(table, tables, "../../Figs")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from utils import documents
 from utils.cli.pipeline import Program, decide
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.fields import ConvertFlags
 
+ACCOUNT = "conversion.json"  # what was done
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -54,11 +57,19 @@ def opened(path: Path) -> Origin:
     return Origin(str(path), files[0].name)
 
 
+def is_finished(flags: ConvertFlags) -> bool:
+    """Whether --out holds a conversion by these flags, of whatever text."""
+    if not (path := Path(flags.out, ACCOUNT)).is_file():
+        return False
+    made = documents.read(path, dict, "remove the folder and convert again").get("flags", {})
+    return all(made.get(name) == value for name, value in asdict(flags).items() if name not in ("out", "data", "device", "threads"))
+
+
 def _mistakes(flags: ConvertFlags, origin: Origin | None) -> list[str]:
     found, out = [], Path(flags.out)
     if not Path(flags.data).is_file():
         found.append(f"--data {flags.data} is not a file: give a text, such as one line for each paragraph")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()) and not is_finished(flags):
         found.append(f"--out {out} holds something already: choose an empty or a new folder")
     if flags.shared_experts >= flags.num_experts:
         found.append(f"--shared_experts {flags.shared_experts} must be less than --num_experts {flags.num_experts}")

@@ -19,9 +19,6 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
     if not MODELS[made.model].causal:
         known = ", ".join(name for name, model in MODELS.items() if model.causal)
         found.append(f"{flags.checkpoint} holds a {made.model}, which cannot continue a text; these can: {known}")
-    if made.moe and routes_by_position(made):
-        segment = f"by those before it in its segment of {made.tgt_len}"
-        found.append(f"--method {made.method} routes a byte {segment}, and cannot write one at a time: use train.py --eval_only")
     if flags.k is not None and not made.moe:
         found.append(f"--k {flags.k}: the run in {flags.checkpoint} is dense; leave it out")
     elif flags.k is not None and not 1 <= flags.k <= made.moe_num_expert:
@@ -30,6 +27,8 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
         found.append(f"--draft_k {flags.draft_k} must be less than the {k} active experts (--k) that verify the drafts")
     if flags.draft_k is not None and not made.moe:
         found.append(f"--draft_k {flags.draft_k}: the run in {flags.checkpoint} is dense and cannot draft with fewer experts; leave it out")
+    if flags.draft_k is not None and made.moe and routes_by_position(made):
+        found.append(f"--draft_k {flags.draft_k}: --method {made.method} chooses experts by the bytes that are read together; leave it out")
     if flags.draft_k is not None and flags.precision == "bf16":
         found.append(f"--draft_k {flags.draft_k}: in bf16 several bytes are rounded otherwise than one, which changes the text; use fp32")
     if flags.draft_length is not None and flags.draft_k is None:

@@ -16,6 +16,7 @@ N_TOKEN = 256  # bytes
 def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
     names = ("n_layer", "n_head", "d_model", "d_head", "dropout", "dropatt", "dropout_only", "mem_len", "pre_lnorm", "same_length")
     sizes = {name: getattr(flags, name) for name in (*names, "clamp_len", "init_std")}
+    sizes["segment_len"] = flags.tgt_len
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
     return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
 

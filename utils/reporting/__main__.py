@@ -18,6 +18,7 @@ from utils.errors import Parser, UserError, run_main
 from utils.reporting import ablations, records
 from utils.reporting.labels import Record
 from utils.reporting.pages import update_page, writing
+from utils.reporting.published import elsewhere
 from utils.reporting.surgery_table import surgery_tables
 from utils.reporting.tables import Table, footnotes, method_tables, to_latex, to_markdown
 
@@ -85,7 +86,7 @@ def build_tables(name: str, results: list[Path], runs: list[Path] = (), only: li
 def render_pages() -> None:
     """Every page of results/ and its figures."""
     for name, kind in TABLES.items():
-        tables = build_tables(name, [RESULTS / source for source in kind.sources])
+        tables = [*build_tables(name, [RESULTS / source for source in kind.sources]), *elsewhere(name)]
         draw(name, tables, FIGURES)
         update_page(RESULTS / name / "page.md", name, render(name, tables, "../../Figs"))
         print(f"rendered {RESULTS / name / 'page.md'}", file=sys.stderr)

@@ -7,9 +7,8 @@ from smoe_dropout import moe_layers
 from smoe_dropout.checks import untrained_router
 from smoe_dropout.hosts import find_sites
 from utils.data.rows import kind_of
-from utils.flags.derive import routes_by_position, top_k_schedule
+from utils.flags.derive import top_k_schedule
 from utils.flags.fields import Flags
-from utils.flags.models import MODELS
 from utils.models.flops import parameter_counts
 from utils.training.record import moe_layer_indices
 from utils.training.run import Run
@@ -29,14 +28,9 @@ def describe(run: Run, model: nn.Module) -> list[str]:
 
 def reservations(run: Run, model: nn.Module) -> list[str]:
     """Sentences on what the flags will not do, known before training."""
-    flags, schedule = run.flags, top_k_schedule(run.flags)
+    schedule = top_k_schedule(run.flags)
     untrained = untrained_router(model, k=schedule.k_min) if schedule else None
-    found = [f"{untrained} (k: {schedule})"] if untrained else []
-    reads_segments = MODELS[flags.model].reads == "bytes" and not run.is_finetuning
-    if flags.moe and reads_segments and flags.tgt_len != flags.eval_tgt_len and routes_by_position(flags):
-        lengths = f"--tgt_len {flags.tgt_len} in training and --eval_tgt_len {flags.eval_tgt_len} in evaluation"
-        found.append(f"--method {flags.method} routes a position by those before it in its segment, of {lengths}: set both to the same")
-    return found
+    return [f"{untrained} (k: {schedule})"] if untrained else []
 
 
 def _origin(run: Run) -> list[str]:

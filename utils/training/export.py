@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 import smoe_dropout as sd
@@ -33,7 +34,7 @@ class Export(Callback):
             folder = Path(run.flags.work_dir) / MODEL
             try:
                 self._write(merged(model).host, folder)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise TrainingError(f"{folder} cannot be written ({error}): fix that, and run the same command again") from None
         return model
 

@@ -40,9 +40,9 @@ def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source
     task, callbacks = pretraining_task(flags, corpus, engine), []
     known = source.flags.get("vocabulary_sha256") if source else None
     if known and known != task.vocabulary.sha256:
-        what = "pieces" if corpus.unit == "pieces" else "tokens"
-        kind = "was trained on other word pieces" if what == "pieces" else "reads other tokens"
-        raise UserError(f"{source.path} {kind} than those of {corpus.path}: give a text of its {what} by --data")
+        pieces = corpus.unit == "pieces"
+        other = f"{source.path} was trained on other word pieces" if pieces else f"{source.path / TOKENIZER_FILE} makes other tokens"
+        raise UserError(f"{other} than those of {corpus.path}: give a text of its {'pieces' if pieces else 'tokens'} by --data")
     if source and MODELS[flags.model].from_folder:
         if not known:
             raise UserError(f"{source.path} has no {TOKENIZER_FILE}, by which the text could be compared: save its fast tokenizer there")
