@@ -332,12 +332,8 @@ class ConvertFlags:
     cut: str | None = flag(None, "which neurons form an expert together. Default: coactivation", choices=tuple(CUTS))
     router: str = flag("learned", "learned: linear, fitted by regression", choices=tuple(ROUTERS))
     shared_experts: int = flag(0, "experts of the most important neurons, which every token chooses", low=0)
-    gate_weight: str | None = flag(
-        None, "unit: exact; softmax: fine-tuning trains the router. Default: unit, of copies softmax", choices=("unit", "softmax")
-    )
-    correction: str | None = flag(
-        None, "of what is left out; mean needs a shared expert. Default: norm, with softmax none", choices=CORRECTIONS
-    )
+    gate_weight: str | None = flag(None, "softmax: later training trains the router. Default: unit, exact", choices=("unit", "softmax"))
+    correction: str | None = flag(None, "of what is left out; mean needs a shared expert. Default: norm if exact", choices=CORRECTIONS)
     k: int | None = flag(None, "active experts of the saved model, which any use of it may change. Default: E", low=1)
     tokens: int = flag(8192, "tokens that the cut is calibrated on", low=1)
     held_out: int = flag(4096, "tokens that the loss is measured on, at each k", low=1)
