@@ -36,6 +36,7 @@ training() {
   esac
 }
 
+converted=""
 all="dense fitted-elastic contiguous-elastic contiguous-growing fitted-growing fitted-learned contiguous-learned copies-learned"
 for task in ${TASKS:-sst2}; do
   "$PYTHON" -m utils.cli.finetune --task "$task" --checkpoint "$model" --preset laptop "${flags[@]}" >/dev/null
@@ -51,7 +52,10 @@ for task in ${TASKS:-sst2}; do
         checkpoint=$out/models/$folder
         words=$(conversion "$folder")
         read -ra how <<<"$words"
-        if [ ! -e "$checkpoint/conversion.json" ]; then "$PYTHON" convert.py --from "$model" --data "$text" --out "$checkpoint" "${how[@]}"; fi
+        if [[ " $converted " != *" $folder "* ]]; then
+          "$PYTHON" convert.py --from "$model" --data "$text" --out "$checkpoint" "${how[@]}"
+          converted+=" $folder"
+        fi
       fi
       read -ra how <<<"$(training "$name")"
       run=$out/$task/$name-seed$seed

@@ -14,6 +14,7 @@ from utils.errors import UserError, refuse_unwritable
 from utils.flags.fields import ConvertFlags
 
 ACCOUNT = "conversion.json"  # what was done
+USUAL = {"expert_init": "split", "cut": "coactivation", "gate_weight": "unit", "correction": "norm"}  # where an account has no value
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -62,7 +63,8 @@ def is_finished(flags: ConvertFlags) -> bool:
     if not (path := Path(flags.out, ACCOUNT)).is_file():
         return False
     made = documents.read(path, dict, "remove the folder and convert again").get("flags", {})
-    return all(made.get(name) == value for name, value in asdict(flags).items() if name not in ("out", "data", "device", "threads"))
+    here = {name: value for name, value in asdict(flags).items() if name not in ("out", "data", "device", "threads")}
+    return all((made.get(name) or USUAL.get(name)) == (value or USUAL.get(name)) for name, value in here.items())
 
 
 def _mistakes(flags: ConvertFlags, origin: Origin | None) -> list[str]:
