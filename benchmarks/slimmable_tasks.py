@@ -25,6 +25,11 @@ from utils.reporting.tables import DASH, differences
 BAR = 1.5  # points that half the experts may lose
 SHARES = (1, 2, 4, 8, 16)
 CONVERSION = "conversion"
+TRAININGS = {"smoe_dropout": "growing", "elastic": "elastic", "smoe": "learned"}  # in the names of rows, by method
+ROWS = (  # of the script
+    *(DENSE, "fitted-elastic", "contiguous-elastic", "contiguous-growing", "fitted-growing"),
+    *("fitted-learned", "contiguous-learned", "copies-learned"),
+)
 NOTES = (
     "Score in percent with k of E experts, after the last step; mean, and each seed in parentheses. Half - dense: score with half the "
     "experts less that of the dense model with the same seeds. FLOPs: of a pass with half the experts, over the dense model's."
@@ -44,11 +49,15 @@ def label(record: Record) -> str:
     return f"{made}{shared}, {router} router; {', '.join([method, *phrases(told, experts.num_experts)])}"
 
 
+def name_of(record: Record) -> str:
+    """The name of a run's row in the script."""
+    start, training = record["pretrained"], TRAININGS.get(record["method"], record["method"])
+    return f"{start['folder'].removesuffix(f'-{training}')}-{training}" if "experts" in start else DENSE
+
+
 def place(record: Record) -> Path:
     """The path of a record in the folder of its model."""
-    start = record["pretrained"]
-    made = [start["folder"].removesuffix("-learned"), record["method"]] if "experts" in start else [DENSE]
-    return Path("-".join([record["dataset"]["name"], *made, f"seed{record['seed']}"]) + ".json")
+    return Path(f"{record['dataset']['name']}-{name_of(record)}-seed{record['seed']}.json")
 
 
 def collect(runs: Path) -> list[Path]:
@@ -114,12 +123,12 @@ def table(rows: list[Row]) -> str:
         each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
         return f"{mean(values):.1f}{each}" if values else DASH
 
-    lines = head(["", *("E" if share == 1 else f"E/{share}" for share in SHARES), "half - dense", "FLOPs"])
+    lines = head(["row", "experts; training", *("E" if share == 1 else f"E/{share}" for share in SHARES), "half - dense", "FLOPs"])
     for row in rows:
         less, flops = lost(row, dense), cost(row, dense)
         cells = [cell(scores(row, share)) for share in SHARES]
         cells += [DASH if less is None else f"{less:+.1f}", DASH if flops is None else f"{flops:.2f}"]
-        lines.append(line([row.label, *cells]))
+        lines.append(line([name_of(row.first), row.label, *cells]))
     return "\n".join(lines)
 
 
@@ -131,27 +140,29 @@ def dense_of(rows: list[Row]) -> Row | None:
 def verdict(rows: list[Row]) -> str:
     """Whether half the experts come within the bar of the dense model, of rows that are cheaper than it."""
     dense = dense_of(rows)
-    found = {row.label: less for row in rows if row.sparse and (less := lost(row, dense)) is not None and cost(row, dense) < 1}
+    found = {name_of(row.first): less for row in rows if row.sparse and (less := lost(row, dense)) is not None and cost(row, dense) < 1}
     if not found:
         return "The dense model and a cheaper one have no seed in common yet."
     within = [f"{name} ({less:+.1f})" for name, less in found.items() if less >= -BAR]
     if within:
-        return f"With half the experts within {BAR} points of the dense model: {'; '.join(within)}; {len(within)} of {len(found)} rows."
+        number = f"{len(within)} of {len(found)} rows that are cheaper"
+        return f"Half the experts are within {BAR} points of the dense model in {number}: {', '.join(within)}."
     best = max(found, key=found.get)
-    return f"No row is within {BAR} points of the dense model with half the experts: the best is {best} ({found[best]:+.1f})."
+    return f"Half the experts are nowhere within {BAR} points of the dense model: the best row is {best} ({found[best]:+.1f})."
 
 
 def missing(tasks: dict[str, list[Row]]) -> str:
     """Runs that are not there, in a sentence; empty if none are."""
     parts = []
     for task, rows in tasks.items():
-        seeds = {record["seed"] for row in rows for record in row.records}
-        for seed in sorted(seeds):
-            if names := [row.label for row in rows if seed not in {record["seed"] for record in row.records}]:
-                parts.append(f"{kind_of(task).title}, seed {seed}: {'; '.join(names)}")
+        seeds = {name_of(row.first): {record["seed"] for record in row.records} for row in rows}
+        wanted = ROWS if len(rows) > 3 else [*seeds]  # of some tasks, the best rows only
+        for seed in sorted(set().union(*seeds.values())):
+            if names := [name for name in wanted if seed not in seeds.get(name, ())]:
+                parts.append(f"{kind_of(task).title}, seed {seed}: {', '.join(names)}")
     if absent := [kind_of(task).title for task in TASKS if task not in tasks]:
         parts.append(f"tasks {', '.join(absent)}")
-    return f"Not run: {'. '.join(parts)}." if parts else ""
+    return f"Not run: {'; '.join(parts)}." if parts else ""
 
 
 def paths_of(folder: Path) -> list[Path]:
