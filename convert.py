@@ -21,9 +21,8 @@ if __name__ == "__main__":
 
         FLAGS, ORIGIN = parse()
 
-import lzma
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from smoe_dropout.manifest import sha256
 from utils import documents
 from utils.checkpoints.storage import require_space
 from utils.cli.convert import ACCOUNT, Origin, is_finished
+from utils.data.plain_text import read_text, windows
 from utils.flags.fields import ConvertFlags
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,30 +66,9 @@ def load(origin: Origin, precision: str, device: str) -> tuple[nn.Module, Any]:
 
 def read(path: str, tokens: int, held_out: int) -> tuple[str, str]:
     """The beginning of a text and of its last tenth, each as much as so many tokens may take. UserError if it is no text."""
-    opened = lzma.open if path.endswith(".xz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"--data {path} is not a UTF-8 text: {error}") from None
+    text = read_text(path)
     end = len(text) - len(text) // HELD_OUT
     return text[: min(end, tokens * CHARACTERS)], text[end:][: held_out * CHARACTERS]
-
-
-def windows(text: str, tokenizer: Any, tokens: int, length: int, writes: bool) -> Iterator[list[int]]:
-    """Ids of the text, `length` at a time, `tokens` in all, each part after the token that the tokenizer puts before a text, if any; of its
-    lines, cut at `length`, for a model that does not write.
-    """
-    if writes:
-        first, ids = tokenizer("")["input_ids"][:1], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-        own = length - len(first)
-        yield from (first + ids[begin : begin + own] for begin in range(0, max(len(ids) - own, 0) + 1, own) if len(ids) > 1)
-        return
-    read = 0
-    for line in filter(str.strip, text.splitlines()):
-        if read < tokens:
-            read += len(ids := tokenizer(line, truncation=True, max_length=length)["input_ids"])
-            yield ids
 
 
 def passes(model: nn.Module, tokenizer: Any, text: str, tokens: int, length: int) -> list[Pass]:

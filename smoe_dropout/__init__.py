@@ -52,6 +52,7 @@ _EXPORTS = {
     "slim": "slimming",
     "plan": "planning",
     "Plan": "planning",
+    "examine": "microscope",
     "calibrate": "surgery",
     "Calibration": "surgery",
     "operate": "surgery",

@@ -42,14 +42,21 @@ def untrained_router(model: nn.Module, layers: Sequence[MoELayer] | None = None,
     layer, router = found[0], found[0].router
     layer.router_named = True
     name = next((name for name, one in moe_layers(model) if one is layer), "")
-    why = f"{router.gate_weight!r} gate weights are all equal" if router.equal else "at k = 1 the gate weight is always the same"
+    why = (
+        f"{router.gate_weight!r} gate weights are all equal"
+        if router.equal
+        else f"at k = {_most(layer, k)} the gate weight is always the same"
+    )
     other = "only the balance loss does" if getattr(router, "balance_loss", 0) else "and there is no balance loss"
     remedy = router.trains_at_any_k if router.equal else f"{router.trains_at_any_k}, a larger k,"
     return f"the task does not train the router of {name!r}, since {why}, {other}: use {remedy} or freeze the routers"
 
 
 def _is_untrained(layer: MoELayer, k: int | None) -> bool:
-    most = min(k or largest(selected(layer)), layer.num_experts)
-    if layer.num_experts == 1 or layer.own_losses or layer.router.learns_from_task(most):
+    if layer.num_experts == 1 or layer.own_losses or layer.router.learns_from_task(_most(layer, k)):
         return False
     return any(parameter.requires_grad for parameter in layer.routing_parameters())
+
+
+def _most(layer: MoELayer, k: int | None) -> int:
+    return min(k or largest(selected(layer)), layer.num_experts)

@@ -84,6 +84,8 @@ class SMoEConfig:
         object.__setattr__(self, "router", router)
         if self.balance_loss is None and "balance_loss" in implied:
             object.__setattr__(self, "balance_loss", implied["balance_loss"])
+        if "options" in implied and isinstance(self.options, Mapping):
+            object.__setattr__(self, "options", {**implied["options"], **self.options})
         for entry in fields(self):
             if entry.name != "options":
                 object.__setattr__(self, entry.name, _plain(getattr(self, entry.name)))

@@ -138,6 +138,11 @@ class MoELayer(nn.Module, FollowsTraining):
         return TokenK(k.of_tokens(x, self.sequence_first, self.shared.batch), k.largest)
 
     @property
+    def variable(self) -> bool:
+        """Whether tokens differ in their number of experts although k is one number."""
+        return self.router.variable
+
+    @property
     def attention(self) -> nn.Module | None:
         """The model's attention module before this layer, if the layer or its router needs it."""
         return self._before[0] if self._before else None

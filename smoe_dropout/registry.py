@@ -22,9 +22,22 @@ ROUTERS: dict[str, str] = {
     "scored": "smoe_dropout.routers.scored:ScoredRouter",
     "representative": "smoe_dropout.routers.representative:RepresentativeRouter",
     "mlp": "smoe_dropout.routers.mlp:MLPRouter",
+    "all_experts": "smoe_dropout.routers.all_experts:AllExpertsRouter",
+    "fixed": "smoe_dropout.routers.fixed:FixedRouter",
+    "deepseek": "smoe_dropout.routers.deepseek:DeepSeekRouter",
+    "sigma_moe": "smoe_dropout.routers.sigma_moe:SigmaMoERouter",
+    "xmoe": "smoe_dropout.routers.xmoe:XMoERouter",
+    "remoe": "smoe_dropout.routers.remoe:ReMoERouter",
+    "z_loss": "smoe_dropout.routers.z_loss:ZLossRouter",
+    "top_p": "smoe_dropout.routers.top_p:TopPRouter",
+    "hyper_router": "smoe_dropout.routers.hyper_router:HyperRouter",
+    "expert_choice": "smoe_dropout.routers.expert_choice:ExpertChoiceRouter",
+    "stable_moe": "smoe_dropout.routers.stable_moe:StableMoERouter",
+    "adamoe": "smoe_dropout.routers.adamoe:AdaMoERouter",
+    "self_routing": "smoe_dropout.routers.self_routing:SelfRouter",
 }
 
-# the official code's gate names; those of its gates that have no balance loss set its coefficient to 0
+# the official code's gate names, with the settings and options that they imply; gates without a balance loss set its coefficient to 0
 ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomNaiveGate": ("random", {}),
     "NaiveGate": ("learned", {"balance_loss": 0.0}),
@@ -33,7 +46,12 @@ ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomHashGate": ("hash", {}),
     "CustomRandomGate": ("uniform", {}),
     "CustomDropGate": ("logit_drop", {"balance_loss": 0.0}),
+    "CustomRandomGate_Dense": ("fixed", {}),
+    "CustomDenseGate": ("all_experts", {}),
     "CustomDTSGate": ("dense_to_sparse", {"balance_loss": 0.0}),
+    "CustomDTSGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"normalise": False}}),
+    "CustomDTSRandomGate": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random"}}),
+    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random", "normalise": False}}),
     "NoisyGate": ("noisy_top_k", {"balance_loss": 0.0}),
 }
 
@@ -55,6 +73,8 @@ METHODS: dict[str, str] = {
     "dense": "smoe_dropout.methods.dense:METHOD",
     "elastic": "smoe_dropout.methods.elastic:METHOD",
     "sandwich": "smoe_dropout.methods.sandwich:METHOD",
+    "matryoshka": "smoe_dropout.methods.matryoshka:METHOD",
+    "moe_plus_plus": "smoe_dropout.methods.moe_plus_plus:METHOD",
     "thor": "smoe_dropout.methods.thor:METHOD",
     "competesmoe": "smoe_dropout.methods.competesmoe:METHOD",
     "momentumsmoe": "smoe_dropout.methods.momentumsmoe:METHOD",

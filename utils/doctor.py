@@ -1,6 +1,7 @@
 """Checks whether folders are intact, and names what is damaged and what can be done: python -m utils.doctor PATH...
 
-PATH: a run, a folder of surgery.py, a checkpoint, a saved model, a prepared text, the rows of a task, a record, or a folder of records.
+PATH: a run, a folder of surgery.py, a checkpoint, a saved model, a prepared text, the rows of a task, a folder of the microscope, a
+record, or a folder of records.
 Each part is read by the code that uses it. Exit code 0: all is intact; 1: something is damaged, missing or unfinished; 2: a path is none
 of these.
 """
@@ -28,6 +29,7 @@ from utils.data.meta import META, ROWS, SPLITS, TOKENIZER, RowsMeta, TextMeta, f
 from utils.data.rows import TASKS, kind_of, read_examples
 from utils.documents import Content
 from utils.errors import Parser, UserError, run_main
+from utils.reporting.microscope_record import RECORD, read_examination
 from utils.reporting.records import PUBLISHED, REMEDY, files_below, read_published, read_record
 
 EVALUATION = "eval.json"
@@ -284,6 +286,11 @@ def check_records(checkup: Checkup) -> None:
     print(f"  {intact:,} {'file is' if intact == 1 else 'files are'} intact")
 
 
+def check_examination(checkup: Checkup) -> None:
+    """A folder of the microscope."""
+    checkup.read(RECORD, lambda: read_examination(checkup.folder) and "intact")
+
+
 Check = Callable[[Checkup], None]
 RUN_FILES = {RESULT, ENVIRONMENT, METRICS, "checkpoints", run_files.LOCK}
 
@@ -302,6 +309,7 @@ def recognise(path: Path) -> tuple[str, Check] | None:
         (META in here or here & {split_file(path, split).name for split in SPLITS}, "a prepared text", check_text),
         (ROWS in here or _tasks_in(path), "the rows of a task", check_rows),
         (saved or CONFIG in here, "a saved model", check_saved),
+        (RECORD in here, "a folder of the microscope", check_examination),
         (_holds_records(path), "a folder of records", check_records),
     ]
     return next(((kind, check) for holds, kind, check in kinds if holds), None)

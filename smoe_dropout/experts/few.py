@@ -34,7 +34,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
     y_ND = gate_NE @ weights.bias_down_ED
     for expert, own in rows.items():
         everyone = len(own) == len(x_ND)
-        some = slice(None) if everyone else torch.tensor(own, device=x_ND.device)
+        some = slice(None) if everyone else torch.tensor(own, dtype=torch.int64, device=x_ND.device)
         pre = torch.addmm(weights.bias_up_EH[expert], x_ND[some], weights.up_EHD[expert].t())
         hidden = F.dropout(ACTIVATIONS[weights.activation].apply(pre), weights.dropout)
         output = (hidden * gate_NE[some, expert, None]) @ weights.down_EHD[expert]

@@ -46,6 +46,8 @@ class Router(nn.Module):
     frozen_by_default: whether parameters are frozen unless the configuration sets `freeze_router`.
     ragged: whether `forward` takes a k for each token and a gate mass, false in a subclass whose own `forward` does not say so. To others
         the tokens of each k are given separately.
+    variable: whether the number of experts differs from token to token although k is one number, which then is the most of them or, where
+        the router's file says so, their mean.
     trains_at_any_k: the setting with which the task trains the router at any k.
     loads: how often weights have been loaded into routers, of any model.
 
@@ -59,6 +61,7 @@ class Router(nn.Module):
     uses: tuple[str, ...] = ()
     frozen_by_default = False
     ragged = False
+    variable = False
     trains_at_any_k = "gate_weight = 'pre_softmax' or 'sigmoid'"
     shared: Shared | None = None
     loads = 0
@@ -233,14 +236,15 @@ class LinearRouter(LogitRouter):
         """x [..., D] -> logits [..., E]."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(x_ND.device.type):
-            return F.linear(x_ND.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+            return F.linear(x_ND.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     @torch.no_grad()
     def fit(self, inputs_TD: Tensor, strength_TE: Tensor, experts: Experts) -> None:
         """Regress the logarithm of the strengths on the inputs, so that the router's probabilities are shares of the strength."""
         weight_ED, bias_E = Ridge(inputs_TD).fit(log_strength(strength_TE))
         self.weight.copy_(weight_ED)
-        self.bias.copy_(bias_E)
+        if self.bias is not None:
+            self.bias.copy_(bias_E)
 
     def flops(self, tokens: int) -> int:
         """FLOPs of the linear map."""
@@ -340,16 +344,29 @@ def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | 
     the whole batch.
     """
     num_experts = logits_NE.shape[-1]
-    counted_NK = (indices_NK >= 0).to(logits_NE.dtype)
+    share_E = assigned_shares(indices_NK, num_experts, logits_NE.dtype, real_N)
+    return num_experts * (share_E * real_mean(logits_NE.softmax(-1), real_N)).sum()
+
+
+def assigned_shares(indices_NK: Tensor, num_experts: int, dtype: torch.dtype, real_N: Tensor | None = None) -> Tensor:
+    """Fraction of the real tokens' assignments that each expert received [E], over all processes of a distributed run."""
+    counted_NK = (indices_NK >= 0).to(dtype)
     if real_N is not None:
         counted_NK = counted_NK * real_N[:, None]
-    assigned_E = logits_NE.new_zeros(num_experts).scatter_add(0, indices_NK.clamp(min=0).flatten(), counted_NK.flatten())
+    assigned_E = counted_NK.new_zeros(num_experts).scatter_add(0, indices_NK.clamp(min=0).flatten(), counted_NK.flatten())
+    over_processes(assigned_E)
+    return assigned_E / assigned_E.sum().clamp(min=1)
+
+
+def over_processes(summed: Tensor) -> Tensor:
+    """Sum of a tensor over all processes of a distributed run, in place; not differentiated."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(assigned_E)
-    share_E = assigned_E / assigned_E.sum().clamp(min=1)
-    probability_NE = logits_NE.softmax(-1)
+        torch.distributed.all_reduce(summed)
+    return summed
+
+
+def real_mean(values_N: Tensor, real_N: Tensor | None) -> Tensor:
+    """Mean [...] of values [N, ...] over the real tokens (bool [N]; None: all)."""
     if real_N is None:
-        probability_E = probability_NE.sum(0) / max(len(logits_NE), 1)
-    else:
-        probability_E = (probability_NE * real_N[:, None]).sum(0) / real_N.sum().clamp(min=1)
-    return num_experts * (share_E * probability_E).sum()
+        return values_N.sum(0) / max(len(values_N), 1)
+    return (values_N * real_N.view(-1, *[1] * (values_N.dim() - 1))).sum(0) / real_N.sum().clamp(min=1)

@@ -2,13 +2,17 @@
 
 Training: p = softmax((W x + b + G) / temperature), with Gumbel noise G and a temperature that falls linearly from 2 to 0.3. The number of
 active experts is the mean number of p above the threshold, at least k; the unnormalised p are the gate weights. Evaluation: top-k softmax.
+
+CustomDTSGate_softmax is the option normalise = False, CustomDTSRandomGate is assign = "random", and CustomDTSRandomGate_softmax is both.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import require
 from smoe_dropout.routers import LinearRouter, Routing, switch_balance_loss
 from smoe_dropout.selection import Selection
@@ -17,11 +21,18 @@ from smoe_dropout.training import FollowsTraining, Reports
 
 @dataclass(frozen=True)
 class Options:
-    """max_temp, min_temp: temperature at the start and end of training. threshold: experts with p above it are active."""
+    """Options of the dense-to-sparse gate.
+
+    max_temp, min_temp: temperature at the start and end of training. threshold: experts with p above it are active. assign: "random" draws
+    r ~ U(0, 1) for each token and expert in place of W x + b, also in evaluation. normalise: whether the gate weights in evaluation are the
+    softmax of the k chosen logits, or that of all, as in training.
+    """
 
     max_temp: float = 2.0
     min_temp: float = 0.3
     threshold: float = 0.001
+    assign: Literal["learned", "random"] = "learned"
+    normalise: bool = True
 
     def __post_init__(self):
         require(
@@ -37,6 +48,23 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
     Options = Options
     uses = ("balance_loss",)
     active = 0
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(d_model, config)
+        self.gate_weight = "softmax" if self.options.normalise else "pre_softmax"
+        if self.options.assign == "random":
+            self.weight = self.bias = None
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """x [..., D] -> logits [..., E], random ones if so assigned."""
+        if self.options.assign == "learned":
+            return super().logits(x_ND)
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        return torch.rand(*x_ND.shape[:-1], self.num_experts, device=x_ND.device, dtype=dtype)
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of the linear map, if there is one."""
+        return super().flops(tokens) if self.options.assign == "learned" else 0
 
     @property
     def ragged(self) -> bool:

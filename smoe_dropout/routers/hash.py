@@ -25,17 +25,24 @@ class HashRouter(Router):
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, by the token ids of the current batch. RuntimeError without token ids, or if their number is not N."""
-        if self.shared is None or self.shared.tokens is None:
-            raise RuntimeError(
-                "the hash router has no token ids, since the model's token embedding has not run in this pass: give the model token ids "
-                "rather than embeddings, and use another router for a model with several embeddings"
-            )
-        tokens_N = self.shared.tokens.flatten()
-        if len(tokens_N) != len(x_ND):
-            raise RuntimeError(f"the hash router got {len(tokens_N)} token ids for {len(x_ND)} positions")
+        tokens_N = ids_of_tokens(self, x_ND)
         experts_E = torch.arange(self.num_experts, device=x_ND.device)
         scores_NE = mix(tokens_N[:, None] * self.num_experts + experts_E + self.seed)
         return evenly(scores_NE.topk(largest(k), dim=-1).indices, k)
+
+
+def ids_of_tokens(router: Router, x_ND: Tensor) -> Tensor:
+    """Token ids [N] of the layer's input. RuntimeError without token ids, or if their number is not N."""
+    kind = type(router).__name__.removesuffix("Router")
+    if router.shared is None or router.shared.tokens is None:
+        raise RuntimeError(
+            f"the {kind} router has no token ids, since the model's token embedding has not run in this pass: give the model token ids "
+            "rather than embeddings, and use another router for a model with several embeddings"
+        )
+    tokens_N = router.shared.tokens.flatten()
+    if len(tokens_N) != len(x_ND):
+        raise RuntimeError(f"the {kind} router got {len(tokens_N)} token ids for {len(x_ND)} positions")
+    return tokens_N
 
 
 def mix(values: Tensor) -> Tensor:

@@ -85,11 +85,9 @@ class ScoredRouter(LinearRouter):
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """x [..., D] -> logits [..., E], in the precision of the option."""
-        if self.options.precision == "model":
-            return F.linear(x_ND, self.weight.to(x_ND.dtype), None if self.bias is None else self.bias.to(x_ND.dtype))
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            return F.linear(x_ND.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        if self.options.precision == "float32":
+            return super().logits(x_ND)
+        return F.linear(x_ND, self.weight.to(x_ND.dtype), None if self.bias is None else self.bias.to(x_ND.dtype))
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
         """x [N, D] -> its routing, with jitter and the balance loss in training mode."""
@@ -98,21 +96,30 @@ class ScoredRouter(LinearRouter):
         logits_NE = self.logits(x_ND)
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         self.show(logits_NE)
-        sigmoid = self.options.score == "sigmoid"
-        scores_NE = logits_NE.sigmoid() if sigmoid else logits_NE.softmax(-1)
+        scores_NE = self.scores(logits_NE)
         # the softmax of log-sigmoids is the sigmoids divided by their sum, DeepSeek-V3's probabilities (eq. 19)
-        shares_NE = F.logsigmoid(logits_NE) if sigmoid else logits_NE
+        shares_NE = F.logsigmoid(logits_NE) if self.options.score == "sigmoid" else logits_NE
         indices_NK = self.ranking(scores_NE.detach()).topk(largest(k), dim=-1).indices
         weights_NK = scores_NE.gather(1, indices_NK)
         active_NK = active(k, shares_NE, indices_NK)
         if active_NK is not None:
             indices_NK, weights_NK = indices_NK.masked_fill(~active_NK, -1), weights_NK * active_NK
+        losses = self.losses(logits_NE, shares_NE, indices_NK) if self.balance_loss > 0 and self.training else {}
+        return Routing(indices_NK, self.scaled(weights_NK, indices_NK), losses, active_NK is not None)
+
+    def scores(self, logits_NE: Tensor) -> Tensor:
+        """Scores of the experts [N, E]."""
+        return logits_NE.sigmoid() if self.options.score == "sigmoid" else logits_NE.softmax(-1)
+
+    def scaled(self, weights_NK: Tensor, _indices_NK: Tensor) -> Tensor:
+        """Gate weights from the chosen scores."""
         if self.options.normalise:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
-        losses = {}
-        if self.balance_loss > 0 and self.training:
-            losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
-        return Routing(indices_NK, weights_NK * self.options.scale, losses, active_NK is not None)
+        return weights_NK * self.options.scale
+
+    def losses(self, _logits_NE: Tensor, shares_NE: Tensor, indices_NK: Tensor) -> dict[str, Tensor]:
+        """The balance loss, of values whose softmax is the probability and the chosen experts."""
+        return {"balance": self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)}
 
     def ranking(self, scores_NE: Tensor) -> Tensor:
         """Values by which experts are chosen [N, E]: corrected scores, those outside the best groups below all inside."""

@@ -11,7 +11,7 @@ from tests.faults.judge import Failure, forgive_lost, judge_doctor, judge_refusa
 from tests.faults.programs import run
 from tests.faults.world import JOBS, READING, World, copy
 
-READERS = ("train", "train_bert", "finetune", "merge", "collect", *READING)
+READERS = ("train", "train_bert", "finetune", "merge", "microscope", "collect", *READING)
 WORDS = ("null", "true", "-1", "1e999", "NaN", '"1"', "[]", "{}", "9" * 25)  # in place of a value in JSON
 
 

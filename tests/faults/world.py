@@ -31,7 +31,7 @@ CONVERT = (
 RECOVER = f"train.py {HOW} {HERE} --model=hf --start_from=converted --method=elastic --teacher=self --tgt_len=8 --data=tokens"
 PASSED = "run/checkpoints tuned/checkpoints recovered/checkpoints"  # a damaged checkpoint that is passed over stays
 UNREAD = f"{PASSED} run/env.json tuned/env.json run/metrics.jsonl tuned/metrics.jsonl"  # where the result is already there
-EXAMINED = "run merged saved/pretrained saved/model text pieces sst2 results"
+EXAMINED = "run merged saved/pretrained saved/model text pieces sst2 seen results"
 TWINS = {"source.txt": "source2.txt", "lines.txt": "lines2.txt", "rows": "rows2", "--seed=1": "--seed=2"}  # for what another run has
 VOLATILE = {
     "argv",
@@ -80,6 +80,7 @@ MAKING = {
     "convert": Job(f"{CONVERT} --out=converted", "model source.txt", "converted"),
     "prepare_tokens": Job("data/prepare.py words --source source.txt --tokenizer converted --out tokens", "converted source.txt", "tokens"),
     "recover": Job(f"{RECOVER} --work_dir=recovered", "converted tokens", "recovered"),
+    "microscope": Job("-m utils.microscope run --out seen --tokens 200", "run text", "seen"),
     "collect": Job("-m utils.reporting --collect run", "run", "results"),
 }
 READING = {  # what reads these folders, or finds its work done
@@ -105,7 +106,7 @@ READING = {  # what reads these folders, or finds its work done
     "repair": Job(f"{MAKING['train'].line} --repair", "half:run +text", "run", PASSED),
     "repair_finished": Job(f"{MAKING['train'].line} --repair", "run +text", "run", UNREAD),
     "repair_tuned": Job(f"{TUNING} --repair", "half_tuned:tuned +sst2 +run +text", "tuned", PASSED),
-    "doctor": Job(f"-m utils.doctor {EXAMINED}", "run merged saved text pieces sst2 results"),
+    "doctor": Job(f"-m utils.doctor {EXAMINED}", "run merged saved text pieces sst2 seen results"),
 }
 JOBS = MAKING | READING
 WRITING = (*MAKING, "page", "evaluate", "resume")  # what is stopped at every operation

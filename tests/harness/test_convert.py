@@ -17,6 +17,7 @@ import smoe_dropout as sd
 from tests.conftest import ROOT
 from tests.tiny import WORDS
 from utils.cli.convert import Origin, opened, parse
+from utils.data.plain_text import windows
 from utils.errors import UserError
 
 REAL = os.environ.get("SMOE_GGUF", "")  # a GGUF file of a causal language model
@@ -46,9 +47,9 @@ def place(tmp_path_factory) -> Path:
 def test_every_part_begins_as_the_tokenizer_begins_a_text(place):
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama")
     text = " ".join(WORDS)
-    plain = [*convert.windows(text, tokenizer, 10, 4, writes=True)]
+    plain = [*windows(text, tokenizer, 10, 4, writes=True)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="[UNK] $A", special_tokens=[("[UNK]", 0)])
-    parts = [*convert.windows(text, tokenizer, 10, 4, writes=True)]
+    parts = [*windows(text, tokenizer, 10, 4, writes=True)]
     assert plain == [[1, 2, 3, 4], [5, 6, 7, 8]] and parts == [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9]]
 
 

@@ -137,7 +137,7 @@ class Uses:
     def routing(self, folder: Path):
         from utils.training import routing
 
-        routing.main(routing.open_finished([str(folder)]))
+        routing.main([routing.open_finished(folder)])
         return tiny.read_json(folder / "result.json")["routing"]
 
 

@@ -102,7 +102,7 @@ def test_signals_leave_no_traceback(number, body, after):
     assert (process.wait(20), process.stderr.read()) == (128 + number, f"stopped by {number.name}\n")
 
 
-MODULES = ("doctor", "reporting", "reporting.ablations", "training.routing", "cli.train", "cli.finetune")
+MODULES = ("doctor", "microscope", "reporting", "reporting.ablations", "training.routing", "cli.train", "cli.finetune")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -70,7 +70,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 # they draw for every token, or in evaluation for every lane, so that other processes draw otherwise
 DRAW = {"concrete_dropout", "dropblock", "thor"}
-OF_EACH_PART = {"block_dropout", "competesmoe"}  # a draw, and a loss that is logged of the last part
+OF_EACH_PART = {"block_dropout", "competesmoe", "matryoshka"}  # a draw, and a loss that is logged of the last part
 EXACT = [method for method in METHODS if method not in DRAW]
 
 

@@ -209,6 +209,7 @@ BROKEN = [
     ("dataset", "enwik8", "'dataset' must be object"),
     ("environment", {"device": "cpu", "threads": 1}, "'environment' lacks precision"),
     ("routing", {"load_entropy": 1.5, "fluctuation": None}, "'routing.load_entropy' must be float <= 1.001"),
+    ("routing", {"load_entropy": 1, "fluctuation": None, "output_similarity": 2}, "'routing.output_similarity' must be"),
     ("pretrained", None, "'pretrained' must be object, got null"),
     ("pretrained", {"sha256": "a", "transferred": True, "operations": []}, "'pretrained' lacks dataset"),
     ("lost", "metrics.jsonl", "'lost' must be array"),
@@ -454,7 +455,15 @@ def test_routing_has_a_column_where_it_was_measured(folder):
     assert [row[column].strip(" |") for row in rows] == [DASH, "0.850 / 15 %"] and "Routes changing late" in text
     store(record("other", 1, routing={"load_entropy": 0.5, "fluctuation": None}))
     main(["table1", "--page", "page.md"])
-    assert "0.500 / –" in Path("page.md").read_text()
+    assert "0.500 / –" in Path("page.md").read_text() and "Similarity of experts" not in Path("page.md").read_text()
+    newer = {"load_entropy": 0.5, "fluctuation": None, "dead_experts": 0.125, "output_similarity": -0.04}
+    store(record("newer", 1, routing=newer))
+    main(["table1", "--page", "page.md"])
+    header, *rows = [line.split(" | ") for line in Path("page.md").read_text().splitlines() if line.startswith("|") and ":--" not in line]
+    column = header.index("Dead experts, k = E/2")
+    shown = {row[0]: (row[column], row[column + 1].strip(" |")) for row in rows}
+    assert header[column + 1].strip(" |") == "Similarity of experts" and [*shown.values()].count((DASH, DASH)) == len(rows) - 1
+    assert next(pair for label, pair in shown.items() if "Newer" in label) == ("12.5 %", "-0.040")
 
 
 def test_methods_of_the_frozen_router_get_figures_of_their_own(folder):

@@ -1,4 +1,4 @@
-"""Load entropy and fluctuation of routing against counts by hand from the same checkpoints."""
+"""Routing and redundancy in a run's record against counts by hand from the same checkpoints."""
 
 import json
 import math
@@ -17,21 +17,10 @@ from utils.engine import Engine
 from utils.errors import UserError
 from utils.models.build import build_model
 from utils.training import routing
+from utils.training.finished import open_finished
 from utils.training.setup import pretraining_task
 
 E = 4
-
-
-@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [4, 0, 0, 0], [3, 1, 0, 0], [7, 5, 3, 1]])
-def test_load_entropy(counts):
-    shares = np.array(counts) / sum(counts)
-    expected = -sum(share * math.log(share) for share in shares if share) / math.log(len(counts))
-    indices = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
-    assert routing.load_entropy(indices, len(counts)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_single_expert_is_used_evenly():
-    assert routing.load_entropy(torch.zeros(5, 1, dtype=torch.int64), 1) == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +38,32 @@ def test_of_a_run_against_counts_by_hand(run):
     flags, model = parse(arguments), build_model(parse(arguments)).eval()
     text = torch.from_numpy(np.fromfile(flags.data + "/valid.bin", np.uint8).astype(np.int64))
     lanes = text[: len(text) // 2 * 2].view(2, -1)
-    chosen = []
+    chosen, inputs = [], {}
     for path in tiny.checkpoints(folder)[-2:]:
         load_weights(model, path)
         set_top_k(model, E // 2)
+        inputs = {layer: [] for _, layer in moe_layers(model)}
+        hooks = [layer.register_forward_pre_hook(lambda layer, given, into=inputs: into[layer].append(given[0])) for layer in inputs]
         memory, seen = None, []
         for begin in range(0, 8 * routing.BATCHES, 8):
             _, memory, _ = model(lanes[:, begin : begin + 8], lanes[:, begin + 1 : begin + 9], memory)
             seen.append(torch.stack([layer.assigned for _, layer in moe_layers(model)]))
         chosen.append(torch.cat(seen, 1))
+        for hook in hooks:
+            hook.remove()
     changed = [(one[:, 0] != other[:, 0]).float().mean().item() for one, other in zip(*chosen, strict=True)]
     assert found["k"] == E // 2 and found["steps"] == [16, 24]
     assert found["fluctuation_by_layer"] == pytest.approx(changed, abs=1e-6) and 0 < found["fluctuation"] < 1
-    for entropy, indices in zip(found["load_entropy_by_layer"], chosen[1], strict=True):
+    for entropy, dead, indices in zip(found["load_entropy_by_layer"], found["dead_experts_by_layer"], chosen[1], strict=True):
         shares = np.bincount(indices.flatten(), minlength=E) / indices.numel()
         assert entropy == pytest.approx(-sum(s * math.log(s) for s in shares if s) / math.log(E), abs=1e-6)
+        assert dead == (shares * E < 0.01).mean()
+    for similarity, (layer, read) in zip(found["output_similarity_by_layer"], inputs.items(), strict=True):
+        unit_NED = torch.nn.functional.normalize(layer.experts.each(torch.cat(read).flatten(0, 1)), dim=-1)
+        cosine_EE = torch.einsum("nid,njd->ij", unit_NED, unit_NED) / len(unit_NED)
+        assert similarity == pytest.approx((cosine_EE.sum() - cosine_EE.trace()).item() / (E * (E - 1)), abs=1e-4)
+    assert found["dead_experts"] == np.mean(found["dead_experts_by_layer"])
+    assert found["output_similarity"] == pytest.approx(np.mean(found["output_similarity_by_layer"])) and 0 < found["output_similarity"] < 1
 
 
 def test_a_finished_run_is_measured_again_with_the_same_result(run, capsys):
@@ -71,7 +71,7 @@ def test_a_finished_run_is_measured_again_with_the_same_result(run, capsys):
     before = tiny.read_json(folder / "result.json")
     assert before["routing"] is not None
     (folder / "result.json").write_text(json.dumps(before | {"routing": None}))
-    routing.main(routing.open_finished([str(folder)]))
+    routing.main([open_finished(folder)])
     assert tiny.read_json(folder / "result.json") == before and str(folder) in capsys.readouterr().out
 
 
@@ -88,13 +88,13 @@ def test_unfinished_and_damaged_runs_are_refused(run, tmp_path):
         if damage:
             (copy / "result.json").write_text(damage)
         with pytest.raises(UserError, match=said):
-            routing.open_finished([str(folder), str(copy)])
+            open_finished(copy)
     with pytest.raises(UserError, match="holds no run"):
-        routing.open_finished([str(tmp_path)])
+        open_finished(tmp_path)
     (copy / "result.json").write_text(result)
     (copy / "checkpoints" / "step-00000016" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"step-00000016/model\.safetensors is missing.* or train again"):
-        routing.main(routing.open_finished([str(copy)]))
+        routing.main([open_finished(copy)])
     assert (copy / "result.json").read_text() == result
 
 

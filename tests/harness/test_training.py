@@ -163,7 +163,9 @@ def test_tensorboard_has_the_scalars_and_the_expert_load(run):
     for name in histograms:
         assert name.startswith("expert_load/layers.")
         shares = [event.histogram_value for event in events.Histograms(name)]
-        assert len(shares) == STEPS and all(sum(share.bucket) == pytest.approx(1, abs=1e-6) for share in shares)
+        sums = [sum(share.bucket) for share in shares]
+        none = method.layer is not None and method.layer.variable is True  # then perhaps no token has an expert
+        assert len(sums) == STEPS and all(total == pytest.approx(1, abs=1e-6) or (none and total == 0) for total in sums)
         if method.name == "smoe_dropout":  # at k = E all experts get the same
             assert list(shares[-1].bucket)[-E:] == pytest.approx([1 / E] * E)
 
@@ -177,7 +179,7 @@ def test_eval_only_gives_the_numbers_of_the_result(run):
     assert {row["k"]: row["test"] for row in evaluated["quality"]} == {k: rows[k] for k in ([1, 2] if method.sparse else [None])}
 
 
-DRAW_FOR_EACH_PASS = {"concrete_dropout", "dropblock", "block_dropout", "thor"}
+DRAW_FOR_EACH_PASS = {"concrete_dropout", "dropblock", "block_dropout", "thor", "matryoshka"}
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in DRAW_FOR_EACH_PASS])

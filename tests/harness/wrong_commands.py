@@ -20,6 +20,7 @@ from typing import NamedTuple, get_args
 from data import prepare, prepare_pieces, prepare_task
 from tests import tiny
 from tests.conftest import ROOT
+from utils import microscope
 from utils.cli import convert, finetune, generate, surgery, train
 from utils.cli.pipeline import refuse_other_data
 from utils.data.corpus import Corpus
@@ -237,6 +238,14 @@ data/prepare_task.py sst2 --source nowhere                      | nowhere
 -m utils.reporting --only depth                                 | say which table
 -m utils.reporting ablation --only nope                         | invalid choice: 'nope'
 -m utils.reporting table1 --runs nowhere                        | nowhere
+-m utils.microscope                                             | required: PATH, --out
+-m utils.microscope nowhere --out x                             | nowhere is not a folder
+-m utils.microscope {HERE}/smoe --out {HERE}/smoe               | holds something else
+-m utils.microscope {HERE}/smoe --out x --k 99                  | --k 99 must be at most the
+-m utils.microscope {HERE}/smoe --out x --tokens 0              | --tokens: '0' must be a whole number
+-m utils.microscope {HERE}/smoe --out x --data file             | --data file is for a transformers model
+-m utils.microscope {HERE}/dense --out x                        | is a run of a dense model
+-m utils.microscope {HERE} --out x                              | holds no run
 -m utils.reporting.ablations                                    | unknown ablation ''
 -m utils.reporting.ablations nope                               | unknown ablation 'nope'
 -m utils.reporting.ablations depth nope                         | unknown row of depth 'nope'
@@ -244,7 +253,7 @@ data/prepare_task.py sst2 --source nowhere                      | nowhere
 BY_PROCESS = """
 -m utils.cli.train --lr x                                       | --lr x must be a number
 -m utils.cli.finetune --checkpoint nowhere                      | nowhere does not exist
--m utils.training.routing                                       | usage: python -m utils.training.routing RUN...
+-m utils.training.routing                                       | required: RUN
 -m utils.training.routing nowhere                               | nowhere
 script/table1/smoe.sh --lr x                                    | --lr x must be a number
 script/table1/thor.sh --nope                                    | --nope: unknown flag
@@ -365,6 +374,7 @@ PROGRAMS: dict[str, Callable] = {
     },
     **{"data/prepare.py": prepare.main, "data/prepare_pieces.py": prepare_pieces.main, "data/prepare_task.py": prepare_task.main},
     **{"-m utils.reporting": reporting.main, "-m utils.reporting.ablations": ablations.main},
+    "-m utils.microscope": microscope.main,
 }
 
 

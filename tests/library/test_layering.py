@@ -22,7 +22,7 @@ FLOORS = (
     ("passes",),
     ("conversion", "restoration", "io", "surgery", "sampling"),
     ("hf", "summary", "planning"),
-    ("recipe",),
+    ("recipe", "microscope"),
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 PATHS = {

@@ -25,8 +25,11 @@ def router(name: str, experts: int = 6, **settings) -> nn.Module:
     torch.manual_seed(0)
     config = sd.SMoEConfig(experts, 1, router=name, init_std=1.0, **settings)
     made = load(ROUTERS, "router", config.router)(D, config)
-    if hasattr(made, "bias"):
+    if getattr(made, "bias", None) is not None:
         nn.init.normal_(made.bias)
+    if "tokens" in made.needs:
+        made.shared = Shared()
+        made.shared.tokens = torch.arange(40)
     return made
 
 

@@ -31,6 +31,7 @@ ROOMS = (
     "tasks",
     "training",
     "reporting",
+    "microscope",
     "doctor",
     "cli",
 )
@@ -145,9 +146,9 @@ def test_no_file_is_over_400_lines(path):
 
 def test_utils_stays_small():
     """The last 1,700 lines are for verified files: checksums, schemas, the doctor, and one sentence for each wrong input; 610 are for
-    models of transformers.
+    models of transformers, 540 for the microscope.
     """
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 9565
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10115
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)

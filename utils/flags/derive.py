@@ -147,6 +147,9 @@ def resolve(flags: FlagsT) -> FlagsT:
             changes["moe_index"] = None  # all layers, the default
         if set(parse_counts(flags.moe_experts_by_layer) or ()) == {E}:
             changes["moe_experts_by_layer"] = None  # all equal, the default
+        if "options" in implied:
+            implied_options = [f"{name}={value}" for name, value in implied["options"].items()]
+            changes["method_options"] = ",".join([*implied_options, *filter(None, [flags.method_options])])  # the last value counts
         changes["load_balance"] = flags.load_balance if flags.load_balance is not None else implied.get("balance_loss")
         changes["moe_top_k_min"], changes["moe_top_k_max"] = k_range(flags)
         changes["moe_top_k"] = flags.moe_top_k if flags.moe_top_k is not None else max(1, E // 2)

@@ -9,6 +9,7 @@ from torch import nn
 from smoe_dropout import moe_layers
 from smoe_dropout.attention import ExpertQueryKeyValue
 from smoe_dropout.experts.compressed import CompressedExperts
+from smoe_dropout.layer import MoELayer
 from utils.models.registry import Shape, architecture
 
 # modules that make up the feed-forward layers: of Transformer-XL; of BERT and RoBERTa; of most decoders
@@ -28,11 +29,16 @@ def expert_flops(model: nn.Module, shape: Shape, k: int | None, layers: int, den
     total = max(0, layers - len(sparse)) * tokens * dense
     for _, layer in sparse:
         one = layer.experts.up[0].numel() + layer.experts.down[0].numel()
-        active = min(k, layer.num_experts) if k else layer.computed_experts
+        active = active_experts(layer, k) if k else layer.computed_experts
         total += 2 * tokens * one * active + layer.routing_flops(shape.rows, shape.positions)
         if isinstance(experts := layer.experts, CompressedExperts):  # composes the weights from their factors, once a pass
             total += 2 * (experts.up_u.numel() * experts.up_v.shape[-1] + experts.down_u.numel() * experts.down_v.shape[-1])
     return total
+
+
+def active_experts(layer: MoELayer, k: int) -> int:
+    """Experts per token of a layer at k; where tokens differ, the rounded mean of its last pass, if it has run."""
+    return max(1, round(layer.mean_k())) if layer.variable and layer.uses else min(k, layer.num_experts)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -53,7 +59,7 @@ def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
             ffn_total += sum(parameter.numel() for parameter in module.parameters())
     for _, layer in moe_layers(model):
         one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
-        idle += (layer.num_experts - min(k or layer.top_k, layer.num_experts)) * one
+        idle += (layer.num_experts - active_experts(layer, k or layer.top_k)) * one
     elsewhere = 0  # attention experts, of which one is active
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):

@@ -88,12 +88,17 @@ def styles(rows: list[Row]) -> dict[str, dict]:
     return look
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG without the drawing library's version in it, so that equal figures are equal files."""
+def png(figure: Figure) -> bytes:
+    """A PNG without the drawing library's version in it, so that equal figures are equal files."""
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
-    documents.replace(path, content.getvalue())
+    return content.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG."""
+    documents.replace(path, png(figure))
 
 
 def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, dict]) -> None:

@@ -29,7 +29,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "moe_experts_by_layer": lambda counts: f"{counts.replace(',', ', ')} experts by layer",
     "moe_index": lambda layers: f"experts in layers {layers.replace(',', ', ')}",
     "dense_width": lambda width: "other layers as wide as all experts" if width == "all" else "other layers as wide as one expert",
-    "gate_name": lambda name: f"{words(name)} router",
+    "gate_name": lambda name: f"{NAMES.get(name, words(name))} router",
     "freeze_gate": lambda frozen: "router frozen" if frozen else "router trained",
     "load_balance": lambda weight: f"load balance {weight:g}" if weight else "no load balance",
     "from_scratch": lambda on: "from scratch" if on else "pre-trained",
@@ -40,8 +40,10 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "pooled": lambda _: "pooled over layers",
     "at_least": lambda count: f"at least {count} in each",
 }
-# operations whose names in the literature are not words
+# operations and routers whose names in the literature are not words
 NAMES = {"uncurl": "UNCURL", "reap": "REAP", "hc_smoe": "HC-SMoE"}
+NAMES |= {"deepseek": "DeepSeek-V3", "sigma_moe": "sigma-MoE", "xmoe": "X-MoE", "remoe": "ReMoE", "adamoe": "AdaMoE", "top_p": "top-p"}
+NAMES |= {"hyper_router": "hyper", "stable_moe": "StableMoE", "z_loss": "learned (z-loss)", "self_routing": "self"}
 
 
 def words(name: str) -> str:

@@ -16,6 +16,10 @@ DASH = "–"
 FIXED_ROUTER = "random"  # the methods that differ in the schedule of k only, which get figures of their own
 TIME = "Training time: median over seeds, validations excluded. CPU seconds are the better measure where runs shared a machine."
 ENTROPY = "Load entropy: entropy of the experts' shares of assignments, divided by log E."
+COLLAPSE = (
+    "Collapse, at k = E/2, means over layers. Dead experts: those with less than 1 % of the even load. Similarity of experts: mean cosine "
+    "of the outputs of two experts for the same token; 1 for equal experts."
+)
 CHANGES = "Routes changing late: share of the tokens whose top expert differs between the last two checkpoints."
 
 
@@ -137,6 +141,12 @@ def _routing_cell(row: Row) -> str:
     return f"{statistics.mean(one['load_entropy'] for one in found):.3f} / {share}" if found else DASH
 
 
+def _measured(row: Row, name: str, form: str) -> str:
+    """Mean over seeds of a measurement that older records lack."""
+    found = [value for record in row.records if (value := (record.get("routing") or {}).get(name)) is not None]
+    return form.format(statistics.mean(found)).replace("%", " %") if found else DASH
+
+
 def published(group: Group, name: str) -> tuple[list[Column], list[str]]:
     """A column of the paper's numbers and its footnotes, where there are any: for rows of the same table, method, settings, architecture
     and metric, and a dataset of the same family (enwik8-prefix: enwik8).
@@ -207,6 +217,10 @@ def _method_table(group: Group, name: str) -> Table:
     if any(record.get("routing") for record in group.records):
         columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
         footnotes.append(f"{ENTROPY} {CHANGES}")
+    if any((record.get("routing") or {}).get("output_similarity") is not None for record in group.records):
+        columns.append(("Dead experts, k = E/2", lambda row: _measured(row, "dead_experts", "{:.1%}")))
+        columns.append(("Similarity of experts", lambda row: _measured(row, "output_similarity", "{:.3f}")))
+        footnotes.append(COLLAPSE)
     more, sources = published(group, name)
     folds = {
         f"Fold {r['fold']}: " * (r.get("fold") is not None) + r["dataset"]["note"] + "." for r in group.records if "note" in r["dataset"]

@@ -84,6 +84,8 @@ class Training(Struct):
 class Routing(Struct):
     load_entropy: Share
     fluctuation: Share | None
+    dead_experts: Share | None = None  # these two are not in older records
+    output_similarity: Annotated[float, Meta(ge=-1.001, le=1.001)] | None = None
 
 
 class Curve(Struct):

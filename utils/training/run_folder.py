@@ -234,7 +234,7 @@ def describe_environment(engine) -> dict[str, Any]:
     """Commit, versions and hardware."""
     packages = ("torch", "accelerate", "safetensors", "numpy", *(["transformers"] if "transformers" in sys.modules else []))
     return {
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         "device": engine.device.type,
@@ -248,7 +248,7 @@ def describe_environment(engine) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code, with "+changes" if tracked files other than records and figures differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 

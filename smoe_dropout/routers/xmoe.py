@@ -1,0 +1,66 @@
+"""X-MoE's router: cosine scores in a space of few dimensions (Chi et al. 2022, arXiv 2204.09179, section 3).
+
+s_e = (P x . v_e) / (|P x| |v_e|), P [C, D] with C = E/2, and p = softmax(s / tau) over all experts, or sigmoid(s / tau); the k
+largest choose, p weighs. tau is learned, from 0.3 for softmax and 0.07 for sigmoid. The Switch balance loss has coefficient
+0.01.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoe_dropout.config import SMoEConfig
+from smoe_dropout.options import require
+from smoe_dropout.precision import without_autocast
+from smoe_dropout.routers import LogitRouter
+
+TEMPERATURES = {"softmax": 0.3, "sigmoid": 0.07}
+
+
+@dataclass(frozen=True)
+class Options:
+    """score: makes gate weights of the cosines. router_dim: C; 0: E/2, at least 2. temperature: tau at first; 0: that of the paper."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    router_dim: int = 0
+    temperature: float = 0.0
+
+    def __post_init__(self):
+        require(self.router_dim >= 0, f"option router_dim = {self.router_dim} must be positive, or 0 for E/2")
+        require(self.temperature >= 0, f"option temperature = {self.temperature} must be positive, or 0 for that of the paper")
+
+
+class XMoERouter(LogitRouter):
+    """Learned router by cosines. Parameters: `projection` [C, D], `weight` [E, C], `log_temperature`, a scalar."""
+
+    Options = Options
+    uses = ("balance_loss",)
+    balance_by_default = 0.01
+
+    def __init__(self, d_model: int, config: SMoEConfig):
+        super().__init__(config)
+        o = self.options
+        self.gate_weight = "pre_softmax" if o.score == "softmax" else "sigmoid"
+        dim = o.router_dim or max(2, config.num_experts // 2)
+        self.weight = nn.Parameter(torch.empty(config.num_experts, dim).normal_())
+        self.space = nn.ParameterDict(
+            {
+                "projection": nn.Parameter(torch.empty(dim, d_model).normal_(0.0, config.init_std)),
+                "log_temperature": nn.Parameter(torch.tensor(o.temperature or TEMPERATURES[o.score]).log()),
+            }
+        )
+        self.requires_grad_(not self.freeze)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """x [..., D] -> cosines divided by the temperature [..., E]."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with without_autocast(x_ND.device.type):
+            low_NC = F.normalize(F.linear(x_ND.to(dtype), self.space["projection"].to(dtype)), dim=-1)
+            return F.linear(low_NC, F.normalize(self.weight.to(dtype), dim=-1)) * (-self.space["log_temperature"].to(dtype)).exp()
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of the projection and the cosines."""
+        return 2 * tokens * (self.space["projection"].numel() + self.weight.numel())
