@@ -138,17 +138,18 @@ def dense_of(rows: list[Row]) -> Row | None:
 
 
 def verdict(rows: list[Row]) -> str:
-    """Whether half the experts come within the bar of the dense model, of rows that are cheaper than it."""
-    dense = dense_of(rows)
-    found = {name_of(row.first): less for row in rows if row.sparse and (less := lost(row, dense)) is not None and cost(row, dense) < 1}
-    if not found:
-        return "The dense model and a cheaper one have no seed in common yet."
-    within = [f"{name} ({less:+.1f})" for name, less in found.items() if less >= -BAR]
-    if within:
-        number = f"{len(within)} of {len(found)} rows that are cheaper"
-        return f"Half the experts are within {BAR} points of the dense model in {number}: {', '.join(within)}."
-    best = max(found, key=found.get)
-    return f"Half the experts are nowhere within {BAR} points of the dense model: the best row is {best} ({found[best]:+.1f})."
+    """Whether half the experts come within the bar of the dense model, with all seeds, in rows that are cheaper than it."""
+    dense, seeds = dense_of(rows), max(len(row.records) for row in rows)
+    found = {row.label: row for row in rows if row.sparse and lost(row, dense) is not None and cost(row, dense) < 1}
+
+    def told(row: Row) -> str:
+        return f"{name_of(row.first)} ({lost(row, dense):+.1f}{f', n = {len(row.records)}' * (len(row.records) < seeds)})"
+
+    within = [label for label, row in found.items() if len(row.records) == seeds and lost(row, dense) >= -BAR]
+    met = ", ".join(told(found[label]) for label in within) or "none"
+    others = ", ".join(told(row) for label, row in found.items() if label not in within)
+    rest = f" Others: {others}." if others else ""
+    return f"Cheaper rows with half the experts within {BAR} points of the dense model, with all seeds (n = {seeds}): {met}.{rest}"
 
 
 def missing(tasks: dict[str, list[Row]]) -> str:

@@ -113,7 +113,7 @@ def test_a_table_says_what_half_the_experts_lose_and_which_runs_are_missing(tmp_
     assert "| dense | dense | 89.0 (88.0, 90.0) |" in text
     assert "| fitted-elastic | coactivation cut, 4 shared, fitted router; Elastic k, k from 4 |" in text
     assert "| 50.0 (50.0, 50.0) | 87.6 (86.6, 88.6) |" in text and "| -1.4 | 0.67 |" in text
-    assert "within 1.5 points of the dense model in 1 of 1 rows that are cheaper: fitted-elastic (-1.4)." in text
+    assert "within 1.5 points of the dense model, with all seeds (n = 2): fitted-elastic (-1.4).\n" in text
     assert "Not run: tasks CommonsenseQA, ASDiv-A, MAWPS, SVAMP." in text
     collected = sorted(path.name for path in Path("results/slimmable/tiny").iterdir())
     assert collected == [f"sst2-{name}-seed{seed}.json" for name in ("dense", "fitted-elastic") for seed in (1, 2)]
@@ -121,7 +121,7 @@ def test_a_table_says_what_half_the_experts_lose_and_which_runs_are_missing(tmp_
     Path("runs/tiny/sst2/half-seed2/result.json").unlink()
     slimmable_tasks.main(["runs/tiny"])
     text = capsys.readouterr().out
-    assert "nowhere within 1.5 points of the dense model: the best row is fitted-elastic (-8.0)." in text
+    assert "with all seeds (n = 2): none. Others: fitted-elastic (-8.0, n = 1)." in text
     assert "Not run: SST-2, seed 2: fitted-elastic; tasks" in text
     with pytest.raises(UserError, match="holds another run"):
         slimmable_tasks.main(["runs/tiny", "--collect"])
