@@ -42,7 +42,7 @@ from utils.cli.surgery import Plan, flags_after, is_complete
 from utils.engine import Engine
 from utils.errors import UserError
 from utils.flags.derive import evaluation_ks
-from utils.flags.fields import COMPRESS
+from utils.flags.fields import COMPRESS, SurgeryFlags
 from utils.formatting import short_number
 from utils.models.flops import parameter_counts
 from utils.models.registry import architecture
@@ -98,16 +98,16 @@ def main(plan: Plan, engine: Engine) -> int:
 def read(plan: Plan, model: nn.Module, engine: Engine):
     """Collects usage, gate weights and router logits of the experts on a text, or on the rows of a task."""
     if plan.rows is None:
-        passes = text_passes(pretraining_task(plan.made, plan.material, engine), model, plan.flags.tokens)
+        passes = text_passes(pretraining_task(plan.made, plan.material, engine), model, plan.flags)
     else:
-        passes = row_passes(finetuning_task(plan.rows, plan.material, engine, plan.source), model, plan.flags.tokens)
+        passes = row_passes(finetuning_task(plan.rows, plan.material, engine, plan.source), model, plan.flags)
     return calibrate(model, passes, k=plan.flags.k, seed=plan.flags.seed)
 
 
-def text_passes(task: Task, model: nn.Module, positions: int) -> Iterator[Pass]:
-    """Yields a forward pass over each training batch of a text, in order, until `positions` are read."""
+def text_passes(task: Task, model: nn.Module, flags: SurgeryFlags) -> Iterator[Pass]:
+    """Yields a forward pass over each training batch of a text, in order, until --examples or --tokens are read."""
     state, read = None, 0
-    while read < positions:
+    while read < (flags.tokens or flags.examples):
         batch = task.next()
 
         def run(batch=batch) -> None:
@@ -116,14 +116,15 @@ def text_passes(task: Task, model: nn.Module, positions: int) -> Iterator[Pass]:
                 _, state, _ = model(*batch.inputs, None if batch.first else state)
 
         yield run, None
-        read += batch.inputs[0].numel()
+        read += batch.inputs[0].numel() if flags.tokens else len(batch.inputs[0])
 
 
-def row_passes(task: LabelledTask, model: nn.Module, positions: int) -> Iterator[Pass]:
+def row_passes(task: LabelledTask, model: nn.Module, flags: SurgeryFlags) -> Iterator[Pass]:
     """Yields forward passes over the rows of a fine-tuning task, without its head; padding does not count."""
     read = 0
-    while read < positions:
-        tokens_NT, lengths_N = task.sequences_of(task.next())
+    while read < (flags.tokens or flags.examples):
+        batch = task.next()
+        tokens_NT, lengths_N = task.sequences_of(batch)
 
         def run(tokens_NT=tokens_NT, lengths_N=lengths_N) -> None:
             with task.engine.autocast():
@@ -131,7 +132,7 @@ def row_passes(task: LabelledTask, model: nn.Module, positions: int) -> Iterator
 
         real_NT = torch.arange(tokens_NT.shape[1], device=tokens_NT.device) < lengths_N[:, None]
         yield run, real_NT
-        read += int(real_NT.sum())
+        read += int(real_NT.sum()) if flags.tokens else len(batch.inputs[0])
 
 
 def metric_of(task: Task) -> dict:

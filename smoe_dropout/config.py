@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from smoe_dropout.arguments import LARGEST, is_finite, plain, shown, too_large
 from smoe_dropout.files import parse_json, read_json
-from smoe_dropout.options import ConfigError
-from smoe_dropout.registry import BACKENDS, CUTS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, unknown
+from smoe_dropout.options import ConfigError, earlier_options
+from smoe_dropout.registry import BACKENDS, CUTS, METHODS, ROUTER_ALIASES, ROUTERS, canonical_router, load, unknown
 
 GateWeight = Literal["softmax", "pre_softmax", "sigmoid", "uniform", "unit"]
 OutputScale = Literal["mean", "dense"]
@@ -232,6 +232,14 @@ class SMoEConfig:
             raise ConfigError(f"unknown field {', '.join(foreign)} in the configuration; known: {', '.join(sorted(known))}")
         return cls(**values)
 
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> "SMoEConfig":
+        """`from_dict` of a file's values. Options of the method that it does not have are as they were by default when it was written."""
+        config = cls.from_dict(values)
+        if config.method is None:
+            return config
+        return replace(config, options=earlier_options(load(METHODS, "method", config.method).options, config.options))
+
 
 def layer_mistakes(layers: tuple[int, ...]) -> list[str]:
     """One sentence for each mistake in `layers`: not a list, empty, or with invalid or repeated indices."""
@@ -271,7 +279,7 @@ def read_configs(path: Path) -> list[SMoEConfig]:
     """The configurations in a file that `save_model` wrote, one for each call of `moefy`. ConfigError for anything else."""
     found = read_json(path)
     try:
-        return [SMoEConfig.from_dict(values) for values in (found if isinstance(found, list) and found else [found])]
+        return [SMoEConfig.stored(values) for values in (found if isinstance(found, list) and found else [found])]
     except (TypeError, ValueError) as error:  # not a configuration
         raise ConfigError(f"{path} is damaged: {error}") from None
 

@@ -22,7 +22,7 @@ from smoe_dropout.hosts.site import Site
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.methods.base import Method, refused
 from smoe_dropout.native.adoption import adopted_layers, described
-from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names, require
+from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names, require, stored_options
 from smoe_dropout.passes import watch_pass
 from smoe_dropout.registry import CUTS, INTEGRATIONS, METHODS, ROUTERS, load
 from smoe_dropout.shared import Shared
@@ -165,6 +165,8 @@ def planned(model: nn.Module, config: SMoEConfig, cuts: bool = True) -> Plan:
         data = load(CUTS, "cut", config.cut).NEEDS_DATA
         require(not data, f"cut = {config.cut!r} needs calibration data: use convert(model, passes, cut={config.cut!r}) in place of moefy")
     kind = (method.layer if method else None) or MoELayer
+    options = build_options(kind.Options, config.options, known=dict.fromkeys(config.options))
+    config = replace(config, options=stored_options(options, config.options))
     networks, left = numbered(model, config.sites)
     indices = chosen(model, config, networks)
     if config.layers is not None:

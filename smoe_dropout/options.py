@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from smoe_dropout.registry import unknown
@@ -15,6 +15,21 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class NoOptions:
     """No options."""
+
+
+def option(default: Any, earlier: Any) -> Any:
+    """A field of an options dataclass with another default than models had that were stored without this option."""
+    return field(default=default, metadata={"earlier": earlier})
+
+
+def earlier_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options, the others as they were by default when models were stored without them."""
+    return {entry.name: entry.metadata["earlier"] for entry in fields(cls) if "earlier" in entry.metadata} | dict(given)
+
+
+def stored_options(built: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options and, from the options built of them, those whose default has changed, so that a folder says which it is."""
+    return {entry.name: getattr(built, entry.name) for entry in fields(built) if "earlier" in entry.metadata} | dict(given)
 
 
 def option_names(classes: Iterable[type]) -> dict[str, Any]:

@@ -37,11 +37,11 @@ ROUTERS: dict[str, str] = {
     "self_routing": "smoe_dropout.routers.self_routing:SelfRouter",
 }
 
-# the official code's gate names, with the settings and options that they imply; gates without a balance loss set its coefficient to 0
+# the official code's gate names, with the settings and options that they imply; without --load_balance no official gate has a balance loss
 ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomNaiveGate": ("random", {}),
     "NaiveGate": ("learned", {"balance_loss": 0.0}),
-    "CustomNaiveGate_Balance": ("learned", {}),
+    "CustomNaiveGate_Balance": ("learned", {"balance_loss": 0.0}),  # unless --load_balance
     "balanced": ("learned", {}),
     "CustomHashGate": ("hash", {}),
     "CustomRandomGate": ("uniform", {}),
@@ -52,7 +52,7 @@ ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomDTSGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"normalise": False}}),
     "CustomDTSRandomGate": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random"}}),
     "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random", "normalise": False}}),
-    "NoisyGate": ("noisy_top_k", {"balance_loss": 0.0}),
+    "NoisyGate": ("noisy_top_k", {"balance_loss": 0.0, "options": {"noise_epsilon": 0.01, "gate_init": "kaiming"}}),
 }
 
 BACKENDS: dict[str, str] = {
@@ -77,6 +77,7 @@ METHODS: dict[str, str] = {
     "moe_plus_plus": "smoe_dropout.methods.moe_plus_plus:METHOD",
     "thor": "smoe_dropout.methods.thor:METHOD",
     "competesmoe": "smoe_dropout.methods.competesmoe:METHOD",
+    "competesmoe2": "smoe_dropout.methods.competesmoe2:METHOD",
     "momentumsmoe": "smoe_dropout.methods.momentumsmoe:METHOD",
     "similarity": "smoe_dropout.methods.similarity:METHOD",
     "attention": "smoe_dropout.methods.attention:METHOD",

@@ -119,7 +119,7 @@ def _conversion(entry: Any) -> Conversion:
                 f"{NAME}.registry.{kind.upper()}S[{name!r}] = 'module:Class', and let Python find that module"
             )
     try:
-        return Conversion(entry.get("module", ""), SMoEConfig.from_dict({name: value for name, value in entry.items() if name != "module"}))
+        return Conversion(entry.get("module", ""), SMoEConfig.stored({name: value for name, value in entry.items() if name != "module"}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{NAME} in the configuration is not valid: {error}") from None
 

@@ -1,8 +1,10 @@
 """THOR: randomly drawn experts, with a consistency loss between two passes per step (Zuo et al. 2021, arXiv 2110.04260).
 
 Training: in each pass every layer draws one expert uniformly for the whole batch. Loss = (CE_1 + CE_2) + alpha * 1/2 (KL(p_1 || p_2) +
-KL(p_2 || p_1)), a mean over tokens, with KL summed over symbols. Inference at k averages k experts drawn per sequence or per token, all of
-them at k = E; this meaning of k is ours.
+KL(p_2 || p_1)), a mean over tokens, with KL summed over the V symbols, as in the paper and its code
+(microsoft/Stochastic-Mixture-of-Experts). SMoE-Dropout's code (THOR_Model, new_utils.py) has (CE_1 + CE_2) / 2 + alpha * (KL(p_1 || p_2) +
+KL(p_2 || p_1)) / V, where the second term weighs V / 4 times less against the first: option consistency=smoe_dropout. Inference at k
+averages k experts drawn per sequence or per token, all of them at k = E; this meaning of k is ours.
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,11 @@ from smoe_dropout.training import synchronized
 
 @dataclass(frozen=True)
 class Options:
-    """alpha: weight of the consistency loss. inference: draw experts per sentence or per token."""
+    """alpha: weight of the consistency loss. consistency: whose form of the loss. inference: draw experts per sentence or per token."""
 
     alpha: float = 1.0
     inference: Literal["sentence", "token"] = "sentence"
+    consistency: Literal["thor", "smoe_dropout"] = "thor"
 
     def __post_init__(self):
         require(0 <= self.alpha < float("inf"), f"option alpha = {self.alpha} must be a number and not negative")
@@ -55,11 +58,13 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor) -> Tensor:
 
 
 def objective(model, forward, settings) -> Objective:
-    """Sum of both passes' cross-entropy plus the consistency loss. `nll` is the mean of both passes, the state that of the first."""
+    """Both passes' cross-entropy plus the consistency loss. `nll` is the mean of both passes, the state that of the first."""
     first, second = forward(), forward()
-    nll = first.token_losses.mean() + second.token_losses.mean()
-    consistency = symmetric_kl(first.logits, second.logits).mean()
-    return Objective(nll + settings.options.alpha * consistency, nll / 2, first.state)
+    nll, options = first.token_losses.mean() + second.token_losses.mean(), settings.options
+    consistency = options.alpha * symmetric_kl(first.logits, second.logits).mean()
+    if options.consistency == "smoe_dropout":
+        return Objective(nll / 2 + 2 / first.logits.shape[-1] * consistency, nll / 2, first.state)
+    return Objective(nll + consistency, nll / 2, first.state)
 
 
 def refusal(config: SMoEConfig) -> str | None:

@@ -1,22 +1,42 @@
 """Noisy top-k gating with the importance and load losses (Shazeer et al. 2017, arXiv 1701.06538, section 4 and appendix A).
 
-H(x) = W_g x + eps * softplus(W_noise x), eps ~ N(0, 1) in training; the k largest H choose, their softmax weighs. Losses, each times the
-balance coefficient: CV(sum of gate weights)^2, and CV(load)^2 with the smooth load P(x, i) = Phi((W_g x)_i - kth_excluding(H, k, i)) /
-softplus((W_noise x)_i)).
+H(x) = W_g x + eps * (softplus(W_noise x) + noise_epsilon), eps ~ N(0, 1) in training; the k largest H choose, their softmax weighs. Losses,
+each times the balance coefficient: CV(sum of gate weights)^2, and CV(load)^2 with the smooth load P(x, i) = Phi((W_g x)_i -
+kth_excluding(H, k, i)) / softplus((W_noise x)_i)). The official name NoisyGate sets the epsilon 0.01 and the initialisation of FastMoE's
+gate, which has no bias and takes the sample variance in CV, E / (E - 1) times ours.
 """
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
+from smoe_dropout.options import require
 from smoe_dropout.routers import LinearRouter, Routing
 from smoe_dropout.selection import Selection
 
 
-class NoisyTopKRouter(LinearRouter):
-    """Weights start from N(0, init_std^2) as in every router; Shazeer et al. start from zero. The paper's balance coefficient is 0.1."""
+@dataclass(frozen=True)
+class Options:
+    """noise_epsilon: smallest deviation of the noise. gate_init: N(0, init_std^2) as in every router, where Shazeer et al. start from zero,
+    or "kaiming", FastMoE's: uniform from -1 / sqrt(E) to 1 / sqrt(E), as Kaiming's initialisation sees its maps [D, E].
+    """
 
+    noise_epsilon: float = 0.0
+    gate_init: Literal["normal", "kaiming"] = "normal"
+
+    def __post_init__(self):
+        require(self.noise_epsilon >= 0, f"option noise_epsilon = {self.noise_epsilon} must not be negative")
+
+
+class NoisyTopKRouter(LinearRouter):
+    """Router with trained noise. The paper's balance coefficient is 0.1."""
+
+    Options = Options
     balance_by_default = 0.1
 
     @property
@@ -29,6 +49,9 @@ class NoisyTopKRouter(LinearRouter):
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
         self.noise_weight = nn.Parameter(torch.empty(config.num_experts, d_model).normal_(0.0, config.init_std))
+        if self.options.gate_init == "kaiming":
+            for weight in (self.weight, self.noise_weight):
+                nn.init.uniform_(weight, -1 / math.sqrt(config.num_experts), 1 / math.sqrt(config.num_experts))
         self.requires_grad_(not self.freeze)
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:
@@ -39,6 +62,8 @@ class NoisyTopKRouter(LinearRouter):
         self.show(clean_NE)
         with torch.autocast(x_ND.device.type, enabled=False):
             deviation_NE = F.softplus(F.linear(x_ND.to(clean_NE.dtype), self.noise_weight.to(clean_NE.dtype)))
+        if self.options.noise_epsilon:
+            deviation_NE = deviation_NE + self.options.noise_epsilon
         noisy_NE = clean_NE + torch.randn_like(clean_NE) * deviation_NE
         top_NK, indices_NK = noisy_NE.topk(k, dim=-1)
         weights_NK, losses = self.weigh(top_NK, logits_NE=noisy_NE), {}

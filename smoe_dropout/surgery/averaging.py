@@ -5,9 +5,12 @@ import torch
 from smoe_dropout.layer import MoELayer
 from smoe_dropout.surgery.calibration import LayerCalibration
 from smoe_dropout.surgery.groups import Expert, Group, expert_of
-from smoe_dropout.surgery.merging import NEEDS, OPTIONS, groups, mean
+from smoe_dropout.surgery.merging import NEEDS, groups, mean
+from smoe_dropout.surgery.merging import OPTIONS as OF_MERGING
 
 __all__ = ["NEEDS", "OPTIONS", "combine", "groups"]
+
+OPTIONS = {name: default for name, default in OF_MERGING.items() if name != "align"}
 
 
 def combine(layer: MoELayer, group: Group, calibration: LayerCalibration) -> Expert:

@@ -34,7 +34,8 @@ class LayerCalibration(NamedTuple):
     usage_E: each expert's fraction of the assignments, summing to 1. weight_E: its fraction of the gate weight, summing to 1.
     logits_SE, inputs_SD: router logits and inputs of S sampled tokens, the same tokens in every layer.
     saliency_E: mean, over the tokens that chose the expert, of its gate weight times the Euclidean norm of its output; 0 without tokens.
-    outputs_ED: mean output of the expert over all tokens. Both are None if they were not collected, as by earlier versions.
+    outputs_ED: mean output of the expert over all tokens. products_EE: sums over all tokens of the products of two experts' router logits.
+    These are None if they were not collected, as by earlier versions.
     """
 
     usage_E: Tensor
@@ -43,6 +44,7 @@ class LayerCalibration(NamedTuple):
     inputs_SD: Tensor
     saliency_E: Tensor | None = None
     outputs_ED: Tensor | None = None
+    products_EE: Tensor | None = None
 
     @property
     def collected(self) -> dict[str, Tensor]:
@@ -51,10 +53,9 @@ class LayerCalibration(NamedTuple):
 
     def without(self, shared: int) -> LayerCalibration:
         """Calibration of the experts behind the first `shared`, whose fractions then sum to less than 1."""
-        of_experts = {name: tensor for name, tensor in self.collected.items() if "E" in name.rpartition("_")[2]}
-        return self._replace(
-            **{name: tensor[:, shared:] if name == "logits_SE" else tensor[shared:] for name, tensor in of_experts.items()}
-        )
+        suffixes = {name: name.rpartition("_")[2] for name in self.collected}
+        routed = {name: tuple(slice(shared if size == "E" else 0, None) for size in suffix) for name, suffix in suffixes.items()}
+        return self._replace(**{name: tensor[routed[name]] for name, tensor in self.collected.items()})
 
     def of_outputs(self, name: str) -> Tensor:
         """`saliency_E` or `outputs_ED`. ConfigError if it was not collected."""
@@ -225,6 +226,7 @@ class _Watch:
         self.counts_E, self.weight_E, self.reached_E, self.saliency_E = torch.zeros(4, layer.num_experts, dtype=torch.float64)
         (_, D), dtype = layer.experts.bias_down.shape, torch.promote_types(layer.experts.bias_down.dtype, torch.float32)
         self.outputs_ED = torch.zeros(layer.num_experts, D, dtype=torch.float64)
+        self.products_EE = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
         self.keys_S, self.inputs_SD = torch.empty(0, dtype=torch.float64), torch.empty(0, D, dtype=dtype)
 
     def see(self, _experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -235,6 +237,8 @@ class _Watch:
                 raise ValueError(f"the mask has {self.real.numel()} positions, but the model read {len(x_ND)}")
             x_ND, indices_NK, weights_NK = (tensor[self.real.flatten()] for tensor in inputs)
         self.tokens += len(x_ND)
+        logits_NE = self.layer.router.logits(x_ND).double()
+        self.products_EE += (logits_NE.T @ logits_NE).cpu()
         chosen_M = indices_NK.flatten().cpu()
         self.counts_E += torch.bincount(chosen_M, minlength=len(self.counts_E))
         self.weight_E.scatter_add_(0, chosen_M, weights_NK.flatten().double().cpu())
@@ -264,7 +268,8 @@ class _Watch:
     def result(self) -> LayerCalibration:
         """Normalised statistics, and router logits of the sample."""
         logits_SE = self.layer.router.logits(self.inputs_SD.to(self.layer.experts.bias_down.device)).cpu()
-        found = LayerCalibration(*(sums_E / sums_E.sum() for sums_E in (self.counts_E, self.weight_E)), logits_SE, self.inputs_SD)
+        shares = (sums_E / sums_E.sum() for sums_E in (self.counts_E, self.weight_E))
+        found = LayerCalibration(*shares, logits_SE, self.inputs_SD, products_EE=self.products_EE.float())
         if not self.outputs:
             return found
         saliency_E, outputs_ED = self.saliency_E / self.reached_E.clamp(min=1), self.outputs_ED / self.tokens

@@ -14,15 +14,25 @@ from torch import Tensor
 
 
 class Group(NamedTuple):
-    """Indices of the old experts that form one new expert, and of the leader whose router row it gets."""
+    """Indices of the old experts that form one new expert, of the leader whose router row it gets, and of the expert to which the members
+    are aligned; None: the leader.
+    """
 
     members: tuple[int, ...]
     leader: int
+    reference: int | None = None
 
 
 def with_shared(groups: list[Group], shared: int) -> list[Group]:
     """Groups of the experts behind the first `shared`, and these, each unchanged."""
-    moved = [Group(tuple(index + shared for index in group.members), group.leader + shared) for group in groups]
+    moved = [
+        Group(
+            tuple(index + shared for index in group.members),
+            group.leader + shared,
+            None if group.reference is None else group.reference + shared,
+        )
+        for group in groups
+    ]
     return [*(Group((index,), index) for index in range(shared)), *moved]
 
 

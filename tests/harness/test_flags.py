@@ -106,7 +106,7 @@ def test_the_last_value_of_a_repeated_flag_counts():
     [
         ("--seed 1111", "dense_dropout", None, None),
         ("--moe --gate_name CustomNaiveGate --freeze_gate --dynamic_moe", "smoe_dropout", "random", None),
-        ("--moe --gate_name CustomNaiveGate_Balance", "smoe", "learned", None),
+        ("--moe --gate_name CustomNaiveGate_Balance", "smoe", "learned", 0.0),
         ("--moe --gate_name NaiveGate", "smoe", "learned", 0.0),
         ("--moe --gate_name NaiveGate --load_balance 0.5", "smoe", "learned", 0.5),
         ("--moe", None, "random", None),

@@ -337,7 +337,7 @@ MISTAKES = {
 PAIRS = "expected name=value pairs separated by commas, such as alpha=5,inference=token"
 KNOWN = "; options and their defaults:"
 WRONG_OPTIONS = {
-    ("thor", "beta=1"): f"unknown option beta{KNOWN} alpha=1.0, inference=sentence",
+    ("thor", "beta=1"): f"unknown option beta{KNOWN} alpha=1.0, inference=sentence, consistency=thor",
     ("dense", "rate=0.5"): f"unknown option rate{KNOWN} none",
     ("thor", "alpha=-1"): "option alpha = -1.0 must be a number and not negative",
     ("thor", "alpha=nan"): "option alpha = 'nan' must be a finite number",

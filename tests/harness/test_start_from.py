@@ -195,7 +195,7 @@ def test_a_teacher_is_followed_and_the_record_says_so(run, tmp_path):
     tiny.completed(broken)
     tiny.same_run(tmp_path / "whole", tmp_path / "broken")
     record = read_record(tmp_path / "whole" / "result.json")
-    assert record["settings"] == {"moe_num_expert": 4, "teacher_weight": 0.5, "teacher_temperature": 2.0}
+    assert record["settings"] == {"moe_num_expert": 4, "teacher_weight": 0.5, "teacher_temperature": 2.0, "teacher_squared": False}
     assert record["pretrained"]["teacher"]["sha256"] == record["pretrained"]["sha256"]
 
 

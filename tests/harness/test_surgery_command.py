@@ -17,7 +17,7 @@ from smoe_dropout import calibrate, moe_layers
 from smoe_dropout.io import load_weights, stored_tensors
 from smoe_dropout.registry import SURGERIES, load
 from smoe_dropout.surgery import keep_best
-from surgery import row_passes
+from surgery import row_passes, text_passes
 from tests import tiny
 from tests.conftest import ROOT
 from tests.harness.test_resume import die
@@ -28,11 +28,11 @@ from utils.cli.train import parse as parse_training
 from utils.data.corpus import Corpus
 from utils.data.rows import read_examples
 from utils.engine import Engine
-from utils.flags.fields import AVERAGING, SCORES, names
+from utils.flags.fields import AVERAGING, SCORES, SurgeryFlags, names
 from utils.models.build import build_model
 from utils.reporting.records import read_record
 from utils.training.evaluation import evaluate_all
-from utils.training.setup import finetuning_task, pretraining_run
+from utils.training.setup import finetuning_task, pretraining_run, pretraining_task
 
 HOW = {"tokens": 480, "threads": 1, "device": "cpu"}
 TRAINING = {"preset": "quick", "max_step": 4, "eval_interval": 2, "batch_size": 4, "eval_batch_size": 2, "device": "cpu", "threads": 1}
@@ -187,7 +187,9 @@ def test_further_training_records_the_surgery(model, method, operated, tmp_path)
     tiny.completed(words_of({"start_from": out, "work_dir": tmp_path / "run", **TRAINING}))
     record, surgery = read_record(tmp_path / "run" / "result.json"), content(out)
     assert record["table"] == "surgery" and as_surgery(record["pretrained"]) == surgery
-    assert (record["method"], record["settings"], record["preset"]) == ("smoe", {}, "quick")
+    frozen = {"freeze_gate": True, "load_balance": 0.0} if method == "merge" else {}  # as MC-SMoE recovers
+    assert (record["method"], record["settings"], record["preset"]) == ("smoe", frozen, "quick")
+    assert record["parameters"]["total"] - record["parameters"]["trainable"] == (record["parameters"]["router"] if frozen else 0)
     (operation,) = surgery["operations"]
     assert (operation["method"], operation["from"], operation["keep"]) == (method, 4, 2) and surgery["trained"]["steps"] == 8
     assert "d_ff" not in record["preset_settings"] and record["model"]["num_experts"] == max(surgery["after"]["experts"])
@@ -253,7 +255,9 @@ def test_padding_of_rows_is_not_counted(task, model, trained, tmp_path):
             every = list(rows_of_task.held_out("dev" if task != "svamp" else "test", everything=True))
             rows_of_task.next = iter(every).__next__
             count = sum(int(rows_of_task.sequences_of(batch)[1].sum()) for batch in every)
-            calibration = calibrate(model_, row_passes(rows_of_task, model_, count), k=2, seed=0)
+            calibration = calibrate(
+                model_, row_passes(rows_of_task, model_, SurgeryFlags(source="", method="merge", tokens=count)), k=2, seed=0
+            )
         found.append(calibration.usage)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -364,7 +368,7 @@ def test_compressed_experts_are_pruned_in_training_and_stored_pruned(trained, tm
     surgery = content(out)
     before, after = ([row["test"] for row in surgery[name]["quality"]] for name in ("before", "after"))
     assert after == pytest.approx(before, rel=1e-5) and surgery["operations"][0]["options"] == {"rank": 4, "kept": 0.25}
-    how = {"start_from": out, "teacher": run, **TRAINING, "max_step": 12, "eval_interval": 4}
+    how = {"start_from": out, "teacher": run, **TRAINING, "max_step": 12, "eval_interval": 4, "moe_prune_by": "units"}
     tiny.completed(words_of({**how, "work_dir": tmp_path / "whole"}))
     broken = words_of({**how, "work_dir": tmp_path / "broken"})
     assert tiny.run(broken, partial(die, "step", 7, False)).code == -signal.SIGKILL
@@ -380,13 +384,32 @@ def test_compressed_experts_are_pruned_in_training_and_stored_pruned(trained, tm
     assert "has compressed experts: operate on the model before compression" in refusal(again)
     done = tiny.run(words_of({"settings_from": tmp_path / "whole", "work_dir": tmp_path / "scratch"}))
     assert done.code == 2 and "has compressed experts: give the run before compression" in done.err
+    frozen = {"freeze_gate": True, "load_balance": 0.0}
     training = {"method": "train", "steps": 12, "pruned_to": 0.25, "taught": True}
-    assert open_source(left).operations == (surgery["operations"][0], training)
+    *others, last = open_source(left).operations
+    assert others == list(surgery["operations"]) and last == training | {"settings": frozen}
     pruned = record["pretrained"]["surgery"]
     changed = {"pruned_to": 0.25, "time": pruned["time"]}
     assert as_surgery(record["pretrained"]) == surgery | changed and pruned["time"] != surgery["time"]
     assert pruned["time"][0]["k"] == [4, 4] and pruned["time"][0]["ratio"] > 0 and open_source(left).surgery["time"] == pruned["time"]
     assert "needs --start_from a folder of surgery.py" in refusal(words_of({"moe": True, "moe_prune_to": 0.1}), "train.py")
+    check_pruned_rows(out, tmp_path / "rows")
+
+
+def check_pruned_rows(out: Path, run: Path) -> None:
+    """They are stored as zeros, and not counted; experts keep different numbers of them."""
+    tiny.completed(words_of({"start_from": out, "work_dir": run, **TRAINING, "max_step": 6, "eval_interval": 6}))
+    record, left = read_record(run / "result.json"), run / "compressed"
+    assert open_source(left).operations[-1]["pruned_by"] == "rows"
+    tensors = load_file(open_source(left).weights)
+    maps = [tensors[f"layers.{layer}.feed_forward.core.experts.{name}_s"] for layer in range(2) for name in ("up", "down")]
+    kept, whole = sum(int(rows.count_nonzero()) for rows in maps), sum(rows.numel() for rows in maps)
+    assert kept / whole == pytest.approx(0.25, abs=0.05) and all(rows.shape == (4, 1, 16, 32) for rows in maps)
+    assert len({int(rows[expert].count_nonzero()) for rows in maps for expert in range(4)}) > 4
+    with_pruned = build_model(open_source(left).made)
+    assert record["parameters"]["total"] == sum(parameter.numel() for parameter in with_pruned.parameters()) - (whole - kept)
+    tiny.completed(["--eval_only", "--k", "4", "--work_dir", str(left)])
+    assert tiny.read_json(left / "eval.json")["quality"][0]["test"] == pytest.approx(record["quality"][-1]["test"], rel=1e-6)
 
 
 def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_others(words, tmp_path):
@@ -403,6 +426,17 @@ def test_wide_layers_without_experts_are_kept_by_compressing_and_refused_by_the_
     theirs, ours = (load_file(open_source(folder).weights) for folder in (run, out))
     dense = [name for name in theirs if "layers.1.feed_forward" in name]
     assert dense and all(torch.equal(ours[name], theirs[name]) for name in dense)
+
+
+def test_as_many_examples_are_read_as_are_asked_for(trained):
+    """A segment of the text is one; all of its positions count."""
+    flags = open_source(trained("smoe")).made
+    with Engine(flags) as engine:
+        model, task = build_model(flags), pretraining_task(flags, Corpus.open(flags.data), engine)
+        for given, tokens in (({"examples": 9}, 12 * 8), ({"examples": 4}, 4 * 8), ({"tokens": 33}, 64)):  # in batches of 4 segments of 8
+            found = calibrate(model, text_passes(task, model, SurgeryFlags(source="", method="merge", **given)), k=2)
+            assert found.tokens == tokens
+    assert SurgeryFlags.examples == 256 and SurgeryFlags.tokens is None
 
 
 def test_a_chain_of_operations_is_measured_against_the_first_model(trained, operated, tmp_path):

@@ -100,7 +100,7 @@ def test_config_rejects_unknown_fields():
 
 @pytest.mark.parametrize(
     ("official", "router", "balance"),
-    [("CustomNaiveGate", "random", None), ("NaiveGate", "learned", 0.0), ("CustomNaiveGate_Balance", "learned", None)],
+    [("CustomNaiveGate", "random", None), ("NaiveGate", "learned", 0.0), ("CustomNaiveGate_Balance", "learned", 0.0)],
 )
 def test_official_router_names(official, router, balance):
     config = sd.SMoEConfig(router=official)

@@ -16,7 +16,7 @@ FLOORS = (
     ("experts", "cuts"),
     ("routers",),
     ("layer",),
-    ("native",),
+    ("native", "competition"),
     ("control", "hosts"),
     ("methods", "checks", "decay", "slimming", "adapters"),
     ("passes",),

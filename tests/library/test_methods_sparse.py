@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import smoe_dropout as sd
+from smoe_dropout.competition import competing_layers
 from smoe_dropout.methods import sandwich, thor
 from smoe_dropout.methods.base import Forward, Settings
-from smoe_dropout.methods.competesmoe import competing_layers
 from tests.conftest import REFERENCE
 from tests.library.test_library import Net, tokens
 from tests.library.test_moefy import transformer_xl
@@ -143,6 +143,9 @@ def test_thor_inference(inference, k):
     assert torch.equal(layer(x), output)
 
 
+OURS = {"target": "all", "detach": True, "times_balance": False}  # our reading of the first paper
+
+
 def compete(n_layer: int = 1, **options) -> Net:
     return sparse(Net(n_layer), method="competesmoe", options=options)
 
@@ -154,7 +157,7 @@ def affinity_of(each: np.ndarray, affinity: str) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 3, E])
 @pytest.mark.parametrize("affinity", ["norm", "softplus"])
 def test_competition(affinity, k):
-    layer, x = compete(flip_rate=1.0, affinity=affinity, router_loss=0.5).layers[0], tokens(20)
+    layer, x = compete(affinity=affinity, router_loss=0.5, **OURS).layers[0], tokens(20)
     layer.top_k = k
     output = layer(x)
     each = responses(layer, numpy(x))
@@ -168,7 +171,7 @@ def test_competition(affinity, k):
 
 @pytest.mark.parametrize("affinity", ["norm", "softplus"])
 def test_distillation_trains_the_router_and_no_expert(affinity):
-    layer, x = compete(flip_rate=1.0, affinity=affinity).layers[0], tokens(20)
+    layer, x = compete(affinity=affinity, router_loss=1.0, **OURS).layers[0], tokens(20)
     output, parameters = layer(x), [layer.router.weight, layer.router.bias, *layer.experts.parameters()]
     weight, bias, *rest = torch.autograd.grad(layer.losses["router"], parameters, allow_unused=True, retain_graph=True)
     assert rest == [None] * 4
@@ -228,9 +231,10 @@ def test_without_a_step_layers_draw_from_torchs_generator():
 
 
 def test_predrawn_competition():
-    model = compete(5, flip_rate=0.5, predrawn=True, max_layers=2, warm_up=0.25)
-    with pytest.raises(RuntimeError, match="set_progress"):
+    model = compete(5, flip_rate=0.5, predrawn=True, moved=False, max_layers=2, warm_up=0.25)
+    with pytest.warns(UserWarning, match="no layer competes before .*set_progress"):
         model(tokens(2))
+    assert not any(layer.competed for layer in model.layers)
     found = competed_steps(model, 240)
     assert not found[:60].any() and set(found[60:].sum(1)) == {0, 1, 2}
     # each layer is drawn with 1/2 and then kept among at most two: sum over the number of others drawn
@@ -248,21 +252,39 @@ def test_competitions_are_counted_saved_and_reported():
     assert found.any() and sd.method_metrics(model) == sd.method_metrics(twin) == expected
 
 
-def unrolled(model: Net, x: np.ndarray, mu=0.7, gamma=1.0, adam=False, adam_gamma=1.0, beta1=0.9, beta2=0.999) -> np.ndarray:
-    """Output of the residual stack by the recurrence m <- mu m + gamma f(x), x <- x + m."""
+def unrolled(model: Net, x: np.ndarray, mu=0.7, gamma=1.0, adam=False, adam_gamma=1.0, beta1=0.9, beta2=0.999, own_norm=True) -> np.ndarray:
+    """Output of the residual stack by the recurrence m <- mu m + gamma f(x); x <- x + m, or with a norm of the layer x + LN(x - m)."""
     m = np.zeros_like(x)
     for index, layer in enumerate(model.layers):
         f = plain_smoe(layer, x)
         m = mu * m + gamma * f
-        x = x + (adam_gamma * (1 - beta1) * f / np.sqrt((1 - beta2) * f**2 + 1e-8) if adam and index == 0 else m)
+        adaptive = adam_gamma * (1 - beta1) * f / np.sqrt((1 - beta2) * f**2 + 1e-8)
+        step = adaptive if adam and index == 0 else m
+        if own_norm:
+            inner = x - (adaptive + x) if adam and index == 0 else x - m  # as the authors write it: what they add to the step cancels
+            centred = inner - inner.mean(-1, keepdims=True)
+            step = centred / np.sqrt(centred.var(-1, keepdims=True) + 1e-5) * numpy(layer.norm.weight) + numpy(layer.norm.bias)
+        x = x + step
     return x
+
+
+def with_norms(model: Net) -> Net:
+    """The model with gains and biases of its layers' norms that are neither 1 nor 0."""
+    draw = torch.Generator().manual_seed(8)
+    for layer in model.layers:
+        for parameter in layer.norm.parameters() if layer.norm else ():
+            parameter.data.add_(torch.randn(D, generator=draw), alpha=0.3)
+    return model
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("n_layer", [1, 3])
+@pytest.mark.parametrize("own_norm", [True, False])
 @pytest.mark.parametrize("options", [{}, {"mu": 0.9, "gamma": 0.5}, {"adam": "1"}, {"adam": "1", "adam_gamma": 0.3, "beta2": 0.9}], ids=str)
-def test_momentum_over_depth(options, n_layer, training):
-    model, x = sparse(Net(n_layer), method="momentumsmoe", options=options, init_std=0.3).train(training), tokens(5, 4)
+def test_momentum_over_depth(options, n_layer, training, own_norm):
+    options = {**options, "own_norm": own_norm}
+    model = with_norms(sparse(Net(n_layer), method="momentumsmoe", options=options, init_std=0.3)).train(training)
+    x = tokens(5, 4)
     first, second = model(x), model(x)
     close(first, unrolled(model, numpy(x).reshape(20, D), **options))
     assert torch.equal(first, second) and model.layers[0].shared.carried is None

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import BACKENDS
 from smoe_dropout.surgery.compression import BETA, Pruner, compress, distilled, kept_share
 from tests import tiny
-from utils.models.flops import active_parameters
+from utils.models.flops import active_parameters, parameter_counts
 
 E, H, D = 3, 16, 8
 
@@ -117,7 +118,7 @@ def trained(model: nn.Module, pruner: Pruner, steps: int) -> None:
 
 def test_pruning_removes_whole_units_on_schedule_and_stores_the_rest():
     model = compress(model_with_experts(), 2)
-    pruner = Pruner(model, kept=0.25, steps=4)
+    pruner = Pruner(model, kept=0.25, steps=4, by="units")
     for step in range(1, 7):
         trained(model, pruner, 1)
         for experts in experts_of(model):
@@ -132,7 +133,7 @@ def test_pruning_removes_whole_units_on_schedule_and_stores_the_rest():
 
 def test_importance_is_a_running_mean_of_weight_times_gradient():
     model = compress(model_with_experts(), 2)
-    pruner, experts = Pruner(model, kept=0.5, steps=1), experts_of(model)[0]
+    pruner, experts = Pruner(model, kept=0.5, steps=1, by="units"), experts_of(model)[0]
     experts.up_s.grad, experts.down_s.grad = torch.zeros_like(experts.up_s), torch.zeros_like(experts.down_s)
     experts.down_s.grad[:, 0, H // 2 :] = 1 / experts.down_s[:, 0, H // 2 :].detach()
     pruner.step()
@@ -144,17 +145,83 @@ def test_importance_is_a_running_mean_of_weight_times_gradient():
     torch.testing.assert_close(pruner.importances[0], (expected * BETA + expected * 3).expand(E, H), msg="what was before counts on")
 
 
-def test_resumed_pruning_equals_uninterrupted_pruning():
+@pytest.mark.parametrize("by", ["rows", "units"])
+def test_resumed_pruning_equals_uninterrupted_pruning(by):
     straight, resumed = (compress(model_with_experts(), 2) for _ in range(2))
-    whole, first = (Pruner(model, kept=0.25, steps=6) for model in (straight, resumed))
+    whole, first = (Pruner(model, kept=0.25, steps=6, by=by) for model in (straight, resumed))
     for model, pruner in ((straight, whole), (resumed, first)):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
         pruner.step(), pruner.step()
-    again = Pruner(resumed, kept=0.25, steps=6)
+    again = Pruner(resumed, kept=0.25, steps=6, by=by)
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     whole.step(), again.step()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_kept_fraction_has_the_phases_of_the_authors():
+    """Everything is left at step 50 of 1,000, where the schedule without phases has 0.87; in the last 200 the final fraction."""
+    shares = [kept_share(step, 1000, 0.1, warm_up=50) for step in (0, 50, 51, 425, 800, 999)]
+    assert shares == pytest.approx([1, 1, 0.1 + 0.9 * (1 - 1 / 750) ** 3, 0.1 + 0.9 / 8, 0.1, 0.1])
+    assert kept_share(50, 1000, 0.1) == pytest.approx(0.8716, abs=1e-4)
+
+
+def expected_after(step: int, maps: list[np.ndarray], means: list[np.ndarray], steps: int, kept: float, warm_up: int) -> list[np.ndarray]:
+    """The maps of S with the rows zeroed that have less than the importance of the k-th least important weight, entry by entry."""
+    share = 1.0 if step <= warm_up else kept + (1 - kept) * max(1 - (step - warm_up) / (steps - 5 * warm_up), 0) ** 3
+    if step > steps - 4 * warm_up:
+        share = kept
+    of_rows = [np.repeat(mean.mean(1, keepdims=True), mean.shape[1], 1) for mean in means]
+    if share == 1:
+        return maps
+    entries = np.sort(np.concatenate([each.ravel() for each in of_rows]))
+    threshold = entries[max(int(len(entries) * (1 - share)), 1) - 1]
+    return [np.where(each < threshold, 0, weights) for weights, each in zip(maps, of_rows, strict=True)]
+
+
+def test_pruning_by_rows_is_that_of_the_authors():
+    """One threshold over the rows of all maps, expert by expert in numpy; importances are those of the steps before."""
+    model, steps, kept, draw = compress(model_with_experts(), 2), 40, 0.3, torch.Generator().manual_seed(4)
+    pruner, means, latest = Pruner(model, kept, steps), [], []
+
+    def maps(of: str) -> list[np.ndarray]:
+        """Weights of every expert, as [H, D] and, the second as a linear map's weight, [D, H]."""
+        tensors = [getattr(rows, of) if of == "grad" else rows for e in experts_of(model) for rows in (e.up_s, e.down_s)]
+        arrays = [tensor.detach().numpy().astype(np.float64) for tensor in tensors]
+        return [each[e, 0].T if at % 2 else each[e, 0] for at, each in enumerate(arrays) for e in range(len(each))]
+
+    shares = []
+    for step in range(steps):
+        for experts in experts_of(model):
+            for rows, scale in ((experts.up_s, 3.0), (experts.down_s, 1.0)):
+                by_expert = torch.rand(rows.shape[:1], generator=draw)[:, None, None, None]
+                rows.grad = scale * torch.randn(rows.shape, generator=draw) * by_expert
+        weights = maps("data")
+        means = (
+            [BETA * mean + (1 - BETA) * last for mean, last in zip(means, latest, strict=True)]
+            if step
+            else list(map(np.zeros_like, weights))
+        )
+        latest = [np.abs(weight * gradient) for weight, gradient in zip(weights, maps("grad"), strict=True)]
+        expected = expected_after(step, weights, means, steps, kept, warm_up=2)
+        pruner.step()
+        for ours, theirs in zip(maps("data"), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        shares.append(sum(map(np.count_nonzero, expected)) / sum(each.size for each in expected))
+    assert shares[2] == 1 and shares[-1] == pytest.approx(kept, abs=0.02)
+    by_expert = [np.count_nonzero(each) / each.size for each in maps("data")]
+    assert max(by_expert) - min(by_expert) > 0.3  # experts and maps keep what they need
+    before_, size = model(inputs()), parameters(model)
+    pruner.finish()
+    assert torch.equal(model(inputs()), before_) and parameters(model) == size
+    stored = sum(rows.numel() for e in experts_of(model) for rows in (e.up_s, e.down_s))
+    assert parameter_counts(model)["total"] == sum(p.numel() for p in model.parameters()) - round(stored * (1 - shares[-1]))
+
+
+def test_the_state_of_another_pruner_is_refused():
+    model = compress(model_with_experts(), 2)
+    with pytest.raises(ConfigError, match="another pruner than by='rows': make one with 'rows' or 'units' as it was"):
+        Pruner(model, 0.5, 4).load_state_dict(Pruner(model, 0.5, 4, by="units").state_dict())
 
 
 def check_outputs(folder: Path) -> None:
@@ -195,7 +262,7 @@ def test_merged_and_compressed_model_trains_and_loads(tmp_path):
         sd.moe_layers(model)[0][1].router.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     merged, _ = sd.operate(model, "merge", 2, sd.calibrate(model, [(lambda: model(inputs()), None)], k=1))
     compressed = compress(merged, 3)
-    pruner = Pruner(compressed, kept=0.25, steps=2)
+    pruner = Pruner(compressed, kept=0.25, steps=2, by="units")
     trained(compressed, pruner, 3)
     pruner.finish()
     sd.save_model(compressed, tmp_path)
@@ -228,8 +295,9 @@ def test_original_is_unchanged_and_frozen_parameters_stay_frozen():
 def test_distillation_adds_the_divergence_at_the_temperature():
     logits, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
-    expected = 1.5 + 0.2 * 4 * (p * (p / q).log()).sum(-1).mean()
-    torch.testing.assert_close(distilled(torch.tensor(1.5), logits, teacher), expected)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(distilled(torch.tensor(1.5), logits, teacher), 1.5 + 0.2 * divergence)  # as MC-SMoE's code
+    torch.testing.assert_close(distilled(torch.tensor(1.5), logits, teacher, squared=True), 1.5 + 0.2 * 4 * divergence)
     assert distilled(torch.tensor(1.5), logits, logits) == 1.5
 
 

@@ -1,6 +1,7 @@
 """Merging, UNCURL's pruning and plain averaging: which experts are combined, and the result."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,8 @@ def read(usage: list[float], logits_SE: torch.Tensor | None = None) -> LayerCali
     """Calibration of a layer."""
     usage_E = torch.tensor(usage, dtype=torch.float64)
     logits_SE = torch.randn(SAMPLE, len(usage)) if logits_SE is None else logits_SE
-    return LayerCalibration(usage_E=usage_E, weight_E=usage_E, logits_SE=logits_SE, inputs_SD=torch.zeros(SAMPLE, D))
+    products_EE = logits_SE.T @ logits_SE
+    return LayerCalibration(usage_E, usage_E, logits_SE, inputs_SD=torch.zeros(SAMPLE, D), products_EE=products_EE)
 
 
 def groups_of(method: str, calibrations: list[LayerCalibration], keep: int, **options) -> list[list[Group]]:
@@ -67,7 +69,7 @@ def test_keeping_more_experts_than_exist_is_rejected():
 def test_other_experts_join_the_dominant_one_with_the_most_similar_routing():
     logits = logits_in_blocks(3, 2)
     (found,) = groups_of("merge", [read([0.1, 0.4, 0.1, 0.1, 0.3], 5 * logits)], 2)
-    assert found == [Group((0, 1, 2), 1), Group((3, 4), 4)]
+    assert found == [Group((0, 1, 2), 1, 0), Group((3, 4), 4, 0)]
     opposite = torch.cat([logits, -logits[:, :1]], 1)  # the negative of the first block's logits: dissimilar
     (found,) = groups_of("merge", [read([0.1, 0.3, 0.1, 0.1, 0.3, 0.1], opposite)], 2)
     assert members(found) == [(0, 1, 2), (3, 4, 5)]
@@ -75,7 +77,7 @@ def test_other_experts_join_the_dominant_one_with_the_most_similar_routing():
 
 def test_average_uses_the_groups_of_merge():
     calibrations = [read([0.1, 0.2, 0.3, 0.4]), read([0.4, 0.3, 0.2, 0.1])]
-    assert groups_of("average", calibrations, 2) == groups_of("merge", calibrations, 2)
+    assert groups_of("average", calibrations, 2) == groups_of("merge", calibrations, 2, align="leader")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -92,7 +94,7 @@ def test_keeping_an_expert_without_tokens_is_rejected(method):
         groups_of(method, [read([0.25] * 4), read(usage, logits_in_blocks(2, 2))], 2, by_layer=True)
     assert "\n" not in str(refusal.value)
     (found,) = groups_of(method, [read(usage)], 1)
-    assert found == [Group((0, 1, 2, 3), 0)]  # experts without tokens get weight 0
+    assert found[0][:2] == ((0, 1, 2, 3), 0)  # experts without tokens get weight 0
 
 
 def random_layer(activation: type[nn.Module] = nn.ReLU, experts: int = 4) -> sd.MoELayer:
@@ -132,6 +134,46 @@ def test_merge_weighs_aligned_experts_by_usage_and_average_is_the_plain_mean():
         parts = [getattr(expert, name) for expert in (first, leader, last)]
         torch.testing.assert_close(getattr(merged, name), (3 * parts[0] + parts[1] + 2 * parts[2]) / 6)
         torch.testing.assert_close(getattr(averaged, name), sum(getattr(expert, name) for expert in experts) / 3)
+
+
+def test_merge_aligns_all_experts_to_the_first_of_their_layer_as_the_authors():
+    """Also where that is in another group; in numpy, by trying all orders of hidden units."""
+    layer, usage = random_layer(), [0.3, 0.4, 0.1, 0.2]
+    for name in ("up", "bias_up", "down"):  # four hidden units, so that all orders can be tried
+        setattr(layer.experts, name, nn.Parameter(getattr(layer.experts, name)[:, :4].clone(), False))
+    (groups,) = groups_of("merge", [read(usage, logits_in_blocks(1, 3))], 2)
+    assert groups == [Group((0,), 0, 0), Group((1, 2, 3), 1, 0)]
+    first, *others = (expert_of(layer.experts, index) for index in range(4))
+
+    def units(expert: Expert, order: tuple[int, ...] = (0, 1, 2, 3)) -> torch.Tensor:
+        return torch.cat([expert.up_HD, expert.bias_up_H[:, None], expert.down_HD], 1)[list(order)]
+
+    orders = list(itertools.permutations(range(4)))
+    found = [max(orders, key=lambda order: float((units(first) * units(other, order)).sum())) for other in others]
+    assert any(order != (0, 1, 2, 3) for order in found)
+    expected = sum(share * units(other, order) for share, other, order in zip((4, 1, 2), others, found, strict=True)) / 7
+    torch.testing.assert_close(units(merging.combine(layer, groups[1], read(usage))), expected)
+    leader = merging.combine(layer, groups[1]._replace(reference=None), read(usage))
+    assert (units(leader) - expected).abs().max() > 0.1
+
+
+def test_merge_is_by_the_cosine_over_all_tokens():
+    """Brute force over every token, where the sample of two says otherwise."""
+    torch.manual_seed(3)
+    host = nn.Sequential(nn.Sequential(nn.Linear(D, 5 * H), nn.ReLU(), nn.Linear(5 * H, D)))
+    model, x = sd.moefy(host, sd.SMoEConfig(num_experts=5, top_k=2, router="learned", init_std=0.5)), torch.randn(300, D)
+    (_, layer), passes = sd.moe_layers(model)[0], [(lambda part=part: model(part), None) for part in x.split(100)]
+    calibration = sd.calibrate(model, passes, k=2, sample=2).layers[0]
+    logits = (x @ layer.router.weight.T + layer.router.bias).detach()
+    cosine = torch.tensor([[torch.cosine_similarity(logits[:, i], logits[:, j], dim=0) for j in range(5)] for i in range(5)])
+    torch.testing.assert_close(merging.similarity_of_all(calibration), cosine, rtol=1e-4, atol=1e-5)
+    leaders = sorted(calibration.usage_E.topk(2).indices.tolist())
+    nearest = [leader if leader in leaders else max(leaders, key=lambda one: cosine[leader, one]) for leader in range(5)]
+    (of_all,), (of_sample,) = (groups_of("merge", [calibration], 2, compare=name) for name in ("all", "sample"))
+    assert [group.members for group in of_all] == [tuple(e for e in range(5) if nearest[e] == leader) for leader in leaders]
+    assert of_sample != of_all
+    with pytest.raises(sd.ConfigError, match="make it again, or give compare='sample'"):
+        groups_of("merge", [calibration._replace(products_EE=None)], 2)
 
 
 @pytest.mark.parametrize("method", METHODS)

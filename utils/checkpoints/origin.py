@@ -211,7 +211,7 @@ def _transformers(path: Path) -> Source:
     if config.get("model_type") != LIBRARY:
         return _host(path)
     try:
-        host, kind, experts = config["host"], config["host_model_type"], SMoEConfig.from_dict(config[LIBRARY])
+        host, kind, experts = config["host"], config["host_model_type"], SMoEConfig.stored(config[LIBRARY])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
     classes = [str(name) for name in config.get("architectures") or [kind]]

@@ -100,7 +100,7 @@ def read_config(folder: Path, unverified: Callable[[Path], Any] | None = None) -
         if found:
             raise Damaged(path, f"is damaged: it is {word} {', '.join(sorted(found)[:4])}, as of another version", remedy)
     documents.validate(config, kind, path, remedy)
-    config = defaults_before() | config
+    config = defaults_before(kind) | config
     started = {name: getattr(Flags, name) for name in names(role="start")}  # without meaning for the trained model
     if mistakes := check_limits(dataclasses.replace(flags_from(config, kind), **started)):
         raise Damaged(path, f"is damaged: {mistakes[0]}", remedy)
@@ -119,7 +119,7 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     Left out are flags that may differ when it is resumed, and those that have the value of runs made before they existed, so that a new
     flag does not change the identity of an older run.
     """
-    before, left_out = defaults_before(), names(role="replaceable")
+    before, left_out = defaults_before(FinetuneFlags), names(role="replaceable")
     own = {name: config[name] for name in sorted(config) if name not in left_out}
     return documents.checksum({name: value for name, value in own.items() if name not in before or value != before[name]})
 

@@ -19,14 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smoe_dropout.files import read_object
+from smoe_dropout.options import ConfigError
 from utils.checkpoints.origin import Source, open_source
-from utils.checkpoints.run_files import read_config
+from utils.checkpoints.run_files import CONFIG, read_config
 from utils.cli.arguments import Arguments, Values
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
-from utils.flags.declare import flags_from
-from utils.flags.derive import parse_ks, resolve, training_flags
-from utils.flags.fields import Flags, names
+from utils.flags.declare import FlagsT, flags_from, specs
+from utils.flags.derive import built_options, parse_ks, resolve, training_flags
+from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of
 from utils.flags.official import REFUSED
@@ -73,7 +75,7 @@ def decide(program: Program, given: Sequence[str] | Values | None = None) -> tup
     refuse([*command.mistakes, *(check if trains else check_limits)(flags), *program.mistakes(flags, source)])
     if not trains:
         return flags, source
-    flags = resolve(flags)
+    flags = as_begun(resolve(flags), command)
     if source and source.flags.get("method", "") is None:  # a custom run stays custom even if its flags match a method
         flags = dataclasses.replace(flags, method=None)
     refuse_if_too_large(flags)
@@ -104,6 +106,23 @@ def _stored_run(program: Program, command: Arguments) -> Flags:
         parse_ks(flags.k, flags.moe_num_expert)
     refuse_unwritable("--work_dir", folder)
     return flags
+
+
+def as_begun(flags: FlagsT, command: Arguments | Values) -> FlagsT:
+    """The flags. Those not given that --work_dir was begun without, in an earlier version, are as they were by default then."""
+    try:
+        stored = read_object(Path(flags.work_dir) / CONFIG)
+    except ConfigError:  # no run, or a damaged one, which is refused elsewhere
+        return flags
+    earlier = {name: value for name, value in defaults_before(type(flags)).items() if name not in stored and not command.has(name)}
+    begun = dataclasses.replace(flags, **earlier)
+    needing = [name for name, spec in specs(type(flags)).items() if spec.needs and not getattr(flags, spec.needs)]
+    unused = (*MODELS[flags.model].unknown_flags, *needing)
+    told = [name for name, value in earlier.items() if value != getattr(flags, name) and name not in unused]
+    if told and (told != ["defaults"] or built_options(begun) != built_options(flags)):
+        kept = ", ".join(f"--{name} {earlier[name]}" for name in told)
+        print(f"note: {flags.work_dir} was begun by an earlier version, so it keeps {kept}", file=sys.stderr)
+    return begun
 
 
 def refuse_other_data(flags: Flags, data: Any) -> None:

@@ -56,7 +56,8 @@ class Plan:
         sizes = {"from": self.made.moe_num_expert, "keep": flags.keep} if flags.keep else {}
         values = {"method": flags.method, **sizes, "options": self.options, "seed": flags.seed, "weights_sha256": self.source.fingerprint}
         if material is not None:
-            read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k, "tokens": flags.tokens}
+            amount = {"tokens": flags.tokens} if flags.tokens else {"examples": flags.examples}
+            read = {"data": material.title, "fingerprint": material.fingerprint, "task": flags.task, "k": flags.k} | amount
             values["read"] = read | ({"fold": flags.fold} if flags.fold is not None else {})
         return values
 
@@ -103,8 +104,8 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
 
 
 def _refuse_surplus(flags: SurgeryFlags, positions: int, material: Corpus | Examples) -> None:
-    """Raises UserError for more positions than there are to read, unless by default."""
-    if is_given(flags, "tokens") and flags.tokens > positions:
+    """Raises UserError for more positions than there are to read."""
+    if flags.tokens is not None and flags.tokens > positions:
         raise UserError(f"--tokens {flags.tokens} is more than the {positions} positions of {material.path}: give at most that many")
 
 
@@ -142,6 +143,8 @@ def _mistakes(flags: SurgeryFlags, source: Source) -> list[str]:
         for name, value in (("keep", flags.keep), ("k", flags.k))
         if value is not None and not 1 <= value <= E
     ]
+    if flags.tokens is not None and is_given(flags, "examples"):
+        found.append("--tokens and --examples both say how much to read: leave one out")
     if flags.fold is not None and flags.task in (None, *TASKS):
         folds = task_kind(flags.task).folds if flags.task else 1
         if folds == 1:
@@ -199,4 +202,6 @@ def flags_after(plan: Plan, sizes: tuple[int, ...]) -> Flags:
     changes = {"moe_num_expert": max(sizes), "moe_experts_by_layer": ",".join(map(str, sizes))}
     if flags.method == COMPRESS:
         changes |= {"moe_expert_rank": flags.rank, "moe_prune_to": flags.kept}
+    if flags.method in ("merge", COMPRESS) and not made.freeze_gate:  # MC-SMoE recovers with frozen routers, which need no balance
+        changes |= {"freeze_gate": True, "load_balance": 0.0}
     return dataclasses.replace(resized(made, **changes), method=made.method)

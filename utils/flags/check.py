@@ -36,7 +36,7 @@ def check_limits(flags: Any) -> list[str]:
             found.append(f"--{option}: " + unknown("value", str(value), list(spec.choices)))
         elif limits := _broken_limits(value, spec):
             found.append(f"--{option} {value} must be {limits}")
-        if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name):
+        if spec.needs and not getattr(flags, spec.needs) and is_given(flags, name) and value != spec.since:
             found.append(f"--{option} needs --{declared[spec.needs].name or spec.needs}")
         known = declared["method"].choices if spec.only else ()  # an unknown method has been refused as such
         if spec.only and flags.method in known and flags.method not in spec.only and is_given(flags, name):
@@ -76,6 +76,8 @@ def check(flags: Flags) -> list[str]:
         found.append("--same_length lets every position attend to --mem_len positions, which is 0: leave one of them out")
     if is_given(flags, "weight_decay") and flags.optim != "adamw":
         found.append(f"--weight_decay {flags.weight_decay} has no effect with --optim {flags.optim}: leave it out, or use --optim adamw")
+    if is_given(flags, "decayed") and flags.optim != "adamw":
+        found.append(no_effect(f"decayed {flags.decayed}", f"--optim {flags.optim}"))
     if flags.k is not None and not flags.eval_only:
         found.append("--k selects what --eval_only evaluates; in training k comes from --moe_top_k or --dynamic_moe")
     if flags.train_only == "adapters" and flags.model in MODELS and not MODELS[flags.model].from_folder:
@@ -96,8 +98,9 @@ def _check_model(flags: Flags) -> list[str]:
     if flags.preset not in presets:
         return [f"--preset {flags.preset} is none of --model {flags.model}: choose {', '.join(presets)}"]
     preset = presets[flags.preset]
-    usual = {name: preset.get(name, getattr(Flags, name)) for name in model.unknown_flags}
-    found = [no_effect(name, f"--model {flags.model}") for name, value in usual.items() if getattr(flags, name) != value]
+    declared, fields = specs(type(flags)), type(flags).__dataclass_fields__
+    usual = {name: (preset.get(name, fields[name].default), declared[name].since) for name in model.unknown_flags if name in fields}
+    found = [no_effect(name, f"--model {flags.model}") for name, values in usual.items() if getattr(flags, name) not in values]
     if "mem_len" not in model.unknown_flags:
         if flags.eval_tgt_len > flags.mem_len + flags.tgt_len:
             found.append(f"--eval_tgt_len {flags.eval_tgt_len} must not exceed mem_len + tgt_len = {flags.mem_len + flags.tgt_len}")

@@ -5,12 +5,12 @@ from typing import Any
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.methods.base import Method
-from smoe_dropout.options import ConfigError, NoOptions, build_options, option_names
+from smoe_dropout.options import ConfigError, NoOptions, build_options, earlier_options, option_names
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
 from utils.flags.declare import FlagsT
-from utils.flags.fields import Flags, names
+from utils.flags.fields import EARLIER, Flags, names
 from utils.flags.models import presets_of
 
 CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the same values
@@ -49,10 +49,16 @@ def parse_options(text: str | None) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def given_options(flags: Flags, method: Method | None) -> dict[str, Any]:
+    """The options given, and with --defaults earlier those of the method that had another default."""
+    values = parse_options(flags.method_options)
+    return earlier_options(method.options, values) if method and flags.defaults == EARLIER else values
+
+
 def built_options(flags: Flags) -> list[Any]:
     """The options of the method and, if any are given, of the router. Raises ConfigError for an unknown option or a wrong value."""
-    values, method = parse_options(flags.method_options), method_of(flags)
-    kinds = [method.options if method else NoOptions]
+    method = method_of(flags)
+    values, kinds = given_options(flags, method), [method.options if method else NoOptions]
     if values and flags.moe:
         kinds.append(load(ROUTERS, "router", canonical_router(flags.gate_name)[0]).Options)
     return [build_options(kind, values, option_names(kinds)) for kind in kinds]
@@ -191,5 +197,5 @@ def smoe_config(flags: Flags, method: Method | None = None) -> SMoEConfig:
         backend=flags.expert_backend,
         init_std=flags.init_std,
         method=method.name if method and method.layer else None,
-        options=parse_options(flags.method_options),
+        options=given_options(flags, method),
     )

@@ -10,6 +10,7 @@ continued    the same, for --start_from only
 start        how training starts from a checkpoint; without meaning for the trained model
 surgery      changed by surgery.py
 teacher      must be equal for a teacher and its student
+taught       recorded with a teacher
 derived      derived from another flag (`follows`) unless given
 unstored     not part of config.json: changes no number
 replaceable  may differ when a run is resumed: the sha256 of the weights identifies them
@@ -40,7 +41,9 @@ COMPRESS = "compress"  # the operation of surgery.py that is not in the library'
 ROUTER_NORM = "router_norm"  # the score that needs no calibration data
 TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
+EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
+COMPARE, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
 CORRECTIONS = ("none", "norm", "mean")
@@ -64,6 +67,13 @@ class RunFlags:
     method_options: str | None = flag(
         None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training verbatim"
     )
+    defaults: str = flag(
+        "authors",
+        "options not given: as their authors' code has them, or as earlier runs had",
+        "run experts",
+        choices=("authors", EARLIER),
+        since=EARLIER,
+    )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
     yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
     repair: bool = flag(False, "resume a damaged run from what is intact; the record lists what was lost", "run unstored")
@@ -82,8 +92,15 @@ class StartFlags:
     teacher: str | None = folder(
         None, "finished run to distil from, at k = E; hf: a folder, or self", "run start replaceable", needs="start_from", since=None
     )
-    teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start", above=0, needs="teacher", since=0.2)
-    teacher_temperature: float = flag(2.0, "distillation temperature", "run start", above=0, needs="teacher", since=2.0)
+    teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start taught", above=0, needs="teacher", since=0.2)
+    teacher_temperature: float = flag(2.0, "distillation temperature", "run start taught", above=0, needs="teacher", since=2.0)
+    teacher_squared: bool = flag(
+        False,
+        "multiply by the square of the temperature, as --teacher self always does",
+        "run start taught",
+        needs="teacher",
+        since=True,
+    )
 
 
 @group
@@ -142,6 +159,12 @@ class ExpertFlags:
     moe_prune_to: float | None = expert_flag(
         None, "with --start_from: share of the hidden units to prune S to", "start continued", above=0, high=1, since=None
     )
+    moe_prune_by: str = flag(
+        *("rows", "rows of each map, over all experts and layers; units: as many hidden units of every expert", "start continued"),
+        choices=("rows", "units"),
+        needs="moe_prune_to",
+        since="units",
+    )
     dense_width: str = expert_flag(
         "expert", "width of dense layers: of one expert (official), or of all", "experts", choices=("expert", "all"), since="expert"
     )
@@ -189,6 +212,9 @@ class OptimiserFlags:
     lr: float = flag(2.5e-4, "learning rate", above=0)
     mom: float = flag(0.0, "momentum of sgd", low=0, below=1)
     weight_decay: float = flag(0.01, "weight decay of adamw", low=0)
+    decayed: str = flag(
+        "all", "what adamw's weight decay acts on; matrices: not on biases, norms and routers", choices=("all", "matrices"), since="all"
+    )
     scheduler: str = flag("cosine", "learning-rate schedule", choices=("cosine", "linear", "inv_sqrt", "constant", "dev_perf"))
     warmup_step: int = flag(0, "steps of linear warm-up", low=0)
     eta_min: float = flag(0.0, "final learning rate of cosine", low=0)
@@ -245,6 +271,9 @@ class TaskFlags:
     from_scratch: bool = flag(False, "start from random weights, in a model of the checkpoint's size", "variant")
     fold: int = flag(0, "tasks with folds: the one held out", "run", low=0)
     max_length: int = flag(512, "maximum number of positions of a row; longer rows are refused", "run", low=3)
+    head_dropout: str = flag(
+        "once", "between Transformer-XL and a head that chooses; earlier runs: twice", "variant", choices=("once", "twice"), since="twice"
+    )
     tokenizer: str | None = folder(None, "pieces, tokens: folder of the tokenizer. Default: that of the checkpoint's text, or in it", "run")
 
 
@@ -269,6 +298,16 @@ class OperationFlags:
     keep: int | None = flag(None, "experts to keep per layer; merge, average, drop and --pooled: on average", only=tuple(SURGERIES))
     by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
     pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
+    compare: str | None = flag(
+        None,
+        "of router logits: over all positions read (default) or a sample of 256",
+        "option",
+        choices=COMPARE,
+        only=("merge", "average"),
+    )
+    align: str | None = flag(
+        None, "hidden units: to the layer's first expert (default), or a group's leader", "option", choices=ALIGN, only=("merge",)
+    )
     at_least: int | None = flag(None, "fewest experts of a layer where numbers differ. Default: 1", "option", low=1, only=tuple(SURGERIES))
     score: str | None = flag(None, "how experts are ranked. Default: usage", "option", choices=SCORES, only=("keep_best",))
     rank: int | None = flag(None, "rank of U V in W = U V + S", "option", only=(COMPRESS,))
@@ -285,7 +324,8 @@ class CalibrationFlags:
     task: str | None = flag(None, "calibrate on the rows of a task instead of a text; padding is not counted", "calibration", choices=TASKS)
     fold: int | None = flag(None, "tasks with folds: the one not read, to hold out in fine-tuning. Default: 0", "calibration", low=0)
     k: int | None = flag(None, "active experts during calibration. Default: E/2; at E, usage is uniform", "calibration")
-    tokens: int = flag(65_536, "positions to read", low=1)
+    examples: int = flag(256, "rows of a task, or segments of a text, to read", low=1)
+    tokens: int | None = flag(None, "positions to read instead", low=1)
     data: str | None = folder(None, "prepared text to test both models on. Default: the run's")
     max_test_steps: int | None = same_flag(Flags, "max_test_steps", default=None, help="batches per test (-1: all). Default: the run's")
     device: str = same_flag(Flags, "device")
@@ -352,6 +392,6 @@ def names(*, role: str | None = None, group: str | None = None, follows: str | N
     )
 
 
-def defaults_before() -> dict:
+def defaults_before(kind: type = Flags) -> dict:
     """The values of flags in runs made before these flags existed."""
-    return {name: spec.since for name, spec in specs(Flags).items() if spec.since is not ABSENT}
+    return {name: spec.since for name, spec in specs(kind).items() if spec.since is not ABSENT}

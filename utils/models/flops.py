@@ -42,23 +42,30 @@ def active_experts(layer: MoELayer, k: int) -> int:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of all parameters, of the trainable ones, and of those of routers; a tied tensor counts once."""
+    """Numbers of all parameters but those pruned, of the trainable ones, and of those of routers; a tied tensor counts once."""
     routers = [parameter for _, layer in moe_layers(model) for parameter in layer.routing_parameters()]
     return {
-        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "total": sum(parameter.numel() for parameter in model.parameters()) - sum(pruned(layer) for _, layer in moe_layers(model)),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "router": sum(parameter.numel() for parameter in routers),
     }
 
 
+def pruned(layer: MoELayer) -> int:
+    """Weights of S in compressed experts that are 0, as the code of MC-SMoE counts them."""
+    experts = layer.experts
+    return sum(int((rows == 0).sum()) for rows in (experts.up_s, experts.down_s)) if isinstance(experts, CompressedExperts) else 0
+
+
 def active_parameters(model: nn.Module, k: int | None) -> tuple[int, int]:
     """Parameters used for one token with k experts active: in the whole model, and in its feed-forward layers."""
-    total, ffn_total, idle = parameter_counts(model)["total"], 0, 0
+    layers = moe_layers(model)
+    total, ffn_total, idle = parameter_counts(model)["total"], -sum(pruned(layer) for _, layer in layers), 0
     for name, module in model.named_modules():
         if FEED_FORWARD.fullmatch(name):
             ffn_total += sum(parameter.numel() for parameter in module.parameters())
-    for _, layer in moe_layers(model):
-        one = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+    for _, layer in layers:
+        one = (sum(parameter.numel() for parameter in layer.experts.parameters()) - pruned(layer)) // layer.num_experts
         idle += (layer.num_experts - active_experts(layer, k or layer.top_k)) * one
     elsewhere = 0  # attention experts, of which one is active
     for module in model.modules():

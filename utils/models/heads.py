@@ -23,7 +23,10 @@ class Scorer(nn.Module):
         self.backbone = architecture.without_head(backbone)
         self._hidden_states, self._summary = architecture.hidden_states, architecture.summary
         width, rate = flags.d_model, flags.dropout
-        self.head = nn.Sequential(nn.Dropout(rate), nn.Linear(width, width), nn.Tanh(), nn.Dropout(rate), nn.Linear(width, outputs))
+        twice = flags.head_dropout == "twice" or not getattr(architecture, "DROPPED", False)
+        self.head = nn.Sequential(
+            nn.Dropout(rate if twice else 0.0), nn.Linear(width, width), nn.Tanh(), nn.Dropout(rate), nn.Linear(width, outputs)
+        )
         initialise(self.head, flags.init_std)
 
     def forward(self, tokens_BST: Tensor, lengths_BS: Tensor, answers_B: Tensor, state: None = None) -> tuple[Tensor, None, Tensor]:

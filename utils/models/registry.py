@@ -37,6 +37,7 @@ class Architecture(Protocol):
     """
 
     SIZES: tuple[str, ...]  # the flags of its sizes, as they are recorded
+    DROPPED: bool  # whether its last hidden states have gone through dropout; may be left out if not
 
     @staticmethod
     def build(flags: Flags, vocabulary: Vocabulary | None) -> nn.Module:

@@ -11,6 +11,7 @@ from utils.models.registry import Shape
 
 SIZES = ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")
 N_TOKEN = 256  # bytes
+DROPPED = True  # the last hidden states have gone through dropout
 
 
 def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:

@@ -32,6 +32,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "gate_name": lambda name: f"{NAMES.get(name, words(name))} router",
     "freeze_gate": lambda frozen: "router frozen" if frozen else "router trained",
     "load_balance": lambda weight: f"load balance {weight:g}" if weight else "no load balance",
+    "defaults": lambda which: f"{which} defaults",
     "from_scratch": lambda on: "from scratch" if on else "pre-trained",
     "moe_prune_to": lambda share: f"pruned to {share:g}",
     "n_layer": lambda count: f"{count} layers",
@@ -131,7 +132,8 @@ def _operation(one: dict[str, Any]) -> str:
         return one["label"]
     if one["method"] == "train":
         steps = f"step {one['checkpoint']:,}" if "checkpoint" in one else f"{one['steps']:,} steps"
-        done = f"pruned to {one['pruned_to']:g} in {steps}" if "pruned_to" in one else f"trained {steps}"
+        by = f" by {one['pruned_by']}" if "pruned_by" in one else ""
+        done = f"pruned to {one['pruned_to']:g}{by} in {steps}" if "pruned_to" in one else f"trained {steps}"
         return ", ".join([done, *phrases(one.get("settings", {})), *(["taught"] if one.get("taught") else [])])
     name = NAMES.get(one["method"], words(one["method"]))
     sizes = [f"{one['from']} to {one['keep']}"] if "keep" in one else []

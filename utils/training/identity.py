@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.checkpoints.origin import Source
 from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
-from utils.flags.fields import FinetuneFlags, Flags, names
+from utils.flags.fields import EARLIER, FinetuneFlags, Flags, names
 from utils.flags.models import MODELS
 from utils.flags.presets import finetuning
 
@@ -22,7 +22,7 @@ def table_of(flags: Flags, source: Source | None) -> str:
 def departures_of(flags: Flags, source: Source | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a run that differ from its preset, and those that differ from its method, now or in pre-training."""
     of_preset, of_method = departures(flags, _usual(flags, source) if source else usual_flags(flags))
-    taught = {"teacher_weight": flags.teacher_weight, "teacher_temperature": flags.teacher_temperature} if flags.teacher else {}
+    taught = {name: getattr(flags, name) for name in names(role="taught")} if flags.teacher else {}
     return of_preset, of_method | taught
 
 
@@ -42,7 +42,8 @@ def _usual(flags: Flags, source: Source) -> Flags:
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that differ from the preset, and from the method, given the `usual` flags of preset and method."""
     derived, variants = names(role="derived"), names(role="variant")
-    own = [field.name for field in dataclasses.fields(flags) if field.name not in (*names(role="run"), *derived)]
+    left_out = (*names(role="run"), *derived, *MODELS[flags.model].unknown_flags)
+    own = [field.name for field in dataclasses.fields(flags) if field.name not in left_out]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
     found |= {name: getattr(flags, name) for name in derived if getattr(flags, name) != getattr(follows, name)}
@@ -50,12 +51,10 @@ def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, An
         found["d_ff"] = flags.d_ff
     experts = {name: value for name, value in found.items() if name in (*names(group="experts"), "d_inner")}
     found.pop("method_options", None)
-    options = {
-        field.name: value
-        for built in built_options(flags)
-        for field in dataclasses.fields(built)
-        if (value := getattr(built, field.name)) != field.default
-    }
+    fields = [(field, getattr(built, field.name)) for built in built_options(flags) for field in dataclasses.fields(built)]
+    earlier = {field.name: field.metadata["earlier"] for field, _ in fields if "earlier" in field.metadata and flags.defaults == EARLIER}
+    options = {field.name: value for field, value in fields if value != earlier.get(field.name, field.default)}
+    options |= {"defaults": EARLIER} if earlier else {}
     of_method = (experts if flags.moe else {}) | {name: found[name] for name in found if name in variants} | options
     return {name: value for name, value in found.items() if name not in (*experts, *variants)}, of_method
 

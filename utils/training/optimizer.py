@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from smoe_dropout import parameter_groups
 from utils.flags.fields import Flags
 
 
@@ -14,6 +15,8 @@ def build_optimizer(model: nn.Module, flags: Flags) -> torch.optim.Optimizer:
     parameters: Iterable[nn.Parameter] = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if flags.optim == "adam":
         return torch.optim.Adam(parameters, lr=flags.lr, fused=True)
+    if flags.optim == "adamw" and flags.decayed == "matrices":
+        return torch.optim.AdamW(parameter_groups(model, flags.weight_decay), lr=flags.lr, fused=True)
     if flags.optim == "adamw":
         return torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=flags.weight_decay, fused=True)
     if flags.optim == "sgd":

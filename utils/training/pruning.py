@@ -25,11 +25,11 @@ class Pruning(Callback):
 
     selects_best = False
 
-    def __init__(self, kept: float, steps: int):
-        self.kept, self.steps = kept, steps
+    def __init__(self, kept: float, steps: int, by: str):
+        self.kept, self.steps, self.by = kept, steps, by
 
     def begin(self, model: nn.Module) -> None:
-        self._pruner = Pruner(model, self.kept, self.steps)
+        self._pruner = Pruner(model, self.kept, self.steps, self.by)
 
     def after_update(self) -> None:
         self._pruner.step()
@@ -57,14 +57,16 @@ class Pruning(Callback):
 
     def _store(self, run: Run, model: nn.Module) -> None:
         flags, folder = run.flags, Path(run.flags.work_dir) / FOLDER
-        made = dataclasses.replace(flags, moe_sparse_share=self.kept, **{name: getattr(Flags, name) for name in names(role="start")})
+        stored = {"moe_sparse_share": self.kept} if self.by == "units" else {}  # else pruned rows are stored, as zeros
+        made = dataclasses.replace(flags, **stored, **{name: getattr(Flags, name) for name in names(role="start")})
         config = config_of(made, run.fingerprints())
         identity = config_sha256(config)
         store(model, folder / "checkpoints", identity)
         documents.write(folder / CONFIG, config)
         taught = {"taught": True} if flags.teacher else {}
         settings = {"settings": own} if (own := own_settings(flags)) else {}
-        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **taught, **settings}
+        by = {"pruned_by": self.by} if self.by == "rows" else {}  # as earlier records have it, units
+        training = {"method": "train", "steps": flags.max_step, "pruned_to": self.kept, **by, **taught, **settings}
         operations = [*operations_of(run.source), training]
         operated = {"trained": training_of(run.source), "operations": operations} | self._surgery
         documents.write(folder / SURGERY, operated | {"config_sha256": identity})

@@ -50,7 +50,7 @@ def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source
     if source and flags.teacher is not None:
         callbacks.append(SelfTeacher(task) if flags.teacher == SELF else Teacher(task))
     if source and flags.moe_prune_to is not None:
-        callbacks.append(Pruning(flags.moe_prune_to, flags.max_step))
+        callbacks.append(Pruning(flags.moe_prune_to, flags.max_step, flags.moe_prune_by))
     return Run(task, source, callbacks)
 
 

@@ -48,8 +48,10 @@ class SelfTeacher(Callback):
             self._logits, self._model = [], model
             part = objective(model, forward)
             total, passes = part.total, self._logits
+            squared = self.flags.teacher_squared or self.flags.teacher == SELF
             for ours, theirs in passes:
-                total = distilled(total, ours, theirs, self.flags.teacher_weight / len(passes), self.flags.teacher_temperature)
+                weight, temperature = self.flags.teacher_weight / len(passes), self.flags.teacher_temperature
+                total = distilled(total, ours, theirs, weight, temperature, squared)
             return part._replace(total=total)
 
         return taught
