@@ -93,7 +93,7 @@ def test_what_cannot_be_measured_is_refused(folders, tmp_path):
 
 
 def test_a_table_says_what_half_the_experts_lose_and_which_runs_are_missing(tmp_path, monkeypatch, capsys):
-    """Of the committed record of a dense model and of one with experts, with other scores and seeds."""
+    """The committed records of a dense model and of one with experts are given other scores and seeds."""
     names = {"dense": "sst2-dense-seed1", "half": "sst2-fitted-elastic-seed1"}
     dense, half = (documents.read(ROOT / "results" / "slimmable" / "minilm" / f"{name}.json", dict, "") for name in names.values())
     monkeypatch.chdir(tmp_path)
