@@ -120,7 +120,10 @@ def main(flags: ConvertFlags, origin: Origin) -> None:
         calibrating,
         flags.num_experts,
         measuring,
-        **{name: getattr(flags, name) for name in ("cut", "router", "shared_experts", "correction", "tokens", "seed")},
+        **{
+            name: getattr(flags, name)
+            for name in ("cut", "router", "shared_experts", "correction", "tokens", "seed", "expert_init", "gate_weight")
+        },
         say=lambda line: print(line, flush=True),
     )
     if flags.k is not None:

@@ -6,9 +6,12 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks import slimmable_tasks
 from benchmarks.slimmable_table import COSTS, DENSE, FIGURES, RECORDS, dense_row, load, others, perplexity, render, stages
+from utils.data.rows import kind_of
 from utils.errors import run_main
 from utils.reporting.figures import COLOURS, GREYS, MARKERS, STYLE, save
+from utils.reporting.groups import Row
 from utils.reporting.pages import update_page, writing
 
 PAGE = RECORDS / "page.md"
@@ -53,10 +56,45 @@ def draw(record: dict[str, Any], path: Path) -> None:
         save(figure, path)
 
 
+def draw_tasks(tasks: dict[str, list[Row]], path: Path) -> None:
+    """Score against the share of active experts, a panel for each task; bars are from the worst seed to the best."""
+    labels = list(dict.fromkeys(row.label for rows in tasks.values() for row in rows if row.sparse))
+    with plt.rc_context(STYLE):
+        height = 3.9 + 0.24 * len(labels)
+        figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks) + 3.2, height), squeeze=False, layout="constrained")
+        for ax, (task, rows) in zip(axes[0], tasks.items(), strict=True):
+            for row in rows:
+                points = {share: values for share in slimmable_tasks.SHARES if (values := slimmable_tasks.scores(row, share))}
+                if not row.sparse:
+                    dense = slimmable_tasks.mean(points[1])
+                    ax.axhspan(dense - slimmable_tasks.BAR, dense, color=GREYS[2], alpha=0.3, linewidth=0)
+                    ax.axhline(dense, color=GREYS[0], linewidth=1, linestyle=":", label=f"{DENSE}, and {slimmable_tasks.BAR} points less")
+                    continue
+                place = labels.index(row.label)
+                means = [slimmable_tasks.mean(values) for values in points.values()]
+                spread = [[at - min(values) for at, values in zip(means, points.values(), strict=True)]]
+                spread += [[max(values) - at for at, values in zip(means, points.values(), strict=True)]]
+                look = {"color": COLOURS[place], "marker": MARKERS[place % len(MARKERS)], "markersize": 5, "capsize": 2, "label": row.label}
+                ax.errorbar([1 / share for share in points], means, spread, **look)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks([1 / share for share in slimmable_tasks.SHARES])
+            ax.xaxis.set_major_formatter(lambda share, _: "E" if share == 1 else f"E/{1 / share:g}")
+            ax.set(xlabel="active experts, k", title=kind_of(task).title)
+        axes[0, 0].set_ylabel("score in percent")
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower left")
+        save(figure, path)
+
+
 def main() -> None:
-    """Renders the page and draws a figure for each language model."""
+    """Renders the page, and draws a figure for each language model and for each model that was fine-tuned."""
     update_page(PAGE, "slimmable", render())
+    update_page(PAGE, "tasks", slimmable_tasks.render())
     for record in load():
+        name = record["model"]["name"]
+        if paths := slimmable_tasks.paths_of(RECORDS / name):
+            with writing(slimmable_tasks.figure_of(name)) as file:
+                draw_tasks(slimmable_tasks.rows_of(paths), file)
         if stages(record) and "perplexity" in dense_row(record):
             with writing(FIGURES / f"{record['model']['name']}.png") as file:
                 draw(record, file)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smoe_dropout.arguments import SEEDS, integer, require_weights
-from smoe_dropout.config import SMoEConfig
+from smoe_dropout.config import ExpertInit, SMoEConfig
 from smoe_dropout.control import moe_layers, top_k
 from smoe_dropout.conversion import install, planned
 from smoe_dropout.cuts import Neurons, Sample, arranged
@@ -21,9 +21,11 @@ from smoe_dropout.options import ConfigError, option_names, require
 from smoe_dropout.planning.trial import mean_loss
 from smoe_dropout.registry import ROUTERS, load, unknown
 from smoe_dropout.restoration import unmoefy
+from smoe_dropout.routers import LinearRouter, RandomRouter, Router
 from smoe_dropout.surgery.calibration import checked_pass
 
 Correction = Literal["none", "norm", "mean"]
+Gate = Literal["unit", "softmax"]
 Pass = tuple[Callable[[], object], Tensor | None]
 
 CHUNK = 1024  # tokens whose hidden units, or outputs of all experts, are in memory at once
@@ -37,7 +39,7 @@ STAGES = ("calibration", "cut and routers", "losses")
 class Recipe:
     """Account of what `convert` did; `str` gives it in a few lines.
 
-    model: its class. config: of the MoE layers. networks: number of FFNs cut. width: their hidden units. correction: of what is left out.
+    model: its class. config: of the MoE layers. networks: number of FFNs. width: their hidden units. correction: of what is left out.
     tokens: calibration tokens that were used. dense_loss: mean loss of the held-out passes before the conversion. losses: after it, by k.
     seconds: by stage, "calibration", "cut and routers" and "losses".
     """
@@ -55,10 +57,11 @@ class Recipe:
     def __str__(self) -> str:
         E, S = self.config.num_experts, self.config.shared_experts
         shared = f", {S} of them shared" if S else ""
+        made, cut = ("copied to", "copies") if self.config.expert_init == "copy" else ("cut into", f"cut {self.config.cut}")
         correction = "" if self.correction == "none" else f", {self.correction} correction"
         lines = [
-            f"{self.model}: {self.networks} feed-forward networks of {self.width} hidden units cut into {E} experts{shared}",
-            f"  cut {self.config.cut}, router {self.config.router}{correction}, {self.tokens:,} calibration tokens",
+            f"{self.model}: {self.networks} feed-forward networks of {self.width} hidden units {made} {E} experts{shared}",
+            f"  {cut}, router {self.config.router}, gate weight {self.config.gate_weight}{correction}, {self.tokens:,} calibration tokens",
             f"  {'k':>6}  {'loss':>8}  {'change':>8}",
             f"   dense  {self.dense_loss:8.4f}",
             *(f"  {k:>6}  {loss:8.4f}  {loss - self.dense_loss:+8.4f}" for k, loss in sorted(self.losses.items(), reverse=True)),
@@ -72,13 +75,15 @@ def convert(
     passes: Iterable[Pass],
     num_experts: int = 16,
     held_out: Iterable[Pass] | None = None,
-    cut: str = "coactivation",
+    cut: str | None = None,
     router: str = "learned",
     shared_experts: int = 0,
-    correction: Correction = "norm",
+    correction: Correction | None = None,
     tokens: int = 8192,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
+    expert_init: ExpertInit = "split",
+    gate_weight: Gate | None = None,
     **changes: Any,
 ) -> Recipe:
     """Cut a trained model's FFNs into experts, in place, fit routers to them, and measure the loss at each k. Nothing is trained.
@@ -90,14 +95,18 @@ def convert(
     count, in the order in which the FFNs see them; None counts all. What the FFNs read in the first `tokens` positions decides the cut.
     num_experts: E, a divisor of the FFN width.
     held_out: passes that measure the loss; None: the last eighth of `passes`, at least one.
-    cut: a name in `registry.CUTS`. "coactivation" makes what a token leaves out weakest.
+    cut: a name in `registry.CUTS`. "coactivation", the default, makes what a token leaves out weakest.
     router: a name in `registry.ROUTERS` whose weights `gate_weight` decides. "learned": linear, fitted by ridge regression to the strength
         of the experts; "representative" (CMoE); "mlp" (MoEfication); "random" and others are not fitted.
     shared_experts: S, the number of experts of the most important neurons, which every token chooses.
-    correction: of the sum of chosen experts. "norm": a factor for each k, by least squares; "mean": the mean output of the experts that are
-        left out, at 3/4 of the experts, is added; it needs a shared expert.
+    correction: of the sum of chosen experts. "norm", the default: a factor for each k, by least squares; "mean": the mean output of the
+        experts that are left out, at 3/4 of the experts, is added; it needs a shared expert.
     seed: of what is drawn; torch's default generator is left as it was.
     say: called with a line after each network, for progress.
+    expert_init: "copy": E copies of each whole network (sparse upcycling, arXiv 2212.05055), to be trained; until then they compute what it
+        does at any k. Nothing is cut or fitted.
+    gate_weight: "unit", the sum that is exact, or "softmax", the default for copies, with which later training trains the router, too. Of
+        experts that are cut the weighted mean is taken times E, and is exact only where all weights are equal.
     changes: further fields of `SMoEConfig`, such as `layers`.
 
     The model runs in evaluation mode without gradients; modes are restored. Raises ConfigError, leaving the model as it was, as `moefy` and
@@ -106,12 +115,26 @@ def convert(
     require_weights(model)
     require(not moe_layers(model), f"{type(model).__name__} has MoE layers already: convert takes a dense model")
     calibrating, measuring = _divided(passes, held_out)
-    require(correction in get_args(Correction), unknown("correction", str(correction), list(get_args(Correction))))
+    copies = expert_init == "copy"
+    gate_weight = gate_weight or ("softmax" if copies else "unit")
+    correction = correction or ("norm" if gate_weight == "unit" else "none")
+    for name, value, choices in (("correction", correction, Correction), ("gate_weight", gate_weight, Gate)):
+        require(value in get_args(choices), unknown(name, str(value), list(get_args(choices))))
+    require(
+        expert_init in ("split", "copy"),
+        f"expert_init = {expert_init!r} is not for convert, which keeps what is trained: use 'split' or 'copy'",
+    )
+    require(
+        correction == "none" or gate_weight == "unit",
+        f"correction = {correction!r} is of a sum of experts, which gate_weight = {gate_weight!r} does not form: leave it out",
+    )
     require(
         correction != "mean" or shared_experts != 0, "correction = 'mean' is added by a shared expert: set shared_experts to at least 1"
     )
     tokens, seed = integer("tokens", tokens), integer("seed", seed, *SEEDS)
-    config = _configured(model, {"num_experts": num_experts, "cut": cut, "router": router, "shared_experts": shared_experts}, changes)
+    chosen = {"num_experts": num_experts, "router": router, "shared_experts": shared_experts}
+    chosen |= {"expert_init": expert_init, "gate_weight": gate_weight, "cut": cut or ("contiguous" if copies else "coactivation")}
+    config = _configured(model, chosen, changes)
     modes, training, laps = [(module, module.training) for module in model.modules()], model.training, [time.perf_counter()]
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -124,7 +147,8 @@ def convert(
             laps.append(time.perf_counter())
             draw = torch.Generator().manual_seed(seed)
             for place, ((name, layer), inputs_TD) in enumerate(zip(layers, inputs, strict=True)):
-                _fit(layer, inputs_TD.to(layer.experts.down.device, torch.float32), draw, correction)
+                if not copies:
+                    _fit(layer, inputs_TD.to(layer.experts.down.device, torch.float32), draw, correction)
                 if say is not None:
                     say(f"{name}: {place + 1} of {len(layers)}")
             laps.append(time.perf_counter())
@@ -140,7 +164,7 @@ def convert(
         layer.train(training)
     _restore(modes)
     seconds = {stage: end - begin for stage, begin, end in zip(STAGES, laps, laps[1:], strict=False)}
-    width = layers[0][1].experts.down.shape[:2].numel()
+    width = layers[0][1].experts.down.shape[copies:2].numel()
     return Recipe(type(model).__name__, config, len(layers), width, correction, len(inputs[0]), dense_loss, losses, seconds)
 
 
@@ -161,13 +185,19 @@ def _divided(passes: Iterable[Pass], held_out: Iterable[Pass] | None) -> tuple[l
 
 
 def _configured(model: nn.Module, chosen: dict[str, Any], changes: dict[str, Any]) -> SMoEConfig:
-    """Configuration of the layers: all experts summed, the router frozen. ConfigError for a change of what makes the conversion exact."""
-    fixed = {"top_k": chosen["num_experts"], "expert_init": "split", "gate_weight": "unit", "output_scale": "mean"}
+    """Configuration of the layers: all experts active, the router of a sum frozen. ConfigError for a change of what is decided here."""
+    copies, summed = chosen["expert_init"] == "copy", chosen["gate_weight"] == "unit"
+    fixed = {"top_k": chosen["num_experts"], "output_scale": "mean" if copies or summed else "dense"}
     if wrong := sorted(changes.keys() & fixed.keys()):
         raise ConfigError(
             f"{wrong[0]} = {changes[wrong[0]]!r} is not for convert, which sets {wrong[0]} = {fixed[wrong[0]]!r}: leave it out"
         )
-    config = SMoEConfig.from_dict({"freeze_router": True, "balance_loss": 0.0, **changes, **chosen, **fixed})
+    frozen = {"freeze_router": True, "balance_loss": 0.0} if summed else {}
+    config = SMoEConfig.from_dict({**frozen, **changes, **chosen, **fixed})
+    if copies:
+        unfitted = load(ROUTERS, "router", config.router).fit in (Router.fit, LinearRouter.fit, RandomRouter.fit)
+        require(unfitted, f"router = {config.router!r} is fitted to a cut, and copies have none: use 'learned'")
+        require(config.cut == "contiguous", f"cut = {config.cut!r} has no effect with expert_init = 'copy': leave it out")
     if "activation" not in option_names([load(ROUTERS, "router", config.router).Options]) or "activation" in config.options:
         return config
     activations = sorted({site.activation for site in planned(model, config, cuts=False).sites})
@@ -265,6 +295,8 @@ def _take_back(model: nn.Module, modes: list[tuple[nn.Module, bool]]) -> None:
     if layers:
         with torch.no_grad():
             for layer in layers:
+                if layer.router.gate_weight == "softmax":
+                    layer.router.gate_weight = "uniform"  # with which all experts are the network again
                 if layer.original is not None and "bias_down" not in layer.original:
                     layer.experts.bias_down.zero_()
         unmoefy(model)

@@ -76,8 +76,10 @@ def test_a_folder_becomes_one_that_loads(place, tmp_path, monkeypatch, capsys, m
     assert account["tokens"] == 300 - 300 % 16 * (model == "llama") and [*account["losses"]] == ["4", "3", "2", "1"]
     assert account["losses"]["4"] == pytest.approx(account["dense_loss"], abs=1e-5) and account["losses"]["1"] > account["dense_loss"]
     assert account["weights_sha256"].keys() == {"model.safetensors"} and account["flags"]["num_experts"] == 4
-    convert.main(*parse(words.split()))
+    convert.main(*parse([*words.split(), "--cut", "coactivation", "--gate_weight", "unit"]))  # the defaults
     assert capsys.readouterr().out.endswith("done already: out\n")
+    with pytest.raises(UserError, match="holds something already"):
+        parse([*words.split(), "--expert_init", "copy"])
     Path("other").write_text("another text")
     with pytest.raises(UserError, match="--out out was made of another text"):
         convert.main(*parse(words.replace(str(place / text), "other").split()))

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 import smoe_dropout as sd
-from benchmarks import slimmable
+from benchmarks import slimmable, slimmable_tasks
 from benchmarks.slimmable_table import dense_row, load, quality_table, render, stages
 from tests import tiny
+from tests.conftest import ROOT
 from utils import documents
 from utils.errors import UserError
 
@@ -89,3 +90,42 @@ def test_what_cannot_be_measured_is_refused(folders, tmp_path):
         with pytest.raises(UserError, match=sentence):
             slimmable.run(replace(flags, out=tmp_path / "records", **changes))
     assert not list(tmp_path.glob("records/*")) or load(tmp_path / "records")
+
+
+def test_a_table_says_what_half_the_experts_lose_and_which_runs_are_missing(tmp_path, monkeypatch, capsys):
+    """The committed records of a dense model and of one with experts are given other scores and seeds."""
+    names = {"dense": "sst2-dense-seed1", "half": "sst2-fitted-elastic-seed1"}
+    dense, half = (documents.read(ROOT / "results" / "slimmable" / "minilm" / f"{name}.json", dict, "") for name in names.values())
+    monkeypatch.chdir(tmp_path)
+
+    def run(record: dict, name: str, seed: int, **scores: float) -> None:
+        quality = [row | {"dev": scores[f"k{row['k']}"]} for row in record["quality"]]
+        folder = Path("runs/tiny/sst2") / f"{name}-seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        documents.write(folder / "result.json", record | {"seed": seed, "quality": quality})
+
+    ks = {f"k{k}": 50.0 for k in (1, 2, 4, 16)}
+    for seed, whole, part in ((1, 88.0, 86.6), (2, 90.0, 88.6)):
+        run(dense, "dense", seed, kNone=whole)
+        run(half, "half", seed, k8=part, **ks)
+    slimmable_tasks.main(["runs/tiny", "--collect"])
+    text = capsys.readouterr().out
+    assert "| dense | dense | 89.0 (88.0, 90.0) |" in text
+    assert "| fitted-elastic | coactivation cut, 4 shared, fitted router; Elastic k, k from 4 |" in text
+    assert "| 50.0 (50.0, 50.0) | 87.6 (86.6, 88.6) |" in text and "| -1.4 | 0.67 |" in text
+    assert "within 1.5 points of the dense model, with all seeds (n = 2): fitted-elastic (-1.4).\n" in text
+    assert "Not run: tasks CommonsenseQA, ASDiv-A, MAWPS, SVAMP." in text
+    collected = sorted(path.name for path in Path("results/slimmable/tiny").iterdir())
+    assert collected == [f"sst2-{name}-seed{seed}.json" for name in ("dense", "fitted-elastic") for seed in (1, 2)]
+    run(half, "half", 1, k8=80.0, **ks)
+    Path("runs/tiny/sst2/half-seed2/result.json").unlink()
+    slimmable_tasks.main(["runs/tiny"])
+    text = capsys.readouterr().out
+    assert "with all seeds (n = 2): none. Others: fitted-elastic (-8.0, n = 1)." in text
+    assert "Not run: SST-2, seed 2: fitted-elastic; tasks" in text
+    with pytest.raises(UserError, match="holds another run"):
+        slimmable_tasks.main(["runs/tiny", "--collect"])
+    pretrained = dense["pretrained"] | {"sha256": "0" * 64}
+    documents.write(Path("runs/tiny/sst2/dense-seed2/result.json"), dense | {"seed": 2, "pretrained": pretrained})
+    with pytest.raises(UserError, match="several dense models"):
+        slimmable_tasks.main(["runs/tiny"])

@@ -218,6 +218,9 @@ convert.py --from owner/name --data file --out words            | --out words ho
 convert.py --from owner/name --data file --out file             | --out file cannot be a folder
 convert.py --from owner/name --data file --out new --shared_experts 16 | --shared_experts 16 must be less than --num_experts 16
 convert.py --from owner/name --data file --out new --correction mean   | --correction mean is added by a shared expert
+convert.py --from owner/name --data file --out new --expert_init copy --cut weights | --cut weights is for experts that are cut
+convert.py --from owner/name --data file --out new --expert_init copy --gate_weight unit | --gate_weight unit is for experts that are cut
+convert.py --from owner/name --data file --out new --gate_weight softmax --correction norm | --correction norm is of a sum of experts
 convert.py --from owner/name --data file --out new --k 17       | --k 17 must be at most --num_experts 16
 convert.py --from owner/name --data file --out new --cut weight | --cut: unknown value 'weight'
 data/prepare.py                                                 | required: NAME
@@ -269,6 +272,8 @@ script/table2/run_all.sh                                        | usage: bash
 script/table2/run_all.sh {HERE}/named --lrr 3                   | --lrr: unknown flag
 script/table2/run_all.sh {HERE}/words                           | holds no finished run named
 TASKS=nope script/table2/run_all.sh {HERE}/named                | --task: unknown value 'nope'
+script/slimmable/finetune.sh                                    | usage: bash
+script/slimmable/finetune.sh {HERE}/smoe {HERE}/file out --seed 3 | --seed differs from row to row
 script/surgery/run_all.sh {HERE}/named --lrr 3                  | --lrr: unknown flag
 script/surgery/run_all.sh {HERE}/words                          | holds no finished run named
 METHODS=nope script/surgery/run_all.sh {HERE}/named             | METHODS: there is no nope

@@ -132,6 +132,12 @@ def returns(value: object):
         (passes, {"correction": "more"}, "unknown correction 'more'"),
         (passes, {"correction": "mean"}, "set shared_experts to at least 1"),
         (passes, {"router": "hash"}, "gate_weight = 'unit' has no effect with router 'hash'"),
+        (passes, {"gate_weight": "softmax", "correction": "norm"}, "is of a sum of experts, which gate_weight = 'softmax' does not form"),
+        (passes, {"gate_weight": "sigmoid"}, "unknown gate_weight 'sigmoid'"),
+        (passes, {"expert_init": "fresh"}, "expert_init = 'fresh' is not for convert"),
+        (passes, {"expert_init": "copy", "gate_weight": "unit", "correction": "none"}, "expert_init = 'copy' makes too large"),
+        (passes, {"expert_init": "copy", "cut": "weights"}, "cut = 'weights' has no effect with expert_init = 'copy'"),
+        (passes, {"expert_init": "copy", "router": "mlp"}, "router = 'mlp' is fitted to a cut, and copies have none"),
         (passes, {"top_k": 2}, "top_k = 2 is not for convert"),
         (passes, {"nope": 2}, "unknown field nope"),
     ],
@@ -144,7 +150,28 @@ def test_refusals_leave_the_model_as_it_was(make, settings, said):
     assert not sd.moe_layers(model) and torch.equal(model(TOKENS), before) and all(part.training for part in model.modules())
 
 
-def test_a_stop_in_the_middle_is_taken_back():
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [({"expert_init": "copy"}, 1e-5), ({"gate_weight": "softmax"}, None), ({"gate_weight": "softmax", "router": "random"}, 0.1)],
+    ids=str,
+)
+def test_routers_that_learn_have_weights_that_depend_on_them(settings, tolerance):
+    """Copies are exact at every k; of cut experts, a router with nearly equal weights is nearly so with all."""
+    model, ids = llama(), torch.arange(30)[None]
+    done = sd.convert(model, [(lambda: model(input_ids=ids, labels=ids).loss, None)] * 2, 4, **settings)
+    ks = done.losses if "expert_init" in settings else [4]
+    assert tolerance is None or all(done.losses[k] == pytest.approx(done.dense_loss, abs=tolerance) for k in ks)
+    assert done.width == 32 and ("copied to 4 experts" in str(done)) == ("expert_init" in settings)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    for _, layer in sd.moe_layers(model):
+        weight = layer.router.weight
+        assert weight.requires_grad == (done.config.router == "learned") and (weight.grad is None or weight.grad.any())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"shared_experts": 1, "correction": "mean"}, {"gate_weight": "softmax"}, {"expert_init": "copy"}], ids=str
+)
+def test_a_stop_in_the_middle_is_taken_back(settings):
     """The neurons of the networks that were cut already have another order then."""
     model, ids = llama(), torch.arange(30)[None]
     before, lines = model(input_ids=ids).logits, []
@@ -155,7 +182,7 @@ def test_a_stop_in_the_middle_is_taken_back():
 
     with pytest.raises(KeyboardInterrupt):
         run = (lambda: model(input_ids=ids, labels=ids).loss, None)
-        sd.convert(model, [run] * 2, 4, shared_experts=1, correction="mean", say=stop)
+        sd.convert(model, [run] * 2, 4, **settings, say=stop)
     assert lines == ["model.layers.0.mlp: 1 of 2"] and not sd.moe_layers(model)
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
     with pytest.raises(sd.ConfigError, match="has MoE layers already"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.slimmable_table import render as render_slimmable
+from benchmarks.slimmable_tasks import render as render_tasks
 from benchmarks.tables import render as render_benchmarks
 from benchmarks.tradeoff_table import render as render_tradeoff
 from tests.conftest import ROOT
@@ -64,6 +65,7 @@ def test_benchmarks_are_rendered_from_the_records():
 def test_the_page_of_quality_against_cost_is_rendered_from_the_records():
     assert rendered(ROOT / "results" / "tradeoff" / "page.md", "tradeoff") == render_tradeoff(ROOT / "results" / "tradeoff")
     assert rendered(ROOT / "results" / "slimmable" / "page.md", "slimmable") == render_slimmable(ROOT / "results" / "slimmable")
+    assert rendered(ROOT / "results" / "slimmable" / "page.md", "tasks") == render_tasks(ROOT / "results" / "slimmable")
 
 
 def test_a_footnote_stands_once_on_a_page():

@@ -41,7 +41,7 @@ PACKAGE = "smoe_dropout"  # also the name of a method: fine in imports and prose
 # method names that are also ordinary words: "dense", the key under which a model without k is recorded, a value of --output_scale, and what
 # BERT calls a linear layer; "attention", what a layer may need of its host, and a place of dropout; "elastic", a schedule of k
 ENGLISH = {
-    "dense": {"record.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py", "intermediate_output.py"},
+    "dense": {"record.py", "recipe.py", "figures.py", "evaluation.py", "layer.py", "config.py", "io.py", "intermediate_output.py"},
     "attention": {"conversion.py", "mem_transformer.py", "fields.py"},
     "elastic": {"schedule.py"},
 }

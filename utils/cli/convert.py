@@ -14,6 +14,7 @@ from utils.errors import UserError, refuse_unwritable
 from utils.flags.fields import ConvertFlags
 
 ACCOUNT = "conversion.json"  # what was done
+USUAL = {"expert_init": "split", "cut": "coactivation", "gate_weight": "unit", "correction": "norm"}  # where an account has no value
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -62,7 +63,8 @@ def is_finished(flags: ConvertFlags) -> bool:
     if not (path := Path(flags.out, ACCOUNT)).is_file():
         return False
     made = documents.read(path, dict, "remove the folder and convert again").get("flags", {})
-    return all(made.get(name) == value for name, value in asdict(flags).items() if name not in ("out", "data", "device", "threads"))
+    here = {name: value for name, value in asdict(flags).items() if name not in ("out", "data", "device", "threads")}
+    return all((made.get(name) or USUAL.get(name)) == (value or USUAL.get(name)) for name, value in here.items())
 
 
 def _mistakes(flags: ConvertFlags, origin: Origin | None) -> list[str]:
@@ -75,6 +77,11 @@ def _mistakes(flags: ConvertFlags, origin: Origin | None) -> list[str]:
         found.append(f"--shared_experts {flags.shared_experts} must be less than --num_experts {flags.num_experts}")
     if flags.correction == "mean" and not flags.shared_experts:
         found.append("--correction mean is added by a shared expert: give --shared_experts")
+    copies = flags.expert_init == "copy"
+    if copies and (name := "cut" if flags.cut else "gate_weight" if flags.gate_weight == "unit" else None):
+        found.append(f"--{name} {getattr(flags, name)} is for experts that are cut, which --expert_init copy does not make: leave it out")
+    if (copies or flags.gate_weight == "softmax") and flags.correction not in (None, "none"):
+        found.append(f"--correction {flags.correction} is of a sum of experts, which softmax does not weigh: leave it out")
     if flags.k is not None and flags.k > flags.num_experts:
         found.append(f"--k {flags.k} must be at most --num_experts {flags.num_experts}")
     return found
