@@ -102,7 +102,7 @@ def signals(world: World, seed: int) -> Iterator[str]:
     """Both signals at operations on files, at moments of the run, and in the imports of true processes."""
     draw = random.Random(seed)
     for name in WRITING:
-        for which in ENDED if name != "save" else ():
+        for which in ENDED if name not in ("save", "dense") else ():
             count = len(world.operations(name))
             yield from (f"signal:{name}:{which}:at:{number}" for number in sorted(draw.sample(range(1, count + 1), min(count, 6))))
             yield from (f"signal:{name}:{which}:after:{draw.random():.3f}" for _ in range(4))

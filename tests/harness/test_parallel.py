@@ -70,7 +70,12 @@ def assert_same(one: Path, other: Path) -> None:
 
 # they draw for every token, or in evaluation for every lane, so that other processes draw otherwise
 DRAW = {"concrete_dropout", "dropblock", "thor"}
-OF_EACH_PART = {"block_dropout", "competesmoe", "matryoshka"}  # a draw, and a loss that is logged of the last part
+OF_EACH_PART = {
+    "block_dropout",
+    "competesmoe",
+    "competesmoe2",
+    "matryoshka",
+}  # a draw, and losses that are of a part, and logged of the last
 EXACT = [method for method in METHODS if method not in DRAW]
 
 

@@ -64,7 +64,7 @@ def test_coefficient_changes_the_loss_and_is_kept_by_copies():
         ({"router": "learned"}, 0.01),
         ({"router": "noisy_top_k"}, 0.1),
         ({"router": "learned", "balance_loss": 0.0}, 0.0),
-        ({"router": "learned", "balance_loss": 0.0, "method": "competesmoe"}, 1.0),
+        ({"router": "learned", "balance_loss": 0.0, "method": "competesmoe", "options": {"times_balance": False}}, 1.0),
     ],
 )
 def test_coefficient_is_that_of_the_experts(settings, coefficient):
