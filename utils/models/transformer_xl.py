@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
-from utils.flags.fields import Flags
+from utils.flags.fields import FinetuneFlags, Flags
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
@@ -17,7 +17,7 @@ DROPPED = True  # the last hidden states have gone through dropout
 def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
     names = ("n_layer", "n_head", "d_model", "d_head", "dropout", "dropatt", "dropout_only", "mem_len", "pre_lnorm", "same_length")
     sizes = {name: getattr(flags, name) for name in (*names, "clamp_len", "init_std")}
-    sizes["segment_len"] = flags.tgt_len
+    sizes["segment_len"] = None if isinstance(flags, FinetuneFlags) else flags.tgt_len  # a row is read whole
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
     return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
 
