@@ -138,7 +138,7 @@ def dense_of(rows: list[Row]) -> Row | None:
 
 
 def verdict(rows: list[Row]) -> str:
-    """Whether half the experts come within the bar of the dense model, with all seeds, in rows that are cheaper than it."""
+    """Sentence on the rows, cheaper than the dense model, in which half the experts come within the bar of it with all seeds."""
     dense, seeds = dense_of(rows), max(len(row.records) for row in rows)
     found = {row.label: row for row in rows if row.sparse and lost(row, dense) is not None and cost(row, dense) < 1}
 

@@ -84,7 +84,7 @@ class CompeteLayer(MoELayer, Reports):
         return self.compete(x).view_as(x) if self.competed else super().run(x)
 
     def flips(self) -> bool:
-        """Whether this layer competes in the current step. Before `set_progress`, `predrawn` and `decreasing` warn and never do."""
+        """Decide whether this layer competes in the current step. Before `set_progress`, `predrawn` and `decreasing` warn and never do."""
         o = self.options
         if self.step is None and (o.predrawn or o.decreasing):
             sentence = "no layer competes before smoe_dropout.set_progress(model, step, total_steps): call it before each training step"
