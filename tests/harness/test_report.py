@@ -111,8 +111,8 @@ def test_table_numbers(folder, capsys):
     text = capsys.readouterr().out
     # means 2.8 and 2.5, sample deviation of (0, .1, .2) is .1; median of 10, 20 and 5,000 s is 20
     expected = ["SMoE-Dropout (n = 3)", "2.800 ± 0.100", "2.500 ± 0.100", "2.60 M", "1.80 M / 2.60 M", "20 / 10", "16.0 M / 32.0 M"]
-    assert row(text, "SMoE-Dropout") == [*expected, "1.1776 / 1.1486"]
-    assert row(text, "Dense") == ["Dense (n = 1)", "–", "**2.300**", "2.60 M", "– / 2.60 M", "100 / 50", "– / 32.0 M", "–"]
+    assert row(text, "SMoE-Dropout") == [*expected, "+80; +50 / +0", "1.1776 / 1.1486"]
+    assert row(text, "Dense") == ["Dense (n = 1)", "–", "**2.300**", "2.60 M", "– / 2.60 M", "100 / 50", "– / 32.0 M", "–", "–"]
     assert row(text, "SMoE (learned router) (")[1:3] == ["**2.500 ± 0.000**", "2.500 ± 0.000"]
     assert "k = E/2 = 8" in text and "k = E = 16" in text
     for part in ("enwik8 prefix, 4.15 MB, preset laptop", "seeds 1, 2, 3", "3,000 steps", "fp32", "threads: 1", "device: cpu"):
@@ -417,6 +417,24 @@ def test_colours_stay_with_their_method():
     first, second = figures.styles(rows), figures.styles(rows[1:3])
     assert first["smoe"] == second["smoe"] and first["smoe_dropout"] == second["smoe_dropout"]
     assert len({style["color"] for style in first.values()}) == len(rows)
+
+
+def test_a_crowded_figure_names_the_baselines_and_the_best(monkeypatch):
+    from utils.reporting import figures
+
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    worst = {8: 9.0, 16: 9.0}
+    rows = [*(record("elastic", quality={8: 3 - n / 10, 16: 2 + n / 10}, settings={"alpha": n}) for n in range(10)), dense(8.0)]
+    rows += [record(quality=worst), record("smoe", quality=worst)]
+    (group,) = method_groups([(Path(f"{i}.json"), one) for i, one in enumerate(rows)])
+    # after the baselines the best at k = E and at E/2 in turn
+    best = {row.label for row in group.rows if row.first["settings"].get("alpha") in (0, 1, 2, 8, 9)}
+    assert figures.in_front(group) == {"Dense", "SMoE-Dropout", "SMoE (learned router)"} | best
+    for draw in (figures.draw_quality, figures.draw_curves):
+        draw(group, Path("unused.png"))
+        (legend,) = drawn[-1].legends
+        assert {text.get_text() for text in legend.texts} == figures.in_front(group) | {"5 others"}
 
 
 def test_tables_need_no_matplotlib(folder):

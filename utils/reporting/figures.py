@@ -31,7 +31,9 @@ COLOURS = (
     *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933"),
     *("#332288", "#117733", "#AA4499", "#661100", "#44BB99"),
 )
-CROWD = 8  # rows beyond which the legend takes a column of its own
+CROWD = 8  # rows beyond which the legend takes a column of its own, and only the best rows of a comparison of methods have colours
+BASELINES = ("dense", "smoe", "smoe_dropout")  # which every comparison shows, as published
+PALE = {"color": "#cccccc", "marker": "", "linewidth": 0.8, "elinewidth": 0, "capsize": 0, "zorder": 1.5}
 GREYS = ("#000000", "#666666", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DENSE_MARKERS = ("*", "p", "h", "d", "8")
@@ -118,7 +120,7 @@ def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, 
         columns = 1 if crowd else min(4 if len(panels) > 1 else 3, len(entries))
         place = "outside right center" if crowd else "outside lower center"
         order = [row.label for row in group.rows]
-        labels = sorted(entries, key=lambda label: order.index(label) if label in order else -1)
+        labels = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))
         figure.legend([entries[label] for label in labels], labels, loc=place, ncols=columns)
         _add_title(figure, group)
         save(figure, path)
@@ -126,12 +128,14 @@ def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, 
 
 def _draw_panel(ax, panel: Panel, looks: dict[str, dict]) -> None:
     for label, height in panel.levels.items():
-        own = {"linestyle": ":"} if label in panel.lines else {"linestyle": looks[label]["linestyle"], "label": label}
-        ax.axhline(height, color=looks[label]["color"], linewidth=1.2, **own)
+        look = {"label": label} | looks[label]
+        own = {"linestyle": ":"} if label in panel.lines else {"linestyle": look["linestyle"], "label": look["label"]}
+        ax.axhline(height, color=look["color"], linewidth=1.2, **own)
     for label, points in panel.lines.items():
         xs, means, spreads = zip(*points, strict=True)
-        look = {"markersize": 11 if looks[label].get("marker") == "*" else 5, "capsize": 3, "elinewidth": 1, "linewidth": 1.6}
-        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, label=label, **look | looks[label])
+        size = 11 if looks[label].get("marker") == "*" else 5
+        look = {"label": label, "markersize": size, "capsize": 3, "elinewidth": 1, "linewidth": 1.6} | looks[label]
+        ax.errorbar(xs, means, yerr=spreads if any(spreads) else None, **look)
     falling = len(panel.ks) > 1 and panel.ks[0][2] > panel.ks[-1][2]
     for k, x, y in panel.ks:
         shift, side = ((5, 4), "left") if falling else ((-5, 4), "right")
@@ -183,6 +187,31 @@ def quality_panel(group: Group, against: str, least: float = 0, title: str = "")
     return panel
 
 
+def in_front(group: Group) -> set[str]:
+    """Labels of at most CROWD rows: the baselines, then the best row at each k, k = E first, the second best, and so on."""
+    by_share: dict[float, list[tuple[float, str]]] = {}
+    for row in group.rows:
+        for k, _, mean, _ in quality_points(row):
+            ranked = by_share.setdefault(k / row.experts if row.sparse else 1.0, [])
+            ranked.append((mean if group.metric["lower_is_better"] else -mean, row.label))
+    best = itertools.zip_longest(*(sorted(by_share[share]) for share in sorted(by_share, reverse=True)))
+    baselines = [row.label for row in group.rows if row.first["method"] in BASELINES and not row.first["settings"]]
+    labels = dict.fromkeys([*baselines, *(one[1] for place in best for one in place if one)])
+    return {*[*labels][:CROWD]}
+
+
+def method_looks(group: Group) -> dict[str, dict]:
+    """The styles of a comparison of methods: those of more than CROWD rows that are not in front are pale and not named."""
+    looks = styles(group.rows)
+    front = in_front(group)
+    behind = [row.label for row in group.rows if row.label not in front]
+    for label in behind:
+        looks[label] |= PALE | {"label": "_" + label}
+    if behind:
+        looks[behind[0]]["label"] = f"{len(behind)} others"
+    return looks
+
+
 def draw_quality(group: Group, path: Path) -> None:
     """Quality against k after fine-tuning, otherwise against activated parameters, with a second panel where there are k below E/2."""
     panels = [quality_panel(group, "k" if group.start else "parameters")]
@@ -190,7 +219,7 @@ def draw_quality(group: Group, path: Path) -> None:
     if not group.start and upper.lines not in ({}, panels[0].lines):
         panels[0].title = "all k"
         panels.append(upper)
-    draw_panels(path, group, panels, styles(group.rows))
+    draw_panels(path, group, panels, method_looks(group))
 
 
 def draw_ablation(ablation: Ablation, group: Group, path: Path) -> None:
@@ -296,7 +325,7 @@ def draw_curves(group: Group, path: Path) -> None:
     pad = 0.06 * (max(late) - min(late)) or 0.1
     for panel in clipped:
         panel.limits = min(late) - pad, max(late) + pad
-    draw_panels(path, group, [panel for panel in (train, valid, active) if panel.lines], styles(group.rows))
+    draw_panels(path, group, [panel for panel in (train, valid, active) if panel.lines], method_looks(group))
 
 
 def _add_title(figure: Figure, group: Group) -> None:

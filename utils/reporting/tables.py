@@ -206,14 +206,29 @@ def method_tables(name: str, found: Found, _only: list[str] | None = None) -> li
 
 
 def _method_table(group: Group, name: str) -> Table:
+    def seconds(row: Row, kind: str) -> float:
+        return statistics.median(record["training"][kind] for record in row.records)
+
     def time_cell(row: Row) -> str:
-        seconds = (statistics.median(record["training"][name] for record in row.records) for name in ("seconds", "cpu_seconds"))
-        return " / ".join(f"{value:,.0f}" for value in seconds)
+        return " / ".join(f"{seconds(row, kind):,.0f}" for kind in ("seconds", "cpu_seconds"))
 
     columns = [*quality_columns(group), PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
     columns += [("Training time (s), wall / CPU", time_cell)]
     columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
     footnotes = [TIME]
+    dense = next((row for row in group.rows if row.first["method"] == "dense" and not row.first["settings"]), None)
+    if dense and len(group.rows) > 1:
+
+        def saved(value: float, whole: float) -> str:
+            return f"{round(100 * (1 - value / whole)):+d}"
+
+        def saved_cell(row: Row) -> str:
+            whole = statistics.mean(values_at(dense, "E", "flops_per_token"))
+            flops = [values_at(row, share, "flops_per_token") for share in ("E/2", "E")]
+            parts = " / ".join(saved(statistics.mean(values), whole) if values else DASH for values in flops)
+            return DASH if row is dense else f"{saved(seconds(row, 'cpu_seconds'), seconds(dense, 'cpu_seconds'))}; {parts}"
+
+        columns.append(("Saved against dense (%): training CPU time; FLOPs, E/2 / E", saved_cell))
     if any(record.get("routing") for record in group.records):
         columns.append(("Load entropy (at most 1) / routes changing late, k = E/2", _routing_cell))
         footnotes.append(f"{ENTROPY} {CHANGES}")
