@@ -8,7 +8,8 @@ if wants_help "$@"; then print_header; exit; fi
 prepare_rows "$@"
 names="dense dense_dropout concrete_dropout dropblock smoe thor smoe_dropout elastic"
 if [ "$(field model <<<"$settings")" = transformer_xl ]; then
-  names+=" elastic_dense_scale elastic_learned_dense_scale smoe_dense_scale smoe_dropout_dense_scale sandwich block_dropout competesmoe competesmoe2 momentumsmoe similarity attention"
+  names+=" smoe_dropout_with_dropout smoe_k2 elastic_dense_scale elastic_learned_dense_scale smoe_dense_scale smoe_dropout_dense_scale"
+  names+=" sandwich block_dropout competesmoe competesmoe2 momentumsmoe adamsmoe similarity attention"
   names+=" matryoshka moe_plus_plus deepseek sigma_moe s_base xmoe remoe z_loss top_p hyper_router expert_choice stable_moe adamoe self_routing"
 fi
 for seed in ${SEEDS:-1 2}; do
