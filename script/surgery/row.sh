@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One row of the surgery table: an operation on a run, STEPS (500) steps of further training, fine-tuning on TASK (sst2; TASK= for none).
 # bash script/surgery/row.sh RUN METHOD KEEP SEED [flags of train.py and finetune.py]
-# METHOD is one of surgery.py's. compress: merge to KEEP experts, then split every map into U V of rank RANK (16) + S, and prune S to KEPT
-# (0.1) of its hidden units in training, with RUN as the teacher. whole: no operation (KEEP is 0). scratch: a model with KEEP experts from
-# random weights, trained as long as RUN. Rerun to resume.
+# METHOD is one of surgery.py's, and RUN the teacher of the further training, as MC-SMoE recovers (TAUGHT=0: none). compress: merge to KEEP
+# experts, then split every map into U V of rank RANK (16) + S, and prune S to KEPT (0.1) of it in training. whole: no operation and no
+# teacher (KEEP is 0). scratch: a model with KEEP experts from random weights, trained as long as RUN. Rerun to resume.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
 if [ $# -lt 4 ]; then fail "usage: bash $0 RUN METHOD KEEP SEED [flags]; RUN is the folder of a finished run of train.py"; fi
@@ -22,11 +22,12 @@ done
 operate() { "$PYTHON" -u surgery.py --threads "$threads" --out "$@"; }
 
 start=$run checkpoint=$run teacher=()
+if [ "$method" != whole ] && [ "${TAUGHT:-1}" != 0 ]; then teacher=(--teacher "$run"); fi
 case $method in
   whole) ;;
   scratch) checkpoint=$runs/scratch/$name ;;
   compress)
-    start=$runs/$name checkpoint=$runs/text/$name/compressed teacher=(--teacher "$run")
+    start=$runs/$name checkpoint=$runs/text/$name/compressed
     operate "$start-merged" --from "$run" --method merge --keep "$keep"
     operate "$start" --from "$start-merged" --method compress --rank "${RANK:-16}" --kept "${KEPT:-0.1}"
     ;;
