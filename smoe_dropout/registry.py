@@ -37,6 +37,8 @@ ROUTERS: dict[str, str] = {
     "self_routing": "smoe_dropout.routers.self_routing:SelfRouter",
 }
 
+AT_1 = {"max_temp": 1.0, "min_temp": 1.0}  # the official training lowers the temperature of CustomDTSGate alone
+
 # the official code's gate names, with the settings and options that they imply; without --load_balance no official gate has a balance loss
 ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomNaiveGate": ("random", {}),
@@ -49,9 +51,9 @@ ROUTER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "CustomRandomGate_Dense": ("fixed", {}),
     "CustomDenseGate": ("all_experts", {}),
     "CustomDTSGate": ("dense_to_sparse", {"balance_loss": 0.0}),
-    "CustomDTSGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"normalise": False}}),
-    "CustomDTSRandomGate": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random"}}),
-    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random", "normalise": False}}),
+    "CustomDTSGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"normalise": False, **AT_1}}),
+    "CustomDTSRandomGate": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random", **AT_1}}),
+    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"balance_loss": 0.0, "options": {"assign": "random", "normalise": False, **AT_1}}),
     "NoisyGate": ("noisy_top_k", {"balance_loss": 0.0, "options": {"noise_epsilon": 0.01, "gate_init": "kaiming"}}),
 }
 

@@ -3,7 +3,8 @@
 Training: p = softmax((W x + b + G) / temperature), with Gumbel noise G and a temperature that falls linearly from 2 to 0.3. The number of
 active experts is the mean number of p above the threshold, at least k; the unnormalised p are the gate weights. Evaluation: top-k softmax.
 
-CustomDTSGate_softmax is the option normalise = False, CustomDTSRandomGate is assign = "random", and CustomDTSRandomGate_softmax is both.
+CustomDTSGate_softmax is the option normalise = False, CustomDTSRandomGate is assign = "random", and CustomDTSRandomGate_softmax is both. By
+these names the temperature is 1 throughout: the official training sets that of CustomDTSGate alone (train.py:506).
 """
 
 from dataclasses import dataclass

@@ -343,10 +343,11 @@ def test_every_router_trains_at_a_k_drawn_for_each_layer(name):
     assert parse([*words, "--method", "elastic"]).dynamic_moe_mode == "elastic"
 
 
+AT_1 = {"max_temp": 1.0, "min_temp": 1.0}
 OFFICIAL = {
-    "CustomDTSGate_softmax": ("dense_to_sparse", {"normalise": False}),
-    "CustomDTSRandomGate": ("dense_to_sparse", {"assign": "random"}),
-    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"assign": "random", "normalise": False}),
+    "CustomDTSGate_softmax": ("dense_to_sparse", {"normalise": False, **AT_1}),
+    "CustomDTSRandomGate": ("dense_to_sparse", {"assign": "random", **AT_1}),
+    "CustomDTSRandomGate_softmax": ("dense_to_sparse", {"assign": "random", "normalise": False, **AT_1}),
     "CustomDenseGate": ("all_experts", {}),
     "CustomRandomGate_Dense": ("fixed", {}),
 }
@@ -365,7 +366,7 @@ def test_official_names_stand_for_a_router_and_its_options(name):
     assert (flags.gate_name, parse_options(flags.method_options)) == (router, {key: str(value) for key, value in own.items()})
     gates = [layer.router for _, layer in sd.moe_layers(build_model(flags))]
     assert all(
-        getattr(gate.options, key) == (value if key == "normalise" else "learned" if given else value)
+        getattr(gate.options, key) == ("learned" if key == "assign" and given else value)
         for gate in gates
         for key, value in options.items()
     )
