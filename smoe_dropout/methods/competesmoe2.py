@@ -4,8 +4,9 @@ s_i = mean softplus(E_i(x)), y = sum over the k largest with weights s_S / sum(s
 MSE(softmax(router logits), softmax(s)) + theta MSE of the same over the k winners, with a detached target, plus the diversity loss, the
 mean cosine similarity of the winners' outputs; there is no balance loss. Competition is planned before training: rate 0.07, at most two
 layers a step, none in the first 5 %. Values are the defaults of Fsoft-AIC/CompeteSMoE (0be1cb7), pre-training, with its "hybrid" loss; its
-sweep has theta 0.2, three layers and router loss 0.001, its vision code a weight of 0.01 for diversity. Its balance loss of other steps is
-an entropy; here it is that of the learned router (Switch).
+sweep has theta 0.2, three layers, router loss 0.001, no warm-up and an entropy loss of the responses' balance in competition steps, which
+is not here; its vision code has a weight for diversity of its own. Its balance loss of other steps is an entropy; here it is that of the
+learned router (Switch).
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Noisy top-k gating with the importance and load losses (Shazeer et al. 2017, arXiv 1701.06538, section 4 and appendix A).
 
 H(x) = W_g x + eps * (softplus(W_noise x) + noise_epsilon), eps ~ N(0, 1) in training; the k largest H choose, their softmax weighs. Losses,
-each times the balance coefficient: CV(sum of gate weights)^2, and CV(load)^2 with the smooth load P(x, i) = Phi((W_g x)_i -
-kth_excluding(H, k, i)) / softplus((W_noise x)_i)). The official name NoisyGate sets the epsilon 0.01 and the initialisation of FastMoE's
-gate, which has no bias and takes the sample variance in CV, E / (E - 1) times ours.
+each times the balance coefficient: CV(sum of gate weights)^2, and CV(load)^2 with the smooth load P(x, i) = Phi(((W_g x)_i -
+kth_excluding(H, k, i)) / (softplus((W_noise x)_i) + noise_epsilon)), summed over x. The official name NoisyGate sets the epsilon 0.01 and
+the initialisation of FastMoE's gate, which has no bias and takes the sample variance in CV, E / (E - 1) times ours.
 """
 
 import math

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smoe_dropout.registry import METHODS, ROUTERS, SURGERIES
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -161,3 +162,10 @@ def test_the_architecture_page_names_code_that_exists():
         assert found, file
         symbol = symbol.rpartition(".")[2]
         assert not symbol or re.search(rf"\b(def|class) {symbol}\b|^{symbol}\b", found[0].read_text(), re.MULTILINE), f"{file}: {symbol}"
+
+
+def test_every_method_router_and_operation_has_a_row_that_says_what_differs():
+    """Its name is in the first cell of a row of docs/fidelity.md."""
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {word for row in rows for word in re.findall(r"`(\w+)`", row)}
+    assert not {*METHODS, *ROUTERS, *SURGERIES} - named
