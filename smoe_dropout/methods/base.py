@@ -72,6 +72,7 @@ class Method:
     convert: for dense methods, a function that modifies the model, given the options; uses `hosts.find_sites`.
     routers: routers that the method supports; empty: any that chooses experts.
     refusal: returns an error sentence for a configuration that the method does not support, or None.
+    baseline: whether every comparison shows it, as published.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     convert: Callable[[nn.Module, Any], nn.Module] | None = None
     routers: tuple[str, ...] = ()
     refusal: Callable[[SMoEConfig], str | None] = lambda config: None
+    baseline: bool = False
 
 
 def refused(method: Method | None, config: SMoEConfig) -> str | None:

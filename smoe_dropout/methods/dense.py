@@ -8,4 +8,5 @@ METHOD = Method(
     source="arXiv 2303.01610, Table 1",
     sparse=False,
     flags=DENSE,
+    baseline=True,
 )

@@ -11,4 +11,5 @@ METHOD = Method(
     source="arXiv 1701.06538; arXiv 2101.03961",
     sparse=True,
     flags=LEARNED_ROUTER,
+    baseline=True,
 )

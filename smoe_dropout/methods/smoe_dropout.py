@@ -12,4 +12,5 @@ METHOD = Method(
     source="arXiv 2303.01610, section 3",
     sparse=True,
     flags={**FROZEN_ROUTER, "dynamic_moe_mode": "linear_increase"},
+    baseline=True,
 )

@@ -22,7 +22,7 @@ from utils.reporting.ablations import Ablation, all_ablations, gaps
 from utils.reporting.groups import Group, Row, mean_and_spread, quality_points
 from utils.reporting.labels import phrases
 from utils.reporting.records import split_of
-from utils.reporting.tables import differences, values_at
+from utils.reporting.tables import differences, is_baseline, values_at
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's muted one; dense models take black and greys, yellow is too
@@ -32,7 +32,6 @@ COLOURS = (
     *("#332288", "#117733", "#AA4499", "#661100", "#44BB99"),
 )
 CROWD = 8  # rows beyond which the legend takes a column of its own, and only the best rows of a comparison of methods have colours
-BASELINES = ("dense", "smoe", "smoe_dropout")  # which every comparison shows, as published
 PALE = {"color": "#cccccc", "marker": "", "linewidth": 0.8, "elinewidth": 0, "capsize": 0, "zorder": 1.5}
 GREYS = ("#000000", "#666666", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -195,7 +194,7 @@ def in_front(group: Group) -> set[str]:
             ranked = by_share.setdefault(k / row.experts if row.sparse else 1.0, [])
             ranked.append((mean if group.metric["lower_is_better"] else -mean, row.label))
     best = itertools.zip_longest(*(sorted(by_share[share]) for share in sorted(by_share, reverse=True)))
-    baselines = [row.label for row in group.rows if row.first["method"] in BASELINES and not row.first["settings"]]
+    baselines = [row.label for row in group.rows if is_baseline(row)]
     labels = dict.fromkeys([*baselines, *(one[1] for place in best for one in place if one)])
     return {*[*labels][:CROWD]}
 

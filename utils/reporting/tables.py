@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from smoe_dropout.registry import METHODS, load
 from utils.formatting import short_number
 from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points
 from utils.reporting.labels import Record
@@ -205,6 +206,12 @@ def method_tables(name: str, found: Found, _only: list[str] | None = None) -> li
     return [_method_table(group, name) for group in method_groups([one for one in found if one[1]["table"] == name])]
 
 
+def is_baseline(row: Row) -> bool:
+    """Whether the row is a method that every comparison shows, with its own settings."""
+    method = row.first["method"]
+    return method in METHODS and load(METHODS, "method", method).baseline and not row.first["settings"]
+
+
 def _method_table(group: Group, name: str) -> Table:
     def seconds(row: Row, kind: str) -> float:
         return statistics.median(record["training"][kind] for record in row.records)
@@ -216,7 +223,7 @@ def _method_table(group: Group, name: str) -> Table:
     columns += [("Training time (s), wall / CPU", time_cell)]
     columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
     footnotes = [TIME]
-    dense = next((row for row in group.rows if row.first["method"] == "dense" and not row.first["settings"]), None)
+    dense = next((row for row in group.rows if is_baseline(row) and not row.sparse), None)
     if dense and len(group.rows) > 1:
 
         def saved(value: float, whole: float) -> str:
