@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -10,7 +11,9 @@ import transformers
 from torch import nn
 
 import smoe_dropout as sd
+from tests import tiny
 from tests.library.test_moefy import transformer_xl
+from utils.models.build import build_model
 
 SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 HOSTS = {
@@ -163,6 +166,21 @@ def test_a_transformer_xl_reads_segments_in_any_pieces(method, segment_len):
         assert (model.read(text[:, 5:6])[0] - whole[:, 5:6]).abs().max() > 1e-2  # the earlier positions matter
         with pytest.raises(ValueError, match="cannot be forgotten"):
             cache[0].forget(2 if segment_len else 20)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_evaluates_short_pieces_as_it_trains(method):
+    """Segments of --tgt_len, read --eval_tgt_len positions at a time, have the logits of training."""
+    flags = tiny.parse(tiny.flags(Path("text"), Path("run"), method=method, tgt_len=8, eval_tgt_len=2, mem_len=20, init_std=0.5))
+    model, text, memory, cache, wholes, read = build_model(flags).double().eval(), ids(2, 16), None, None, [], []
+    with torch.no_grad():
+        for segment in text.split(flags.tgt_len, 1):
+            logits, memory = model.logits(segment, memory)
+            wholes.append(logits)
+        for piece in text.split(flags.eval_tgt_len, 1):
+            logits, cache = model.read(piece, cache)
+            read.append(logits)
+    close(torch.cat(read, 1), torch.cat(wholes, 1))
 
 
 def test_probabilities_of_a_transformer_xl_belong_to_a_thread():
