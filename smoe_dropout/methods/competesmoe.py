@@ -6,10 +6,11 @@ ordinary learned top-k router with its balance loss, which a competition step do
 
 Defaults are those of the authors' code (giangdip2410/CompeteSMoE, cacb77e): t is softmax(s_S) on S and 0 elsewhere, and is not detached, so
 that it also trains the experts; 14 of 16 scripts of pre-training have --freq 1.0, all have --alpha 5.0, and their trainer multiplies that
-loss by --load_balance, which is 0.01. Our reading of the paper is target=all, detach=true, times_balance=false, flip_rate=0.03,
-router_loss=1. The falling flip rate, 2 / (2 + sqrt(e + 1)) in epoch e (their --freq_type function, in none of their scripts), is
-decreasing=true: each step draws at that rate, where their code draws once for all steps of an epoch. The authors have withdrawn this code
-in favour of that of the successor, `competesmoe2`.
+loss by --load_balance, which is 0.01 in 15. Not here: six scripts average responses and router logits (--combine_gate), four add a balance
+loss of the responses (--opt_blance), and none gives the steps without competition a balance loss (--g_blance). Our reading of the paper is
+target=all, detach=true, times_balance=false, flip_rate=0.03, router_loss=1. The falling flip rate, 2 / (2 + sqrt(e + 1)) in epoch e (their
+--freq_type function, in none of their scripts), is decreasing=true: each step draws at that rate, where their code draws once for all steps
+of an epoch. The authors have withdrawn this code in favour of that of the successor, `competesmoe2`.
 """
 
 from smoe_dropout.competition import CompeteLayer, Options
