@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from smoe_dropout import moe_layers, set_top_k
+from smoe_dropout import moe_layers, set_top_k, top_k
 from smoe_dropout.io import load_weights
 from tests import tiny
 from tests.tiny import parse
@@ -127,3 +127,18 @@ def test_one_checkpoint_has_no_fluctuation_and_is_only_accepted_on_request(run):
             routing.describe_routing(task, build_model(flags), folder / "checkpoints")
         found = routing.describe_routing(task, build_model(flags), folder / "checkpoints", lost=lost)
     assert found["fluctuation"] is None and 0 < found["load_entropy"] <= 1 and lost == ["the change of routing since step 16"]
+
+
+def test_routes_by_earlier_positions_are_examined_as_they_are_evaluated(tmp_path):
+    """With segments that are read in pieces."""
+    corpus = tiny.write_corpus(tmp_path / "words", held_out_bytes=60)
+    flags = parse(tiny.flags(corpus, tmp_path, method="attention", tgt_len=8, eval_tgt_len=2, mem_len=20, init_std=0.5))
+    with Engine(flags) as engine:
+        task = pretraining_task(flags, Corpus.open(flags.data), engine)
+        model, state, losses, positions = engine.prepare(build_model(flags)).eval(), None, 0.0, 0
+        report = routing.examined(task, model, 2, seed=0, tokens=1000)
+        with task.evaluation(model), torch.no_grad(), top_k(model, 2):
+            for batch in task.held_out("valid", everything=True):
+                loss, count, state = task.measure(model, batch, state)
+                losses, positions = losses + loss, positions + count
+    assert report.by_k[0].loss == pytest.approx(losses / positions, rel=1e-6)

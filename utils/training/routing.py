@@ -15,6 +15,7 @@ from utils.checkpoints.manifest import name_of
 from utils.checkpoints.run_files import REPAIR, RESULT
 from utils.documents import Damaged
 from utils.errors import Parser, exit_on_user_error
+from utils.flags.derive import routes_by_position
 from utils.flags.fields import Flags
 from utils.training.finished import Finished, open_finished
 
@@ -93,13 +94,18 @@ def examined(task: Task, model: nn.Module, k: int, seed: int, tokens: int | None
 def passes_of(task: Task, model: nn.Module, tokens: int | None = None) -> list[Callable[[], tuple[Tensor, Tensor]]]:
     """Passes over the first batches of validation that return logits and targets. They carry on a state, so they must run in order."""
     state, passes, read = None, [], 0
+    in_segments = routes_by_position(task.flags) and hasattr(model, "read")  # which alone carries a segment over pieces
     for batch in task.held_out(task.splits[0], everything=True):
         if read >= tokens if tokens else len(passes) == BATCHES:
             break
 
         def run(batch=batch) -> tuple[Tensor, Tensor]:
             nonlocal state
-            _, state, logits = model(*batch.inputs, None if batch.first else state)
+            before = None if batch.first else state
+            if in_segments:
+                logits, state = model.read(batch.inputs[0], before)
+            else:
+                _, state, logits = model(*batch.inputs, before)
             return logits, batch.inputs[-1]
 
         passes.append(run)
