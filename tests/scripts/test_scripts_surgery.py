@@ -28,6 +28,7 @@ def test_run_all_operates_and_renders_the_table(tmp_path):
     assert "3 rows: 0 finished, 3 to run, 1 at a time" in done.stdout and "(rows left: 0)" in done.stdout
     assert sorted(logs) == ["smoe-seed1-drop-2.log", "smoe-seed1-scratch-2.log", "smoe-seed1-whole-0.log"]
     on_task, on_text = [line.split(" | ") for line in done.stdout.splitlines() if re.match(r"\| drop 4 to 2(, taught)? \(n = 1\) \|", line)]
+    assert "drop 4 to 2, taught" in on_text[0], "as MC-SMoE recovers"
     assert "–" not in (on_task[2], on_task[5], on_text[2], on_text[5]), "before, and from scratch at that size"
     assert on_task[3] == "–" != on_text[3], "a task has no quality directly after"
 
