@@ -36,17 +36,17 @@ class Options:
     flip_rate: float = option(1.0, earlier=0.03)
     affinity: Literal["norm", "softplus"] = "norm"
     predrawn: bool = False
-    max_layers: int = 2
-    warm_up: float = 0.05
+    max_layers: int = option(2, needs="predrawn")
+    warm_up: float = option(0.05, needs="predrawn")
     router_loss: float = option(5.0, earlier=1.0)
     target: Literal["winners", "all"] = option("winners", earlier="all")
     detach: bool = option(False, earlier=True)
     times_balance: bool = option(True, earlier=False)
     decreasing: bool = False
-    epochs: int = 80
+    epochs: int = option(80, needs="decreasing")
     winners_loss: float = 0.0
     diversity_loss: float = 0.0
-    moved: bool = False
+    moved: bool = option(False, needs="predrawn")
 
     def __post_init__(self):
         require(0 <= self.flip_rate <= 1, f"option flip_rate = {self.flip_rate} must be from 0 to 1")

@@ -1,6 +1,7 @@
 """Options of a method or router, declared as a frozen dataclass in its file. Does not import torch."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args, get_type_hints
@@ -17,9 +18,11 @@ class NoOptions:
     """No options."""
 
 
-def option(default: Any, earlier: Any) -> Any:
-    """A field of an options dataclass with another default than models had that were stored without this option."""
-    return field(default=default, metadata={"earlier": earlier})
+def option(default: Any, *, needs: str | None = None, **earlier: Any) -> Any:
+    """A field of an options dataclass. earlier: the default that models had which were stored without this option, if it was another.
+    needs: the option without which this one has no effect.
+    """
+    return field(default=default, metadata=earlier | ({"needs": needs} if needs else {}))
 
 
 def earlier_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def option_names(classes: Iterable[type]) -> dict[str, Any]:
 def build_options(cls: type, values: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Any:
     """Build `cls` from those `values` that are its fields; strings such as "0.5" or "true" are converted to the field's type.
 
-    Raises ConfigError for a name that is neither a field nor in `known`, a value of the wrong type, or one that `cls` rejects.
+    Raises ConfigError for a name that is neither a field nor in `known`, a value of the wrong type, or one that `cls` rejects. Warns of an
+    option that has no effect without another.
     """
     known = option_names([cls]) if known is None else known
     if foreign := [name for name in values if name not in known]:
@@ -48,7 +52,11 @@ def build_options(cls: type, values: Mapping[str, Any], known: Mapping[str, Any]
         raise ConfigError(f"unknown option {', '.join(foreign)}; options and their defaults: {listed}")
     types = get_type_hints(cls)
     own = {field.name for field in fields(cls)}
-    return cls(**{name: _convert(name, value, types[name]) for name, value in values.items() if name in own})
+    built = cls(**{name: _convert(name, value, types[name]) for name, value in values.items() if name in own})
+    for entry in fields(cls):
+        if entry.name in values and not getattr(built, needed := entry.metadata.get("needs", entry.name)) and needed != entry.name:
+            warnings.warn(f"option {entry.name} = {values[entry.name]} has no effect without {needed}", stacklevel=2)
+    return built
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:

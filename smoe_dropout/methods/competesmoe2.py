@@ -14,6 +14,7 @@ from typing import Literal
 
 from smoe_dropout import competition
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method
+from smoe_dropout.options import option
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options(competition.Options):
     times_balance: bool = False
     winners_loss: float = 0.1
     diversity_loss: float = 0.005
-    moved: bool = True
+    moved: bool = option(True, needs="predrawn")
 
 
 class Layer(competition.CompeteLayer):

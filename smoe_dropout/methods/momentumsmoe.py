@@ -34,9 +34,9 @@ class Options:
     mu: float = 0.7
     gamma: float = 1.0
     adam: bool = False
-    adam_gamma: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.999
+    adam_gamma: float = option(1.0, needs="adam")
+    beta1: float = option(0.9, needs="adam")
+    beta2: float = option(0.999, needs="adam")
     own_norm: bool = option(True, earlier=False)
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -279,3 +280,21 @@ def test_saved_transformers_models_of_earlier_versions_keep_their_options(tmp_pa
     (tmp_path / "manifest.json").unlink()  # folders of version 0.1 have none
     again = sd.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "needed"),
+    [
+        ("competesmoe", {"max_layers": 1}, "predrawn"),
+        ("competesmoe", {"epochs": 3}, "decreasing"),
+        ("competesmoe2", {"warm_up": 0.1, "predrawn": False}, "predrawn"),
+        ("momentumsmoe", {"beta1": 0.5}, "adam"),
+    ],
+)
+def test_an_option_without_effect_is_named(method, options, needed):
+    kind = load(METHODS, "method", method).options
+    with pytest.warns(UserWarning, match=f"has no effect without {needed}"):
+        build_options(kind, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_options(kind, options | {needed: True})

@@ -148,7 +148,7 @@ def test_utils_stays_small():
     """The last 1,700 lines are for verified files: checksums, schemas, the doctor, and one sentence for each wrong input; 610 are for
     models of transformers, 540 for the microscope.
     """
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10220
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10280
 
 
 @pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
