@@ -77,6 +77,7 @@ class MoELayer(nn.Module, FollowsTraining):
         its attention probabilities.
     own_losses: whether the layer has auxiliary losses besides the router's.
     repeatable: whether activation checkpointing may repeat a pass of this layer alone.
+    reducible: whether surgery may leave it fewer experts.
 
     `top_k` is the k in the calling thread or task, and setting it sets the layer's default. A subclass whose `route` also takes a k for
     each token calls `selection(x)` instead; one that uses `top_k` refuses such a k.
@@ -90,6 +91,7 @@ class MoELayer(nn.Module, FollowsTraining):
     needs: frozenset[str] = frozenset()
     own_losses = False
     repeatable = True
+    reducible = True
     conversion = 0
     original: dict | None = None
     sequence_first = False

@@ -3,7 +3,7 @@
 k_l is uniform over k_min..k_max, independent between layers ("M-MoE-layer", the best of the paper's variants), so that the first experts of
 a token learn to do with few others. A k for each step, the same in all layers, is the method "elastic" ("M-MoE-batch"); both work with
 every router (--gate_name). Elastic MoE (Gu et al. 2025, arXiv 2509.21892) draws which experts are active together, too; that is not here.
-Draws come from torch's default generator, those of process 0 in data parallelism. k_min defaults to E/2 (--moe_top_k_min).
+Draws come from torch's default generator, those of process 0 in data parallelism. k_min is 1, as in the paper (--moe_top_k_min).
 """
 
 from smoe_dropout.methods.base import LEARNED_ROUTER, Method, Objective, cross_entropy
@@ -28,6 +28,6 @@ METHOD = Method(
     title="Matryoshka MoE",
     source="arXiv 2509.26520",
     sparse=True,
-    flags={**LEARNED_ROUTER, "dynamic_moe": True, "dynamic_moe_mode": "elastic"},
+    flags={**LEARNED_ROUTER, "dynamic_moe": True, "dynamic_moe_mode": "elastic", "moe_top_k_min": 1},
     objective=objective,
 )

@@ -180,14 +180,17 @@ class LogitRouter(Router):
         """Routing to the k largest logits, with the balance loss in training mode."""
         self.show(logits_NE)
         top_NK, indices_NK = self.top(logits_NE, largest(k))
-        shares_NE = self.shares(logits_NE)
-        active_NK = active(k, shares_NE, indices_NK)
+        active_NK = active(k, self.shares(logits_NE), indices_NK)
         if active_NK is not None:
             indices_NK = indices_NK.masked_fill(~active_NK, -1)
         losses = {}
         if self.balance_loss > 0 and self.training:
-            losses["balance"] = self.balance_loss * switch_balance_loss(shares_NE, indices_NK, self.real_N)
+            losses["balance"] = self.balance_loss * self.imbalance(logits_NE, indices_NK)
         return Routing(indices_NK, self.weigh(top_NK, active_NK, logits_NE), losses, active_NK is not None)
+
+    def imbalance(self, logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
+        """The balance loss without its coefficient."""
+        return switch_balance_loss(self.shares(logits_NE), indices_NK, self.real_N)
 
     def top(self, logits_NE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The chosen logits and their indices [N, K], those of the shared experts first."""
@@ -336,25 +339,35 @@ def route_by_k(router: Router, x_ND: Tensor, k: Selection) -> Routing:
     return Routing(indices_NK, weights_NK, losses, True)
 
 
-def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | None = None) -> Tensor:
+def orthogonal(rows: int, columns: int, gain: float) -> nn.Parameter:
+    """Parameter [rows, columns] drawn as `nn.init.orthogonal_` does, in float32, which its decomposition needs."""
+    return nn.Parameter(nn.init.orthogonal_(torch.empty(rows, columns, dtype=torch.float32), gain))
+
+
+def switch_balance_loss(logits_NE: Tensor, indices_NK: Tensor, real_N: Tensor | None = None, of_tokens: bool = False) -> Tensor:
     """E * sum_e f_e P_e (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6), 1 when balanced.
 
-    f_e is the fraction of assignments that expert e received, P_e its mean router probability, both over the real tokens (bool [N]; None:
-    all). In a distributed run f_e is taken over the global batch, so that the mean over processes, weighted by their tokens, is the loss of
-    the whole batch.
+    f_e is the fraction of assignments that expert e received, or of tokens (`of_tokens`; k when balanced), P_e its mean router probability,
+    both over the real tokens (bool [N]; None: all). In a distributed run f_e is taken over the global batch, so that the mean over
+    processes, weighted by their tokens, is the loss of the whole batch.
     """
     num_experts = logits_NE.shape[-1]
-    share_E = assigned_shares(indices_NK, num_experts, logits_NE.dtype, real_N)
+    share_E = assigned_shares(indices_NK, num_experts, logits_NE.dtype, real_N, of_tokens)
     return num_experts * (share_E * real_mean(logits_NE.softmax(-1), real_N)).sum()
 
 
-def assigned_shares(indices_NK: Tensor, num_experts: int, dtype: torch.dtype, real_N: Tensor | None = None) -> Tensor:
-    """Fraction of the real tokens' assignments that each expert received [E], over all processes of a distributed run."""
+def assigned_shares(
+    indices_NK: Tensor, num_experts: int, dtype: torch.dtype, real_N: Tensor | None = None, of_tokens: bool = False
+) -> Tensor:
+    """Fraction of the real tokens' assignments that each expert received [E], or of the real tokens, over all processes."""
     counted_NK = (indices_NK >= 0).to(dtype)
     if real_N is not None:
         counted_NK = counted_NK * real_N[:, None]
     assigned_E = counted_NK.new_zeros(num_experts).scatter_add(0, indices_NK.clamp(min=0).flatten(), counted_NK.flatten())
     over_processes(assigned_E)
+    if of_tokens:
+        tokens = assigned_E.new_tensor(len(indices_NK)) if real_N is None else real_N.sum().to(dtype)
+        return assigned_E / over_processes(tokens).clamp(min=1)
     return assigned_E / assigned_E.sum().clamp(min=1)
 
 

@@ -1,8 +1,9 @@
 """StableMoE: routing that is learned in a first stage and never changes afterwards (Dai et al. 2022, arXiv 2204.08396, section 3).
 
 Stage one, the first `stage_one` of training: s = W x chooses, and the token's own scores d_e = v_e . w(id), of a word embedding w, learn to
-choose the same, by the mean cross-entropy of softmax(d) to the chosen experts. The balance loss, coefficient 0.3, is
-mean_t sum_{e chosen by t} (n_e - n) / n sigmoid(s_te), n_e being the tokens of expert e, n their mean.
+choose the same, by 0.3 times the mean cross-entropy of softmax(d) to the chosen experts, the factor of the authors' command (eq. 11 has
+none). The balance loss, coefficient 0.3, is mean_t sum_{e chosen by t} (n_e - n) / n sigmoid(s_te), n_e being the tokens of expert e, n
+their mean. W and v are drawn orthogonal, times 0.1, w from N(0, 1).
 Stage two: d, which is frozen, chooses, so that a token id has the same experts for ever. In both stages sigmoid(s) weighs, and in
 evaluation d chooses. The paper has k = 1.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import require
-from smoe_dropout.routers import LinearRouter, Routing, active, assigned_shares, real_mean
+from smoe_dropout.routers import LinearRouter, Routing, active, assigned_shares, orthogonal, real_mean
 from smoe_dropout.routers.hash import ids_of_tokens
 from smoe_dropout.selection import Selection, largest
 from smoe_dropout.training import FollowsTraining
@@ -32,7 +33,7 @@ class Options:
     stage_one: float = 0.1
     router_vocabulary: int = 256
     router_dim: int = 50
-    distillation_loss: float = 1.0
+    distillation_loss: float = 0.3
 
     def __post_init__(self):
         require(0 <= self.stage_one <= 1, f"option stage_one = {self.stage_one} must be from 0 to 1")
@@ -55,7 +56,8 @@ class StableMoERouter(LinearRouter, FollowsTraining):
     def __init__(self, d_model: int, config: SMoEConfig):
         super().__init__(d_model, config)
         o, self.gate_weight, self.bias = self.options, "sigmoid", None
-        self.centroids = nn.Parameter(torch.empty(config.num_experts, o.router_dim).normal_(0.0, o.router_dim**-0.5))
+        self.weight = orthogonal(config.num_experts, d_model, 0.1)
+        self.centroids = orthogonal(config.num_experts, o.router_dim, 0.1)
         self.words = nn.ParameterList([torch.randn(o.router_vocabulary, o.router_dim)])
         self.register_buffer("table", self.scores_of_ids().detach())
         self.requires_grad_(not self.freeze)

@@ -1,8 +1,8 @@
 """Top-p routing: as many experts as it takes to be confident (Huang et al. 2024, arXiv 2403.07652, section 3).
 
-P = softmax(W x); a token has the fewest experts, in descending order of P, whose P add up to p, with weights P. Losses:
-the Switch balance loss, coefficient 0.01, and beta times the mean entropy of P, without which P would become even and all experts
-active; beta = 1e-4, p = 0.4. Here k is the most experts that a token has: k = E gives the published router.
+P = softmax(W x); a token has the fewest experts, in descending order of P, whose P add up to p, with weights P. Losses: 0.01 times
+E sum_e f_e mean_t P_te, f_e being the fraction of tokens that have expert e, and beta times the mean entropy of P, without which P would
+become even and all experts active; beta = 1e-4, p = 0.4. Here k is the most experts that a token has: k = E gives the published router.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smoe_dropout.config import SMoEConfig
 from smoe_dropout.options import require
-from smoe_dropout.routers import LinearRouter, Routing, real_mean
+from smoe_dropout.routers import LinearRouter, Routing, real_mean, switch_balance_loss
 from smoe_dropout.selection import GateMass, Selection, TokenK, largest
 
 
@@ -50,3 +50,7 @@ class TopPRouter(LinearRouter):
             entropy_N = torch.special.entr(logits_NE.softmax(-1)).sum(-1)
             routing.losses["entropy"] = self.options.entropy_loss * real_mean(entropy_N, self.real_N)
         return routing
+
+    def imbalance(self, logits_NE: Tensor, indices_NK: Tensor) -> Tensor:
+        """The balance loss without its coefficient."""
+        return switch_balance_loss(logits_NE, indices_NK, self.real_N, of_tokens=True)

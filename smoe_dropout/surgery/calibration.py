@@ -146,6 +146,7 @@ def cuttable_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
             isinstance(layer.router, LogitRouter),
             f"router {layer.config.router!r} has no row per expert, so it cannot be reduced to fewer experts",
         )
+        require(layer.reducible, f"{type(layer).__name__} routes by experts of the layer before: surgery needs the option residual = False")
     return layers
 
 
