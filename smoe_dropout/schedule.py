@@ -59,6 +59,11 @@ class TopKSchedule:
         if self.k_min > self.k_max:
             raise ConfigError(f"k_min = {self.k_min} and k_max = {self.k_max} must satisfy 1 <= k_min <= k_max")
 
+    @property
+    def drawn(self) -> bool:
+        """Whether every step has a k of its own, drawn at random."""
+        return self.mode == "elastic"
+
     def __str__(self) -> str:
         return f"{self.mode}, {self.k_min} to {self.k_max} over {self.total_steps:,} steps"
 

@@ -73,7 +73,9 @@ def test_k_follows_the_schedule(run):
     method, folder = run
     config = tiny.read_json(folder / "config.json")
     modes = method.flags.get("dynamic_moe_mode", "constant")
-    low, high = (E // 2, E) if method.flags.get("dynamic_moe") else (method.flags.get("moe_top_k", E // 2),) * 2
+    low, high = (
+        (method.flags.get("moe_top_k_min", E // 2), E) if method.flags.get("dynamic_moe") else (method.flags.get("moe_top_k", E // 2),) * 2
+    )
     schedule = TopKSchedule(modes, low, high, STEPS, config["seed"])
     for line in tiny.metrics(folder, "train"):
         step = line["step"] - 1

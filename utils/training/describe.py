@@ -28,9 +28,13 @@ def describe(run: Run, model: nn.Module) -> list[str]:
 
 def reservations(run: Run, model: nn.Module) -> list[str]:
     """Sentences on what the flags will not do, known before training."""
-    schedule = top_k_schedule(run.flags)
-    untrained = untrained_router(model, k=schedule.k_min) if schedule else None
-    return [f"{untrained} (k: {schedule})"] if untrained else []
+    if (schedule := top_k_schedule(run.flags)) is None:
+        return []
+    if untrained := untrained_router(model, k=schedule.k_max if schedule.drawn else schedule.k_min):
+        return [f"{untrained} (k: {schedule})"]
+    for _, layer in moe_layers(model):
+        layer.router_named |= schedule.drawn  # passes with k = 1 do not train it, the others do
+    return []
 
 
 def _origin(run: Run) -> list[str]:
