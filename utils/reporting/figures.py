@@ -72,15 +72,18 @@ class Panel:
 
 
 def styles(rows: list[Row]) -> dict[str, dict]:
-    """Colour, marker and line of each row by label. A registered sparse method looks the same in every figure; its variants take what is
-    left, and colours repeat only when all are taken, with another marker.
+    """Colour, marker and line of each row by label. A registered sparse method looks the same in every figure; its variants take the first
+    that are left, and colours repeat only when all are taken, with another marker.
     """
     registered = [name for name in METHODS if load(METHODS, "method", name).sparse]
-    order: dict[str, int] = {}
-    for row in sorted((row for row in rows if row.sparse), key=lambda row: bool(row.records and row.first["settings"])):
-        own = [registered.index(row.first["method"])] if row.first["method"] in registered else []
-        free = itertools.chain(own, range(len(registered), len(COLOURS)), range(len(registered)), itertools.count(len(COLOURS)))
-        order[row.label] = next(i for i in free if i not in order.values())
+    sparse = [row for row in rows if row.sparse]
+    own: dict[str, int] = {}
+    for row in sparse:
+        name = row.first["method"]
+        if name in registered and not row.first["settings"] and registered.index(name) not in own.values():
+            own[row.label] = registered.index(name)
+    rest = (i for i in itertools.count() if i not in own.values())
+    order = own | {row.label: next(rest) for row in sparse if row.label not in own}
     look = {label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for label, i in order.items()}
     for i, row in enumerate(row for row in rows if not row.sparse):
         look[row.label] = {"color": GREYS[i % len(GREYS)], "marker": DENSE_MARKERS[i % len(DENSE_MARKERS)]}
