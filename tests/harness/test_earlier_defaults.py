@@ -54,13 +54,14 @@ def test_a_run_of_an_earlier_version_is_resumed_as_it_began(tmp_path):
 def test_a_fine_tuning_of_an_earlier_version_keeps_dropout_twice(rows, pretrained, tmp_path, capsys):  # noqa: F811
     arguments = command("sst2", rows, pretrained("dense"), work_dir=tmp_path / "run")
     config = config_of(parse(arguments)[0], {})
-    assert config.pop("head_dropout") == "once"
+    assert (config.pop("head_dropout"), config.pop("moe_prune_by")) == ("once", "rows")
     (tmp_path / "run").mkdir()
     documents.write(tmp_path / "run" / "config.json", config)
     begun, source = parse(arguments)
     assert begun.head_dropout == "twice" and "so it keeps --head_dropout twice" in capsys.readouterr().err
     assert RunFolder(begun, {}).config_sha256 == config_sha256(config)  # the run's own identity
-    assert departures_of(begun, source)[1]["head_dropout"] == "twice"
+    assert begun.moe_prune_by == "units"  # which has no effect without pruning, and is no setting of its own
+    assert departures_of(begun, source)[1] == {"head_dropout": "twice"}
 
 
 @pytest.mark.parametrize(("head_dropout", "times"), [(None, 1), ("twice", 2)])
