@@ -175,7 +175,10 @@ class Finished:
 
 
 class Running:
-    """A program in a process of its own, as `python train.py <arguments>` would be, but without the seconds that importing torch takes."""
+    """A program in a process of its own, as `python train.py <arguments>` would be, but without the seconds that importing torch takes.
+
+    program: a file of the repository, or "-m" and a module.
+    """
 
     def __init__(self, arguments: list[str], before: Callable[[], None] | None = None, program: str = "train.py"):
         self._folder = tempfile.TemporaryDirectory()
@@ -284,7 +287,10 @@ def _run(program: str, arguments: list[str], out: str, err: str, before: Callabl
     try:
         if before is not None:
             before()
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if program.startswith("-m "):
+            runpy.run_module(program.removeprefix("-m "), run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit:
         raise
     except BaseException:

@@ -3,14 +3,13 @@
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests import tiny
 from tests.conftest import ROOT
 from tests.scripts.test_scripts import PAPER_ROWS, command_of
 from utils.cli.train import parse
@@ -53,10 +52,8 @@ def commands_of(page: Path) -> list[Command]:
 
 @cache
 def help_of(program: str) -> str:
-    words = [program] if program.endswith(".py") else ["-m", *program.split()]
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    name, *words = program.split()
+    return tiny.completed([*words, "--help"], program=name if name.endswith(".py") else f"-m {name}").out
 
 
 def known_flags(program: str) -> set[str]:
