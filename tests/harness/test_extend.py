@@ -1,12 +1,12 @@
 """Adding a router, a model architecture or a fine-tuning task takes one file and one registry line; each is run end to end."""
 
 import ast
+import importlib
 import inspect
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from tests import tiny
 from tests.conftest import ROOT
 from utils.data.rows import TASKS, kind_of
-from utils.flags.models import MODELS, presets_of
+from utils.flags.models import MODELS, Model, presets_of
 from utils.models.registry import Architecture, architecture
 from utils.tasks.base import Task
 from utils.training.run import Callback
@@ -135,16 +135,21 @@ SHADES = Kind("Shades", ("train.csv", "dev.csv"), ((30, 12),), rows, labels=3)
 
 @dataclass
 class Extension:
-    """An extension as a user writes it: one file, and one line in a registry."""
+    """An extension as a user writes it: one file, and one line of a registry, "module:NAME"."""
 
     folder: Path
     name: str
     content: str
-    line: str
+    registry: str
+    entry: object
 
     def __post_init__(self):
-        assert self.line.count("\n") == 0
         (self.folder / f"{self.name}.py").write_text(self.content)
+
+    def register(self) -> None:
+        sys.path.insert(0, str(self.folder))
+        module, _, registry = self.registry.partition(":")
+        getattr(importlib.import_module(module), registry)[self.name] = self.entry
 
     @property
     def files(self) -> int:
@@ -152,19 +157,19 @@ class Extension:
         return len(list(self.folder.glob("*.py"))) + 1
 
 
-def run(extensions: list[Extension], program: str, arguments: list[str]) -> subprocess.CompletedProcess:
+def register(extensions: list[Extension]) -> None:
+    for extension in extensions:
+        extension.register()
+
+
+def run(extensions: list[Extension], program: str, arguments: list[str]) -> tiny.Finished:
     """Runs a program in a process whose registries have the added lines."""
-    code = f"import sys, runpy; sys.path[:0] = {[str(ROOT), *(str(one.folder) for one in extensions)]}\n"
-    code += "from smoe_dropout.registry import ROUTERS\nfrom utils.data.rows import TASKS\nfrom utils.flags.models import MODELS, Model\n"
-    code += "\n".join(one.line for one in extensions)
-    code += f"\nsys.argv = {[program, *arguments]}\nrunpy.run_path({str(ROOT / program)!r}, run_name='__main__')\n"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    return tiny.run(arguments, partial(register, extensions), program=program)
 
 
 def result_of(extensions: list[Extension], program: str, arguments: list[str], folder: Path) -> dict:
     done = run(extensions, program, arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.code == 0, done.err[-3000:]
     return json.loads((folder / "result.json").read_text())
 
 
@@ -175,8 +180,8 @@ def words(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recurrent(tmp_path_factory) -> Extension:
-    line = 'MODELS["recurrent"] = Model("GRU", "bytes", "recurrent", "utils.flags.presets:TRANSFORMER_XL", unknown_flags=("mask_rate",))'
-    return Extension(tmp_path_factory.mktemp("model"), "recurrent", MODEL, line)
+    entry = Model("GRU", "bytes", "recurrent", "utils.flags.presets:TRANSFORMER_XL", unknown_flags=("mask_rate",))
+    return Extension(tmp_path_factory.mktemp("model"), "recurrent", MODEL, "utils.flags.models:MODELS", entry)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +194,7 @@ def pretrained(recurrent, words, tmp_path_factory) -> tuple[Path, dict]:
 
 def test_a_router_is_one_file_and_one_line(words, tmp_path):
     (tmp_path / "extension").mkdir()
-    router = Extension(tmp_path / "extension", "constant", ROUTER, 'ROUTERS["constant"] = "constant:ConstantRouter"')
+    router = Extension(tmp_path / "extension", "constant", ROUTER, "smoe_dropout.registry:ROUTERS", "constant:ConstantRouter")
     arguments = tiny.flags(words, tmp_path / "run", moe=True, gate_name="constant")
     result = result_of([router], "train.py", arguments, tmp_path / "run")
     assert router.files == 2
@@ -209,7 +214,7 @@ def test_a_model_is_one_file_and_one_line(recurrent, pretrained):
 def test_a_task_is_one_file_and_one_line(recurrent, pretrained, tmp_path):
     """Fine-tuned from the new architecture."""
     (tmp_path / "extension").mkdir()
-    task = Extension(tmp_path / "extension", "shades", TASK, 'TASKS["shades"] = "shades:SHADES"')
+    task = Extension(tmp_path / "extension", "shades", TASK, "utils.data.rows:TASKS", "shades:SHADES")
     rows = tmp_path / "rows"
     rows.mkdir()
     for name, count in (("train.csv", 30), ("dev.csv", 12)):
@@ -225,7 +230,7 @@ def test_a_task_is_one_file_and_one_line(recurrent, pretrained, tmp_path):
     assert [row["k"] for row in result["quality"]] == [1, 2, 4] and result["quality"][-1]["dev"] > 50
     (rows / "dev.csv").write_text("text,shade\na,blue\n")
     refused = run([task, recurrent], "finetune.py", [*arguments[:-1], "2"])
-    assert refused.returncode == 2 and "line 2, column shade" in refused.stderr
+    assert refused.code == 2 and "line 2, column shade" in refused.err
 
 
 @pytest.mark.parametrize("name", MODELS)
