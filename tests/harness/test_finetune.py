@@ -102,14 +102,12 @@ def refusal(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("task", "method", "model"),
-    [("sst2", method, "transformer_xl") for method in METHODS_OF_TABLE]
-    + [
-        (task, "smoe_dropout", model)
-        for task in TASKS
-        for model in ("transformer_xl", "bert")
-        if (task, model) != ("sst2", "transformer_xl")
-    ]
-    + [("svamp", "thor", "bert")],
+    [
+        *[("sst2", method, "transformer_xl") for method in METHODS_OF_TABLE],
+        # every task, and either kind of task with either kind of model
+        *[(task, "smoe_dropout", ("transformer_xl", "bert")[index % 2]) for index, task in enumerate(TASKS) if task != "sst2"],
+        ("svamp", "thor", "bert"),
+    ],
 )
 def test_a_run_scores_every_row_at_every_k(task, method, model, rows, pretrained, tmp_path):
     folder = tmp_path / "run"
@@ -146,9 +144,17 @@ def batch_of(task, encoded: list) -> Batch:
     return Batch(inputs, Shape(len(encoded), inputs[0].numel() // len(encoded), targets=1, sequences=task.sequences), rows=encoded)
 
 
-@pytest.mark.parametrize("model", ["transformer_xl", "bert"])
-@pytest.mark.parametrize("task", ["sst2", "csqa", "svamp"])
-@pytest.mark.parametrize("method", METHODS_OF_TABLE)
+PREDICTED = [(task, "smoe_dropout", model) for task in ("sst2", "csqa", "svamp") for model in ("transformer_xl", "bert")]
+PREDICTED += [
+    ("sst2", "dense", "bert"),
+    ("svamp", "dense", "transformer_xl"),
+    ("csqa", "smoe", "bert"),
+    ("svamp", "smoe", "transformer_xl"),
+]
+PREDICTED += [("sst2", "thor", "transformer_xl"), ("csqa", "thor", "transformer_xl"), ("svamp", "thor", "bert")]
+
+
+@pytest.mark.parametrize(("task", "method", "model"), PREDICTED)
 def test_predictions_do_not_depend_on_order_batch_or_padding(task, method, model, rows, pretrained):
     """Rows one by one, all together, and in another order. THOR draws experts by position in the batch unless it uses all."""
     made_task, network = made(command(task, rows, pretrained(method, model)))

@@ -17,7 +17,7 @@ from smoe_dropout.registry import METHODS, load
 from tests import tiny
 
 LANES = 5  # of which one process gets 2 and the other 3
-SETTINGS = {"batch_size": LANES, "eval_batch_size": 3, "dropout": 0.0, "log_interval": 1, "max_step": 12, "eval_interval": 6, "yes": True}
+SETTINGS = {"batch_size": LANES, "eval_batch_size": 3, "dropout": 0.0, "log_interval": 1, "max_step": 10, "eval_interval": 5, "yes": True}
 
 
 @pytest.fixture(scope="module")
@@ -86,28 +86,26 @@ def test_methods_that_draw_run_on_two_processes(method, corpus, tmp_path):
     assert tiny.read_json(tmp_path / "two" / "result.json")["environment"]["world_size"] == 2
 
 
-@pytest.mark.parametrize("method", EXACT)
-def test_two_processes_give_the_losses_and_qualities_of_one(method, corpus, tmp_path):
-    tiny.completed(tiny.flags(corpus, tmp_path / "one", method=method, **SETTINGS))
-    both = run_two(tiny.flags(corpus, tmp_path / "two", method=method, **SETTINGS))
+PARTS = [method for method in EXACT if method not in OF_EACH_PART and load(METHODS, "method", method).flags.get("gate_name") != "learned"]
+
+
+@pytest.mark.parametrize(("method", "parts"), [*((method, method in PARTS) for method in EXACT), ("smoe", True)])
+def test_two_processes_give_the_losses_and_qualities_of_one(method, parts, corpus, tmp_path):
+    """With parts, the 2 and 3 lanes of the two are split into equally many chunks: a router that counts over all processes would otherwise
+    wait forever. The balance loss of a learned router is that of each part, so that only without it parts change nothing.
+    """
+    changes = {**SETTINGS, "method": method, **({"load_balance": 0.0} if parts and method not in PARTS else {})}
+    tiny.completed(tiny.flags(corpus, tmp_path / "one", **changes))
+    both = run_two(tiny.flags(corpus, tmp_path / "two", **changes, **({"batch_chunk": 3} if parts else {})), timeout=20)
     assert [run.code for run in both] == [0, 0], both[0].err + both[1].err
     assert both[1].out == "" and "2 process(es)" in both[0].out  # only the first speaks
     assert_same(tmp_path / "one", tmp_path / "two")
     assert tiny.read_json(tmp_path / "two" / "result.json")["environment"]["world_size"] == 2
 
 
-@pytest.mark.parametrize("method", [method for method in EXACT if method not in OF_EACH_PART])
-def test_two_processes_with_lanes_in_parts(method, corpus, tmp_path):
-    """2 and 3 lanes are split into equally many chunks: a router that counts over all processes would otherwise wait forever."""
-    changes = {**SETTINGS, "batch_chunk": 3, "max_step": 6}
-    if load(METHODS, "method", method).flags.get("gate_name") == "learned":
-        changes["load_balance"] = 0.0  # of each part, so that only without it parts change nothing
-    tiny.completed(tiny.flags(corpus, tmp_path / "one", method=method, **changes))
-    both = run_two(tiny.flags(corpus, tmp_path / "two", method=method, **changes), timeout=20)
-    assert [run.code for run in both] == [0, 0], both[0].err + both[1].err
-    assert_same(tmp_path / "one", tmp_path / "two")
-    if method == "smoe":  # and with the balance loss, which is that of each part
-        assert [run.code for run in run_two(tiny.flags(corpus, tmp_path / "balanced", method=method, **SETTINGS, batch_chunk=3))] == [0, 0]
+def test_the_balance_loss_of_each_part_is_computed_by_two_processes(corpus, tmp_path):
+    arguments = tiny.flags(corpus, tmp_path, **SETTINGS, method="smoe", batch_chunk=3)
+    assert [run.code for run in run_two(arguments, timeout=20)] == [0, 0]
 
 
 def test_two_processes_stop_together_and_resume_as_two_only(corpus, tmp_path):

@@ -2,17 +2,20 @@
 
 import math
 from collections import Counter
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from smoe_dropout.methods.base import Method
 from smoe_dropout.options import option_names
 from smoe_dropout.registry import METHODS, load
 from smoe_dropout.schedule import TopKSchedule
 from tests import tiny
+from tests.harness.test_parallel import PARTS
 
 E, STEPS = 4, 24
 # what result.json has, as utils.reporting reads it
@@ -29,13 +32,24 @@ def corpus(tmp_path_factory):
     return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words")
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def run(request, corpus, tmp_path_factory):
-    """A finished run of each method, with a log line for every step: its method and its folder."""
-    folder = tmp_path_factory.mktemp("runs") / request.param
-    finished = tiny.completed(tiny.flags(corpus, folder, method=request.param, log_interval=1, save_interval=1, dropout=0.0, lr=1e-2))
-    assert "done: " in finished.out and finished.err == ""
-    return load(METHODS, "method", request.param), folder
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """Returns a method and the folder of a finished run of it, with a log line for every step."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def of(name: str) -> tuple[Method, Path]:
+        changes = {"method": name, "log_interval": 1, "save_interval": STEPS - 1, "dropout": 0.0, "lr": 1e-2}
+        done = tiny.completed(tiny.flags(corpus, root / name, **changes))
+        assert "done: " in done.out and done.err == ""
+        return load(METHODS, "method", name), root / name
+
+    return of
+
+
+@pytest.fixture(params=METHODS)
+def run(request, finished):
+    return finished(request.param)
 
 
 def test_result_has_every_field(run):
@@ -175,8 +189,10 @@ def test_tensorboard_has_the_scalars_and_the_expert_load(run):
             assert list(shares[-1].bucket)[-E:] == pytest.approx([1 / E] * E)
 
 
-def test_eval_only_gives_the_numbers_of_the_result(run):
-    method, folder = run
+@pytest.mark.parametrize("name", [name for name in ("dense", "concrete_dropout", "smoe_dropout", "thor") if name in METHODS])
+def test_eval_only_gives_the_numbers_of_the_result(name, finished):
+    """Of each kind of model: dense, converted, with a router, without one. Weights of every method load again: test_contract.py."""
+    method, folder = finished(name)
     tiny.completed(["--eval_only", *(["--k", "1,2"] if method.sparse else []), "--work_dir", str(folder)])
     evaluated, result = tiny.read_json(folder / "eval.json"), tiny.read_json(folder / "result.json")
     rows = {row["k"]: row["test"] for row in result["quality"]}
@@ -187,9 +203,9 @@ def test_eval_only_gives_the_numbers_of_the_result(run):
 DRAW_FOR_EACH_PASS = {"concrete_dropout", "dropblock", "block_dropout", "thor", "matryoshka"}
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in DRAW_FOR_EACH_PASS])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in DRAW_FOR_EACH_PASS and method not in PARTS])
 def test_batch_chunk_gives_the_same_losses(method, corpus, tmp_path):
-    """3 chunks of 5 lanes have 2, 2 and 1. No balance loss, which would be computed per chunk."""
+    """3 chunks of 5 lanes have 2, 2 and 1. No balance loss, which would be computed per chunk. PARTS are in test_parallel.py in chunks."""
     found = load(METHODS, "method", method)
     balance = {"load_balance": 0.0} if found.sparse else {}
     if "times_balance" in option_names([found.options]):  # of the router's loss, which is a mean over tokens
