@@ -46,9 +46,8 @@ def trained(ks: list[int], **changes) -> tuple[list[float], torch.Tensor]:
     return losses, gradients[0]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-def test_there_is_one_graph_per_k_without_graph_breaks(precision, tolerance):
-    ks = [2, 2, 3, 4, 2]
+@pytest.mark.parametrize(("precision", "tolerance", "ks"), [("fp32", 1e-5, [2, 2, 3, 4, 2]), ("bf16", 1e-2, [2, 2, 3])])
+def test_there_is_one_graph_per_k_without_graph_breaks(precision, tolerance, ks):
     eager = trained(ks, method="smoe_dropout", precision=precision)
     compiled = trained(ks, method="smoe_dropout", precision=precision, compile=True)
     torch.testing.assert_close(torch.tensor(compiled[0]), torch.tensor(eager[0]), rtol=tolerance, atol=tolerance)

@@ -191,7 +191,7 @@ def test_tensorboard_has_the_scalars_and_the_expert_load(run):
 
 @pytest.mark.parametrize("name", [name for name in ("dense", "concrete_dropout", "smoe_dropout", "thor") if name in METHODS])
 def test_eval_only_gives_the_numbers_of_the_result(name, finished):
-    """Of each kind of model: dense, converted, with a router, without one. Weights of every method load again: test_contract.py."""
+    """A model of each kind: dense, converted, with a router, without one. Weights of every method load again: test_contract.py."""
     method, folder = finished(name)
     tiny.completed(["--eval_only", *(["--k", "1,2"] if method.sparse else []), "--work_dir", str(folder)])
     evaluated, result = tiny.read_json(folder / "eval.json"), tiny.read_json(folder / "result.json")

@@ -57,8 +57,7 @@ def lm(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:router 'learned' is trained:UserWarning")
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("k", [ROWS, TOKENS], ids=["rows", "tokens"])
+@pytest.mark.parametrize(("k", "training"), [(ROWS, False), (TOKENS, True)], ids=["rows, evaluation", "tokens, training"])
 @pytest.mark.parametrize("name", CASES)
 def test_mixed_batch_equals_a_batch_of_each_k(name, k, training):
     """Tokens in a model of one layer, since attention mixes them. Random numbers are those of the whole batch."""

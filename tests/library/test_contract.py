@@ -230,8 +230,11 @@ def test_outputs_do_not_depend_on_later_tokens(name):
         assert (one[:, 4:] - two[:, 4:]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("backend", BACKENDS_HERE)
-@pytest.mark.parametrize("name", SPARSE)
+KINDS = ("smoe_dropout", "competesmoe", "moe_plus_plus", "thor")  # frozen and learned router, tokens without experts, no router
+PAIRS = [(name, backend) for backend in BACKENDS_HERE for name in SPARSE if name in KINDS or backend == BACKENDS_HERE[0]]
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_backends_match_the_reference(name, backend):
     """Outputs and gradients of the method's objective match those of the reference backend."""
     totals, grads, answers = [], [], []
