@@ -19,4 +19,5 @@ fi
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check --quiet .
 export OMP_NUM_THREADS=1  # one process per core
-exec .venv/bin/python -m pytest --numprocesses auto "$@"
+# a file is one process's, which makes its fixtures once; files in their order, so that the long ones do not come last
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

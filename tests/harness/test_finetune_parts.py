@@ -76,10 +76,9 @@ def test_two_processes_solve_the_problems_that_one_solves(method, model, lr, une
         assert ours["training"][name] == theirs["training"][name]
 
 
-@pytest.mark.parametrize("task", ["sst2", "svamp"])
-def test_bert_killed_and_resumed_is_unbroken(task, rows, pretrained, tmp_path):  # noqa: F811
+def test_bert_killed_and_resumed_is_unbroken(rows, pretrained, tmp_path):  # noqa: F811
     """Weights, optimiser and random state are the same bit for bit; dropout is on."""
-    whole, broken = (command(task, rows, pretrained("smoe_dropout", "bert"), work_dir=tmp_path / name) for name in ("whole", "broken"))
+    whole, broken = (command("sst2", rows, pretrained("smoe_dropout", "bert"), work_dir=tmp_path / name) for name in ("whole", "broken"))
     tiny.completed(whole, program="finetune.py")
     assert tiny.run(broken, partial(die, "step", 11, False), program="finetune.py").code == -signal.SIGKILL
     assert f"resumed at step {HOW['eval_interval']}" in tiny.completed(broken, program="finetune.py").out

@@ -47,9 +47,8 @@ def assert_same(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("host", "reentrant"), [("bert", False), ("llama", True)])
 @pytest.mark.parametrize(("method", "router"), KINDS)
-@pytest.mark.parametrize("host", ["bert", "llama"])
 def test_checkpointed_gradients_are_equal_or_rejected(host, method, router, reentrant):
     model = sparse(host, method, router, **({"options": {"flip_rate": 0.5}} if method == "competesmoe" else {}))
     words = None

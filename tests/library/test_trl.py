@@ -54,9 +54,8 @@ def texts(count: int) -> list[dict]:
     return [{"input_ids": row["input_ids"][: 9 - place % 4] % 30} for place, row in enumerate(rows(count))]
 
 
-@pytest.mark.parametrize("host", ["gpt2", "llama"])
+@pytest.mark.parametrize(("host", "accumulated"), [("gpt2", 1), ("llama", 2)])
 @pytest.mark.parametrize(("coefficient", "auxiliary"), [(None, 1.0), (BALANCE / 2, 0.5), (0.0, 0.0)])
-@pytest.mark.parametrize("accumulated", [1, 2])
 def test_supervised_fine_tuning(host, coefficient, auxiliary, accumulated, tmp_path):
     model, data = sparse(host), texts(4)
     size = 4 // accumulated
