@@ -5,6 +5,7 @@ its file and its registry line.
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,14 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in CODE}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path) -> Iterator[str]:
     """Full names of the modules a file imports anywhere, `from package import module` resolved."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -100,23 +106,23 @@ def test_there_is_no_import_circle():
         visit(module)
 
 
-@pytest.mark.parametrize("path", [path for path in HARNESS if path.parent != ROOT / "utils" or path.stem in ROOMS], ids=name)
-def test_rooms_of_utils_import_downwards(path):
-    room = path.relative_to(ROOT / "utils").parts[0].removesuffix(".py")
-    rooms = {module.split(".")[1] for module in imported(path) if module.startswith("utils.")}
-    above = [other for other in rooms if ROOMS.index(other) > ROOMS.index(room)]
-    assert not above, f"{name(path)} imports from {above}, which are above {room}"
+def test_rooms_of_utils_import_downwards():
+    for path in (path for path in HARNESS if path.parent != ROOT / "utils" or path.stem in ROOMS):
+        room = path.relative_to(ROOT / "utils").parts[0].removesuffix(".py")
+        rooms = {module.split(".")[1] for module in imported(path) if module.startswith("utils.")}
+        above = [other for other in rooms if ROOMS.index(other) > ROOMS.index(room)]
+        assert not above, f"{name(path)} imports from {above}, which are above {room}"
 
 
-@pytest.mark.parametrize("path", HARNESS, ids=name)
-def test_utils_imports_neither_programs_nor_what_stands_beside_it(path):
-    assert not top_level(path) & {"train", "finetune", "surgery", "generate", "tests", "data", "benchmarks"}
+def test_utils_imports_neither_programs_nor_what_stands_beside_it():
+    for path in HARNESS:
+        assert not top_level(path) & {"train", "finetune", "surgery", "generate", "tests", "data", "benchmarks"}, name(path)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name)
-def test_the_library_stands_alone(path):
+def test_the_library_stands_alone():
     known = {"torch", "safetensors", "numpy", "scipy", "transformers", "fmoe", "triton", PACKAGE}
-    assert top_level(path) - set(sys.stdlib_module_names) <= known
+    for path in LIBRARY:
+        assert top_level(path) - set(sys.stdlib_module_names) <= known, name(path)
 
 
 def test_the_model_imports_torch_and_products_for_generation_alone():
@@ -129,7 +135,7 @@ def test_the_model_imports_torch_and_products_for_generation_alone():
 
 
 def test_the_model_has_no_word_of_experts_in_its_code():
-    found = [getattr(node, part, None) for node in ast.walk(ast.parse(MODEL.read_text())) for part in ("id", "attr", "arg", "name")]
+    found = [getattr(node, part, None) for node in ast.walk(tree_of(MODEL)) for part in ("id", "attr", "arg", "name")]
     names = {word for word in found if isinstance(word, str)}
     assert not [word for word in names if "expert" in word.lower() or "moe" in word.lower() or "router" in word.lower()]
 
@@ -139,9 +145,8 @@ def test_module_names_in_utils_are_unique():
     assert not {stem for stem in names if names.count(stem) > 1}
 
 
-@pytest.mark.parametrize("path", CODE, ids=name)
-def test_no_file_is_over_400_lines(path):
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_over_400_lines():
+    assert not [name(path) for path in CODE if len(path.read_text().splitlines()) > 400]
 
 
 def test_utils_stays_small():
@@ -151,46 +156,46 @@ def test_utils_stays_small():
     assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10280
 
 
-@pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "tests").rglob("*.py"))], ids=name)
-def test_docstrings_open_with_a_verb_or_a_noun(path):
+def test_docstrings_open_with_a_verb_or_a_noun():
     """Not with "Of ..." or "What ...", which say nothing on their own."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
-            where = f"{name(path)}, {getattr(node, 'name', 'module')}"
-            assert text.split()[0] not in ("Of", "What", "Whether,"), f"{where}: {text.splitlines()[0]}"
+    for path in (*CODE, *sorted((ROOT / "tests").rglob("*.py"))):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+                where = f"{name(path)}, {getattr(node, 'name', 'module')}"
+                assert text.split()[0] not in ("Of", "What", "Whether,"), f"{where}: {text.splitlines()[0]}"
 
 
-@pytest.mark.parametrize("path", CODE, ids=name)
-def test_constants_are_named_after_what_they_hold(path):
+def test_constants_are_named_after_what_they_hold():
     """A set of flags is MODEL_FLAGS, not OF_THE_MODEL."""
-    for node in ast.parse(path.read_text()).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        for target in targets:
-            words = ast.unparse(target).strip("_").split("_")
-            assert words[0] not in ("OF", "TO", "SAID"), f"{name(path)}: {ast.unparse(target)}"
+    for path in CODE:
+        for node in tree_of(path).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            for target in targets:
+                words = ast.unparse(target).strip("_").split("_")
+                assert words[0] not in ("OF", "TO", "SAID"), f"{name(path)}: {ast.unparse(target)}"
 
 
-@pytest.mark.parametrize("path", [*PROGRAMS, MODEL, *HARNESS, *CORE], ids=name)
-def test_no_method_is_named_outside_its_file_and_the_registry(path):
+def test_no_method_is_named_outside_its_file_and_the_registry():
     """Neither as a string in code (docstrings may mention methods), nor by importing its module."""
-    tree = ast.parse(path.read_text())
-    bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
-    prose = {id(s.value) for body in bodies for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)}
-    named = [
-        f"line {node.lineno}: {node.value!r}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and node.value in METHODS and id(node) not in prose
-        if path.name not in ENGLISH.get(node.value, ())
-    ]
     modules = {place.partition(":")[0] for place in METHODS.values()}
-    named += [f"import {module}" for module in imported(path) if module in modules]
-    assert not named, f"{name(path)} names a method: {named}; take it from smoe_dropout.registry"
+    for path in (*PROGRAMS, MODEL, *HARNESS, *CORE):
+        tree = tree_of(path)
+        bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
+        prose = {id(s.value) for body in bodies for s in body if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)}
+        named = [
+            f"line {node.lineno}: {node.value!r}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and node.value in METHODS and id(node) not in prose
+            if path.name not in ENGLISH.get(node.value, ())
+        ]
+        named += [f"import {module}" for module in imported(path) if module in modules]
+        assert not named, f"{name(path)} names a method: {named}; take it from smoe_dropout.registry"
 
 
 def test_nothing_is_decided_by_comparing_a_method_name():
     """There is no `if method == "dense"`."""
     for path in (*PROGRAMS, MODEL, *HARNESS):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Compare) and any("method" in ast.unparse(side) for side in (node.left, *node.comparators)):
                 compared = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
                 assert not compared & METHODS.keys(), f"{name(path)}, line {node.lineno}: {ast.unparse(node)}"
