@@ -65,7 +65,7 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
-def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 36) -> Path:
+def write_corpus(folder: Path, train_bytes: int = 20_000, held_out_bytes: int = 100) -> Path:
     """A prepared text of words from a small vocabulary; returns its folder."""
     draw = random.Random(0)
     text = " ".join(draw.choice(WORDS) for _ in range(train_bytes)).encode()

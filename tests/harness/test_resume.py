@@ -25,7 +25,7 @@ SHORT = {**LONG, "max_step": 26}  # still into the second epoch
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words", train_bytes=4 * (15 * 8 + 4))
+    return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words", train_bytes=4 * (15 * 8 + 4), held_out_bytes=36)
 
 
 @pytest.fixture(scope="module")

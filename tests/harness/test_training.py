@@ -29,7 +29,7 @@ RESULT = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words")
+    return tiny.write_corpus(tmp_path_factory.mktemp("data") / "words", held_out_bytes=36)
 
 
 @pytest.fixture(scope="module")
