@@ -14,7 +14,7 @@ from benchmarks.slimmable import SlimmableFlags, Text, at, open_model, opened, q
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-# options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's recipe
+# options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's cut and router
 TRIALS = (
     {"cut": "contiguous", "router": "random"},
     {"cut": "coactivation", "router": "learned"},
@@ -23,13 +23,13 @@ TRIALS = (
     {"cut": "contiguous", "router": "learned"},
     {"cut": "coactivation", "router": "random"},
     {"cut": "coactivation", "router": "representative"},
-    {"cut": "coactivation", "router": "learned", "correction": "norm"},
+    {"cut": "coactivation", "router": "learned", "correction": "none"},
     {"cut": "coactivation", "router": "learned", "shared_experts": 2},
     {"cut": "coactivation", "router": "learned", "shared_experts": 2, "correction": "mean"},
     {"cut": "coactivation", "router": "mlp"},
     {"cut": "weights", "router": "representative", "shared_experts": 4},
 )
-DEFAULTS = {"shared_experts": 0, "correction": "none"}
+DEFAULTS = {"shared_experts": 0, "correction": "norm"}
 # k is drawn from 4 on at every step, and the model learns from itself with all experts active
 RECOVERY = {"preset": "laptop", "method": "elastic", "moe_top_k_min": 4, "teacher": "self", "teacher_weight": 1, "train_only": "experts"}
 RECOVERY |= {"lr": 5e-5, "eval_interval": 10**6, "max_eval_steps": 1, "max_test_steps": 1, "threads": 1}
@@ -92,8 +92,8 @@ def run(flags: SlimmableFlags) -> None:
     budget = {"calibration": calibration.sha256, "tokens": calibration.tokens_BT.numel(), "measured": text.tokens_BT.numel()}
     _, record = opened(flags)
     for options in TRIALS:
-        whole = {**DEFAULTS, **options}
-        key = {"options": {name: whole[name] for name in ("cut", "router", "shared_experts", "correction")}, **budget}
+        options = {**DEFAULTS, **options}
+        key = {"options": {name: options[name] for name in ("cut", "router", "shared_experts", "correction")}, **budget}
         row = record.row("ablation", key, partial(try_out, flags, options, text, calibration))
         if flags.recovery is not None and row.get("recovery_tokens") != flags.recovery_tokens:
             row |= {"recovered": recover(flags, options, text, calibration), "recovery_tokens": flags.recovery_tokens}

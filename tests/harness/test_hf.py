@@ -307,14 +307,17 @@ def test_a_dense_folder_is_fine_tuned_as_it_is(world):
 
 
 def test_ways_to_convert_are_compared_also_after_a_recovery(world, tmp_path, monkeypatch):
-    (way,) = ways = slimmable_trials.TRIALS[-1:]
+    (way,) = ways = [way for way in slimmable_trials.TRIALS if "correction" in way][:1]
     short = {"preset": "quick", "tgt_len": 12, "batch_size": 4, "eval_batch_size": 4, "lr": 1e-2, "device": "cpu"}
     monkeypatch.setattr(slimmable_trials, "TRIALS", ways)
     monkeypatch.setattr(slimmable_trials, "RECOVERY", slimmable_trials.RECOVERY | short)
     texts = {"text": world["text"], "calibration": world["text"], "tokens": 96, "context": 32, "calibration_tokens": 96, "trial_tokens": 64}
     flags = SlimmableFlags(dense=world["llama-dense"], **texts, recovery=world["data"], recovery_tokens=960, out=tmp_path)
+    converted, convert = [], slimmable_trials.sd.convert
+    monkeypatch.setattr(slimmable_trials.sd, "convert", lambda *inputs, **options: converted.append(convert(*inputs, **options)))
     slimmable_trials.run(flags)
     slimmable_trials.run(flags)  # finds nothing to do
     ((trial,),) = (record["ablation"] for record in load(tmp_path))
     assert trial["options"] == {**slimmable_trials.DEFAULTS, **way} and trial["recovery_tokens"] == 960
+    assert {recipe.correction for recipe in converted} == {trial["options"]["correction"]}
     assert all(trial["recovered"][k] < 0.95 * trial["perplexity"][k] for k in ("8", "12"))
