@@ -65,8 +65,10 @@ def load(origin: Origin, precision: str, device: str) -> tuple[nn.Module, Any]:
 
 
 def read(path: str, tokens: int, held_out: int) -> tuple[str, str]:
-    """The beginning of a text and of its last tenth, each as much as so many tokens may take. UserError if it is no text."""
+    """The beginning of a text and of its last tenth, each as much as so many tokens may take. UserError if it is no text, or empty."""
     text = read_text(path)
+    if not text.strip():
+        raise UserError(f"--data {path} is empty: give a text of some thousands of words")
     end = len(text) - len(text) // HELD_OUT
     return text[: min(end, tokens * CHARACTERS)], text[end:][: held_out * CHARACTERS]
 

@@ -23,6 +23,7 @@ import tyro
 from torch import Tensor, nn
 
 import smoe_dropout as sd
+from benchmarks import slimmable_table
 from benchmarks.measure import SCHEMA, Common, environment, interleave, summarise
 from benchmarks.slimmable_table import DENSE, OTHER, RECORDS, Slimmable
 from smoe_dropout.files import read_object
@@ -302,9 +303,12 @@ def contestants(flags: SlimmableFlags) -> Iterator[tuple[dict[str, Any], Path]]:
     named = [({"stage": OTHER, "name": folder.resolve().name}, folder) for folder in flags.others]
     named += [({"stage": stage}, folder) for stage, folder in stages_of(flags).items()]
     for key, folder in [({"stage": DENSE}, flags.dense), *named]:
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no config.json: give a folder of transformers")
-        if (read_object(folder / "config.json").get("model_type") == NAME) != (key["stage"] not in (DENSE, OTHER)):
+        kind = read_object(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+        if kind is None:
+            inner = folder / "model"  # of a run that has recovered it
+            remedy = inner if (inner / "config.json").is_file() else "one with config.json, model.safetensors and a tokenizer"
+            raise UserError(f"{folder} is no folder of transformers: give {remedy}")
+        if (kind == NAME) != (key["stage"] not in (DENSE, OTHER)):
             raise UserError(f"{folder}: dense models are given by --dense and --others, converted ones as STAGE=FOLDER")
         yield {**key, "sha256": weights_hash(folder)}, folder
 
@@ -344,4 +348,4 @@ def run(flags: SlimmableFlags) -> None:
         for name, row in rows.items():
             row |= times[name]
         record.write()
-    print(f"measured {flags.dense}: {record.path}")
+    print(f"{slimmable_table.quality_table(record.content)}\nmeasured {flags.dense}: {record.path}")

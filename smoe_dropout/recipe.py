@@ -81,7 +81,7 @@ def convert(
     correction: Correction | None = None,
     tokens: int = 8192,
     seed: int = 0,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
     expert_init: ExpertInit = "split",
     gate_weight: Gate | None = None,
     **changes: Any,
@@ -102,7 +102,7 @@ def convert(
     correction: of the sum of chosen experts. "norm", the default: a factor for each k, by least squares; "mean": the mean output of the
         experts that are left out, at 3/4 of the experts, is added; it needs a shared expert.
     seed: of what is drawn; torch's default generator is left as it was.
-    say: called with a line after each network, for progress.
+    say: called with a line after each part of the work, for progress.
     expert_init: "copy": E copies of each whole network (sparse upcycling, arXiv 2212.05055), to be trained; until then they compute what it
         does at any k. Nothing is cut or fitted.
     gate_weight: "unit", the sum that is exact, or "softmax", the default for copies, with which later training trains the router, too. Of
@@ -144,18 +144,19 @@ def convert(
             install(model, config, cuts=False)
             layers = moe_layers(model)
             inputs = _inputs(layers, calibrating, tokens)
+            say(f"read {len(inputs[0]):,} tokens to fit to")
             laps.append(time.perf_counter())
             draw = torch.Generator().manual_seed(seed)
             for place, ((name, layer), inputs_TD) in enumerate(zip(layers, inputs, strict=True)):
                 if not copies:
                     _fit(layer, inputs_TD.to(layer.experts.down.device, torch.float32), draw, correction)
-                if say is not None:
-                    say(f"{name}: {place + 1} of {len(layers)}")
+                say(f"{name}: {place + 1} of {len(layers)}")
             laps.append(time.perf_counter())
             losses = {}
             for k in sorted({round(num_experts * part / MOST) or 1 for part in range(1, MOST + 1)}, reverse=True):
                 with top_k(model, k):
                     losses[k] = _mean_loss(measuring, k)
+                say(f"loss at k = {k}: {losses[k]:.4f}")
             laps.append(time.perf_counter())
     except BaseException:
         _take_back(model, modes)

@@ -25,9 +25,9 @@ if [ "$budget" != 0 ]; then
   if [ ! -e "$out/tokens/meta.json" ]; then
     "$PYTHON" data/prepare.py "$(basename "$out")" --source "$out/train.txt" --tokenizer "$out/fitted" --out "$out/tokens"
   fi
-  # 4. recovery: k drawn at every step, distilled from the model itself with all experts active
+  # 4. recovery: k drawn at every step from E/4 on, distilled from the model itself with all experts active
   "$PYTHON" train.py --model hf --start_from "$out/fitted" --data "$out/tokens" --work_dir "$out/recovery" --preset laptop \
-    --method elastic --teacher self --tokens "$budget" --yes "$@"
+    --method elastic --moe_top_k_min 4 --teacher self --teacher_weight 1 --train_only experts --lr 5e-5 --tokens "$budget" --yes "$@"
   stages+=("recovered=$out/recovery/model")
 fi
 

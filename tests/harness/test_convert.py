@@ -93,6 +93,7 @@ def test_a_folder_becomes_one_that_loads(place, tmp_path, monkeypatch, capsys, m
         ("llama", "text.txt", "--num_experts 5", "32 of 'model.layers.0.mlp' is not divisible by num_experts = 5"),
         ("llama", "llama/model.safetensors", "", "is not a UTF-8 text"),
         ("llama", "short.txt", "", "short.txt is too short"),
+        ("empty", "blank.txt", "", "blank.txt is empty"),
         ("llama", "text.txt", "--router hash", "no effect with router 'hash'"),
         ("empty", "text.txt", "", "empty cannot be loaded by transformers"),
     ],
@@ -100,6 +101,7 @@ def test_a_folder_becomes_one_that_loads(place, tmp_path, monkeypatch, capsys, m
 def test_faults_of_model_and_text_leave_nothing(place, tmp_path, monkeypatch, model, text, flags, said):
     monkeypatch.chdir(tmp_path)
     (place / "short.txt").write_text("the frozen")
+    (place / "blank.txt").write_text("\n")
     (place / "empty").mkdir(exist_ok=True)
     (place / "empty" / "config.json").write_text("{}")
     words = f"--from {place / model} --data {place / text} --out out --num_experts 4 {flags} --threads 1"

@@ -1,5 +1,6 @@
 """python -m benchmarks slimmable: records of converted models, resumed, and their page. Nothing here asserts a time."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,13 +79,16 @@ def test_a_record_has_every_k_and_is_continued(folders, capsys):
 
 
 def test_what_cannot_be_measured_is_refused(folders, tmp_path):
-    flags = flags_of(folders)
+    flags, run = flags_of(folders), tmp_path / "run"
+    shutil.copytree(folders / "split", run / "model")
+    (run / "config.json").write_text("{}")
     for changes, sentence in (
         ({"text": None}, "--dense FOLDER and --text FILE are needed"),
         ({"converted": ("split",)}, "'split' is not one of several STAGE=FOLDER"),
         ({"converted": (f"cut={folders / 'narrow'}",)}, "narrow: dense models are given by --dense"),
         ({"dense": folders / "split"}, "split: dense models are given"),
-        ({"dense": tmp_path}, "holds no config.json"),
+        ({"dense": tmp_path}, "is no folder of transformers: give one with config.json"),
+        ({"converted": (f"cut={run}",)}, f"{run} is no folder of transformers: give {run / 'model'}"),
         ({"tokens": 4096, "context": 4096}, "and a sequence has --context 4096: give a longer text"),
     ):
         with pytest.raises(UserError, match=sentence):
