@@ -57,7 +57,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_tasks(tasks: dict[str, list[Row]], path: Path) -> None:
-    """Score against the share of active experts, a panel for each task; bars are from the worst seed to the best."""
+    """Score against the share of active experts, a panel for each task with experts; bars are from the worst seed to the best."""
+    tasks = {task: rows for task, rows in tasks.items() if any(row.sparse for row in rows)}
     labels = list(dict.fromkeys(row.label for rows in tasks.values() for row in rows if row.sparse))
     with plt.rc_context(STYLE):
         height = 3.9 + 0.24 * len(labels)
