@@ -23,9 +23,8 @@ import tyro
 from torch import Tensor, nn
 
 import smoe_dropout as sd
-from benchmarks import slimmable_table
 from benchmarks.measure import SCHEMA, Common, environment, interleave, summarise
-from benchmarks.slimmable_table import DENSE, OTHER, RECORDS, Slimmable
+from benchmarks.slimmable_table import DENSE, OTHER, RECORDS, Slimmable, quality_table
 from smoe_dropout.files import read_object
 from smoe_dropout.hf.described import NAME
 from smoe_dropout.manifest import checksum, sha256
@@ -348,4 +347,4 @@ def run(flags: SlimmableFlags) -> None:
         for name, row in rows.items():
             row |= times[name]
         record.write()
-    print(f"{slimmable_table.quality_table(record.content)}\nmeasured {flags.dense}: {record.path}")
+    print(f"{quality_table(record.content)}\nmeasured {flags.dense}: {record.path}")

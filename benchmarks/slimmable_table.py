@@ -57,7 +57,7 @@ class Row(Struct):
 
 class Trial(Struct):
     """A way to convert the model. options: of the conversion. calibration: sha256 of its text. tokens, measured: of it, and of the held-out
-    text. perplexity: by k, as text; recovered: after training on recovery_tokens.
+    text. perplexity: by k, as text; recovered: after training on recovery_tokens, at a commit of its own.
     """
 
     calibration: Sha256
@@ -69,6 +69,7 @@ class Trial(Struct):
     commit: str | None
     recovered: dict[str, Positive] | UnsetType = UNSET
     recovery_tokens: Count | UnsetType = UNSET
+    recovery_commit: str | UnsetType | None = UNSET
 
 
 class Slimmable(Struct):
@@ -209,7 +210,8 @@ def section(record: dict[str, Any]) -> str:
     read = f"Text: {text['tokens']:,} tokens ({text['bytes']:,} bytes, sha256 {text['sha256'][:12]}) in sequences of {text['context']}."
     clock = "CPU time of one thread" if timing["clock"] == "thread_time" else "wall-clock time"
     machine = f"Times: medians of {timing['rounds']} interleaved rounds, {clock}, {env['device_name']}, torch {env['torch']}."
-    commits = sorted({row["commit"][:9] for row in (*record["rows"], *record["ablation"]) if row["commit"]})
+    made = [row.get(name) for row in (*record["rows"], *record["ablation"]) for name in ("commit", "recovery_commit")]
+    commits = sorted({commit[:9] for commit in made if commit})
     return "\n\n".join([*parts, f"{weights} {read} {machine} Code: commit {', '.join(commits) or 'unknown'}."])
 
 

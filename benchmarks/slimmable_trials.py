@@ -14,7 +14,7 @@ from benchmarks.slimmable import SlimmableFlags, Text, at, open_model, opened, q
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-# options of `sd.convert`: a split as moefy's, then cuts, routers, corrections and shared experts one at a time, and CMoE's cut and router
+# options of `sd.convert`: cut and router of moefy's split, then cuts, routers, corrections and shared experts one at a time, then CMoE's
 TRIALS = (
     {"cut": "contiguous", "router": "random"},
     {"cut": "coactivation", "router": "learned"},
@@ -97,4 +97,5 @@ def run(flags: SlimmableFlags) -> None:
         row = record.row("ablation", key, partial(try_out, flags, options, text, calibration))
         if flags.recovery is not None and row.get("recovery_tokens") != flags.recovery_tokens:
             row |= {"recovered": recover(flags, options, text, calibration), "recovery_tokens": flags.recovery_tokens}
+            row["recovery_commit"] = record.content["environment"]["commit"]
             record.write()

@@ -3,8 +3,8 @@
 # bash script/surgery/run_all.sh FOLDER [flags of train.py and finetune.py]; FOLDER holds runs of train.py, such as runs/laptop/enwik8.
 # Rows: METHODS ("merge uncurl keep_best drop average reap hc_smoe compress") at KEEP ("8 4") experts on the runs METHOD-seedSEED of RUNS
 # ("smoe smoe_dropout") and SEEDS ("1"), JOBS (2) at a time. Each is trained for STEPS (500) further steps and fine-tuned on TASK (sst2;
-# TASK= for none), see row.sh. Baselines: the whole model, trained and fine-tuned as long, and with SCRATCH=1 models of those sizes from
-# random weights.
+# TASK= for none), see row.sh, with the whole model as teacher (TAUGHT=0: without). Baselines: the whole model, trained and fine-tuned as
+# long, and with SCRATCH=1 models of those sizes from random weights.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
 if [ $# -eq 0 ] || [ "${1#--}" != "$1" ] || [ ! -d "$1" ]; then

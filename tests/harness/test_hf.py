@@ -319,5 +319,6 @@ def test_ways_to_convert_are_compared_also_after_a_recovery(world, tmp_path, mon
     slimmable_trials.run(flags)  # finds nothing to do
     ((trial,),) = (record["ablation"] for record in load(tmp_path))
     assert trial["options"] == {**slimmable_trials.DEFAULTS, **way} and trial["recovery_tokens"] == 960
+    assert trial["recovery_commit"] == trial["commit"]
     assert {recipe.correction for recipe in converted} == {trial["options"]["correction"]}
     assert all(trial["recovered"][k] < 0.95 * trial["perplexity"][k] for k in ("8", "12"))
