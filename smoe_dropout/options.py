@@ -18,11 +18,14 @@ class NoOptions:
     """No options."""
 
 
-def option(default: Any, *, needs: str | None = None, **earlier: Any) -> Any:
+UNCHANGED = object()
+
+
+def option(default: Any, *, earlier: Any = UNCHANGED, needs: str | None = None) -> Any:
     """A field of an options dataclass. earlier: the default that models had which were stored without this option, if it was another.
     needs: the option without which this one has no effect.
     """
-    return field(default=default, metadata=earlier | ({"needs": needs} if needs else {}))
+    return field(default=default, metadata={"needs": needs} | ({} if earlier is UNCHANGED else {"earlier": earlier}))
 
 
 def earlier_options(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +57,8 @@ def build_options(cls: type, values: Mapping[str, Any], known: Mapping[str, Any]
     own = {field.name for field in fields(cls)}
     built = cls(**{name: _convert(name, value, types[name]) for name, value in values.items() if name in own})
     for entry in fields(cls):
-        if entry.name in values and not getattr(built, needed := entry.metadata.get("needs", entry.name)) and needed != entry.name:
+        needed = entry.metadata.get("needs")
+        if needed and entry.name in values and not getattr(built, needed):
             warnings.warn(f"option {entry.name} = {values[entry.name]} has no effect without {needed}", stacklevel=2)
     return built
 
