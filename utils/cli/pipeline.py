@@ -26,8 +26,8 @@ from utils.checkpoints.run_files import CONFIG, read_config
 from utils.cli.arguments import Arguments, Values
 from utils.errors import UserError, refuse_unwritable
 from utils.flags.check import check, check_limits, refuse
-from utils.flags.declare import FlagsT, flags_from, specs
-from utils.flags.derive import built_options, parse_ks, resolve, training_flags
+from utils.flags.declare import FlagsT, flags_from
+from utils.flags.derive import built_options, idle, parse_ks, resolve, training_flags
 from utils.flags.fields import Flags, defaults_before, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS, presets_of
@@ -116,9 +116,7 @@ def as_begun(flags: FlagsT, command: Arguments | Values) -> FlagsT:
         return flags
     earlier = {name: value for name, value in defaults_before(type(flags)).items() if name not in stored and not command.has(name)}
     begun = dataclasses.replace(flags, **earlier)
-    needing = [name for name, spec in specs(type(flags)).items() if spec.needs and not getattr(flags, spec.needs)]
-    unused = (*MODELS[flags.model].unknown_flags, *needing)
-    told = [name for name, value in earlier.items() if value != getattr(flags, name) and name not in unused]
+    told = [name for name, value in earlier.items() if value != getattr(flags, name) and name not in idle(flags)]
     if told and (told != ["defaults"] or built_options(begun) != built_options(flags)):
         kept = ", ".join(f"--{name} {earlier[name]}" for name in told)
         print(f"note: {flags.work_dir} was begun by an earlier version, so it keeps {kept}", file=sys.stderr)

@@ -9,9 +9,9 @@ from smoe_dropout.options import ConfigError, NoOptions, build_options, earlier_
 from smoe_dropout.registry import METHODS, ROUTERS, canonical_router, load
 from smoe_dropout.schedule import TopKSchedule
 from utils.errors import UserError
-from utils.flags.declare import FlagsT
+from utils.flags.declare import FlagsT, specs
 from utils.flags.fields import EARLIER, Flags, names
-from utils.flags.models import presets_of
+from utils.flags.models import MODELS, presets_of
 
 CONFIG_FIELDS = {  # fields of the library's configuration by the flags with the same values
     **{"moe_num_expert": "num_experts", "moe_expert_rank": "expert_rank", "moe_sparse_share": "sparse_share"},
@@ -47,6 +47,12 @@ def parse_options(text: str | None) -> dict[str, str]:
     if not all(name.strip() and sign and value for name, sign, value in pairs):
         raise ConfigError("expected name=value pairs separated by commas, such as alpha=5,inference=token")
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def idle(flags: Flags) -> tuple[str, ...]:
+    """Names of the flags that have no effect on this model, or without another flag that is not set."""
+    needing = (name for name, spec in specs(type(flags)).items() if spec.needs and not getattr(flags, spec.needs))
+    return (*MODELS[flags.model].unknown_flags, *needing)
 
 
 def given_options(flags: Flags, method: Method | None) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from utils.checkpoints.origin import Source
-from utils.flags.declare import specs
-from utils.flags.derive import built_options, finetuning_k, method_flags, resolve, training_flags, usual_flags
+from utils.flags.derive import built_options, finetuning_k, idle, method_flags, resolve, training_flags, usual_flags
 from utils.flags.fields import EARLIER, FinetuneFlags, Flags, names
 from utils.flags.models import MODELS
 from utils.flags.presets import finetuning
@@ -43,8 +42,7 @@ def _usual(flags: Flags, source: Source) -> Flags:
 def departures(flags: Flags, usual: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that differ from the preset, and from the method, given the `usual` flags of preset and method."""
     derived, variants = names(role="derived"), names(role="variant")
-    idle = [name for name, spec in specs(type(flags)).items() if spec.needs and not getattr(flags, spec.needs)]
-    left_out = (*names(role="run"), *derived, *MODELS[flags.model].unknown_flags, *idle)
+    left_out = (*names(role="run"), *derived, *idle(flags))
     own = [field.name for field in dataclasses.fields(flags) if field.name not in left_out]
     found = {name: getattr(flags, name) for name in own if getattr(flags, name) != getattr(usual, name)}
     follows = resolve(dataclasses.replace(usual, **found, d_ff=flags.d_ff))
