@@ -14,7 +14,8 @@ from benchmarks.slimmable import SlimmableFlags, Text, at, open_model, opened, q
 from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-# options of `sd.convert`: cut and router of moefy's split, then cuts, routers, corrections and shared experts one at a time, then CMoE's
+# options of `sd.convert`: cut and router of moefy's split, then cuts, routers, corrections and shared experts one at a time, then CMoE's;
+# the unfitted routers again without a correction
 TRIALS = (
     {"cut": "contiguous", "router": "random"},
     {"cut": "coactivation", "router": "learned"},
@@ -28,6 +29,10 @@ TRIALS = (
     {"cut": "coactivation", "router": "learned", "shared_experts": 2, "correction": "mean"},
     {"cut": "coactivation", "router": "mlp"},
     {"cut": "weights", "router": "representative", "shared_experts": 4},
+    {"cut": "contiguous", "router": "random", "correction": "none"},
+    {"cut": "coactivation", "router": "random", "correction": "none"},
+    {"cut": "coactivation", "router": "representative", "correction": "none"},
+    {"cut": "weights", "router": "representative", "shared_experts": 4, "correction": "none"},
 )
 DEFAULTS = {"shared_experts": 0, "correction": "norm"}
 # k is drawn from 4 on at every step, and the model learns from itself with all experts active
