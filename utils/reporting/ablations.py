@@ -7,6 +7,8 @@ A run belongs to a row if it has the identity that the row's flags have under it
     python -m utils.reporting.ablations NAME --preset # the preset of its runs unless another is given
 """
 
+import itertools
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,10 +24,12 @@ from utils.errors import UserError, run_main
 from utils.flags.declare import specs
 from utils.flags.derive import resolve, training_flags, usual_flags
 from utils.flags.fields import Flags
+from utils.reporting.claims import claim_table
 from utils.reporting.groups import Group, Row, frozen, gather, quality_points, titled, with_own_stems
 from utils.reporting.labels import Record, slug
-from utils.reporting.records import ROOT, Found, file_name
+from utils.reporting.records import ROOT, Found, file_name, split_of
 from utils.reporting.tables import (
+    DASH,
     PARAMETERS,
     Figure,
     Table,
@@ -36,10 +40,15 @@ from utils.reporting.tables import (
     quality_column,
     quality_columns,
     table_of,
+    values_at,
 )
 from utils.training.identity import departures
 
 ROWS = ROOT / "script" / "ablation" / "rows.json"
+EQUIVALENT = (
+    "Equivalent training of dense: the steps after which dense is as good, between those recorded along the logarithm of steps, over the "
+    "steps of the method; – outside of what is recorded."
+)
 
 
 @dataclass(frozen=True)
@@ -191,20 +200,43 @@ def build_table(ablation: Ablation, group: Group) -> Table:
 
 
 def study_tables(study: Ablation, group: Group) -> list[Table]:
-    """A table for each place along the axis: quality, its loss from E to E/2, and the gap to the baseline. The figure is below the last."""
+    """A table for each place along the axis: quality, its loss from E to E/2, and the gap to the baseline. The figure is below the last.
+
+    With a baseline the claims at each place stand before, those at the last place first.
+    """
     columns = [*quality_columns(group), ("loss from E to E/2", lambda row: mean_cell(differences(row, "E/2", row, "E")))]
     if study.baseline:
         titles = [(share, f"gap to {study.baseline}, k = {share}") for share in ("E/2", "E")]
         columns += [
             (title, lambda row, share=share: mean_cell(gaps(study, group, row, share), of=len(row.records))) for share, title in titles
         ]
-    tables = []
+        columns.append(("equivalent training of dense, k = E", lambda row: _equivalent(study, group, row)))
+    tables, claims = [], []
     for at in study.places:
         part = replace(group, rows=[row for row in group.rows if row.number == at], stem=f"{group.stem}-{slug(str(at))}")
         if part.rows:
             tables.append(table_of(study.page, f"{study.title}: {at}. {caption(part)}", part, "Method", columns))
+            if study.baseline in {row.label for row in group.rows} and (found := claim_table(part, f"Claims. {study.title}: {at}")):
+                claims.insert(0, found)
     tables[-1].figures = [Figure(f"{group.stem}.png", f"{study.title}: quality at k = E and E/2", "draw_study", (study, group))]
-    return tables
+    if study.baseline:
+        tables[-1].footnotes.append(EQUIVALENT)
+    return [*claims, *tables]
+
+
+def _equivalent(study: Ablation, group: Group, row: Row) -> str:
+    """Steps in which the baseline has the mean quality that a row has at k = E, over the row's own."""
+    if row.label == study.baseline:
+        return DASH
+
+    def point(row: Row) -> tuple[int, float]:
+        return row.first["training"]["steps"], statistics.mean(values_at(row, "E", split_of(row.first)))
+
+    steps, quality = point(row)
+    for (short, worse), (long, better) in itertools.pairwise(sorted(point(other) for other in group.rows if other.label == study.baseline)):
+        if better <= quality <= worse:
+            return f"{short * (long / short) ** ((worse - quality) / (worse - better)) / steps:.0%}".replace("%", " %")
+    return DASH
 
 
 def gaps(study: Ablation, group: Group, row: Row, share: str) -> list[float]:
