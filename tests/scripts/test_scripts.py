@@ -213,13 +213,13 @@ def test_quickstart_prints_a_table_figures_and_what_to_type_next(tmp_path):
     offline = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
     first = bash("script/quickstart.sh", *words, cwd=copy, **offline)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "preparing pystdlib instead" in first.stderr and "3 rows: 0 finished, 3 to run" in first.stdout
+    assert "preparing pystdlib instead" in first.stderr and "4 rows: 0 finished, 4 to run" in first.stdout
     table, _, rest = first.stdout.partition("\nfigures: ")
-    assert table.count("(n = 1)") == 3
+    assert table.count("(n = 1)") == 4
     figures = rest.splitlines()[0].split()
     assert figures and all((copy / figure).stat().st_size > 10_000 for figure in figures)
     again = bash("script/quickstart.sh", *words, cwd=copy, **offline)
-    assert again.returncode == 0 and "3 rows: 3 finished, 0 to run" in again.stdout
+    assert again.returncode == 0 and "4 rows: 4 finished, 0 to run" in again.stdout
     assert bash("script/quickstart.sh", "--method", "thor", cwd=copy).returncode == 2
     (evaluate,) = [line for line in rest.splitlines() if "--eval_only" in line]
     done = subprocess.run(evaluate.split("#")[0].replace("1,2,4", "1,2").split(), cwd=copy, capture_output=True, text=True)
