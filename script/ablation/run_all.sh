@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains every row of an ablation that has no result yet, JOBS (2) at a time, for SEEDS ("1 2"), then prints its table and draws its figure:
 # bash script/ablation/run_all.sh NAME [flags of train.py that hold for all rows, such as --preset laptop]
-# NAME is one of script/ablation/rows.json: depth, schedule, router, experts, k_min, scale or layers; length, dropout and place are studies at
-# preset replica and take no other. ROWS selects rows by name.
+# NAME is one of script/ablation/rows.json: depth, schedule, router, experts, k_min, scale or layers; length, dropout, place, learning_rate,
+# growing and specialists are studies at preset replica and take no other. ROWS selects rows by name.
 # Rerun to resume. A row that is also a row of Table 1 is the same run.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi

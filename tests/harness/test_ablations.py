@@ -199,6 +199,27 @@ def test_a_study_needs_a_curve_or_its_baseline():
     assert ablation_tables([(path, one) for path, one in one_length if one["method"] != "dense"], ["length"]) == []
 
 
+def test_specialists_are_compared_at_the_k_of_their_training():
+    """The baseline, a model for every k, has 2 + 1/k; a specialist is 0.1 better at its own k, and much worse elsewhere."""
+    found = []
+    for seed, (row, one) in itertools.product((1, 2), zip(all_ablations()["specialists"].rows, runs_of("specialists"), strict=True)):
+        own, test = row.at, 2 + 0.01 * seed
+        quality = [
+            {**one[1]["quality"][0], "k": k, "test": test + 1 / k + (0 if own is None else -0.1 if k == own else 9)}
+            for k in (1, 2, 4, 8, 16)
+        ]
+        found.append((f"{row.name}-{seed}", {**one[1], "seed": seed, "quality": quality}))
+    (table,) = ablation_tables(found, ["specialists"])
+    cells = [[cell.text for cell in line] for line in table.rows]
+    assert [line[0] for line in cells] == [f"trained at k = {k} alone (n = 2)" for k in (1, 2, 4, 8, 16)]
+    assert [line[1:] for line in cells[:2]] == [
+        ["2.915 ± 0.007", "3.015 ± 0.007", "0.100 ± 0.000"],
+        ["2.415 ± 0.007", "2.515 ± 0.007", "0.100 ± 0.000"],
+    ]
+    without = [(path, one) for path, one in found if "elastic" not in path]
+    assert ablation_tables(without, ["specialists"]) == []
+
+
 @pytest.mark.parametrize("name", [name for name, one in all_ablations().items() if one.preset])
 def test_the_figure_of_a_study_is_drawn(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -31,6 +31,7 @@ from utils.reporting.records import ROOT, Found, file_name, split_of
 from utils.reporting.tables import (
     DASH,
     PARAMETERS,
+    Cell,
     Figure,
     Table,
     caption,
@@ -75,7 +76,7 @@ class Ablation:
     """A table of rows. axis: title of the number in which rows differ, if it is one; along: its flag. by_share: k is compared as k/E.
 
     A study has a preset, the only one that its runs have, and curves along its axis instead of single rows. baseline: the label that the
-    others are compared with.
+    others are compared with. own_k: whether the place of a row is the k of its training, at which it is compared.
     """
 
     title: str
@@ -86,6 +87,7 @@ class Ablation:
     by_share: bool = False
     preset: str = ""
     baseline: str = ""
+    own_k: bool = False
 
     @property
     def page(self) -> str:
@@ -172,6 +174,8 @@ def _comparable(ablation: Ablation, rows: list[Row]) -> bool:
     """Whether two rows differ; in a study, whether there is a curve of a model with experts or a gap to the baseline."""
     if not ablation.preset:
         return len({row.number if ablation.axis else row.label for row in rows}) > 1
+    if ablation.own_k:
+        return len(rows) > 1 and ablation.baseline in {row.label for row in rows}
     sparse = [row.label for row in rows if row.sparse]
     return len({*sparse}) < len(sparse) or (bool(sparse) and ablation.baseline in {row.label for row in rows})
 
@@ -180,7 +184,13 @@ def ablation_tables(found: Found, only: list[str] | None = None, page: str = "ab
     """Tables and a figure for each ablation of a page with at least two finished rows, or for each of `only`."""
     ablations = [one for name, one in all_ablations().items() if (one.page == page if only is None else name in only)]
     groups = [(ablation, group) for ablation in ablations for group in groups_of(ablation, found)]
-    return [table for one, group in groups for table in (study_tables(one, group) if one.preset else [build_table(one, group)])]
+    return [table for one, group in groups for table in _tables(one, group)]
+
+
+def _tables(ablation: Ablation, group: Group) -> list[Table]:
+    if ablation.own_k:
+        return [own_k_table(ablation, group)]
+    return study_tables(ablation, group) if ablation.preset else [build_table(ablation, group)]
 
 
 def build_table(ablation: Ablation, group: Group) -> Table:
@@ -237,6 +247,28 @@ def _equivalent(study: Ablation, group: Group, row: Row) -> str:
         if better <= quality <= worse:
             return f"{short * (long / short) ** ((worse - quality) / (worse - better)) / steps:.0%}".replace("%", " %")
     return DASH
+
+
+def own_k_table(study: Ablation, group: Group) -> Table:
+    """Quality of each row at the k of its training, and that of the baseline there."""
+    (base,) = (row for row in group.rows if row.label == study.baseline)
+    rows = sorted((row for row in group.rows if row is not base), key=lambda row: row.number)
+
+    def values(row: Row, k: float) -> dict[int, float]:
+        return {record["seed"]: one[split_of(record)] for record in row.records for one in record["quality"] if one["k"] == k}
+
+    def behind(row: Row) -> Cell:
+        one, own = values(base, row.number), values(row, row.number)
+        return mean_cell([one[seed] - own[seed] for seed in one if seed in own])
+
+    columns = [
+        (f"{group.shown.capitalize()}, at its k", lambda row: mean_cell(values(row, row.number).values()).text),
+        (f"{study.baseline}, at this k", lambda row: mean_cell(values(base, row.number).values()).text),
+        ("difference", lambda row: behind(row).text),
+    ]
+    figure = Figure(f"{group.stem}.png", study.title, "draw_own_k", (study, group))
+    part = replace(group, rows=rows)
+    return table_of(study.page, f"{study.title}. {caption(group)}", part, "Method", columns, figures=[figure])
 
 
 def gaps(study: Ablation, group: Group, row: Row, share: str) -> list[float]:

@@ -272,6 +272,16 @@ def draw_study(study: Ablation, group: Group, path: Path) -> None:
     draw_panels(path, replace(group, title=f"{study.title}: {group.title}", rows=rows), panels, looks)
 
 
+def draw_own_k(study: Ablation, group: Group, path: Path) -> None:
+    """The baseline against k, and every other row at the k of its training."""
+    panel = quality_panel(group, "k")
+    points = {row.label: [point for point in panel.lines.pop(row.label) if point[0] == row.number] for row in group.rows if row.number}
+    (base,) = panel.lines
+    panel.lines["one model for each k"] = sorted(itertools.chain(*points.values()))
+    looks = {base: {"color": COLOURS[0], "marker": "o"}, "one model for each k": {"color": COLOURS[1], "marker": "s", "linestyle": "none"}}
+    draw_panels(path, replace(group, title=f"{study.title}: {group.title}"), [panel], looks)
+
+
 def draw_surgery(group: Group, path: Path) -> None:
     """Quality against stored parameters, a curve per operation: directly after, where it was measured, and after further training."""
     panels = [Panel("stored parameters (millions)", surgery_table.FURTHER, _quality_label(group), surgery_table.curves(group, False))]
