@@ -244,7 +244,7 @@ def _equivalent(study: Ablation, group: Group, row: Row) -> str:
 
     steps, quality = point(row)
     for (short, worse), (long, better) in itertools.pairwise(sorted(point(other) for other in group.rows if other.label == study.baseline)):
-        if better <= quality <= worse:
+        if better <= quality <= worse and better < worse:
             return f"{short * (long / short) ** ((worse - quality) / (worse - better)) / steps:.0%}".replace("%", " %")
     return DASH
 
