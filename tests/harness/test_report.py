@@ -15,6 +15,7 @@ from utils.errors import UserError, run_main
 from utils.formatting import short_number
 from utils.reporting.__main__ import main
 from utils.reporting.groups import Row, method_groups
+from utils.reporting.labels import phrases
 from utils.reporting.published import SHARES, elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 from utils.reporting.tables import DASH
@@ -426,7 +427,7 @@ def test_a_crowded_figure_names_the_baselines_and_the_best(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     worst = {8: 9.0, 16: 9.0}
     rows = [*(record("elastic", quality={8: 3 - n / 10, 16: 2 + n / 10}, settings={"alpha": n}) for n in range(10)), dense(8.0)]
-    rows += [record(quality=worst), record("smoe", quality=worst)]
+    rows += [record(quality=worst), record("smoe", quality=worst), record("elastic", quality={8: 90.0, 16: 90.0}, settings={"alpha": 10})]
     (group,) = method_groups([(Path(f"{i}.json"), one) for i, one in enumerate(rows)])
     # after the baselines the best at k = E and at E/2 in turn
     best = {row.label for row in group.rows if row.first["settings"].get("alpha") in (0, 1, 2, 8, 9)}
@@ -434,7 +435,21 @@ def test_a_crowded_figure_names_the_baselines_and_the_best(monkeypatch):
     for draw in (figures.draw_quality, figures.draw_curves):
         draw(group, Path("unused.png"))
         (legend,) = drawn[-1].legends
-        assert {text.get_text() for text in legend.texts} == figures.in_front(group) | {"5 others"}
+        assert {text.get_text() for text in legend.texts} == figures.in_front(group) | {"6 others"}
+    looks = figures.method_looks(group)
+    assert len({looks[label]["color"] for label in figures.in_front(group)}) == 8
+    figures.draw_quality(group, Path("unused.png"))
+    (axes,) = drawn[-1].axes
+    assert axes.get_ylim() == pytest.approx((2.0 - 0.7, 9.0 + 0.7))  # of what is named, with a tenth around it
+
+
+def test_a_router_that_is_trained_is_told_once():
+    def said(**settings) -> list[str]:
+        return phrases({"output_scale": "dense", **settings})
+
+    assert said(gate_name="learned", freeze_gate=False) == ["times E", "trained router"]
+    assert said(freeze_gate=False, gate_name="hyper_router") == ["times E", "trained hyper router"]
+    assert said(gate_name="learned") == ["times E", "learned router"] and said(freeze_gate=False) == ["times E", "router trained"]
 
 
 def test_tables_need_no_matplotlib(folder):

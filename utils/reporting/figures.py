@@ -4,6 +4,7 @@ import io
 import itertools
 import statistics
 import textwrap
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Panel:
 
 def styles(rows: list[Row]) -> dict[str, dict]:
     """Colour, marker and line of each row by label. A registered sparse method looks the same in every figure; its variants take the first
-    that are left, and colours repeat only when all are taken, with another marker.
+    colours that are left, and these repeat only when all are taken, with another marker.
     """
     registered = [name for name in METHODS if load(METHODS, "method", name).sparse]
     sparse = [row for row in rows if row.sparse]
@@ -82,7 +83,9 @@ def styles(rows: list[Row]) -> dict[str, dict]:
         name = row.first["method"]
         if name in registered and not row.first["settings"] and registered.index(name) not in own.values():
             own[row.label] = registered.index(name)
-    rest = (i for i in itertools.count() if i not in own.values())
+    taken = {i % len(COLOURS) for i in own.values()}
+    others = (i for i in itertools.count(len(COLOURS)) if i not in own.values())
+    rest = itertools.chain((i for i in range(len(COLOURS)) if i not in taken), others)
     order = own | {row.label: next(rest) for row in sparse if row.label not in own}
     look = {label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for label, i in order.items()}
     for i, row in enumerate(row for row in rows if not row.sparse):
@@ -165,8 +168,11 @@ def _quality_label(group: Group) -> str:
     return f"{group.shown}{' (lower is better)' if group.metric['lower_is_better'] else ' (%)'}"
 
 
-def quality_panel(group: Group, against: str, least: float = 0, title: str = "") -> Panel:
-    """Quality of every row against activated "parameters", "k" or the "share" k/E, from a share `least` of E on."""
+def quality_panel(group: Group, against: str, least: float = 0, title: str = "", named: Container[str] | None = None) -> Panel:
+    """Quality of every row against activated "parameters", "k" or the "share" k/E, from a share `least` of E on.
+
+    named: labels of the rows of which one may have its k written at it; None: all.
+    """
     counts = {row.experts for row in group.rows if row.sparse}
     experts = f" (E = {min(counts)})" if len(counts) == 1 else ""
     axis = {
@@ -183,7 +189,7 @@ def quality_panel(group: Group, against: str, least: float = 0, title: str = "")
         if points and (row.sparse or against == "parameters"):
             x = {"parameters": lambda _, active: active / 1e6, "k": lambda k, _: k, "share": lambda k, _, e=row.experts: k / e}[against]
             panel.lines[row.label] = [(x(k, active), mean, spread) for k, active, mean, spread in points]
-            if row.sparse and against == "parameters":
+            if row.sparse and against == "parameters" and (named is None or row.label in named):
                 labelled.append((statistics.mean(point[2] for point in points), [(k, x(k, active), mean) for k, active, mean, _ in points]))
     panel.ks = max(labelled, default=(0, []))[1]  # of the highest curve only
     return panel
@@ -204,23 +210,31 @@ def in_front(group: Group) -> set[str]:
 
 def method_looks(group: Group) -> dict[str, dict]:
     """The styles of a comparison of methods: those of more than CROWD rows that are not in front are pale and not named."""
-    looks = styles(group.rows)
     front = in_front(group)
+    looks = styles([row for row in group.rows if row.label in front])
     behind = [row.label for row in group.rows if row.label not in front]
     for label in behind:
-        looks[label] |= PALE | {"label": "_" + label}
+        looks[label] = PALE | {"label": "_" + label, "linestyle": "-"}
     if behind:
         looks[behind[0]]["label"] = f"{len(behind)} others"
     return looks
 
 
 def draw_quality(group: Group, path: Path) -> None:
-    """Quality against k after fine-tuning, otherwise against activated parameters, with a second panel where there are k below E/2."""
-    panels = [quality_panel(group, "k" if group.start else "parameters")]
-    upper = quality_panel(group, "parameters", 0.5, "k ≥ E/2")
+    """Quality against k after fine-tuning, otherwise against activated parameters, with a second panel where there are k below E/2.
+
+    Of many rows the axes hold those in front.
+    """
+    front = in_front(group)
+    panels = [quality_panel(group, "k" if group.start else "parameters", named=front)]
+    upper = quality_panel(group, "parameters", 0.5, "k ≥ E/2", front)
     if not group.start and upper.lines not in ({}, panels[0].lines):
         panels[0].title = "all k"
         panels.append(upper)
+    for panel in panels if len(front) < len(group.rows) else ():
+        shown = [mean for label in front & panel.lines.keys() for _, mean, _ in panel.lines[label]]
+        margin = 0.1 * (max(shown) - min(shown))
+        panel.limits = min(shown) - margin, max(shown) + margin
     draw_panels(path, group, panels, method_looks(group))
 
 

@@ -31,6 +31,7 @@ PHRASES: dict[str, Callable[[Any], str]] = {
     "dense_width": lambda width: "other layers as wide as all experts" if width == "all" else "other layers as wide as one expert",
     "gate_name": lambda name: f"{NAMES.get(name, words(name))} router",
     "freeze_gate": lambda frozen: "router frozen" if frozen else "router trained",
+    "selection": lambda name: "S-BASE" if name == "sinkhorn" else f"selection by {words(name)}",
     "load_balance": lambda weight: f"load balance {weight:g}" if weight else "no load balance",
     "defaults": lambda which: f"{which} defaults",
     "from_scratch": lambda on: "from scratch" if on else "pre-trained",
@@ -77,6 +78,10 @@ def phrases(settings: dict[str, Any], tuned: int | None = None) -> list[str]:
         del rest["dynamic_moe_mode"]
         k = [rest.pop(name) for name in ("moe_top_k_min", "moe_top_k_max") if name in rest]
         return [f"constant k {k[0]}" if k else "constant k", *phrases(rest, tuned)]
+    if "gate_name" in rest and rest.get("freeze_gate") is False:
+        del rest["freeze_gate"]
+        trained = "trained router" if rest["gate_name"] == "learned" else f"trained {phrase('gate_name', rest['gate_name'])}"
+        return [trained if name == "gate_name" else phrase(name, value, tuned) for name, value in rest.items()]
     return [phrase(name, value, tuned) for name, value in rest.items()]
 
 
