@@ -12,14 +12,13 @@ from benchmarks.tradeoff_table import render as render_tradeoff
 from tests.conftest import ROOT
 from utils import documents
 from utils.reporting.__main__ import TABLES, build_tables, place, render
-from utils.reporting.claims import CLAIMS
 from utils.reporting.labels import method_label, operations_label, preset_label, training_label
 from utils.reporting.pages import rendered
 from utils.reporting.published import elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 
 MEASURED = ("benchmarks", "slimmable", "tradeoff")  # folders of records that python -m benchmarks writes
-RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path not in (PUBLISHED, CLAIMS) and not {*MEASURED} & {*path.parts}]
+RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.parts}]
 PAGES = sorted((ROOT / "results").glob("*/page.md"))
 FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
 SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")

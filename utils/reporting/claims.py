@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from msgspec import Struct, convert
+from msgspec import Struct, convert, defstruct
 from scipy.special import stdtr, stdtrit
 
 from utils import documents
@@ -15,7 +15,7 @@ from utils.reporting.records import ROOT
 from utils.reporting.tables import DASH, Cell, Table, caption, differences
 from utils.training.record_schema import Text
 
-CLAIMS = ROOT / "results" / "claims.json"
+CLAIMS = ROOT / "script" / "ablation" / "claims.json"
 MARGIN = 0.01  # within which two qualities are equal
 LEVEL = 0.05  # of errors of the first kind
 NOTE = (
@@ -71,8 +71,8 @@ class Paired(NamedTuple):
 @cache
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
     """The claims of a file written by hand."""
-    entries = documents.read(path, dict[str, object], "correct it, or restore it from version control")["entries"]
-    return convert(entries, list[Claim])
+    schema = defstruct("File", [("about", str), ("entries", list[Claim])])
+    return convert(documents.read(path, schema, "correct it, or restore it from version control")["entries"], list[Claim])
 
 
 def verdict(found: Paired, claim: Claim) -> str:
