@@ -443,6 +443,14 @@ def test_a_crowded_figure_names_the_baselines_and_the_best(monkeypatch):
     assert axes.get_ylim() == pytest.approx((2.0 - 0.7, 9.0 + 0.7))  # of what is named, with a tenth around it
 
 
+def test_rows_with_and_without_dropout_stand_in_one_table():
+    found = [(Path(f"{i}.json"), one) for i, one in enumerate([record(), record(preset_settings={"dropout": 0.1}), dense(2.0)])]
+    (group,) = method_groups(found)
+    assert [row.label for row in group.rows] == ["Dense", "SMoE-Dropout, dropout 0.1", "SMoE-Dropout"] and "dropout" not in group.title
+    apart = method_groups([*found, (Path("3.json"), record(preset_settings={"dropout": 0.1, "clip": 9.0}))])
+    assert [len(group.rows) for group in apart] == [1, 3]
+
+
 def test_a_router_that_is_trained_is_told_once():
     def said(**settings) -> list[str]:
         return phrases({"output_scale": "dense", **settings})

@@ -93,9 +93,11 @@ def test_the_table_of_the_readme_is_made_of_records():
     rows = {
         "Dense, equal parameters": "dense",
         "SMoE, learned router": "smoe",
+        "SMoE, learned router, output times E": "smoe-times-e",
         "SMoE-Dropout, as published": "smoe_dropout",
         "SMoE-Dropout, output times E": "smoe_dropout-times-e",
         "Elastic k, output times E (ours)": "elastic-times-e",
+        "Elastic k, learned router, output times E (ours)": "elastic-trained-router-times-e",
     }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for label, folder in rows.items():

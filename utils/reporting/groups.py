@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.errors import UserError
-from utils.reporting.labels import Record, architecture_label, method_label, preset_label, training_label
+from utils.reporting.labels import Record, architecture_label, method_label, phrases, preset_label, training_label
 from utils.reporting.records import Found, data_stem, get, replicate, split_of
 
 # Replicates are averaged, and rows of one table compared, only where these agree.
 SAME_IN_ROW = ("training.steps", "model.num_experts")
 SAME_IN_GROUP = ("metric.name", "metric.lower_is_better")
+ROW_SETTINGS = {"dropout"}  # preset settings in which the rows of Tables 1 and 2 may differ, as they do by method
 
 
 @dataclass
@@ -117,13 +118,23 @@ def method_groups(found: Found) -> list[Group]:
         trained = {name: start.get(name) for name in ("preset", "preset_settings", "steps", "checkpoint", "operations")}
         trained["dataset"] = start.get("dataset", {}).get("title", start.get("folder"))
         architecture = record["model"]["architecture"]
-        return record["dataset"]["title"], record["preset"], frozen(record["preset_settings"]), architecture, frozen(trained)
+        return record["dataset"]["title"], record["preset"], frozen(settings_of(record, rows=False)), architecture, frozen(trained)
 
     def row_of(record: Record) -> tuple:
         before = record.get("pretrained", {}).get("settings")
-        return record["sparse"], method_label(record).lower(), record["method"], frozen([record["settings"], before])
+        own = [record["settings"], before, settings_of(record, rows=True)]
+        return record["sparse"], method_label(record).lower(), record["method"], frozen(own)
 
-    return with_own_stems(map(titled, gather(found, group_of, row_of)))
+    def label_of(record: Record) -> str:
+        return ", ".join([method_label(record), *phrases(settings_of(record, rows=True))])
+
+    groups = gather(found, group_of, row_of, label_of)
+    return with_own_stems(titled(rows, settings_of(rows[0].first, rows=False)) for rows in groups)
+
+
+def settings_of(record: Record, rows: bool) -> dict[str, Any]:
+    """The preset settings of a run that are its row's own, or those that all rows of its group share."""
+    return {name: value for name, value in record["preset_settings"].items() if (name in ROW_SETTINGS) == rows}
 
 
 def titled(rows: list[Row], preset_settings: dict[str, Any] | None = None) -> Group:
