@@ -446,7 +446,7 @@ def test_a_crowded_figure_names_the_baselines_and_the_best(monkeypatch):
 def test_rows_with_and_without_dropout_stand_in_one_table():
     found = [(Path(f"{i}.json"), one) for i, one in enumerate([record(), record(preset_settings={"dropout": 0.1}), dense(2.0)])]
     (group,) = method_groups(found)
-    assert [row.label for row in group.rows] == ["Dense", "SMoE-Dropout, dropout 0.1", "SMoE-Dropout"] and "dropout" not in group.title
+    assert [row.label for row in group.rows] == ["Dense", "SMoE-Dropout", "SMoE-Dropout, dropout 0.1"] and "dropout" not in group.title
     apart = method_groups([*found, (Path("3.json"), record(preset_settings={"dropout": 0.1, "clip": 9.0}))])
     assert [len(group.rows) for group in apart] == [1, 3]
 

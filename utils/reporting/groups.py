@@ -122,8 +122,8 @@ def method_groups(found: Found) -> list[Group]:
 
     def row_of(record: Record) -> tuple:
         before = record.get("pretrained", {}).get("settings")
-        own = [record["settings"], before, settings_of(record, rows=True)]
-        return record["sparse"], method_label(record).lower(), record["method"], frozen(own)
+        own = settings_of(record, rows=True)
+        return record["sparse"], method_label(record).lower(), record["method"], frozen([record["settings"], before]), len(own), frozen(own)
 
     def label_of(record: Record) -> str:
         return ", ".join([method_label(record), *phrases(settings_of(record, rows=True))])

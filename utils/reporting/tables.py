@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from smoe_dropout.registry import METHODS, load
 from utils.formatting import short_number
-from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points
+from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points, settings_of
 from utils.reporting.labels import Record
 from utils.reporting.records import Found, read_published, split_of
 
@@ -209,7 +209,8 @@ def method_tables(name: str, found: Found, _only: list[str] | None = None) -> li
 def is_baseline(row: Row) -> bool:
     """Whether the row is a method that every comparison shows, with its own settings."""
     method = row.first["method"]
-    return method in METHODS and load(METHODS, "method", method).baseline and not row.first["settings"]
+    own = row.first["settings"] or settings_of(row.first, rows=True)
+    return method in METHODS and load(METHODS, "method", method).baseline and not own
 
 
 def _method_table(group: Group, name: str) -> Table:
