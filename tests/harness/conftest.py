@@ -1,4 +1,4 @@
-"""Fixtures for data preparation: a local server, and the three programs with a temporary data folder."""
+"""Fixtures: for data preparation a local server and the three programs with a temporary data folder, for reports a working folder."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -85,3 +85,11 @@ def refused(run, data_dir):
 def state(folder: Path) -> dict[Path, int]:
     """Every file, folder and link below `folder`, with modification times except for folders."""
     return {path: 0 if path.is_dir() else path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with a page that has the markers."""
+    monkeypatch.chdir(tmp_path)
+    Path("page.md").write_bytes(b"# Title\r\n\n<!-- table1:begin -->\nold\n<!-- table1:end -->\ntail, \xc3\xa9\n")
+    return tmp_path

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.test_report import folder, png_size, record, refusal, row, store  # noqa: F401 (a fixture)
+from tests.harness.test_report import record, refusal, row, store
+from tests.harness.test_report_figures import png_size
 from utils.reporting import figures
 from utils.reporting.__main__ import main
 from utils.reporting.groups import method_groups
@@ -39,7 +40,7 @@ def dense(fold: int, **changes) -> dict:
     return made | {"quality": [made["quality"][-1] | {"k": None}]}
 
 
-def test_folds_and_seeds_are_averaged_as_replicates(folder, capsys):  # noqa: F811
+def test_folds_and_seeds_are_averaged_as_replicates(folder, capsys):
     store(*ALL, *map(dense, FOLDS), where="results/table2")
     main(["table2"])
     text = capsys.readouterr().out
@@ -58,14 +59,14 @@ def test_folds_and_seeds_are_averaged_as_replicates(folder, capsys):  # noqa: F8
         ((1, 2), "mean ± sample standard deviation over n seeds (seeds 1, 2, fold 3 of 5)"),
     ],
 )
-def test_caption_names_the_fold(seeds, said, folder, capsys):  # noqa: F811
+def test_caption_names_the_fold(seeds, said, folder, capsys):
     store(*(of_fold(3, seed) for seed in seeds), where="results/table2")
     main(["table2"])
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", [of_fold(3, seed=3), dense(3)], ids=["another seed", "another method"])
-def test_a_fold_of_other_rows_is_refused(other, folder, capsys):  # noqa: F811
+def test_a_fold_of_other_rows_is_refused(other, folder, capsys):
     """All folds have different rows; those of one fold are the same for every seed and method."""
     store(*ALL, other, where="results/table2")
     main(["table2"])
@@ -75,14 +76,14 @@ def test_a_fold_of_other_rows_is_refused(other, folder, capsys):  # noqa: F811
     assert all(part in error for part in ("'dataset.fingerprint'", "'other rows'", "'fold 3'", "results/table2/10.json"))
 
 
-def test_seeds_of_one_fold_have_models_of_one_size(folder, capsys):  # noqa: F811
+def test_seeds_of_one_fold_have_models_of_one_size(folder, capsys):
     other = of_fold(3, seed=3)
     other["parameters"]["total"] += 1
     store(*ALL, other, where="results/table2")
     assert "'parameters.total'" in refusal(["table2"], capsys)
 
 
-def test_every_fold_and_seed_is_collected_under_a_name_of_its_own(folder):  # noqa: F811
+def test_every_fold_and_seed_is_collected_under_a_name_of_its_own(folder):
     for index, made in enumerate(ALL):
         Path(f"runs/{index}").mkdir(parents=True)
         Path(f"runs/{index}/result.json").write_text(json.dumps(made))
@@ -106,7 +107,7 @@ def test_the_figure_by_k_draws_the_mean_of_all_folds(tmp_path, monkeypatch):
     assert set(flat.get_ydata()) == {statistics.mean(SOLVED[::2])}
 
 
-def test_a_report_of_folds_has_its_figures(folder):  # noqa: F811
+def test_a_report_of_folds_has_its_figures(folder):
     store(*ALL, where="results/table2")
     main(["table2", "--figs", "Figs"])
     found = {path.name: png_size(path) for path in Path("Figs/table2").iterdir()}

@@ -31,7 +31,6 @@ from utils.reporting.records import ROOT, Found, file_name, split_of
 from utils.reporting.tables import (
     DASH,
     PARAMETERS,
-    Cell,
     Figure,
     Table,
     caption,
@@ -257,14 +256,14 @@ def own_k_table(study: Ablation, group: Group) -> Table:
     def values(row: Row, k: float) -> dict[int, float]:
         return {record["seed"]: one[split_of(record)] for record in row.records for one in record["quality"] if one["k"] == k}
 
-    def behind(row: Row) -> Cell:
+    def behind(row: Row) -> str:
         one, own = values(base, row.number), values(row, row.number)
-        return mean_cell([one[seed] - own[seed] for seed in one if seed in own])
+        return mean_cell([one[seed] - own[seed] for seed in one if seed in own]).text
 
     columns = [
         (f"{group.shown.capitalize()}, at its k", lambda row: mean_cell(values(row, row.number).values()).text),
         (f"{study.baseline}, at this k", lambda row: mean_cell(values(base, row.number).values()).text),
-        ("difference", lambda row: behind(row).text),
+        ("difference", behind),
     ]
     figure = Figure(f"{group.stem}.png", study.title, "draw_own_k", (study, group))
     part = replace(group, rows=rows)

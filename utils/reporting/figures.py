@@ -289,9 +289,9 @@ def draw_study(study: Ablation, group: Group, path: Path) -> None:
 def draw_own_k(study: Ablation, group: Group, path: Path) -> None:
     """The baseline against k, and every other row at the k of its training."""
     panel = quality_panel(group, "k")
-    points = {row.label: [point for point in panel.lines.pop(row.label) if point[0] == row.number] for row in group.rows if row.number}
+    own = sorted(point for row in group.rows if row.number for point in panel.lines.pop(row.label) if point[0] == row.number)
     (base,) = panel.lines
-    panel.lines["one model for each k"] = sorted(itertools.chain(*points.values()))
+    panel.lines["one model for each k"] = own
     looks = {base: {"color": COLOURS[0], "marker": "o"}, "one model for each k": {"color": COLOURS[1], "marker": "s", "linestyle": "none"}}
     draw_panels(path, replace(group, title=f"{study.title}: {group.title}"), [panel], looks)
 
