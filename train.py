@@ -191,7 +191,7 @@ def main(run: Run) -> int:
 
 
 def is_complete(run: Run, identity: str, say) -> bool:
-    """Whether the run has its record. A damaged one is refused, or with --repair removed, to be written again."""
+    """Return whether the run has its record. A damaged one is refused, or with --repair removed, to be written again."""
     path, checkpoints = Path(run.flags.work_dir), RunFolder.checkpoints_of(run.flags)
     try:
         if (record := read_result(path, identity)) is None:

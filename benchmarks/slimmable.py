@@ -172,7 +172,7 @@ def outputs(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether the model has a head for the next token."""
+    """Return whether the model has a head for the next token."""
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 

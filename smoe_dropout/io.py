@@ -89,7 +89,7 @@ def save_model(model: nn.Module, folder: str | Path, manifest: bool = True) -> N
 
 
 def _is_ours(stored: Mapping[str, object]) -> bool:
-    """Whether a manifest is that of `save_model`, or of an interrupted save."""
+    """Return whether a manifest is that of `save_model`, or of an interrupted save."""
     names = stored.get("sha256", {})
     return "complete" in stored and isinstance(names, dict) and names.keys() <= {CONFIG, WEIGHTS}
 

@@ -141,7 +141,7 @@ class MoELayer(nn.Module, FollowsTraining):
 
     @property
     def variable(self) -> bool:
-        """Whether tokens differ in their number of experts although k is one number."""
+        """Return whether tokens differ in their number of experts although k is one number."""
         return self.router.variable
 
     @property

@@ -71,12 +71,12 @@ def own_layers(model: nn.Module, layers: Sequence[MoELayer]) -> Sequence[MoELaye
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether the module is a replica made by nn.DataParallel."""
+    """Return whether the module is a replica made by nn.DataParallel."""
     return getattr(module, "_is_replica", False)
 
 
 def is_quantised(linear: nn.Module | None) -> bool:
-    """Whether a module that was an nn.Linear, or its weight, is now of a library for quantisation."""
+    """Return whether a module that was an nn.Linear, or its weight, is now of a library for quantisation."""
     weight = getattr(linear, "weight", None)
     names = f"{type(linear)} {type(weight)}".lower()
     return any(word in names for word in ("quant", "torchao", "bitsandbytes"))

@@ -38,12 +38,12 @@ class Pass(NamedTuple):
 
 
 def recomputing() -> bool:
-    """Whether this is a repeated pass, inside a backward pass."""
+    """Return whether this is a repeated pass, inside a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def may_be_repeated(training: bool) -> bool:
-    """Whether hooks pack saved tensors, or this is a pass without gradients in training."""
+    """Return whether hooks pack saved tensors, or this is a pass without gradients in training."""
     return hooked() or (training and not torch.is_grad_enabled())
 
 
@@ -53,7 +53,7 @@ def record_pass(x: Tensor, selection: Selection, losses: dict[str, Tensor], real
 
 
 def hooked() -> bool:
-    """Whether hooks pack the tensors that autograd saves, as activation checkpointing does."""
+    """Return whether hooks pack the tensors that autograd saves, as activation checkpointing does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -85,18 +85,18 @@ def sampled(x: Tensor) -> Tensor:
 
 
 def identical(one: Tensor, other: Tensor) -> bool:
-    """Whether shapes and values are equal, counting NaN as equal to NaN."""
+    """Return whether shapes and values are equal, counting NaN as equal to NaN."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def similar(one: Tensor, other: Tensor) -> bool:
-    """Whether shapes are equal, and values up to rounding: torch multiplies matrices differently with gradients than without."""
+    """Return whether shapes are equal, and values up to rounding: torch multiplies matrices differently with gradients than without."""
     tolerance = max(1e-5, 8 * torch.finfo(one.dtype).eps)
     return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * one.abs().mean().item())
 
 
 def in_graph(losses: dict[str, Tensor]) -> bool | None:
-    """Whether any loss requires a gradient; None without losses."""
+    """Return whether any loss requires a gradient; None without losses."""
     return any(loss.requires_grad for loss in losses.values()) if losses else None
 
 
@@ -134,7 +134,7 @@ def original(records: Sequence[Sequence[Pass]], lost: Sequence[Pass], x: Tensor)
 
 
 def same(one: Pass, other: Pass) -> bool:
-    """Whether two passes with the same input read the same besides it."""
+    """Return whether two passes with the same input read the same besides it."""
     pairs = [(one.real_N, other.real_N), (one.tokens, other.tokens)]
     if type(one.selection) is not type(other.selection):
         return False

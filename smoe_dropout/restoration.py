@@ -94,7 +94,7 @@ def _biases(layer: MoELayer) -> tuple[str, ...]:
 
 
 def _are_copies(experts: Experts, width: int) -> bool:
-    """Whether all experts are the same network of this width."""
+    """Return whether all experts are the same network of this width."""
     return experts.down.shape[1] == width and all(map(_equal, experts.parameters()))
 
 

@@ -61,7 +61,7 @@ class TopKSchedule:
 
     @property
     def drawn(self) -> bool:
-        """Whether every step has a k of its own, drawn at random."""
+        """Return whether every step has a k of its own, drawn at random."""
         return self.mode == "elastic"
 
     def __str__(self) -> str:

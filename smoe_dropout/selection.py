@@ -89,7 +89,7 @@ def masked(layer: nn.Module) -> Tensor | None:
 
 
 def overridden(layer: nn.Module) -> bool:
-    """Whether a block of `top_k` or `top_p` around this call chooses the layer's k."""
+    """Return whether a block of `top_k` or `top_p` around this call chooses the layer's k."""
     return _innermost(_CONTEXT.chosen, layer, None) is not None
 
 

@@ -52,7 +52,7 @@ def mapped(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is on a CPU, in float32, and nothing is differentiated, transformed, traced or cast."""
+    """Return whether x is on a CPU, in float32, and nothing is differentiated, transformed, traced or cast."""
     if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32:
         return False
     return x.is_cpu and not torch.is_autocast_enabled("cpu") and torch._C._functorch.peek_interpreter_stack() is None

@@ -51,7 +51,7 @@ class Network:
 
     @property
     def converted(self) -> bool:
-        """Whether the network is, or would be, an MoE layer."""
+        """Return whether the network is, or would be, an MoE layer."""
         return not self.reason
 
     @property

@@ -123,7 +123,7 @@ def check_run(checkup: Checkup) -> None:
 
 
 def _is_running(folder: Path) -> bool:
-    """Whether a process holds the lock of a run."""
+    """Return whether a process holds the lock of a run."""
     if not (folder / run_files.LOCK).is_file():
         return False
     try:
@@ -316,7 +316,7 @@ def recognise(path: Path) -> tuple[str, Check] | None:
 
 
 def _is_of_run(config: Path) -> bool:
-    """Whether a config.json has flags, and is not that of another library's model."""
+    """Return whether a config.json has flags, and is not that of another library's model."""
     try:
         return "preset" in read_object(config)
     except ConfigError:
@@ -324,7 +324,7 @@ def _is_of_run(config: Path) -> bool:
 
 
 def _holds_records(folder: Path) -> bool:
-    """Whether there are JSON files below, and none of a run, a model or data."""
+    """Return whether there are JSON files below, and none of a run, a model or data."""
     names = {path.name for path in files_below(folder, "*.json")}
     return bool(names) and not names & {CONFIG, STATE, META, MANIFEST, ROWS, ENVIRONMENT}
 

@@ -108,7 +108,7 @@ def validate(content: Any, schema: Any, path: Path, remedy: str) -> None:
 
 
 def is_sealed(value: Mapping[str, Any]) -> bool:
-    """Whether a parsed file has a checksum, or part of its marks."""
+    """Return whether a parsed file has a checksum, or part of its marks."""
     return any(mark in value for mark in MARKS)
 
 

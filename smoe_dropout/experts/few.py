@@ -43,7 +43,7 @@ def run(x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, weights) -> Tensor
 
 
 def _summed(indices_NK: Tensor, weights) -> bool:
-    """Whether sums over rows are faster than matrix products; their gradient cannot be differentiated again."""
+    """Return whether sums over rows are faster than matrix products; their gradient cannot be differentiated again."""
     if torch.is_grad_enabled() or weights.up_EHD.dtype != torch.float32 or weights.up_EHD.device.type != "cpu":
         return False
     return 0 < indices_NK.numel() <= len(weights.up_EHD)

@@ -27,13 +27,13 @@ def gated(x_ND: Tensor, gate_NE: Tensor, weights) -> Tensor:
 
 
 def needed() -> bool:
-    """Whether the model is being exported or transformed by torch.func."""
+    """Return whether the model is being exported or transformed by torch.func."""
     if torch.compiler.is_compiling():  # which also runs inside a stack of interpreters
         return torch.compiler.is_exporting()
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def vmapped() -> bool:
-    """Whether the model is inside torch.vmap, which hides a dimension of its tensors."""
+    """Return whether the model is inside torch.vmap, which hides a dimension of its tensors."""
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)

@@ -35,7 +35,7 @@ class Conversion(NamedTuple):
 
 
 def is_pretrained_model(model: Any) -> bool:
-    """Whether the model is a PreTrainedModel."""
+    """Return whether the model is a PreTrainedModel."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
@@ -200,7 +200,7 @@ def foreign(value: Any, place: str) -> Iterator[str]:
 
 
 def is_attention(name: object) -> bool:
-    """Whether a setting of this name chooses the implementation of attention."""
+    """Return whether a setting of this name chooses the implementation of attention."""
     return str(name).strip("_").removesuffix("_internal") == "attn_implementation"
 
 

@@ -26,7 +26,7 @@ HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision",
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name holds a part of a model that transformers reads."""
+    """Return whether a file of this name holds a part of a model that transformers reads."""
     return name in (CONFIG, GENERATION, WEIGHTS, INDEX, OLD_WEIGHTS) or SHARD.fullmatch(name) is not None
 
 

@@ -62,7 +62,7 @@ def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, *
 
 
 def has_experts(source: Any, named: dict[str, Any]) -> bool:
-    """Whether config.json of a folder, or of a repository that has been downloaded, is that of a model with experts."""
+    """Return whether config.json of a folder, or of a repository that has been downloaded, is that of a model with experts."""
     name = os.path.join(named.get("subfolder", ""), CONFIG)
     found = os.path.join(source, name) if source is not None and os.path.isdir(source) else None
     if found is None and isinstance(source, str):

@@ -73,7 +73,7 @@ def converting(host: type) -> type:
 
 
 def needs_probabilities(conversion: Conversion) -> bool:
-    """Whether a layer needs attention probabilities; config.json does not store the implementation of attention."""
+    """Return whether a layer needs attention probabilities; config.json does not store the implementation of attention."""
     method = conversion.config.method and registered(METHODS, "method", conversion.config.method)
     return bool(method and method.layer and "probabilities" in method.layer.needs)
 
@@ -148,7 +148,7 @@ def unbuildable(kind: type, config: Any) -> str | None:
 
 
 def belongs(kind: type, config: Any) -> bool:
-    """Whether a model class takes this configuration: its own, or that of an architecture for which transformers uses the class, too."""
+    """Return whether a model class takes this configuration: its own, or that of an architecture for which transformers uses it."""
     if kind.config_class is None or isinstance(config, kind.config_class):
         return True
     tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]

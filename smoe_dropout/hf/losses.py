@@ -14,7 +14,7 @@ ASKED, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 
 
 def normalises_by_items(model: nn.Module) -> bool:
-    """Whether the model's loss is a sum divided by `num_items_in_batch`.
+    """Return whether the model's loss is a sum divided by `num_items_in_batch`.
 
     True for the `loss_function` of language models, false for that of classifiers and for losses computed in `forward`. The Trainer assumes
     it for every model whose forward takes **kwargs, and would then accumulate a sum of means.

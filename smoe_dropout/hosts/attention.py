@@ -90,5 +90,5 @@ def with_past(layer: MoELayer, *parts_BTC: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_causal(attention: nn.Module) -> bool:
-    """Whether a position attends only to itself and earlier ones."""
+    """Return whether a position attends only to itself and earlier ones."""
     return bool(getattr(attention, "is_causal", True))

@@ -182,7 +182,7 @@ def _of_piece(block, up, down, ends, found, piece: Piece, shape, training: bool)
 
 
 def _mixes(block, up, down, piece: Piece, shape) -> bool:
-    """Whether changing one unit before the activation changes others after it."""
+    """Return whether changing one unit before the activation changes others after it."""
     hidden = []
     for shift in (0.0, 3 * FAR):
         events: list[Event] = []

@@ -56,13 +56,13 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether the module wraps a linear map and adds to it, as the adapters of peft do."""
+    """Return whether the module wraps a linear map and adds to it, as the adapters of peft do."""
     base = getattr(module, "base_layer", None)
     return isinstance(base, nn.Module) and (stands_for_map(base))
 
 
 def stands_for_map(module: nn.Module) -> bool:
-    """Whether the module is a linear map, usable or not."""
+    """Return whether the module is a linear map, usable or not."""
     return obstacle(module) is not None or linear_map(module) is not None
 
 
@@ -77,14 +77,14 @@ def sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    """Whether this is a convolution that mixes no positions."""
+    """Return whether this is a convolution that mixes no positions."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1 or isinstance(module.padding, str):
         return False
     return not any(size != 1 for size in (*module.kernel_size, *module.stride)) and not any(module.padding)
 
 
 def _computes(module: nn.Module) -> bool:
-    """Whether forward is W x + b, tried with small weights if the class has a forward of its own."""
+    """Return whether forward is W x + b, tried with small weights if the class has a forward of its own."""
     kind = type(module)
     if "forward" in vars(module) and "_old_forward" not in vars(module):  # accelerate's hooks keep the original there
         return False

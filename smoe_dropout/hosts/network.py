@@ -1,4 +1,4 @@
-"""Whether a module is a feed-forward network, by running it: `recognise(module)` says how it is made, or why it is none."""
+"""Return whether a module is a feed-forward network, by running it: `recognise(module)` says how it is made, or why it is none."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def maps_in(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def fits(up: tuple[int, int] | None, down: tuple[int, int] | None) -> bool:
-    """Whether maps of these (in, out) sizes compose to D -> F -> D, `up` possibly packing a gate."""
+    """Return whether maps of these (in, out) sizes compose to D -> F -> D, `up` possibly packing a gate."""
     return up is not None and down is not None and up[0] == down[1] and up[1] in (down[0], 2 * down[0])
 
 
@@ -153,7 +153,7 @@ def _tried(module: nn.Module, maps: dict[nn.Module, Map], shapes: tuple[tuple[in
 
 
 def _differentiated(module: nn.Module, network: Network, stubs: dict[nn.Module, SparseMap], x: Tensor, training: bool) -> bool:
-    """Whether the module's gradients are those of the network."""
+    """Return whether the module's gradients are those of the network."""
     x.requires_grad_()
     ups = [stubs[part] for part in (network.gate, network.up) if part is not None]
     given = Found(network.activation, network.order, None if network.gate is None else 0)
@@ -228,7 +228,7 @@ def _with_dropouts(events, calls, ups, down, found: Found, hidden, leaving, firs
 
 
 def is_hidden(dropped: Tensor, hidden: Tensor, ups: list[Event], found: Found, first: bool) -> bool:
-    """Whether dropout of these values is dropout of hidden units: they are the hidden values, or one factor of them."""
+    """Return whether dropout of these values is dropout of hidden units: they are the hidden values, or one factor of them."""
     count = len(dropped)
     if dropped.shape[1:] != hidden.shape[1:]:
         return False
@@ -261,7 +261,7 @@ def rows(tensors: list[Tensor], channels_first: bool) -> Tensor:
 
 
 def _mixes(module: nn.Module, maps: dict[nn.Module, Map], x: Tensor) -> bool:
-    """Whether changing one unit before the activation changes others after it."""
+    """Return whether changing one unit before the activation changes others after it."""
     hidden = []
     for shift in (0.0, 3 * FAR):
         events: list[Event] = []

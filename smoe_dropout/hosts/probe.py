@@ -222,7 +222,7 @@ def gradients(call: Callable[[], Any], inputs: dict[int, Tensor], stubs: list[Sp
 
 
 def same_gradients(expected: list[Tensor] | None, got: list[Tensor] | None) -> bool:
-    """Whether gradients agree up to rounding."""
+    """Return whether gradients agree up to rounding."""
     if expected is None or got is None:
         return expected is got
     scales = [max(1.0, tensor.nan_to_num(0, 0, 0).abs().max().item()) if tensor.numel() else 1.0 for tensor in expected]
@@ -238,7 +238,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def hooked(part: nn.Module) -> bool:
-    """Whether hooks see or change what the module, or one inside it, computes."""
+    """Return whether hooks see or change what the module, or one inside it, computes."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(vars(module).get(kind) for module in part.modules() for kind in kinds)
 

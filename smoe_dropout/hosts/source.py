@@ -78,7 +78,7 @@ def _of_class(kind: type, first: str, last: str, more: int) -> list[Piece] | str
 
 
 def uses_elsewhere(module: nn.Module, name: str, found: list[Piece]) -> bool:
-    """Whether the module's methods read the attribute outside these pieces."""
+    """Return whether the module's methods read the attribute outside these pieces."""
     if isinstance(module, nn.Sequential):
         return False
     total = sum(_uses(tree).get(name, 0) for _, tree in _methods(type(module), name, name))

@@ -180,7 +180,7 @@ def pairs(module: nn.Module, parts: dict[str, nn.Module], done: set[nn.Module]) 
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a pattern names the module's maps; nn.Sequential needs none."""
+    """Return whether a pattern names the module's maps; nn.Sequential needs none."""
     parts = maps_in(module)
     return isinstance(module, nn.Sequential) or any(
         {pattern[role] for role in ("up", "down", "gate") if role in pattern} == set(parts) for pattern in PATTERNS.values()
@@ -188,7 +188,7 @@ def _known(module: nn.Module) -> bool:
 
 
 def _usual(site: Site, known: bool) -> bool:
-    """Whether a network is one of the model's own layers, and not a head, a projector, or a bottleneck as in squeeze-and-excitation."""
+    """Return whether a network is one of the model's own layers, not a head, a projector, or a bottleneck as in squeeze-and-excitation."""
     wide = site.d_ff >= site.d_model
     return (known and (wide or not site.channels_first)) or (wide and any(part.isdigit() for part in site.path.split(".")))
 
@@ -199,7 +199,7 @@ def _attention_like(module: nn.Module) -> bool:
 
 
 def _candidate(module: nn.Module, parts: dict[str, nn.Module]) -> bool:
-    """Whether the module looks like a feed-forward network: by the sizes of its maps, with none of its children having all of them."""
+    """Return whether the module looks like a feed-forward network: by the sizes of its maps, of which no child has all."""
     sizes = [sizes_of(part) for part in parts.values()]
     whole_child = any(set(parts.values()) <= set(child.modules()) for child in module.children())
     wide = any(fits(one, other) and one[0] != other[0] for one in sizes for other in sizes if one is not other)

@@ -77,7 +77,7 @@ class MoEPlusPlusLayer(MoELayer):
 
     @property
     def reducible(self) -> bool:
-        """Whether surgery may leave it fewer experts: not where W_g has columns of the experts of the layer before."""
+        """Return whether surgery may leave it fewer experts: not where W_g has columns of the experts of the layer before."""
         return self.residual is None
 
     def route(self, x: Tensor) -> Routing:

@@ -68,7 +68,7 @@ class LayerReport:
 
     @property
     def collapsed(self) -> bool:
-        """Whether nearly all tokens have the same k experts."""
+        """Return whether nearly all tokens have the same k experts."""
         return self.mean_k < len(self.load) and self.in_use < self.mean_k + COLLAPSED * (len(self.load) - self.mean_k)
 
 

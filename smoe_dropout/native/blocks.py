@@ -121,7 +121,7 @@ def _stacked(module: nn.Module) -> list[Tensor]:
 
 
 def _is_list_of_networks(module: nn.Module) -> bool:
-    """Whether the module lists two or more modules of one class whose parameters are those of two or three linear maps."""
+    """Return whether the module lists two or more modules of one class whose parameters are those of two or three linear maps."""
     networks = list(_listed(module).values())
     return (
         isinstance(module, nn.ModuleList | nn.ModuleDict)
@@ -142,7 +142,7 @@ def _is_network(module: nn.Module) -> bool:
 
 
 def _has_router(block: nn.Module, experts: tuple[str, ...], count: int, turned: bool = False) -> bool:
-    """Whether a matrix outside the experts has a row for each of them; turned: or a column."""
+    """Return whether a matrix outside the experts has a row for each of them; turned: or a column."""
     inner = tuple(f"{name}." for name in experts)
     matrices = [p for name, p in block.named_parameters() if p.dim() == 2 and not name.startswith(inner)]
     return any(count in (parameter.shape if turned else parameter.shape[:1]) for parameter in matrices)

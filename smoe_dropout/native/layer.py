@@ -90,7 +90,7 @@ def shared_output(x: Tensor, modules: list) -> Tensor:
 
 
 def within_capacity(indices_NK: Tensor, positions: int, num_experts: int, capacity: int) -> Tensor:
-    """Whether an assignment is among the first `capacity` of its expert in its sequence of `positions` tokens (Switch Transformers)."""
+    """Return whether an assignment is among the first `capacity` of its expert in its sequence of `positions` tokens (Switch)."""
     indices_BTK = indices_NK.unflatten(0, (-1, positions))
     places_BTK = indices_BTK + 1  # the first for index -1, fewer experts than K
     taken_BTE = torch.zeros(*indices_BTK.shape[:2], num_experts + 1, dtype=torch.int64, device=indices_NK.device).scatter(2, places_BTK, 1)

@@ -127,21 +127,21 @@ class Router(nn.Module):
 
     @property
     def uniform(self) -> bool:
-        """Whether every chosen expert always weighs 1/k; a router with such weights of its own overrides it."""
+        """Return whether every chosen expert always weighs 1/k; a router with such weights of its own overrides it."""
         return "gate_weight" in self.uses and self.gate_weight == "uniform"
 
     @property
     def equal(self) -> bool:
-        """Whether the gate weights of a token's experts are always equal."""
+        """Return whether the gate weights of a token's experts are always equal."""
         return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "unit")
 
     @property
     def normalised(self) -> bool:
-        """Whether the gate weights of every token sum to 1; a router with weights of its own overrides it."""
+        """Return whether the gate weights of every token sum to 1; a router with weights of its own overrides it."""
         return self.uniform or ("gate_weight" in self.uses and self.gate_weight == "softmax")
 
     def learns_from_task(self, k: int) -> bool:
-        """Whether the gate weights depend on the router's parameters where tokens have up to k experts, so that the task trains them."""
+        """Return whether the gate weights depend on the router's parameters at up to k experts, so that the task trains them."""
         return not self.equal and not (k == 1 and self.normalised)
 
     def fit(self, inputs_TD: Tensor, strength_TE: Tensor, experts: Experts) -> None:

@@ -13,7 +13,7 @@ class AllExpertsRouter(LinearRouter):
 
     @property
     def ragged(self) -> bool:
-        """Whether it takes a k for each token: in evaluation."""
+        """Return whether it takes a k for each token: in evaluation."""
         return not self.training
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:
@@ -21,7 +21,7 @@ class AllExpertsRouter(LinearRouter):
         return super().choose(logits_NE, self.num_experts if self.training else k)
 
     def learns_from_task(self, k: int) -> bool:
-        """Whether the gate weights depend on the router's parameters: in training all experts are active."""
+        """Return whether the gate weights depend on the router's parameters: in training all experts are active."""
         return super().learns_from_task(self.num_experts)
 
     def computed(self, k: int) -> int:

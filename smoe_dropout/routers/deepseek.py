@@ -60,7 +60,7 @@ class DeepSeekRouter(scored.ScoredRouter):
         super().keep(experts, members)
 
     def learns_from_task(self, k: int) -> bool:
-        """Whether the gate weights depend on the router's parameters: not with one routed expert if weights are divided by their sum."""
+        """Return whether the gate weights depend on the router's parameters: not with one routed expert if weights sum to 1."""
         return k > self.options.shared + self.options.normalise
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:

@@ -69,7 +69,7 @@ class DenseToSparseRouter(LinearRouter, FollowsTraining, Reports):
 
     @property
     def ragged(self) -> bool:
-        """Whether it takes a k for each token: in evaluation, since in training all tokens have the same number of experts."""
+        """Return whether it takes a k for each token: in evaluation, since in training all tokens have the same number of experts."""
         return not self.training
 
     @property

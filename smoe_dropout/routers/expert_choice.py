@@ -26,7 +26,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     @property
     def ragged(self) -> bool:
-        """Whether it takes a k for each token: in evaluation."""
+        """Return whether it takes a k for each token: in evaluation."""
         return not self.training
 
     def choose(self, logits_NE: Tensor, k: Selection) -> Routing:

@@ -41,7 +41,7 @@ class NoisyTopKRouter(LinearRouter):
 
     @property
     def ragged(self) -> bool:
-        """Whether it takes a k for each token: in evaluation, since the load loss is of one k."""
+        """Return whether it takes a k for each token: in evaluation, since the load loss is of one k."""
         return not self.training
 
     uses = ("balance_loss", "gate_weight")

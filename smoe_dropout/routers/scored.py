@@ -76,11 +76,11 @@ class ScoredRouter(LinearRouter):
 
     @property
     def normalised(self) -> bool:
-        """Whether the gate weights of every token sum to 1."""
+        """Return whether the gate weights of every token sum to 1."""
         return self.options.normalise and self.options.scale == 1
 
     def learns_from_task(self, k: int) -> bool:
-        """Whether the gate weights depend on the router's parameters: not at k = 1 if they are divided by their sum."""
+        """Return whether the gate weights depend on the router's parameters: not at k = 1 if they are divided by their sum."""
         return not (k == 1 and self.options.normalise)
 
     def logits(self, x_ND: Tensor) -> Tensor:

@@ -27,5 +27,5 @@ class SelfRouter(LogitRouter):
         return x_ND[..., self.places].to(torch.promote_types(x_ND.dtype, torch.float32))
 
     def learns_from_task(self, k: int) -> bool:
-        """Whether gate weights depend on the router's parameters: it has none."""
+        """Return whether gate weights depend on the router's parameters: it has none."""
         return True

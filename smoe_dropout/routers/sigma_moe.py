@@ -53,12 +53,12 @@ class SigmaMoERouter(scored.ScoredRouter):
 
     @property
     def ragged(self) -> bool:
-        """Whether it takes a k for each token: not in training by Sinkhorn, which is over tokens of one k."""
+        """Return whether it takes a k for each token: not in training by Sinkhorn, which is over tokens of one k."""
         return not self.spreads
 
     @property
     def spreads(self) -> bool:
-        """Whether Sinkhorn-normalised scores choose."""
+        """Return whether Sinkhorn-normalised scores choose."""
         return self.training and self.options.selection == "sinkhorn"
 
     def scores(self, logits_NE: Tensor) -> Tensor:

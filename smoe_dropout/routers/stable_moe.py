@@ -68,7 +68,7 @@ class StableMoERouter(LinearRouter, FollowsTraining):
 
     @property
     def learning(self) -> bool:
-        """Whether this is stage one."""
+        """Return whether this is stage one."""
         return self.training and not self.freeze and self.progress < self.options.stage_one
 
     def forward(self, x_ND: Tensor, k: Selection) -> Routing:

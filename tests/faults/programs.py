@@ -171,7 +171,7 @@ def run_plainly(command: list[str], folder: Path, interrupt: Callable[[subproces
 
 
 def handles_signals(pid: int) -> bool:
-    """Whether a process has begun with its own text: the first thing a program does is to handle SIGTERM."""
+    """Return whether a process has begun with its own text: the first thing a program does is to handle SIGTERM."""
     caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return caught is not None and bool(int(caught.group(1), 16) >> (signal.SIGTERM - 1) & 1)
 

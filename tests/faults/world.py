@@ -184,7 +184,7 @@ def _twin(job: Job) -> Job:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Whether the folder is still to be filled, which one process does while others wait."""
+    """Return whether the folder is still to be filled, which one process does while others wait."""
     with open(folder.with_name(folder.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         marker = folder / ".complete"

@@ -43,7 +43,7 @@ def execute(program: str, *arguments: str, folder: Path) -> tiny.Finished:
 
 
 def made_here(environment: dict) -> bool:
-    """Whether the data was made on this kind of machine."""
+    """Return whether the data was made on this kind of machine."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and all(environment[name] == MADE[name] for name in ("device_name", "torch"))
 
 

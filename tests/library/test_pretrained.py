@@ -39,7 +39,7 @@ def in_shards(model: nn.Module, folder) -> None:
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:
-    """Whether two models are bit-identical, including precision and frozen parameters."""
+    """Return whether two models are bit-identical, including precision and frozen parameters."""
     ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
     return ours.keys() == theirs.keys() and all(
         p.dtype == theirs[n].dtype and torch.equal(p, theirs[n]) and p.requires_grad == theirs[n].requires_grad for n, p in ours.items()

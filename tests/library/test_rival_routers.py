@@ -34,7 +34,7 @@ def scores(gate: nn.Module, x: torch.Tensor) -> np.ndarray:
 
 
 def best(values: np.ndarray, k: int) -> np.ndarray:
-    """Whether a value is among the k largest of its row."""
+    """Return whether a value is among the k largest of its row."""
     chosen = np.zeros(values.shape, dtype=bool)
     for row, mine in zip(chosen, values, strict=True):
         row[sorted(range(len(mine)), key=lambda e: -mine[e])[:k]] = True

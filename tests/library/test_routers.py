@@ -69,7 +69,7 @@ def check(routing: sd.Routing, scores: np.ndarray, k: int, weights: np.ndarray |
 
 
 def about(count: float, draws: int, probability: float) -> bool:
-    """Whether a binomial count is within five standard deviations of its mean."""
+    """Return whether a binomial count is within five standard deviations of its mean."""
     return abs(count - draws * probability) <= 5 * math.sqrt(draws * probability * (1 - probability))
 
 

@@ -157,12 +157,12 @@ def test_utils_stays_small():
 
 
 def test_docstrings_open_with_a_verb_or_a_noun():
-    """Not with "Of ..." or "What ...", which say nothing on their own."""
+    """Not with "Of ...", "What ..." or "Whether ...", which say nothing on their own."""
     for path in (*CODE, *sorted((ROOT / "tests").rglob("*.py"))):
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
                 where = f"{name(path)}, {getattr(node, 'name', 'module')}"
-                assert text.split()[0] not in ("Of", "What", "Whether,"), f"{where}: {text.splitlines()[0]}"
+                assert text.split()[0] not in ("Of", "What", "Whether", "Whether,"), f"{where}: {text.splitlines()[0]}"
 
 
 def test_constants_are_named_after_what_they_hold():

@@ -97,7 +97,7 @@ def test_command_is_one_that_exists(page, command):
 
 
 def trains(page: Path, command: Command) -> bool:
-    """Whether it trains from random weights, without a folder or a router of the reader's own."""
+    """Return whether it trains from random weights, without a folder or a router of the reader's own."""
     folders = ("--eval_only", "--start_from", "--settings_from")
     theirs = page.name == "plug_in.md" or any(word in folders or re.fullmatch(r"[A-Z_]{2,}", word) for word in command.arguments)
     return not theirs and bool(re.match(r"script/(table1|figure5)/(?!run_all)|train.py|utils.cli.train", command.program))

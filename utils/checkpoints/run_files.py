@@ -138,7 +138,7 @@ def read_surgery(folder: Path, identity: str) -> dict[str, Any]:
 
 
 def verify_calibration(folder: Path, identity: str) -> bool:
-    """Whether surgery.json records a calibration. Damaged if that is not the one in the folder."""
+    """Return whether surgery.json records a calibration. Damaged if that is not the one in the folder."""
     path, known = folder / CALIBRATION, _surgery(folder, identity).get("calibration_sha256")
     if known and (not path.is_file() or sha256(path) != known):
         raise Damaged(path, f"is {'damaged' if path.exists() else 'missing'}: {SURGERY} records another", remedy_for(folder))

@@ -49,7 +49,7 @@ class Arguments:
         return self.given.get(name) or None
 
     def has(self, name: str) -> bool:
-        """Whether a switch is given."""
+        """Return whether a switch is given."""
         return name in self.given
 
     def over(self, kind: type[FlagsT], defaults: dict[str, Any]) -> FlagsT:

@@ -59,7 +59,7 @@ def opened(path: Path) -> Origin:
 
 
 def is_finished(flags: ConvertFlags) -> bool:
-    """Whether --out holds a conversion by these flags, of whatever text."""
+    """Return whether --out holds a conversion by these flags, of whatever text."""
     if not (path := Path(flags.out, ACCOUNT)).is_file():
         return False
     made = documents.read(path, dict, "remove the folder and convert again").get("flags", {})

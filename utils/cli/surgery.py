@@ -110,7 +110,7 @@ def _refuse_surplus(flags: SurgeryFlags, positions: int, material: Corpus | Exam
 
 
 def reads(flags: SurgeryFlags) -> bool:
-    """Whether the operation needs calibration data."""
+    """Return whether the operation needs calibration data."""
     return flags.method != COMPRESS and flags.score != ROUTER_NORM
 
 
@@ -183,7 +183,7 @@ def open_text(folder: str, source: Source) -> Corpus:
 
 
 def is_complete(plan: Plan) -> bool:
-    """Whether --out already holds this operation, measured. Raises UserError if it holds another one."""
+    """Return whether --out already holds this operation, measured. Raises UserError if it holds another one."""
     out = Path(plan.flags.out)
     if not (out / SURGERY).exists():
         return False

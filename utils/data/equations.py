@@ -49,6 +49,6 @@ def value(equation: str, numbers: Sequence[float]) -> float | None:
 
 
 def solves(equation: str, numbers: Sequence[float], answer: float) -> bool:
-    """Whether the equation has a value, and it is within TOLERANCE of the answer."""
+    """Return whether the equation has a value, and it is within TOLERANCE of the answer."""
     found = value(equation, numbers)
     return found is not None and abs(found - answer) <= TOLERANCE

@@ -45,7 +45,7 @@ def check_limits(flags: Any) -> list[str]:
 
 
 def is_given(flags: Any, name: str) -> bool:
-    """Whether a flag differs from its declared default."""
+    """Return whether a flag differs from its declared default."""
     return getattr(flags, name) != type(flags).__dataclass_fields__[name].default
 
 

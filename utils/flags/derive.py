@@ -26,7 +26,7 @@ def method_of(flags: Flags) -> Method | None:
 
 
 def routes_by_position(flags: Flags) -> bool:
-    """Whether the method routes a position by the others of its segment."""
+    """Return whether the method routes a position by the others of its segment."""
     method = method_of(flags)
     return bool(method and method.layer and method.layer.needs)
 
@@ -91,7 +91,7 @@ def parse_counts(text: str | None) -> tuple[int, ...] | None:
 
 
 def is_count(word: str) -> bool:
-    """Whether a word is a whole number in ASCII digits."""
+    """Return whether a word is a whole number in ASCII digits."""
     return word.strip().isascii() and word.strip().isdigit()
 
 

@@ -170,7 +170,7 @@ def groups_of(ablation: Ablation, found: Found) -> list[Group]:
 
 
 def _comparable(ablation: Ablation, rows: list[Row]) -> bool:
-    """Whether two rows differ; in a study, whether there is a curve of a model with experts or a gap to the baseline."""
+    """Return whether two rows differ; in a study, whether there is a curve of a model with experts or a gap to the baseline."""
     if not ablation.preset:
         return len({row.number if ablation.axis else row.label for row in rows}) > 1
     if ablation.own_k:

@@ -36,7 +36,7 @@ def recovered(record: Record) -> float:
 
 
 def on_the_text(record: Record) -> bool:
-    """Whether surgery.py measured the same quality."""
+    """Return whether surgery.py measured the same quality."""
     surgery = surgery_of(record)
     return record["metric"]["name"] == surgery["metric"]["name"] and record["dataset"]["fingerprint"] == surgery["tested_on"]
 
@@ -53,7 +53,7 @@ def measured_alike(record: Record, other: Record) -> bool:
 
 
 def tuned_alike(record: Record, other: Record) -> bool:
-    """Whether both continued from trained weights, on the same data for as long."""
+    """Return whether both continued from trained weights, on the same data for as long."""
     started = other.get("pretrained", {}).get("transferred", False)
     return started and measured_alike(record, other) and record["training"]["steps"] == other["training"]["steps"]
 

@@ -207,7 +207,7 @@ def method_tables(name: str, found: Found, _only: list[str] | None = None) -> li
 
 
 def is_baseline(row: Row) -> bool:
-    """Whether the row is a method that every comparison shows, with its own settings."""
+    """Return whether the row is a method that every comparison shows, with its own settings."""
     method = row.first["method"]
     own = row.first["settings"] or settings_of(row.first, rows=True)
     return method in METHODS and load(METHODS, "method", method).baseline and not own

@@ -121,7 +121,7 @@ class RunFolder:
         return config
 
     def _is_of(self, identity: str) -> bool:
-        """Whether an intact checkpoint has this identity."""
+        """Return whether an intact checkpoint has this identity."""
         for step in steps(root := self.path / "checkpoints"):
             with suppress(Damaged):
                 verify(folder := root / name_of(step))
