@@ -269,6 +269,14 @@ class DecoderLayer(nn.Module):
         return self.feed_forward_norm(x_BTD + self.dropout(self.feed_forward(x_BTD)))
 
 
+def token_losses(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each target in nats [B, T], and logits [B, T, V] in float32; a head that has `losses` computes them itself."""
+    if hasattr(head, "losses"):
+        return head.losses(hidden_BTD, targets_BT)
+    logits_BTV = mapped(head, hidden_BTD).float()
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT), logits_BTV
+
+
 class MemTransformerLM(nn.Module):
     """Language model over segments: `losses, memory, logits = model(tokens, targets, memory)`; pass the memory to the next call."""
 
@@ -322,18 +330,21 @@ class MemTransformerLM(nn.Module):
         return self.head(hidden).float(), memory
 
     @torch.no_grad()
-    def read(self, tokens_BT: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """`logits` for evaluation and generation: caches keys and values of positions already read instead of hidden states.
+    def read(self, tokens_BT: Tensor, cache: Cache | None = None, targets_BT: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """`logits`, or the loss of each target [B, T], for evaluation and generation: caches keys and values of positions already read
+        instead of hidden states.
 
         Pass the returned cache to the next call; the one passed in is modified. A layer that mixes the positions of a segment, as some
         methods of routing do, sees those of `segment_len` positions, in however many calls they are read. RuntimeError in training mode.
         """
         if self.training:
             raise RuntimeError("read() is for evaluation: call model.eval() first")
-        if cache is None:
-            cache = tuple(KeyValueCache() for _ in self.layers)
-        if len(parts := self._segments(tokens_BT, cache)) > 1:
-            return torch.cat([self.read(part, cache)[0] for part in parts], 1), cache
+        cache = cache or tuple(KeyValueCache() for _ in self.layers)
+        x = torch.cat([self._read(part, cache) for part in self._segments(tokens_BT, cache)], 1)
+        return (mapped(self.head, x).float() if targets_BT is None else token_losses(self.head, x, targets_BT)[0]), cache
+
+    def _read(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Last hidden states [B, T, D] of positions that go on where the cache ends, and are added to it."""
         T, M = tokens_BT.shape[1], min(cache[0].length, self.mem_len)
         if cache[0].r_HLC is None or cache[0].r_HLC.shape[1] < M + T:
             position_LD = self._positions(self.mem_len + T)
@@ -343,23 +354,22 @@ class MemTransformerLM(nn.Module):
         attention_inputs = self.mem_len, torch.stack([self.content_bias, self.position_bias])[:, :, None, None], mask_TK
         x = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
         for layer, cached in zip(self.layers, cache, strict=True):
+            if self.config.segment_len and cached.count % self.config.segment_len == 0:  # a segment begins
+                cached.carried.clear()
             x = layer.read(x, cached, *attention_inputs)
-        return mapped(self.head, x).float(), cache
+        return x
 
     def _segments(self, tokens_BT: Tensor, cache: Cache) -> Sequence[Tensor]:
-        """The tokens by segment, if a layer mixes those of one. Where a segment begins, what the cache carries is dropped."""
+        """The tokens by segment, if a layer mixes those of one."""
         length = self.config.segment_len
         if length is None or not any(layer.attention.keep_past for layer in self.layers):
             return (tokens_BT,)
-        if (read := cache[0].count % length) == 0:
-            for cached in cache:
-                cached.carried.clear()
-        return tokens_BT.tensor_split([*range(length - read, tokens_BT.shape[1], length)], 1)
+        return tokens_BT.tensor_split([*range(length - cache[0].count % length, tokens_BT.shape[1], length)], 1)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory, Tensor]:
         """Cross-entropy of each target in nats [B, T], the next memory, and logits [B, T, V]."""
-        logits, memory = self.logits(tokens_BT, memory)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+        hidden, memory = self.hidden(tokens_BT, memory)
+        losses, logits = token_losses(self.head, hidden, targets_BT)
         return losses, memory, logits
 
     def _positions(self, length: int) -> Tensor:
@@ -377,8 +387,7 @@ class MemTransformerLM(nn.Module):
         ones = torch.ones(T, M + T, dtype=torch.bool, device=self.content_bias.device)
         hidden = ones.triu(1 + M)
         if self.config.same_length:
-            surplus = M + T - self.mem_len
-            hidden = hidden | ones.tril(-(T - surplus if surplus > 0 else T))
+            hidden = hidden | ones.tril(-(T - max(M + T - self.mem_len, 0)))
         return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -math.inf)
 
     def _next_memory(self, memory: Memory, states: list[Tensor]) -> Memory:

@@ -90,7 +90,7 @@ def test_a_missing_text_is_refused_with_the_command_that_prepares_it(tmp_path):
         with pytest.raises(UserError, match=rf"{name} is not a prepared text.*prepare.py {name}"):
             Corpus.open(tmp_path / name)
         with pytest.raises(UserError, match=rf"prepare one with `python data/prepare_pieces.py {name} --tokenizer T --data_files FILE`$"):
-            Corpus.open(tmp_path / name, "pieces")
+            Corpus.open(tmp_path / name, ("pieces",))
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(UserError, match=r"file is a file: prepare it with `python data/prepare.py NAME"):
         Corpus.open(tmp_path / "file")
@@ -170,7 +170,7 @@ def test_a_memory_mapped_split_works(tmp_path):
 
 def test_a_split_that_is_too_short_is_refused_with_sizes_and_remedy():
     assert len(Lanes(text(10), 5, 4)) == 1
-    with pytest.raises(UserError, match=r"10 bytes is too short for --batch_size 6 .* use --batch_size 5 or smaller"):
+    with pytest.raises(UserError, match=r"10 symbols is too short for --batch_size 6 .* use --batch_size 5 or smaller"):
         Lanes(text(10), 6, 4)
     with pytest.raises(UserError, match="use a longer text"):
         Lanes(text(1), 1, 4)

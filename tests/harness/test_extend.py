@@ -76,12 +76,13 @@ class RecurrentLM(nn.Module):
             states.append(after)
         return x_BTD, tuple(states)
 
-    def read(self, tokens_BT, state=None):
-        hidden, state = self.hidden(tokens_BT, state)
-        return self.head(hidden).float(), state
+    def read(self, tokens_BT, state=None, targets_BT=None):
+        losses, state, logits = self(tokens_BT, tokens_BT if targets_BT is None else targets_BT, state)
+        return logits if targets_BT is None else losses, state
 
     def forward(self, tokens_BT, targets_BT, state=None):
-        logits, state = self.read(tokens_BT, state)
+        hidden, state = self.hidden(tokens_BT, state)
+        logits = self.head(hidden).float()
         losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
         return losses, state, logits
 
@@ -180,7 +181,10 @@ def words(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recurrent(tmp_path_factory) -> Extension:
-    entry = Model("GRU", "bytes", "recurrent", "utils.flags.presets:TRANSFORMER_XL", unknown_flags=("mask_rate",))
+    entry = Model(
+        *("GRU", ("bytes",), "recurrent", "utils.tasks.language_modelling:LanguageModelling"),
+        *("utils.flags.presets:TRANSFORMER_XL", ("mask_rate",)),
+    )
     return Extension(tmp_path_factory.mktemp("model"), "recurrent", MODEL, "utils.flags.models:MODELS", entry)
 
 

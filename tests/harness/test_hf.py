@@ -114,7 +114,7 @@ def test_a_text_is_stored_as_the_tokens_of_the_whole(world, tmp_path, monkeypatc
     """Wherever it is cut into pieces, and whatever length the tokenizer would truncate to."""
     monkeypatch.setattr(prepare, "PIECE", 40)
     prepare.main(["words", "--source", str(world["text"]), "--tokenizer", str(world["llama"]), "--out", str(tmp_path / "data")])
-    corpus, tokenizer = Corpus.open(tmp_path / "data", "tokens"), load_tokens(world["llama"])[0]
+    corpus, tokenizer = Corpus.open(tmp_path / "data", ("tokens",)), load_tokens(world["llama"])[0]
     assert corpus.fingerprint == Corpus.open(world["data"]).fingerprint and corpus.vocabulary.first is None
     text, at = world["text"].read_bytes(), 0
     for split, size in corpus.meta["text_bytes"].items():

@@ -190,7 +190,7 @@ def test_wrong_commands_are_refused(text, changes, said, arguments, tmp_path):
 
 def test_word_pieces_are_refused_by_transformer_xl(corpora, tmp_path):
     said = refusal(tiny.run(tiny.flags(corpora["bert"], tmp_path / "run", method="dense")))
-    assert "holds pieces, and the model reads bytes: prepare one with `python data/prepare.py NAME" in said
+    assert "holds pieces, and the model reads bytes or tokens: prepare one with `python data/prepare.py NAME" in said
 
 
 def test_another_mask_rate_is_another_run(arguments, finished):

@@ -215,7 +215,7 @@ def _transformers(path: Path) -> Source:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
     classes = [str(name) for name in config.get("architectures") or [kind]]
-    known = [name for name, model in MODELS.items() if model.reads == "pieces"]
+    known = [name for name, model in MODELS.items() if "pieces" in model.reads]
     if kind not in known or not classes[0].endswith("ForMaskedLM"):
         return _host(path)
     sizes = {name: host.get(field, default) for name, (field, default) in TRANSFORMERS_FIELDS.items()}

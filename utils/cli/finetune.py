@@ -57,7 +57,7 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     if flags.scheduler == "dev_perf":
         found.append("--scheduler dev_perf would tune on the rows the score is reported on: choose another")
     longest = max(512, flags.tgt_len)
-    if flags.model in MODELS and MODELS[flags.model].reads == "pieces" and flags.max_length > longest:
+    if flags.model in MODELS and "pieces" in MODELS[flags.model].reads and flags.max_length > longest:
         found.append(f"--max_length {flags.max_length} must be at most the {longest} positions of the model")
     if source is None:
         return found

@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Flags, Source | None]:
 
 def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
     """Raises UserError if a text of bytes is too short for the batches, or a batch too large for memory."""
-    if MODELS[flags.model].reads == "bytes":
+    if "bytes" in MODELS[flags.model].reads:
         Lanes(corpus.train, flags.batch_size, flags.tgt_len)
         for held_out in (corpus.valid, corpus.test):
             Lanes(held_out, flags.eval_batch_size, flags.eval_tgt_len, option="--eval_batch_size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -93,17 +94,18 @@ class Corpus:
     notes: ClassVar[str] = ""
 
     @classmethod
-    def open(cls, path: str | Path, unit: str | None = None) -> Corpus:
+    def open(cls, path: str | Path, units: Collection[str] = tuple(UNITS)) -> Corpus:
         """Open the folder `path` after checking meta.json and the size of each split, without reading the text.
 
-        Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json, or if the text is not in `unit`, the units
-        that the caller reads (a key of UNITS, None: any).
+        Raises UserError if a file is missing, damaged, or not of the size recorded in meta.json, or if the text is in none of `units`,
+        those that the caller reads (keys of UNITS).
         """
         folder = Path(path)
         try:
-            meta = _read_meta(folder, unit or ("pieces" if (folder / TOKENIZER).is_dir() else "bytes"))
-            if unit not in (None, _unit(meta)):
-                _refuse(f"{folder} holds {_unit(meta)}, and the model reads {unit}", "NAME", unit, force=False)
+            first = next(iter(units))
+            meta = _read_meta(folder, "pieces" if len(units) == len(UNITS) and (folder / TOKENIZER).is_dir() else first)
+            if _unit(meta) not in units:
+                _refuse(f"{folder} holds {_unit(meta)}, and the model reads {' or '.join(units)}", "NAME", first, force=False)
             return cls(folder, meta, *(_open_split(folder, split, meta) for split in SPLITS))
         except OSError as error:
             raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None

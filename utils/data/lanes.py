@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Lanes:
-    """The segments of a text, in order: lane b reads bytes b*n_step to (b+1)*n_step, tgt_len at a time.
+    """The segments of a text, in order: lane b reads symbols b*n_step to (b+1)*n_step, tgt_len at a time.
 
-    n_step = len(data) // batch_size; the last len(data) % batch_size bytes are never read. The segment at position i has
+    n_step = len(data) // batch_size; the last len(data) % batch_size are never read. The segment at position i has
     L = min(tgt_len, n_step - 1 - i) tokens per lane, so only the last one may be shorter.
     """
 
@@ -28,13 +28,13 @@ class Lanes:
         lanes: range | None = None,
         option: str = "--batch_size",
     ) -> None:
-        """`data`: uint8 [bytes]. `batch_size`: lanes of all ranks together. `lanes`: those of this rank, default all; none of them, as in
-        evaluation, gives tensors [0, L]. Raises UserError where `data` is too short for `batch_size` lanes of 2 bytes.
+        """`data`: symbols, integers [N]. `batch_size`: lanes of all ranks together. `lanes`: those of this rank, default all; none of them,
+        as in evaluation, gives tensors [0, L]. Raises UserError where `data` is too short for `batch_size` lanes of 2 symbols.
         """
         n_step, lanes = len(data) // batch_size, range(batch_size) if lanes is None else lanes
         if n_step < 2:
             remedy = f"use {option} {len(data) // 2} or smaller" if len(data) >= 2 else "use a longer text"
-            raise UserError(f"a split of {len(data):,} bytes is too short for {option} {batch_size} lanes of 2 bytes or more: {remedy}")
+            raise UserError(f"a split of {len(data):,} symbols is too short for {option} {batch_size} lanes of 2 symbols or more: {remedy}")
         self._lanes, self._device = data[: n_step * batch_size].reshape(batch_size, n_step)[lanes.start : lanes.stop], device
         self._starts = range(0, n_step - 1, tgt_len)
 
@@ -43,7 +43,7 @@ class Lanes:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets of a segment, int64 [lanes, L]; the targets are the tokens shifted by one byte."""
+        """Tokens and targets of a segment, int64 [lanes, L]; the targets are the tokens shifted by one."""
         import torch  # not at the top: see the module's docstring
 
         start = self._starts[index]

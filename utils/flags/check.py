@@ -108,7 +108,7 @@ def _check_model(flags: Flags) -> list[str]:
             found.append(f"--d_model {flags.d_model} must be even, for its sinusoidal positions")
     if "d_head" in model.unknown_flags and flags.n_head >= 1 and flags.d_model % flags.n_head:
         found.append(f"--d_model {flags.d_model} is not divisible by --n_head {flags.n_head}")
-    if model.reads == "pieces" and 1 <= flags.tgt_len < 3:
+    if "pieces" in model.reads and 1 <= flags.tgt_len < 3:
         found.append(f"--tgt_len {flags.tgt_len} must be at least 3, for [CLS], a piece and [SEP]")
     return found
 

@@ -46,7 +46,7 @@ def least_parameters(flags: Flags) -> int:
         hidden = (0 if flags.moe_expert_rank else experts * flags.d_inner) + (layers - sparse) * dense
     if MODELS[flags.model].from_folder:  # whose queries may share keys and values
         attention //= 2
-    symbols = BYTES if MODELS[flags.model].reads == "bytes" else flags.tgt_len  # pieces: embeddings of positions, at least
+    symbols = BYTES if "bytes" in MODELS[flags.model].reads else flags.tgt_len  # pieces: embeddings of positions, at least
     return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
 
 
@@ -61,7 +61,7 @@ def least_activations(flags: Flags, text: int) -> int:
     """A lower bound on the bytes kept for the backward pass of one part of a batch: a state and the attention of each layer, and logits."""
     rows = max(1, flags.batch_size // (int(os.environ.get("WORLD_SIZE", "1")) * flags.batch_chunk))
     length = min(flags.tgt_len, text // flags.batch_size)
-    read_bytes = MODELS[flags.model].reads == "bytes"
+    read_bytes = "bytes" in MODELS[flags.model].reads
     kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes else 0))
     return rows * length * (kept + (4 * BYTES if read_bytes else 0))
 

@@ -10,15 +10,16 @@ from typing import Any, Literal, NamedTuple
 class Model(NamedTuple):
     """An architecture as flags and tables know it, without its code.
 
-    title: as in tables. reads: units of its text, which decide what it is pre-trained on. module: its file. presets: place of its
-    pre-training presets, flags by preset name. unknown_flags: flags it does not use, refused when given. causal: whether it can continue
-    a text. first_position: index of the first position embedding in the transformers library's configuration. from_folder: whether it is
-    built as, and with the weights, that a folder of transformers has, so that it always starts from one.
+    title: as in tables. reads: units of the texts that it can read. module: its file. pretraining: place of its pre-training task. presets:
+    place of its pre-training presets, flags by preset name. unknown_flags: flags it does not use, refused when given. causal: whether it
+    can continue a text. first_position: index of the first position embedding in the transformers library's configuration. from_folder:
+    whether it is built as, and with the weights, that a folder of transformers has, so that it always starts from one.
     """
 
     title: str
-    reads: Literal["bytes", "pieces", "tokens"]
+    reads: tuple[Literal["bytes", "pieces", "tokens"], ...]
     module: str
+    pretraining: str
     presets: str
     unknown_flags: tuple[str, ...] = ()
     causal: bool = True
@@ -30,15 +31,21 @@ _XL_FLAGS = (
     *("mem_len", "eval_tgt_len", "d_head", "dropout_only", "pre_lnorm", "same_length", "clamp_len"),
     *("not_tied", "attn_moe", "dense_width", "head_dropout"),
 )
+_MASKED = "utils.tasks.masked:MaskedLanguageModelling"
 
 MODELS: dict[str, Model] = {
     "transformer_xl": Model(
-        "Transformer-XL", "bytes", "utils.models.transformer_xl", "utils.flags.presets:TRANSFORMER_XL", unknown_flags=("mask_rate",)
+        *("Transformer-XL", ("bytes", "tokens"), "utils.models.transformer_xl", "utils.tasks.language_modelling:LanguageModelling"),
+        *("utils.flags.presets:TRANSFORMER_XL", ("mask_rate",)),
     ),
-    "bert": Model("BERT", "pieces", "utils.models.bert", "utils.flags.presets:BERT", _XL_FLAGS, causal=False),
-    "roberta": Model("RoBERTa", "pieces", "utils.models.roberta", "utils.flags.presets:ROBERTA", _XL_FLAGS, causal=False, first_position=2),
+    "bert": Model("BERT", ("pieces",), "utils.models.bert", _MASKED, "utils.flags.presets:BERT", _XL_FLAGS, causal=False),
+    "roberta": Model(
+        *("RoBERTa", ("pieces",), "utils.models.roberta", _MASKED, "utils.flags.presets:ROBERTA", _XL_FLAGS),
+        causal=False,
+        first_position=2,
+    ),
     "hf": Model(
-        *("transformers", "tokens", "utils.models.hf", "utils.flags.presets:HF"),
+        *("transformers", ("tokens",), "utils.models.hf", "utils.tasks.causal:CausalLanguageModelling", "utils.flags.presets:HF"),
         (*_XL_FLAGS, "mask_rate"),
         causal=False,  # by generate.py: transformers' own generate() does that
         from_folder=True,

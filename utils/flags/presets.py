@@ -116,6 +116,6 @@ for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
 
 def finetuning(task: str, preset: str, model: str) -> dict:
     """Flags of a preset for fine-tuning a model on a task."""
-    encoder = _FINETUNING_ENCODER[preset] if MODELS[model].reads != "bytes" else {}
+    encoder = _FINETUNING_ENCODER[preset] if "bytes" not in MODELS[model].reads else {}
     own = _FINETUNING_FOLDER.get(task, {"lr": 5e-5}) if MODELS[model].from_folder else {}
     return {**_FINETUNING[preset], **encoder, **_FINETUNING_TASK.get(preset, {}).get(task, {}), **own}

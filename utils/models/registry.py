@@ -32,8 +32,9 @@ class Shape(NamedTuple):
 class Architecture(Protocol):
     """The file of a model, a module with these functions. Shape suffixes: N rows, T positions, D model width.
 
-    A model that reads bytes also has `mem_len`, the number of positions it remembers, which evaluation sets; and for continuing a text
-    `config.same_length`, `logits(tokens, state) -> (logits, state)`, and `read`, the same without gradients.
+    A model that is pre-trained on lanes of a text also has `mem_len`, the number of positions it remembers, which evaluation sets;
+    `config.same_length`; `logits(tokens, state) -> (logits, state)`; and `read(tokens, state, targets) -> (losses of the targets, or
+    without any logits, state)`, without gradients.
     """
 
     SIZES: tuple[str, ...]  # the flags of its sizes, as they are recorded

@@ -1,25 +1,27 @@
-"""Transformer-XL over bytes."""
+"""Transformer-XL over bytes, or over the tokens of a vocabulary."""
 
 import torch
 from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
+from utils.data.meta import Tokens
 from utils.flags.fields import FinetuneFlags, Flags
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
 SIZES = ("n_layer", "d_model", "n_head", "d_head", "d_ff", "d_inner")
-N_TOKEN = 256  # bytes
+BYTES = 256
 DROPPED = True  # the last hidden states have gone through dropout
 
 
-def build(flags: Flags, vocabulary: None = None) -> MemTransformerLM:
+def build(flags: Flags, vocabulary: Tokens | None = None) -> MemTransformerLM:
     names = ("n_layer", "n_head", "d_model", "d_head", "dropout", "dropatt", "dropout_only", "mem_len", "pre_lnorm", "same_length")
     sizes = {name: getattr(flags, name) for name in (*names, "clamp_len", "init_std")}
     sizes["segment_len"] = None if isinstance(flags, FinetuneFlags) else flags.tgt_len  # a row is read whole
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
-    return MemTransformerLM(TransformerXLConfig(n_token=N_TOKEN, tie_weight=not flags.not_tied, **sizes))
+    n_token = vocabulary.size if vocabulary else BYTES
+    return MemTransformerLM(TransformerXLConfig(n_token=n_token, tie_weight=not flags.not_tied, **sizes))
 
 
 def blocks(model: MemTransformerLM) -> nn.ModuleList:

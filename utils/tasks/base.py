@@ -5,6 +5,7 @@ The loss is computed by the model, called as model(*batch.inputs, state); the me
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,15 @@ class Metric(NamedTuple):
     def in_training(self) -> str:
         """The quantity shown for training: the metric, or the loss if the metric cannot be computed from it."""
         return self.name if self.of_loss else "loss"
+
+
+def perplexity_of(corpus: Corpus) -> Metric:
+    """Perplexity per token of a text of tokens, and bits per byte of the text, by which models of other tokens can be compared."""
+
+    def per_byte(split: str, nats: float) -> dict[str, float]:
+        return {"bits_per_byte": nats / math.log(2) * len(getattr(corpus, split)) / corpus.meta["text_bytes"][split]}
+
+    return Metric("perplexity", True, math.exp, also=per_byte)
 
 
 class Batch(NamedTuple):

@@ -4,12 +4,10 @@ Every sequence predicts --tgt_len tokens, and the next one goes on where it ends
 a sequence is predicted from the token that the tokenizer puts before a text, or, if there is none, from the one before it in the text.
 """
 
-import math
-
 import numpy as np
 import torch
 
-from utils.tasks.base import Metric
+from utils.tasks.base import perplexity_of
 from utils.tasks.sequences import SequenceTask
 
 
@@ -29,15 +27,11 @@ class TokenSequences:
 
 
 class CausalLanguageModelling(SequenceTask):
-    """Measures perplexity per token, and bits per byte of the text, by which models of other tokens can be compared."""
+    """Measures perplexity per token."""
 
     def __init__(self, flags, corpus, engine):
         super().__init__(flags, corpus, engine)
-        self.metric = Metric("perplexity", True, math.exp, also=self._per_byte)
+        self.metric = perplexity_of(corpus)
 
     def cut(self, text: np.ndarray) -> TokenSequences:
         return TokenSequences(text, self.flags.tgt_len, self.corpus.vocabulary.first)
-
-    def _per_byte(self, split: str, nats: float) -> dict[str, float]:
-        """Those of a token times the tokens of a byte, on average over the split."""
-        return {"bits_per_byte": nats / math.log(2) * len(getattr(self.corpus, split)) / self.corpus.meta["text_bytes"][split]}

@@ -1,4 +1,4 @@
-"""Encodes the rows of a fine-tuning task in the units of pre-training: bytes or word pieces."""
+"""Encodes the rows of a fine-tuning task in the units of pre-training: bytes, word pieces or tokens."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.checkpoints.origin import Source
-from utils.data.meta import Tokens
+from utils.data.meta import TOKENIZER, Tokens
 from utils.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from utils.data.tokens import load_tokens
 from utils.errors import UserError
@@ -49,18 +49,19 @@ def encode_tokens(sequences: list[tuple[str, ...]], tokenizer) -> list[np.ndarra
 
 def encoder_of(flags: FinetuneFlags, source: Source) -> RowEncoder:
     """UserError if the checkpoint's tokenizer is missing or differs."""
-    if MODELS[flags.model].reads == "bytes":
+    model, known = MODELS[flags.model], source.flags.get("vocabulary_sha256")
+    if "bytes" in model.reads and known is None:
         return RowEncoder(encode_bytes)
-    if MODELS[flags.model].reads == "tokens":
-        tokenizer, vocabulary = load_tokens(Path(flags.tokenizer) if flags.tokenizer else source.weights.parent)
-        if (known := source.flags.get("vocabulary_sha256")) and known != vocabulary.sha256:
-            raise UserError(f"--tokenizer {flags.tokenizer} is not that of {source.path}: leave it out")
+    folder = flags.tokenizer or str(source.weights.parent if model.from_folder else Path(source.flags.get("data") or "") / TOKENIZER)
+    if "tokens" in model.reads:
+        tokenizer, vocabulary = load_tokens(Path(folder))
+        if known not in (None, vocabulary.sha256):
+            raise UserError(f"the tokenizer in {folder} is not that of {source.path}: give its folder with --tokenizer")
         return RowEncoder(partial(encode_tokens, tokenizer=tokenizer), vocabulary=vocabulary)
-    folder = flags.tokenizer or str(Path(source.flags.get("data") or "") / "tokenizer")
     if flags.tokenizer is None and not Path(folder).is_dir():
         raise UserError(f"the tokenizer of {source.path} is not at {folder}: give its folder, or its name on the hub, with --tokenizer")
     tokenizer = load_tokenizer(folder)
     vocabulary = vocabulary_of(tokenizer, folder)
-    if (known := source.flags.get("vocabulary_sha256")) and known != vocabulary.sha256:
+    if known not in (None, vocabulary.sha256):
         raise UserError(f"{source.path} was trained with another tokenizer than that of {folder}: give that one with --tokenizer")
     return RowEncoder(partial(encode_pieces, tokenizer=tokenizer), vocabulary.pad, vocabulary)

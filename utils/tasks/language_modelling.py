@@ -1,16 +1,15 @@
-"""Language modelling: predicting the next byte of a text that is read in order, with memory."""
+"""Language modelling: predicting the next byte or token of a text that is read in order, with memory."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.nn.functional as F
 from torch import nn
 
 from mem_transformer import Cache
 from utils.data.lanes import Lanes, rank_lanes
 from utils.models.registry import Shape
-from utils.tasks.base import Batch, Metric, Task
+from utils.tasks.base import Batch, Metric, Task, perplexity_of
 
 LN2 = math.log(2)
 
@@ -22,6 +21,8 @@ class LanguageModelling(Task):
 
     def __init__(self, flags, corpus, engine):
         super().__init__(flags, corpus, engine)
+        if self.vocabulary:
+            self.metric = perplexity_of(corpus)
         own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
         self._training = Lanes(corpus.train, flags.batch_size, flags.tgt_len, engine.device, own)
         for split in ("valid", "test"):
@@ -49,8 +50,7 @@ class LanguageModelling(Task):
     def measure(self, model: nn.Module, batch: Batch, state: Cache | None) -> tuple[float, int, Cache]:
         tokens_BT, targets_BT = batch.inputs
         with self.engine.autocast():
-            logits_BTV, cache = model.read(tokens_BT, state)
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+            losses, cache = model.read(tokens_BT, state, targets_BT)
         return losses.double().sum().item(), losses.numel(), cache
 
     @property

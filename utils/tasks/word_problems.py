@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from utils.data.equations import solves, tokens
 from utils.data.rows import Examples, Problem
 from utils.engine import Engine
+from utils.errors import UserError
 from utils.flags.fields import FinetuneFlags
 from utils.flags.models import MODELS
 from utils.models.heads import IGNORED, Continuation, Decoder
@@ -117,4 +118,6 @@ class DecodedEquations(WordProblems):
 def word_problems(flags: FinetuneFlags, examples: Examples, engine: Engine, encoder: RowEncoder) -> WordProblems:
     """The task for a causal model, which continues the text, or for an encoder, which gets a decoder."""
     kind = ContinuedEquations if MODELS[flags.model].causal else DecodedEquations
+    if kind is ContinuedEquations and encoder.vocabulary:
+        raise UserError(f"--task {flags.task}: {flags.checkpoint} writes words, and equations are written in bytes; give a model of bytes")
     return kind(flags, examples, engine, encoder)

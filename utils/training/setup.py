@@ -17,16 +17,10 @@ from utils.training.pruning import Pruning
 from utils.training.run import Run
 from utils.training.teacher import SelfTeacher, Teacher
 
-PRETRAINING = {  # by the units that a model reads
-    "bytes": "utils.tasks.language_modelling:LanguageModelling",
-    "pieces": "utils.tasks.masked:MaskedLanguageModelling",
-    "tokens": "utils.tasks.causal:CausalLanguageModelling",
-}
-
 
 def pretraining_task(flags: Flags, corpus: Corpus, engine: Engine) -> Task:
     """UserError for a corpus the model cannot read, or one that is too short."""
-    return load(PRETRAINING, "unit", MODELS[flags.model].reads)(flags, corpus, engine)
+    return load({flags.model: MODELS[flags.model].pretraining}, "model", flags.model)(flags, corpus, engine)
 
 
 def finetuning_task(flags: FinetuneFlags, examples: Examples, engine: Engine, source: Source) -> LabelledTask:
