@@ -14,20 +14,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
 
 import argparse
-import codecs
-import gzip
 import hashlib
-import lzma
 import os
-import re
-import struct
 import sys
-import sysconfig
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from itertools import chain, islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,239 +28,145 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))
 
-from data.dataset import Parser, TextDataset, count, describe_files, display_path, read_chunks
+from data.dataset import Parser, TextDataset, count, describe_files, read_chunks
+from data.reading import (
+    PACKED,
+    PYSTDLIB_BYTES,
+    digest_of,
+    pieces_of,
+    published_file,
+    read_archive,
+    read_sources,
+    stdlib_chunks,
+    stdlib_label,
+    tokens_of,
+)
 from utils.data.corpus import UNITS, Corpus, split_file
-from utils.data.download import Unavailable, download, log
-from utils.data.meta import CHUNK, SPLITS
-from utils.data.sources import PYSTDLIB, TEXTS, Text
+from utils.data.download import Unavailable, log
+from utils.data.meta import SPLITS, TOKENIZER
+from utils.data.sources import PYSTDLIB, TEXTS, Archive
 from utils.data.tokens import load_tokens
+from utils.data.vocabulary import KINDS, PAIRS, SPACES, Learned, save
 from utils.documents import content_of, naming, replace, require_space
 from utils.errors import UserError, run_main
 
-PYSTDLIB_BYTES = 8_000_000  # less than the library of any supported Python, so that every version gives the same size
-PYSTDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-PYSTDLIB_LOCAL = re.compile(r"_sysconfigdata|config-|sitecustomize|usercustomize")  # files of this machine, not of the library
 LEAST_BYTES = 1_000
 HELD_OUT = 20  # unless --held_out says otherwise, one byte in 20 is for validation, and as many for the test
-PACKED = (".xz", ".gz", ".zip")
-# the last three: an encrypted or otherwise unusual zip, and nonsense in the fields of a damaged one
-READ_ERRORS = (
-    EOFError,
-    lzma.LZMAError,
-    gzip.BadGzipFile,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    RuntimeError,
-    ValueError,
-    LookupError,
-)
-RATIO, SMALL = 250, 1 << 30  # a text of more than SMALL bytes that is RATIO times smaller when it is packed is none
-PIECE, PIECES = 1 << 16, 64  # characters that are cut into tokens at once, and how many such pieces side by side
-PACKING = 1 << 20  # bytes that a packed file may be larger than its content
-
-
-# sources
-
-
-def read_source(path: Path, suffix: str, most: int | None = None) -> Iterator[bytes]:
-    """Yield the text in `path`, unpacked where `suffix` is in PACKED. Raises UserError for a truncated or damaged file, and for one that
-    unpacks to more than `most` bytes, by default to more than a text can.
-    """
-    size = path.stat().st_size
-    described, count, most = f"{path} ({size:,} bytes)", 0, max(SMALL, RATIO * size) if most is None else most
-    try:
-        with naming(path), ExitStack() as stack:
-            if suffix == ".zip":
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                members = [member for member in archive.infolist() if not member.is_dir()]
-                if len(members) != 1:
-                    raise UserError(f"{described} holds {len(members)} files: give a .zip with exactly one")
-                file = stack.enter_context(archive.open(members[0]))
-            else:
-                file = stack.enter_context({".xz": lzma.open, ".gz": gzip.open}.get(suffix, open)(path, "rb"))
-            while chunk := file.read(CHUNK):
-                count += len(chunk)
-                if suffix in PACKED and count > most:
-                    raise UserError(f"{described} unpacks to more than {most:,} bytes: give a file with the text alone")
-                yield chunk
-    except READ_ERRORS as error:
-        raise UserError(f"{described} is not a complete {suffix} file ({error}): get the file again") from None
-
-
-def read_sources(paths: list[Path], published: Text | None = None) -> Iterator[bytes]:
-    most = published.bytes + 1 if published else None  # a byte more, so that the refusal is that of another text
-    return chain.from_iterable(read_source(path, path.suffix, most) for path in paths)
-
-
-def stdlib_files(root: Path) -> list[Path]:
-    """Return the .py files of the standard library in the order of the sha256 of their relative paths.
-
-    Ordered by name, whole packages would fall into one split (all of xml into test). In hash order the three splits are alike, and
-    the order is the same on every machine.
-    """
-    found = {}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not PYSTDLIB_SKIP & set(relative.parts) and not PYSTDLIB_LOCAL.match(relative.parts[0]):
-            found[hashlib.sha256(relative.as_posix().encode()).digest()] = path
-    return [found[key] for key in sorted(found)]
-
-
-def stdlib_chunks() -> Iterator[bytes]:
-    left = PYSTDLIB_BYTES
-    for path in stdlib_files(Path(sysconfig.get_path("stdlib"))):
-        content = path.read_bytes()[:left]
-        yield content
-        left -= len(content)
-        if not left:
-            return
-
-
-def stdlib_label() -> str:
-    return f"Python {sys.version.split()[0]} standard library"
-
-
-def digest_of(chunks: Iterable[bytes], algorithm: str) -> tuple[int, str]:
-    """Return the total size of `chunks` in bytes and their hash in hex."""
-    size, digest = 0, hashlib.new(algorithm, usedforsecurity=False)
-    for chunk in chunks:
-        size += len(chunk)
-        digest.update(chunk)
-    return size, digest.hexdigest()
-
-
-def published_file(name: str) -> Path:
-    """Return the packed or plain file of a published text in the data folder, downloaded where there is none. Raises Unavailable."""
-    text = TEXTS[name]
-    suffix = Path(text.url).suffix
-    target = DATA_DIR / f"{name}{suffix}"
-
-    def check(path: Path) -> None:
-        algorithm, _, expected = (text.archive_digest or text.digest).partition(":")
-        size, found = digest_of(read_chunks(path) if text.archive_digest else read_source(path, suffix, text.bytes), algorithm)
-        if found != expected:
-            raise UserError(f"{size:,} bytes with {algorithm} {found}, not {expected}")
-
-    for path in (target, DATA_DIR / name / target.name, DATA_DIR / name / name, DATA_DIR / name):
-        if path.is_file():
-            return path
-    require_space(DATA_DIR, text.bytes)
-    remedy = f"put the file at {display_path(target)} by hand, or use --fallback {PYSTDLIB} to prepare Python's own source instead"
-    download(text.url, target, check, remedy, text.bytes + PACKING)
-    return target
-
-
-# tokens
-
-
-def pieces_of(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Yield a text in pieces, each of about PIECE characters and cut before a newline or else a space, where hardly any token goes on."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    for chunk in chain(chunks, [b""]):
-        rest += decoder.decode(chunk, final=not chunk)
-        place = 0
-        while len(rest) - place > PIECE:
-            at = next((at for space in "\n " if (at := rest.rfind(space, place + 1, place + PIECE)) > 0), place)
-            while at > place and rest[at - 1].isspace():  # the first of several
-                at -= 1
-            end = at if at > place else place + PIECE
-            yield rest[place:end]
-            place = end
-        rest = rest[place:]
-    if rest:
-        yield rest
-
-
-def tokens_of(chunks: Iterable[bytes], tokenizer) -> Iterator[list[int]]:
-    """Yield the tokens of a text in UTF-8 in order, without special tokens; a wrong byte is read as U+FFFD."""
-    pieces = pieces_of(chunks)
-    while batch := list(islice(pieces, PIECES)):
-        for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield encoded.ids
+WHOLE = "whole"  # a text that is not given by its splits
 
 
 # the dataset
 
 
-class ByteText(TextDataset):
-    """The bytes of --source, of a published text, or of the standard library."""
+class PlainText(TextDataset):
+    """The bytes or tokens of --source, of a published text, or of the standard library."""
 
     unit = "bytes"
-    tokenizer = tokens = None
+    tokenizer = tokens = learned = None
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args, DATA_DIR)
-        if args.tokenizer is not None:
-            self.unit = "tokens"
-            self.tokenizer, tokens = load_tokens(args.tokenizer)
-            self.tokens = msgspec.structs.asdict(tokens)
         self.published = TEXTS.get(self.name)
         if self.published:
             self.inputs = frozenset({self.name, f"{self.name}{Path(self.published.url).suffix}"})
+        if args.tokenizer is not None:
+            self.tokenizer, tokens = load_tokens(args.tokenizer)
+            self.tokens = msgspec.structs.asdict(tokens)
+        elif kind := args.vocabulary or (SPACES if isinstance(self.published, Archive) else None):
+            self.learned = Learned(kind, args.min_frequency or 1, args.vocabulary_size, args.lower_case)
+        if self.tokenizer or self.learned:
+            self.unit = "tokens"
 
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"official_text": self.args.official_text, "held_out": self.args.held_out}
-        found |= {"tokens": self.tokens} if self.tokenizer else {}
+        found |= {"tokens": self.tokens} if self.tokenizer else {"learned": self.learned and self.learned._asdict()}
         if self.name == PYSTDLIB:
             found["source"] = stdlib_label()
         elif self.args.sources and not self.published:  # a published text is the same from any source
-            found["source"] = describe_files(self.args.sources)
+            found["source"] = describe_files(self.files)
         return found
 
+    @property
+    def files(self) -> list[Path]:
+        """The files given, in the order of the text."""
+        return [*self.args.sources, *filter(None, (self.args.valid, self.args.test))]
+
     def other_sources(self, corpus: Corpus) -> str | None:
-        sources, recorded = self.args.sources, corpus.meta.get("text", {}).get("sha256")
-        if sources and not self.published and digest_of(read_sources(sources), "sha256")[1] != recorded:
-            return describe_files(sources)
+        recorded = corpus.meta.get("text", {}).get("sha256")
+        if self.files and not self.published and digest_of(read_sources(self.files), "sha256")[1] != recorded:
+            return describe_files(self.files)
         return None
 
-    def build(self, folder: Path) -> list[str]:
+    def parts(self) -> tuple[str, int, dict[str, Iterator[bytes]]]:
+        """A description of the sources, their least size in bytes, and their text: WHOLE, or its splits in order."""
         if self.name == PYSTDLIB:
-            source, chunks, least_size = stdlib_label(), stdlib_chunks(), PYSTDLIB_BYTES
-        else:
-            paths = self.args.sources or ([published_file(self.name)] if self.published else [])
-            if not paths:
-                raise UserError(f"{self.name} is not one of {', '.join((*TEXTS, PYSTDLIB))}: give its text with --source FILE")
-            source, chunks, least_size = (
-                describe_files(paths),
-                read_sources(paths, self.published),
-                sum(path.stat().st_size for path in paths),
-            )
-        require_space(folder, 2 * least_size)  # the whole text, then its splits
-        algorithm = self.published.digest.partition(":")[0] if self.published else "sha256"
-        digest, whole = hashlib.new(algorithm, usedforsecurity=False), folder / "whole"
-        with naming(whole), open(whole, "wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                file.write(chunk)
-                require_space(folder, 0)  # the size of a packed text is known only once it is unpacked
-        size = whole.stat().st_size
-        self.check_content(source, size, f"{algorithm}:{digest.hexdigest()}")
-        held_out = size // HELD_OUT if self.args.held_out is None else self.args.held_out
-        if not 0 < 2 * held_out < size:
-            raise UserError(f"--held_out {held_out} leaves no training text, or nothing to test on, of {source} ({size:,} bytes of text)")
-        seen = np.zeros(256, dtype=bool)
+            return stdlib_label(), PYSTDLIB_BYTES, {WHOLE: stdlib_chunks()}
+        paths = self.files or ([published_file(self.name, DATA_DIR)] if self.published else [])
+        if not paths:
+            raise UserError(f"{self.name} is not one of {', '.join((*TEXTS, PYSTDLIB))}: give its text with --source FILE")
+        described = describe_files(paths), sum(path.stat().st_size for path in paths)
+        if isinstance(self.published, Archive):
+            self.check_archive(paths)
+            return *described, {split: read_archive(paths[0], self.published.members[split]) for split in SPLITS}
+        if self.args.valid:
+            by_split = zip(SPLITS, (self.args.sources, [self.args.valid], [self.args.test]), strict=True)
+            return *described, {split: read_sources(files) for split, files in by_split}
+        return *described, {WHOLE: read_sources(paths, self.published)}
+
+    def build(self, folder: Path) -> list[str]:
+        source, least_size, parts = self.parts()
+        require_space(folder, (2 if WHOLE in parts else 1) * least_size)  # the whole text, then its splits
+        algorithm = self.published.digest.partition(":")[0] if self.published and WHOLE in parts else "sha256"
+        digest, size, seen = hashlib.new(algorithm, usedforsecurity=False), 0, np.zeros(256, dtype=bool)
 
         def edit(chunk: bytes) -> bytes:
             chunk = chunk.translate(None, b"\n") if self.args.official_text else chunk
             seen[np.frombuffer(chunk, dtype=np.uint8)] = True
             return chunk
 
-        splits = self.split(whole, held_out, edit)
+        for part, chunks in parts.items():
+            path = folder / WHOLE if part == WHOLE else split_file(folder, part)
+            with naming(path), open(path, "wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk if part == WHOLE else edit(chunk))
+                    require_space(folder, 0)  # the size of a packed text is known only once it is unpacked
+        self.check_content(source, size, f"{algorithm}:{digest.hexdigest()}")
+        if WHOLE in parts:
+            held_out = size // HELD_OUT if self.args.held_out is None else self.args.held_out
+            if not 0 < 2 * held_out < size:
+                raise UserError(
+                    f"--held_out {held_out} leaves no training text, or nothing to test on, of {source} ({size:,} bytes of text)"
+                )
+            splits = self.split(folder / WHOLE, held_out, edit)
+        else:
+            splits = {split: content_of(split_file(folder, split)) for split in SPLITS}
         if empty := [split for split, entry in splits.items() if not entry["bytes"]]:
-            raise UserError(f"nothing of {empty[0]} is left without its newlines: leave out --official_text")
-        if self.tokenizer:
-            splits, text_bytes = self.tokenized(folder), {split: entry["bytes"] for split, entry in splits.items()}
+            remedy = "leave out --official_text" if self.args.official_text else "give a text"
+            raise UserError(f"nothing of {empty[0]} is left: {remedy}")
         meta = {
             "title": self.args.title or self.default_title(size),
             "source": source,
             "text": {"bytes": size, algorithm: digest.hexdigest()},
             "official_text": self.args.official_text,
             **({} if self.args.held_out is None else {"held_out": self.args.held_out}),
-            "splits": splits,
-            **({"tokens": self.tokens, "text_bytes": text_bytes} if self.tokenizer else {"symbols": int(seen.sum())}),
         }
-        return self.write_meta(folder, meta)
+        if self.unit == "bytes":
+            return self.write_meta(folder, meta | {"splits": splits, "symbols": int(seen.sum())})
+        text_bytes = {split: entry["bytes"] for split, entry in splits.items()}
+        if self.learned:
+            meta |= self.learn(folder)
+        return self.write_meta(folder, meta | {"splits": self.tokenized(folder), "tokens": self.tokens, "text_bytes": text_bytes})
+
+    def learn(self, folder: Path) -> dict[str, Any]:
+        """Learn the tokenizer from the training text, save it in the folder, and return its entries of meta.json."""
+        tokenizer = self.learned.tokenizer(pieces_of(read_chunks(split_file(folder, "train"))))
+        files = save(tokenizer, folder)
+        self.tokenizer, tokens = load_tokens(folder / TOKENIZER)
+        self.tokens = msgspec.structs.asdict(tokens) | {"name": self.name}
+        log(f"vocabulary: {tokens.size:,} tokens")
+        return {"learned": self.learned._asdict(), "files": {name: content_of(path) for name, path in files.items()}}
 
     def tokenized(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Replace the bytes of each split by their tokens, and return the entries of meta.json."""
@@ -283,11 +179,23 @@ class ByteText(TextDataset):
             log(f"{split}: {entries[split]['bytes'] // UNITS['tokens'].dtype.itemsize:,} tokens")
         return entries
 
+    def check_archive(self, paths: list[Path]) -> None:
+        """Refuse anything but the published archive."""
+        if len(paths) > 1:
+            raise UserError(f"{self.name} is one archive: give a single --source")
+        algorithm, _, expected = self.published.archive_digest.partition(":")
+        size, found = digest_of(read_chunks(paths[0]), algorithm)
+        if found != expected:
+            raise UserError(
+                f"{paths[0]} has {size:,} bytes with {algorithm} {found}, and {self.name} is published with {expected}: get the file "
+                "again, or choose another name for another text"
+            )
+
     def check_content(self, source: str, size: int, digest: str) -> None:
         """Refuse a text that is too short or that has the name of a published text and other content."""
-        if not self.published:
-            if size < LEAST_BYTES:
-                raise UserError(f"{source} has {size:,} bytes of text: give at least {LEAST_BYTES:,}")
+        if size < LEAST_BYTES:
+            raise UserError(f"{source} has {size:,} bytes of text: give at least {LEAST_BYTES:,}")
+        if not self.published or isinstance(self.published, Archive):
             return
         file = self.args.sources[0] if self.args.sources else "FILE"
         remedy = f"for a different text choose another name, `python data/prepare.py some_other_name --source {file}`"
@@ -319,6 +227,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--source", dest="sources", metavar="FILE", type=Path, action="append", default=[], help=source_help)
     tokenizer_help = "folder of a model of the transformers library: cut the text into its tokens, by its tokenizer.json"
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer_help)
+    learned_help = (
+        "make the text's tokens: its words between spaces, or with punctuation apart, or byte pairs, learned from the training text"
+    )
+    parser.add_argument("--vocabulary", choices=KINDS, help=learned_help)
+    parser.add_argument("--vocabulary_size", type=count, metavar="N", help="tokens at most (default: all words, 8192 byte pairs)")
+    parser.add_argument("--min_frequency", type=count, metavar="N", help="occurrences that a word needs, others are <unk> (default: 1)")
+    parser.add_argument("--lower_case", action="store_true", help="with --vocabulary: read capitals as small letters")
+    parser.add_argument("--valid", type=Path, metavar="FILE", help="validation text, where --source is the training text; needs --test")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="test text; needs --valid")
     parser.add_argument("--title", help="name of the text in tables (default: from its name and size)")
     parser.add_argument("--official_text", action="store_true", help="drop newlines, as the official code does")
     held_out_help = "bytes for validation, and as many for the test (default: a twentieth of the text each)"
@@ -335,22 +252,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in TEXTS:
         if args.title is not None and args.title.strip().lower() == name != args.name:
             raise UserError(f"--title {args.title!r} is reserved for the verified text of that name: choose another title")
-    for path in args.sources:
+    _check_vocabulary(args)
+    if bool(args.valid) != bool(args.test) or (args.valid and (args.held_out is not None or not args.sources or args.name in TEXTS)):
+        raise UserError("--valid and --test go together, with --source, for a text that is not published, and without --held_out")
+    for path in [*args.sources, *filter(None, (args.valid, args.test))]:
         if not path.is_file():
             raise UserError(f"--source {path} is not a file: give a plain, .xz, .gz or .zip file")
     return args
+
+
+def _check_vocabulary(args: argparse.Namespace) -> None:
+    """Refuse options of a vocabulary that have no effect or contradict each other."""
+    words = isinstance(TEXTS.get(args.name), Archive)
+    if args.tokenizer is not None and args.vocabulary is not None:
+        raise UserError("--tokenizer gives a vocabulary and --vocabulary learns one: leave one out")
+    if args.vocabulary is None and not (words and args.tokenizer is None):
+        for name in ("vocabulary_size", "min_frequency", "lower_case"):
+            if getattr(args, name):
+                raise UserError(f"--{name} needs --vocabulary: say what is learned, {', '.join(KINDS)}")
+    if args.vocabulary == PAIRS and args.min_frequency:
+        raise UserError(f"--min_frequency has no effect with --vocabulary {PAIRS}: leave it out")
+    if args.vocabulary_size is not None and args.vocabulary_size < (least := 257 if args.vocabulary == PAIRS else 3):
+        raise UserError(f"--vocabulary_size {args.vocabulary_size} is too small: give at least {least}")
+    if args.official_text and (args.vocabulary or words):
+        raise UserError("--official_text drops the newlines, which end a sentence of words: leave it out")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command: see the module's docstring."""
     args = parse(argv)
     try:
-        folder = ByteText(args).prepare()
+        folder = PlainText(args).prepare()
     except Unavailable as error:
         if not args.fallback:
             raise
         log(f"{error.fault}: preparing {PYSTDLIB} instead")
-        folder = ByteText(argparse.Namespace(**vars(args) | {"name": PYSTDLIB, "out": None, "title": None})).prepare()
+        folder = PlainText(argparse.Namespace(**vars(args) | {"name": PYSTDLIB, "out": None, "title": None})).prepare()
     print(folder)
     return 0
 

@@ -15,7 +15,7 @@ import smoe_dropout as sd
 from benchmarks import slimmable_trials
 from benchmarks.slimmable import SlimmableFlags
 from benchmarks.slimmable_table import load
-from data import prepare
+from data import prepare, reading
 from smoe_dropout.adapters import merged
 from tests import tiny
 from tests.harness.test_finetune import made, refusal
@@ -112,7 +112,7 @@ def loaded(folder: Path, kind: type = AutoModelForCausalLM) -> torch.nn.Module:
 
 def test_a_text_is_stored_as_the_tokens_of_the_whole(world, tmp_path, monkeypatch):
     """Wherever it is cut into pieces, and whatever length the tokenizer would truncate to."""
-    monkeypatch.setattr(prepare, "PIECE", 40)
+    monkeypatch.setattr(reading, "PIECE", 40)
     prepare.main(["words", "--source", str(world["text"]), "--tokenizer", str(world["llama"]), "--out", str(tmp_path / "data")])
     corpus, tokenizer = Corpus.open(tmp_path / "data", ("tokens",)), load_tokens(world["llama"])[0]
     assert corpus.fingerprint == Corpus.open(world["data"]).fingerprint and corpus.vocabulary.first is None

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import prepare
+from data import prepare, reading
 from tests.conftest import ROOT
 from utils.data import download, sources
 from utils.data.corpus import Corpus
@@ -136,7 +136,7 @@ def test_damaged_and_short_sources_are_refused(refused, data_dir, tmp_path, name
 def test_unusable_command_lines_are_refused(refused, source, tmp_path):
     (tmp_path / "lines").write_bytes(b"\n" * 2_000)
     for argv, message in (
-        (["mine"], "mine is not one of enwik8, text8, pystdlib: give its text with --source FILE"),
+        (["mine"], "mine is not one of enwik8, text8, wikitext-2, wikitext-103, lm1b, pystdlib: give its text with --source FILE"),
         (["pystdlib", "--source", source], "leave out --source"),
         (["mine", "--source", source, "--title", "enwik8"], "--title 'enwik8' is reserved for the verified text of that name"),
         (["mine", "--source", source, "--title", " Enwik8 "], "--title ' Enwik8 ' is reserved"),
@@ -178,7 +178,7 @@ def test_verify_finds_changed_content_of_the_same_size(run, refused, source):
 
 
 def test_pystdlib(run, monkeypatch):
-    monkeypatch.setattr(prepare, "PYSTDLIB_BYTES", 800_000)
+    monkeypatch.setattr(reading, "PYSTDLIB_BYTES", 800_000)
     folder, _ = run(prepare, "pystdlib")
     meta, version = Corpus.open(folder).meta, f"{sys.version_info.major}.{sys.version_info.minor}"
     assert meta["title"] == f"Python {version} standard library source, 0.8 MB" and meta["source"].startswith(f"Python {version}.")
@@ -187,8 +187,8 @@ def test_pystdlib(run, monkeypatch):
 
 
 def test_the_standard_library_is_long_enough():
-    paths = prepare.stdlib_files(Path(sysconfig.get_path("stdlib")))
-    assert sum(path.stat().st_size for path in paths) > prepare.PYSTDLIB_BYTES == 8_000_000
+    paths = reading.stdlib_files(Path(sysconfig.get_path("stdlib")))
+    assert sum(path.stat().st_size for path in paths) > reading.PYSTDLIB_BYTES == 8_000_000
 
 
 def test_pystdlib_takes_library_files_only_in_hash_order(tmp_path):
@@ -197,7 +197,7 @@ def test_pystdlib_takes_library_files_only_in_hash_order(tmp_path):
     for name in wanted + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    found = [path.relative_to(tmp_path).as_posix() for path in prepare.stdlib_files(tmp_path)]
+    found = [path.relative_to(tmp_path).as_posix() for path in reading.stdlib_files(tmp_path)]
     assert found == sorted(wanted, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
@@ -226,7 +226,7 @@ def test_a_published_text_from_a_source_is_verified(run, refused, tmp_path, suff
 
 
 def test_enwik8_is_the_published_text(tmp_path):
-    assert sources.TEXTS["text8"].digest.startswith("md5:") and {text.bytes for text in sources.TEXTS.values()} == {100_000_000}
+    assert sources.TEXTS["text8"].digest.startswith("md5:") and {sources.TEXTS[name].bytes for name in ("enwik8", "text8")} == {100_000_000}
     places = [ROOT / "data" / name for name in ("enwik8.zip", "enwik8/enwik8.zip", "enwik8/enwik8")]
     found = [path for path in places if path.is_file()]
     if not found:
@@ -383,7 +383,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
 def test_a_server_that_cannot_be_trusted(run, data_dir, enwik8, answer, fault, monkeypatch):
     monkeypatch.setattr(download, "PATIENCE", 0.1)
     monkeypatch.setattr(download, "DOWNLOAD_ATTEMPTS", 1)
-    monkeypatch.setattr(prepare, "PACKING", 1_048_576)
+    monkeypatch.setattr(reading, "PACKING", 1_048_576)
     enwik8.files["/enwik8.zip"] = answer
     with pytest.raises(UserError) as error:
         run(prepare, "enwik8")
@@ -393,8 +393,8 @@ def test_a_server_that_cannot_be_trusted(run, data_dir, enwik8, answer, fault, m
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zip", zipped)])
 def test_a_file_that_unpacks_to_more_than_a_text_can_is_refused(refused, tmp_path, suffix, pack, monkeypatch):
-    monkeypatch.setattr(prepare, "SMALL", 1 << 20)
-    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
+    monkeypatch.setattr(reading, "SMALL", 1 << 20)
+    monkeypatch.setattr(reading, "CHUNK", 1 << 16)
     (tmp_path / f"bomb{suffix}").write_bytes(pack(bytes(5 << 20)))
     line = refused(prepare, "mine", "--source", tmp_path / f"bomb{suffix}")
     assert " unpacks to more than 1," in line and line.endswith(" bytes: give a file with the text alone")
@@ -414,7 +414,7 @@ def small_stdlib(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "abc.py").write_bytes(TEXT)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
-    monkeypatch.setattr(prepare, "PYSTDLIB_BYTES", 10_000)
+    monkeypatch.setattr(reading, "PYSTDLIB_BYTES", 10_000)
 
 
 @pytest.mark.parametrize("url", ["/absent.zip", None])

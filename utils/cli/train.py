@@ -12,6 +12,7 @@ from typing import Any
 from utils.checkpoints.origin import Source, open_run, open_source
 from utils.cli.arguments import Arguments
 from utils.cli.pipeline import CHECKPOINT_FLAGS, Program, contradictions, dataset_of, decide, inherited, lost_width
+from utils.data.attack import attack_of
 from utils.data.corpus import Corpus
 from utils.data.lanes import Lanes
 from utils.errors import UserError, exit_on_user_error
@@ -27,7 +28,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Flags, Source | None]:
 
 
 def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
-    """Raises UserError if a text of bytes is too short for the batches, or a batch too large for memory."""
+    """Raises UserError if a text is too short for the batches, a batch too large for memory, or a text cannot be attacked as asked."""
+    attack_of(flags, corpus.vocabulary, corpus.path)
     if "bytes" in MODELS[flags.model].reads:
         Lanes(corpus.train, flags.batch_size, flags.tgt_len)
         for held_out in (corpus.valid, corpus.test):

@@ -27,15 +27,19 @@ class Lanes:
         device: str | torch.device = "cpu",
         lanes: range | None = None,
         option: str = "--batch_size",
+        read: np.ndarray | None = None,
     ) -> None:
         """`data`: symbols, integers [N]. `batch_size`: lanes of all ranks together. `lanes`: those of this rank, default all; none of them,
         as in evaluation, gives tensors [0, L]. Raises UserError where `data` is too short for `batch_size` lanes of 2 symbols.
+        `read`: the tokens, where they are not those of `data`, whose targets they have.
         """
         n_step, lanes = len(data) // batch_size, range(batch_size) if lanes is None else lanes
         if n_step < 2:
             remedy = f"use {option} {len(data) // 2} or smaller" if len(data) >= 2 else "use a longer text"
             raise UserError(f"a split of {len(data):,} symbols is too short for {option} {batch_size} lanes of 2 symbols or more: {remedy}")
-        self._lanes, self._device = data[: n_step * batch_size].reshape(batch_size, n_step)[lanes.start : lanes.stop], device
+        both = (whole[: n_step * batch_size].reshape(batch_size, n_step) for whole in (data if read is None else read, data))
+        self._read, self._lanes = (whole[lanes.start : lanes.stop] for whole in both)
+        self._device = device
         self._starts = range(0, n_step - 1, tgt_len)
 
     def __len__(self) -> int:
@@ -49,10 +53,10 @@ class Lanes:
         start = self._starts[index]
         stop = min(start + self._starts.step, self._lanes.shape[1] - 1)
 
-        def tensor(offset: int) -> torch.Tensor:  # a contiguous int64 copy, shared with torch
-            return torch.from_numpy(self._lanes[:, start + offset : stop + offset].astype(np.int64, order="C")).to(self._device)
+        def tensor(lanes: np.ndarray, offset: int) -> torch.Tensor:  # a contiguous int64 copy, shared with torch
+            return torch.from_numpy(lanes[:, start + offset : stop + offset].astype(np.int64, order="C")).to(self._device)
 
-        return tensor(0), tensor(1)
+        return tensor(self._read, 0), tensor(self._lanes, 1)
 
 
 def rank_lanes(batch_size: int, rank: int, world_size: int, training: bool = True) -> range:

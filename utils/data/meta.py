@@ -70,7 +70,7 @@ class Splits(TypedDict):
 
 class TextMeta(msgspec.Struct):
     """The content of meta.json. files: those of the tokenizer, by their path in the folder; texts of older versions do not record them.
-    text_bytes: of the splits of a text of tokens, in UTF-8.
+    text_bytes: of the splits of a text of tokens, in UTF-8. learned: how their vocabulary was made from the training text.
     """
 
     schema: Version
@@ -86,6 +86,7 @@ class TextMeta(msgspec.Struct):
     column: str | UnsetType = UNSET
     vocabulary: Vocabulary | UnsetType = UNSET
     tokens: Tokens | UnsetType = UNSET
+    learned: dict[str, str | int | bool | None] | UnsetType = UNSET
     text_bytes: dict[str, Count] | UnsetType = UNSET
     files: dict[str, Content] | UnsetType = UNSET
 

@@ -17,6 +17,15 @@ class Text(NamedTuple):
     archive_digest: str | None = None
 
 
+class Archive(NamedTuple):
+    """A text whose splits are files of an archive of `bytes`: patterns of their names, by split. Its words are its symbols."""
+
+    url: str  # a .zip or .tar.gz
+    bytes: int
+    archive_digest: str
+    members: dict[str, str]
+
+
 class Files(NamedTuple):
     """The files of a task below `url`, each with its sha256."""
 
@@ -46,7 +55,15 @@ def csqa_line(row: dict[str, Any]) -> str:
     return json.dumps({"answerKey": row["answerKey"], "id": row["id"], "question": question})
 
 
-TEXTS = {  # for data/prepare.py
+def _wikitext(size: str, bytes: int, sha256: str) -> Archive:
+    """WikiText of Merity et al. (2016), already cut into words, rare ones replaced by <unk>."""
+    members = {split: rf"wikitext-{size}/wiki\.{split}\.tokens" for split in ("train", "valid", "test")}
+    return Archive(f"https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-{size}-v1.zip", bytes, f"sha256:{sha256}", members)
+
+
+_LM1B = "1-billion-word-language-modeling-benchmark-r13output"
+
+TEXTS: dict[str, Text | Archive] = {  # for data/prepare.py
     "enwik8": Text(
         "https://mattmahoney.net/dc/enwik8.zip",
         100_000_000,
@@ -54,6 +71,18 @@ TEXTS = {  # for data/prepare.py
         "sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
     ),
     "text8": Text("https://mattmahoney.net/dc/text8.zip", 100_000_000, "md5:3bea1919949baf155f99411df5fada7e"),
+    "wikitext-2": _wikitext("2", 4_475_746, "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
+    "wikitext-103": _wikitext("103", 190_229_076, "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"),
+    "lm1b": Archive(  # Chelba et al. (2013); valid and test as in the script of Transformer-XL, where they are one file
+        f"https://www.statmt.org/lm-benchmark/{_LM1B}.tar.gz",
+        1_792_209_805,
+        "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
+        {
+            "train": rf"{_LM1B}/training-monolingual\.tokenized\.shuffled/news\.en-[0-9]+-of-00100",
+            "valid": rf"{_LM1B}/heldout-monolingual\.tokenized\.shuffled/news\.en\.heldout-00001-of-00050",
+            "test": rf"{_LM1B}/heldout-monolingual\.tokenized\.shuffled/news\.en\.heldout-00000-of-00050",
+        },
+    ),
 }
 
 SVAMP = "https://raw.githubusercontent.com/arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/data"

@@ -43,6 +43,7 @@ TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
+SWAP, RANDOM = ATTACKS = ("swap", "random")
 COMPARE, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
@@ -121,6 +122,12 @@ class DataFlags:
     max_eval_steps: int = flag(-1, "batches per validation during training (-1: all)", "run", low=1, special=-1)
     max_test_steps: int = flag(
         -1, "batches of the final test (-1: all); the record says how much was read", "run evaluation", low=1, special=-1
+    )
+    attack: str | None = flag(
+        None, "also test on corrupted input: words swapped for <unk>, or random symbols", "run evaluation", choices=ATTACKS, since=None
+    )
+    attack_rate: float = flag(
+        0.025, "share of the symbols that are replaced", "run evaluation", above=0, high=1, needs="attack", since=0.025
     )
 
 

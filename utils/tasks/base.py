@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from utils.data.attack import attack_of
 from utils.errors import UserError
 from utils.models.registry import Shape
 
 if TYPE_CHECKING:
     from utils.data.corpus import Corpus
+    from utils.data.meta import Tokens, Vocabulary
     from utils.data.rows import Examples
     from utils.engine import Engine
     from utils.flags.fields import Flags
@@ -71,15 +73,16 @@ class Task(ABC):
     """Training and evaluation data of one process of a run.
 
     splits: those of the final test; the first is also used for validation, the last is shown in tables. selects_best: the best weights on
-    validation are tested, not the last ones. vocabulary: of the word pieces, or None for bytes.
+    validation are tested, not the last ones. vocabulary: of word pieces or tokens, or None for bytes. attack: of the final test, if any.
     """
 
     metric: Metric
     splits: tuple[str, ...] = ("valid", "test")
     selects_best = True
 
-    def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine):
-        self.flags, self.corpus, self.engine, self.vocabulary = flags, corpus, engine, corpus.vocabulary
+    def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine, vocabulary: Vocabulary | Tokens | None = None):
+        self.flags, self.corpus, self.engine, self.vocabulary = flags, corpus, engine, vocabulary or corpus.vocabulary
+        self.attack = attack_of(flags, self.vocabulary, corpus.path)
         self._step = 0
 
     @abstractmethod
@@ -106,8 +109,8 @@ class Task(ABC):
         self._step = state["step"]
 
     @abstractmethod
-    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
-        """One pass over a split in order: this process's rows, or all rows with `everything`."""
+    def held_out(self, split: str, everything: bool = False, attacked: bool = False) -> Iterator[Batch]:
+        """One pass over a split in order: this process's rows, or all rows with `everything`; with `attacked` the input is corrupted."""
 
     @property
     @abstractmethod

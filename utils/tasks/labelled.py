@@ -37,8 +37,8 @@ class LabelledTask(Task):
     sequences = 1
 
     def __init__(self, flags: FinetuneFlags, examples: Examples, engine: Engine, encoder: RowEncoder):
-        super().__init__(flags, examples, engine)
-        self.encoder, self.vocabulary, self.splits = encoder, encoder.vocabulary, (examples.split,)
+        super().__init__(flags, examples, engine, encoder.vocabulary)
+        self.encoder, self.splits = encoder, (examples.split,)
         self._rows = {"train": self.read(examples.train), examples.split: self.read(examples.held_out)}
         self._lengths = {split: np.array([self.length(row) for row in rows]) for split, rows in self._rows.items()}
         self._own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
@@ -72,9 +72,18 @@ class LabelledTask(Task):
         """Tokens [N, T] of a batch, and their lengths without padding [N]."""
         return batch.inputs[0], torch.tensor([self.length(row) for row in batch.rows], device=self.engine.device)
 
-    def _batch(self, split: str, indices: np.ndarray, own: range) -> Batch:
+    def _attacked(self, index: int, row: tuple) -> tuple:
+        """A row with its sequences, which come first, corrupted."""
+        tokens, *others = row
+        if isinstance(tokens, list):
+            return [self.attack(one, index) for one in tokens], *others
+        return self.attack(tokens, index), *others
+
+    def _batch(self, split: str, indices: np.ndarray, own: range, attacked: bool = False) -> Batch:
         """The rows `own` of a batch, padded to its longest row of all processes, so that counts do not depend on their number."""
         rows = [self._rows[split][index] for index in indices[own.start : own.stop]]
+        if attacked:
+            rows = [self._attacked(int(index), row) for index, row in zip(indices[own.start : own.stop], rows, strict=True)]
         inputs = self.collate(rows, int(self._lengths[split][indices].max()))
         shape = Shape(len(indices), inputs[0].numel() // len(rows), targets=1, sequences=self.sequences)
         return Batch(tuple(tensor.to(self.engine.device) for tensor in inputs), shape, rows=rows)
@@ -99,7 +108,7 @@ class LabelledTask(Task):
         usual = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[: self.flags.batch_size]
         return self._batch("train", usual, self._own)
 
-    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
+    def held_out(self, split: str, everything: bool = False, attacked: bool = False) -> Iterator[Batch]:
         """All rows, the shortest first."""
         engine, size = self.engine, self.flags.eval_batch_size
         order = np.argsort(self._lengths[split], kind="stable")
@@ -107,7 +116,7 @@ class LabelledTask(Task):
             some = order[start : start + size]
             own = range(len(some)) if everything else rank_lanes(len(some), engine.rank, engine.world_size, training=False)
             if len(own):
-                yield self._batch(split, some, own)
+                yield self._batch(split, some, own, attacked)
 
     @property
     def evaluation_shape(self) -> Shape:

@@ -28,9 +28,10 @@ class LanguageModelling(Task):
         for split in ("valid", "test"):
             self._lanes(split, range(flags.eval_batch_size))  # a text that is too short fails now, not after training
 
-    def _lanes(self, split: str, lanes: range) -> Lanes:
-        flags = self.flags
-        return Lanes(getattr(self.corpus, split), flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes, "--eval_batch_size")
+    def _lanes(self, split: str, lanes: range, attacked: bool = False) -> Lanes:
+        flags, text = self.flags, getattr(self.corpus, split)
+        how = (flags.eval_batch_size, flags.eval_tgt_len, self.engine.device, lanes, "--eval_batch_size")
+        return Lanes(text, *how, self.attack(text) if attacked else None)
 
     @staticmethod
     def _batch(lanes: Lanes, index: int, rows: int) -> Batch:
@@ -40,11 +41,11 @@ class LanguageModelling(Task):
     def training_batch(self, step: int) -> Batch:
         return self._batch(self._training, step % len(self._training), self.flags.batch_size)
 
-    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
+    def held_out(self, split: str, everything: bool = False, attacked: bool = False) -> Iterator[Batch]:
         rows = self.flags.eval_batch_size
         own = range(rows) if everything else rank_lanes(rows, self.engine.rank, self.engine.world_size, training=False)
         if len(own):
-            lanes = self._lanes(split, own)
+            lanes = self._lanes(split, own, attacked)
             yield from (self._batch(lanes, index, rows) for index in range(len(lanes)))
 
     def measure(self, model: nn.Module, batch: Batch, state: Cache | None) -> tuple[float, int, Cache]:

@@ -35,8 +35,11 @@ class SequenceTask(Task):
                 )
 
     @abstractmethod
-    def cut(self, text: np.ndarray) -> Any:
-        """The sequences of a split: `count`, `targets` of each, and `batch(indices, key, device)`, whose key seeds what is drawn."""
+    def cut(self, text: np.ndarray, read: np.ndarray | None = None) -> Any:
+        """The sequences of a split: `count`, `targets` of each, and `batch(indices, key, device)`, whose key seeds what is drawn.
+
+        read: the input, where it is not the text, which the targets are from.
+        """
 
     def _shape(self, rows: int) -> Shape:
         return Shape(rows, self.flags.tgt_len, targets=self._splits["train"].targets)
@@ -50,8 +53,11 @@ class SequenceTask(Task):
         chosen = self._epoch_order(epoch)[place * size : (place + 1) * size][self._rows.start : self._rows.stop]
         return Batch(sequences.batch(chosen, (self.flags.seed, epoch, MASKS), self.engine.device), self._shape(size))
 
-    def held_out(self, split: str, everything: bool = False) -> Iterator[Batch]:
+    def held_out(self, split: str, everything: bool = False, attacked: bool = False) -> Iterator[Batch]:
         sequences, rows, engine = self._splits[split], self.flags.eval_batch_size, self.engine
+        if attacked:
+            text = getattr(self.corpus, split)
+            sequences = self.cut(text, self.attack(text))
         for start in range(0, sequences.count, rows):
             whole = np.arange(start, min(start + rows, sequences.count))
             own = range(len(whole)) if everything else rank_lanes(len(whole), engine.rank, engine.world_size, training=False)

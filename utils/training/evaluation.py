@@ -21,8 +21,9 @@ def forked_random(device: torch.device):
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1) -> dict[str, float]:
+def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps: int = -1, attacked: bool = False) -> dict[str, float]:
     """Measures the task's metric on a split: its value and further ones, positions read, those with a loss, positions read per second.
+    attacked: corrupts the input.
 
     Methods that draw experts draw the same ones in every evaluation, from the run's seed. k, mode and memory length of the model, and the
     random generators, are restored. Rows are distributed over processes; the mean is over all positions with a loss.
@@ -33,7 +34,7 @@ def evaluate(task: Task, model: nn.Module, split: str, k: int | None, max_steps:
     try:
         with task.evaluation(model), top_k(model, k) if k is not None else nullcontext(), forked_random(engine.device):
             torch.manual_seed(task.flags.seed + engine.rank)
-            for index, batch in enumerate(task.held_out(split)):
+            for index, batch in enumerate(task.held_out(split, attacked=attacked)):
                 if index == max_steps:
                     break
                 value, count, state = task.measure(model, batch, state)
@@ -53,6 +54,8 @@ def evaluate_all(task: Task, model: nn.Module, splits: tuple[str, ...], ks: list
     rows, metric, shape = [], task.metric.name, task.evaluation_shape
     for k in ks:
         measured = {split: evaluate(task, model, split, k, task.flags.max_test_steps) for split in splits}
+        if task.attack:
+            measured[f"{splits[-1]}_attacked"] = evaluate(task, model, splits[-1], k, task.flags.max_test_steps, attacked=True)
         parameters, ffn_parameters = active_parameters(model, k)
         row = {"k": k, **{split: values[metric] for split, values in measured.items()}}
         further = [name for name in measured[splits[-1]] if name not in (metric, "tokens_per_second")]

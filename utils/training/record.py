@@ -53,6 +53,7 @@ def build_result(
             "split": task.splits[-1],
             "training": task.metric.in_training,
         },
+        **({"attack": {"kind": flags.attack, "rate": flags.attack_rate}} if flags.attack else {}),
         **run.provenance(),
         "seed": flags.seed,
         "model": {
