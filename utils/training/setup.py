@@ -30,14 +30,15 @@ def finetuning_task(flags: FinetuneFlags, examples: Examples, engine: Engine, so
 
 
 def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source | None = None) -> Run:
-    """Pre-training from random weights or a checkpoint. UserError for a text of other word pieces than the checkpoint's."""
+    """Pre-training from random weights or a checkpoint. UserError for a text of another vocabulary than the checkpoint's."""
     task, callbacks = pretraining_task(flags, corpus, engine), []
-    known = source.flags.get("vocabulary_sha256") if source else None
-    if known and known != task.vocabulary.sha256:
-        pieces = corpus.unit == "pieces"
-        other = f"{source.path} was trained on other word pieces" if pieces else f"{source.path / TOKENIZER_FILE} makes other tokens"
-        raise UserError(f"{other} than those of {corpus.path}: give a text of its {'pieces' if pieces else 'tokens'} by --data")
-    if source and MODELS[flags.model].from_folder:
+    known, found = source.flags.get("vocabulary_sha256") if source else None, task.vocabulary.sha256 if task.vocabulary else None
+    from_folder = MODELS[flags.model].from_folder
+    if source and found != known and (known or ("preset" in source.flags and not from_folder)):
+        units = {"pieces": "word pieces"}.get(corpus.unit, corpus.unit)
+        other = f"{source.path / TOKENIZER_FILE} makes other" if from_folder else f"{source.path} was trained on other"
+        raise UserError(f"{other} {units} than those of {corpus.path}: give a text of its own vocabulary by --data")
+    if source and from_folder:
         if not known:
             raise UserError(f"{source.path} has no {TOKENIZER_FILE}, by which the text could be compared: save its fast tokenizer there")
         callbacks.append(Export(source))
