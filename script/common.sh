@@ -87,14 +87,14 @@ start() {
   fi
 }
 
-# prepare_text SETTINGS ARGS...: downloads enwik8 or BookCorpus if the resolved flags read it, no other text is named and it is not there
+# prepare_text SETTINGS ARGS...: downloads a published text if the resolved flags read it, no other text is named and it is not there
 prepare_text() {
   local settings=$1 dataset
   shift
   if has data "$@" || has dataset "$@" || [ -e "$(field data <<<"$settings")/meta.json" ]; then return; fi
   dataset=$(field dataset <<<"$settings")
   case $dataset in
-    enwik8) "$PYTHON" data/prepare.py enwik8 >/dev/null ;;
+    enwik8 | text8 | wikitext-2 | wikitext-103) "$PYTHON" data/prepare.py "$dataset" >/dev/null ;;
     bookcorpus-*) "$PYTHON" data/prepare_pieces.py "$dataset" --tokenizer "${dataset#bookcorpus-}" --hub "$BOOKCORPUS" >/dev/null ;;
   esac
 }
@@ -232,6 +232,22 @@ run_rows() {
     echo "some rows failed: fix the cause and rerun the same command, finished rows are kept" >&2
     failed=1
   }
+}
+
+# train_rows FOLDER NAMES ARGS...: trains the rows ROWS (NAMES) of script/FOLDER for SEEDS ("1 2"), then prints and draws Table 1 of them
+train_rows() {
+  local folder=$1 names=$2 seed name
+  shift 2
+  prepare_rows "$@"
+  for seed in ${SEEDS:-1 2}; do
+    for name in ${ROWS:-$names}; do
+      [ -e "script/$folder/$name.sh" ] || fail "ROWS: there is no script/$folder/$name.sh"
+      row "$name-seed$seed" "$runs/$name-seed$seed" bash "script/$folder/$name.sh" "${flags[@]}" --seed "$seed"
+    done
+  done
+  run_rows "$runs/logs"
+  report table1 "$runs"
+  exit "$failed"
 }
 
 # report TABLE RUNS: prints a table of the finished runs in a folder and draws its figures into RUNS/Figs

@@ -5,19 +5,11 @@
 # roberta those of the paper and elastic.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
-prepare_rows "$@"
+settings=$("$PYTHON" -m utils.cli.train --preset paper "$@")
 names="dense dense_dropout concrete_dropout dropblock smoe thor smoe_dropout elastic"
 if [ "$(field model <<<"$settings")" = transformer_xl ]; then
   names+=" smoe_dropout_with_dropout smoe_k2 elastic_dense_scale elastic_learned_dense_scale smoe_dense_scale smoe_dropout_dense_scale"
   names+=" sandwich block_dropout competesmoe competesmoe2 momentumsmoe adamsmoe similarity attention"
   names+=" matryoshka moe_plus_plus deepseek sigma_moe s_base xmoe remoe z_loss top_p hyper_router expert_choice stable_moe adamoe self_routing"
 fi
-for seed in ${SEEDS:-1 2}; do
-  for name in ${ROWS:-$names}; do
-    [ -e "script/table1/$name.sh" ] || fail "ROWS: there is no script/table1/$name.sh"
-    row "$name-seed$seed" "$runs/$name-seed$seed" bash "script/table1/$name.sh" "${flags[@]}" --seed "$seed"
-  done
-done
-run_rows "$runs/logs"
-report table1 "$runs"
-exit "$failed"
+train_rows table1 "$names" "$@"

@@ -2,6 +2,7 @@
 
 from utils.flags.models import MODELS
 
+_WIKITEXT = {"not_tied": True, "lr": 7e-4, "scheduler": "constant", "clip": 1.0, "attack": "swap"}
 TRANSFORMER_XL: dict[str, dict] = {
     # arXiv 2303.01610 and its official scripts, whose other settings are the defaults in fields.py: enwik8, 400,000 steps; meant for a GPU
     "paper": {"d_ff": 8192},
@@ -20,6 +21,22 @@ TRANSFORMER_XL: dict[str, dict] = {
         **{"lr": 1e-3, "max_step": 16_700},
         **{"batch_size": 32, "tgt_len": 64, "mem_len": 64, "eval_tgt_len": 64, "eval_batch_size": 32},
         **{"log_interval": 100, "eval_interval": 2500, "precision": "bf16", "tune_cpu": True},
+    },
+    # words, on one CPU core of any kind: a million words and more, one pass over WikiText-2 or a text of its size
+    "words": {
+        **{"dataset": "wikitext-2", "n_layer": 3, "d_model": 128, "n_head": 4, "d_head": 32, "d_ff": 1024, "dropout": 0.0},
+        **{"lr": 1e-3, "max_step": 2000, "batch_size": 16, "tgt_len": 64, "mem_len": 64, "eval_tgt_len": 64, "attack": "swap"},
+        **{"log_interval": 50, "eval_interval": 500, "max_eval_steps": 40, "tune_cpu": True},
+    },
+    # rachtsy/MomentumSMoE, scripts/pretraining/wikitext-103: 16 experts as wide as the model; meant for a GPU. Its Transformer has other
+    # positions and a head of its own; batch and steps of the medium size are those of the one script that it has
+    "wikitext103_small": {
+        **{"dataset": "wikitext-103", "n_layer": 3, "d_model": 128, "n_head": 8, "d_head": 16, "d_ff": 2048, "dropout": 0.7},
+        **{**_WIKITEXT, "warmup_step": 3000, "max_step": 40_000, "batch_size": 96, "tgt_len": 256, "mem_len": 256, "eval_tgt_len": 256},
+    },
+    "wikitext103_medium": {
+        **{"dataset": "wikitext-103", "n_layer": 6, "d_model": 352, "n_head": 8, "d_head": 44, "d_ff": 5632, "dropout": 0.1},
+        **{**_WIKITEXT, "warmup_step": 4000, "max_step": 25_000, "batch_size": 24, "tgt_len": 512, "mem_len": 512, "eval_tgt_len": 512},
     },
     # for the quickstart: one or two minutes per method on two cores of any processor
     "quick": {
@@ -109,9 +126,10 @@ _FINETUNING_TASK: dict[str, dict[str, dict]] = {
 }
 # a model that was trained on much text moves little; the decoder of equations is fresh
 _FINETUNING_FOLDER = {task: {"lr": 2e-4} for task in ("asdiv_a", "mawps", "svamp")}
-# the laptop's for a model of preset replica, for which nothing is published
+# the laptop's or the paper's for models of other presets, for which nothing is published
 for _presets in (_FINETUNING, _FINETUNING_ENCODER, _FINETUNING_TASK):
-    _presets["replica"] = _presets["laptop"]
+    _presets |= {"replica": _presets["laptop"], "words": _presets["laptop"]}
+    _presets |= {name: _presets.get("paper", {}) for name in ("wikitext103_small", "wikitext103_medium")}
 
 
 def finetuning(task: str, preset: str, model: str) -> dict:

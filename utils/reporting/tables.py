@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from smoe_dropout.registry import METHODS, load
 from utils.formatting import short_number
-from utils.reporting.groups import Group, Row, mean_and_spread, method_groups, quality_points, settings_of
+from utils.reporting.groups import Group, Row, frozen, mean_and_spread, method_groups, quality_points, settings_of
 from utils.reporting.labels import Record
 from utils.reporting.records import Found, read_published, split_of
 
@@ -94,9 +94,10 @@ def form_of(metric: dict) -> str:
 
 def values_at(row: Row, share: str, name: str) -> list[float]:
     """A value of the quality entries at k = E/2 or E (`share`); a dense model has a single one, at E."""
-    wanted = row.experts if share == "E" else row.experts // 2
-    entries = [entry for record in row.records for entry in record["quality"] if entry["k"] == (wanted if row.sparse else None)]
-    return [entry[name] for entry in entries] if row.sparse or share == "E" else []
+    if not row.records or (share != "E" and not row.sparse):
+        return []
+    wanted = (row.experts if share == "E" else row.experts // 2) if row.sparse else None
+    return [entry[name] for record in row.records for entry in record["quality"] if entry["k"] == wanted]
 
 
 def quality_column(title: str, share: str) -> Column:
@@ -116,6 +117,21 @@ def quality_columns(group: Group) -> list[Column]:
 
     columns = [quality_column(f"{shown}, k = {half}", "E/2"), quality_column(f"{shown}, k = {full}", "E")]
     return columns + [(f"Mean at k = {' / '.join(map(str, small))}", small_cell)] * bool(small)
+
+
+def attack_columns(group: Group) -> list[Column]:
+    """Quality on corrupted input at k = E/2 and at E, for each kind of corruption that was tested."""
+    said = {"swap": "words swapped for <unk>", "random": "random symbols"}
+    columns, shown = [], f"{split_of(group.first)}_attacked"
+    for attack in {frozen(record["attack"]): record["attack"] for record in group.records if "attack" in record}.values():
+        for share in ("E/2", "E"):
+
+            def cell(row: Row, attack=attack, share=share) -> Cell:
+                tested = [record for record in row.records if record.get("attack") == attack]
+                return mean_cell(values_at(replace(row, records=tested), share, shown), form_of(group.metric), len(row.records))
+
+            columns.append((f"{100 * attack['rate']:g} % {said[attack['kind']]}, k = {share}", cell))
+    return columns
 
 
 def differences(row: Row, share: str, other: Row, other_share: str) -> list[float]:
@@ -220,7 +236,12 @@ def _method_table(group: Group, name: str) -> Table:
     def time_cell(row: Row) -> str:
         return " / ".join(f"{seconds(row, kind):,.0f}" for kind in ("seconds", "cpu_seconds"))
 
-    columns = [*quality_columns(group), PARAMETERS, ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters"))]
+    columns = [
+        *quality_columns(group),
+        *attack_columns(group),
+        PARAMETERS,
+        ("Activated parameters, E/2 / E", lambda row: _pair_cell(row, "active_parameters")),
+    ]
     columns += [("Training time (s), wall / CPU", time_cell)]
     columns += [("Inference FLOPs per token, E/2 / E", lambda row: _pair_cell(row, "flops_per_token"))]
     footnotes = [TIME]

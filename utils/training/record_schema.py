@@ -61,6 +61,13 @@ class Metric(Struct):
     training: Text | UnsetType = UNSET
 
 
+class Attack(Struct):
+    """The corruption of the input of a further test."""
+
+    kind: Text
+    rate: Share
+
+
 class Model(Struct):
     architecture: Text
     num_experts: Size | None
@@ -187,6 +194,7 @@ class Complete(Struct):
     training: Training
     curve: Curve
     environment: Environment
+    attack: Attack | UnsetType = UNSET
     fold: Count | None = None
     best_step: Count = 0
     routing: Routing | None = None
