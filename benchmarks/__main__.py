@@ -1,6 +1,6 @@
 """python -m benchmarks [--tuned] [--rounds N]: all benchmarks at their default sizes, their records and figures, and the one table.
 
-python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,mixed,data} [flags]: one of them.
+python -m benchmarks {layer,attention,step,evaluation,generation,memory,growth,mixed,softmax,data} [flags]: one of them.
 python -m benchmarks speculation --checkpoints RUN ... [flags]: generation by drafts, by trained models.
 python -m benchmarks backends [flags]: measure the table by which the backend `auto` chooses.
 python -m benchmarks tradeoff RUN... [flags]: quality of trained models against time and FLOPs, by the ways to choose k.
@@ -29,6 +29,7 @@ from benchmarks import (
     mixed,
     slimmable,
     slimmable_trials,
+    softmax,
     speculation,
     step,
     tradeoff,
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "memory": memory,
     "growth": growth,
     "mixed": mixed,
+    "softmax": softmax,
     "data": data,
     "speculation": speculation,
 }
@@ -59,6 +61,7 @@ FLAGS = {
     "memory": memory.MemoryFlags,
     "growth": growth.GrowthFlags,
     "mixed": mixed.MixedFlags,
+    "softmax": softmax.SoftmaxFlags,
     "data": data.DataFlags,
     "speculation": speculation.SpeculationFlags,
 }

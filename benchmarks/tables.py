@@ -93,7 +93,7 @@ class Benchmark(Struct):
 def markdown(record: dict[str, Any]) -> str:
     """Work, machine, and a table."""
     tables = {"layer": layer_table, "growth": growth_table, "memory": memory_table, "mixed": mixed_table, "data": data_table}
-    tables["speculation"] = speculation_table
+    tables |= {"speculation": speculation_table, "softmax": softmax_table}
     if record["benchmark"] in tables:
         return tables[record["benchmark"]](record)
     return summary([record]) + ("\n\n" + generation_table(record) if record["benchmark"] == "generation" else "")
@@ -198,6 +198,22 @@ def mixed_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Mean number of experts by gate mass: {masses}."])
 
 
+def softmax_table(record: dict[str, Any]) -> str:
+    """Rows the head alone and with the embedding; time and peak memory of ours and of torch's."""
+    sizes = record["sizes"]
+    words = f"{sizes['n_token']:,} words, cutoffs {_listed(sizes['cutoffs'])}"
+    widths = f"d {sizes['d_model']}, each cluster {sizes['div_val']} times narrower than the one before"
+    batch = f"batch {sizes['batch_size']} x {sizes['tgt_len']}"
+    lines = [f"Adaptive softmax, forward and backward, fp32: {words}, {widths}, {batch}. {_where(record)}", ""]
+    lines += _head(["", "ours, seconds", "torch, seconds", "ours / torch", "peak memory, MiB"])
+    for row in record["rows"]:
+        ours, theirs = row["results"]["ours"], row["results"]["torch"]
+        ratio = f"{ours['ratio']:.2f} ({ours['ratio_min']:.2f} to {ours['ratio_max']:.2f})"
+        memory = f"{ours['peak_mib']:,.0f} / {theirs['peak_mib']:,.0f}"
+        lines.append(_line([row["work"], f"{ours['seconds']:.2f}", f"{theirs['seconds']:.2f}", ratio, memory]))
+    return "\n".join(lines)
+
+
 def data_table(record: dict[str, Any]) -> str:
     """Seconds of each process."""
     results = record["rows"][0]["results"]
@@ -284,12 +300,13 @@ def render(records: Path = RECORDS) -> str:
     """The summary of all committed records, the figures, all implementations of the layer, memory and start-up. UserError if there is no
     record.
     """
-    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "mixed", "data", "speculation")]
+    paths = [records / f"{name}.json" for name in (*LINES, "growth", "memory", "mixed", "softmax", "data", "speculation")]
     found = [documents.read(path, Benchmark, "restore it from version control, or measure again") for path in paths if path.exists()]
     if not found:
         raise UserError(f"{records} holds no benchmark record: run `python -m benchmarks` first")
     figures = [f"![{title}]({name})" for name, title in FIGURES.values() if (records / name).exists()]
-    details = [markdown(record) for record in found if record["benchmark"] in ("layer", "memory", "mixed", "data", "speculation")]
+    own = ("layer", "memory", "mixed", "softmax", "data", "speculation")
+    details = [markdown(record) for record in found if record["benchmark"] in own]
     details += [generation_table(record) for record in found if record["benchmark"] == "generation"]
     return "\n\n".join([summary(found), *figures, *details])
 

@@ -48,7 +48,16 @@ _OFFICIAL = {
     "layers.{}.pos_ff.experts.h4toh.weight": "layers.{}.feed_forward.core.experts.down",
     "layers.{}.pos_ff.experts.h4toh.bias": "layers.{}.feed_forward.core.experts.bias_down",
 }
-_OURS = {ours: official for official, ours in _OFFICIAL.items()}
+_CLUSTERED = {  # of a Transformer-XL with adaptive embedding and softmax; `{}` is the cluster
+    "word_emb.emb_layers.{}.weight": "embedding.tables.{}",
+    "word_emb.emb_projs.{}": "embedding.projections.{}",
+    "crit.out_layers.{}.weight": "head.tables.{}",
+    "crit.out_layers.{}.bias": "head.biases.{}",
+    "crit.out_projs.{}": "head.projections.{}",
+    "crit.cluster_weight": "head.cluster_weight",
+    "crit.cluster_bias": "head.cluster_bias",
+}
+_OURS = {ours: official for official, ours in (_OFFICIAL | _CLUSTERED).items()}
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -200,7 +209,8 @@ def _compare(stored: SMoEConfig, ours: SMoEConfig, path: Path) -> None:
 def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert tensors from the official names and layouts to ours. ConfigError for a name that is not official."""
     _require_tensors(tensors)
-    return {_translate(name, _OFFICIAL): _transpose_down(name, tensor) for name, tensor in tensors.items()}
+    names = _OFFICIAL | (_CLUSTERED if "crit.cluster_weight" in tensors else {})
+    return {_translate(name, names): _transpose_down(name, tensor) for name, tensor in tensors.items()}
 
 
 def to_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -225,8 +235,10 @@ def _transpose_down(official_name: str, tensor: Tensor) -> Tensor:
 
 
 def _translate(name: str, names: dict[str, str]) -> str:
-    pattern = re.sub(r"^layers\.\d+\.", "layers.{}.", name)
-    if pattern not in names:
+    number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
+    pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
+    if pattern in names:
+        return names[pattern].format(number and number.group())
+    if name not in names:
         raise ConfigError(f"{name!r} is not a tensor of a Transformer-XL, so it cannot be converted")
-    layer = re.match(r"layers\.(\d+)\.", name)
-    return names[pattern].format(layer.group(1)) if layer else names[pattern]
+    return names[name]

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 
 class Forward(NamedTuple):
-    """Result of one pass over a batch: losses per token in nats, the state to carry to the next batch, and logits [..., V]."""
+    """Result of one pass over a batch: losses per token in nats, the state to carry to the next batch, and logits [..., V].
+
+    Logits may be normalised, that is log-probabilities; a model may leave them out, None, unless the method `reads_logits`.
+    """
 
     token_losses: Tensor
     state: Any
-    logits: Tensor
+    logits: Tensor | None
 
 
 class Objective(NamedTuple):
@@ -73,6 +76,7 @@ class Method:
     routers: routers that the method supports; empty: any that chooses experts.
     refusal: returns an error sentence for a configuration that the method does not support, or None.
     baseline: whether every comparison shows it, as published.
+    reads_logits: whether the objective uses `Forward.logits`.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Method:
     routers: tuple[str, ...] = ()
     refusal: Callable[[SMoEConfig], str | None] = lambda config: None
     baseline: bool = False
+    reads_logits: bool = False
 
 
 def refused(method: Method | None, config: SMoEConfig) -> str | None:

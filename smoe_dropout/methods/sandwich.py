@@ -32,4 +32,5 @@ METHOD = Method(
     sparse=True,
     flags={**FROZEN_ROUTER, "dynamic_moe_mode": "elastic"},
     objective=objective,
+    reads_logits=True,
 )

@@ -81,6 +81,7 @@ METHOD = Method(
     sparse=True,
     flags={"moe": True, "gate_name": "none", "freeze_gate": False, "dynamic_moe": False, "moe_top_k": 1},
     objective=objective,
+    reads_logits=True,
     options=Options,
     layer=ThorLayer,
     routers=("none",),

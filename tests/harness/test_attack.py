@@ -73,7 +73,9 @@ def test_a_run_on_bytes_has_a_column_of_noise(tmp_path, capsys):
     assert (clean[0] != noisy[0]).any() and (clean[1] == noisy[1]).all()
     report(["table1", "--runs", str(tmp_path / "runs")])
     table = capsys.readouterr().out
-    lines = {line.split("|")[1].split(" (n =")[0].split(",")[0].strip(): line.split("|") for line in table.splitlines() if line.startswith("|")}
+    lines = {
+        line.split("|")[1].split(" (n =")[0].split(",")[0].strip(): line.split("|") for line in table.splitlines() if line.startswith("|")
+    }
     place = next(index for index, title in enumerate(lines[next(iter(lines))]) if "20 % random symbols, k = E/2" in title)
     assert lines["Dense"][place].strip() == "–" and lines["Dense"][place + 1].strip(" *") != "–"
     assert lines["SMoE (learned router)"][place].strip(" *") == f"{rows[1]['test_attacked']:.3f}"

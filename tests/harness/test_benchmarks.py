@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import smoe_dropout
-from benchmarks import attention, data, evaluation, figures, generation, growth, layer, memory, mixed, model, step
+from benchmarks import attention, data, evaluation, figures, generation, growth, layer, memory, mixed, model, softmax, step
 from benchmarks.__main__ import main, run
 from benchmarks.measure import Common, interleave, peak_mib, summarise
 from benchmarks.peers import EXPERT_PEERS, dense_ffn, official_style, rel_shift, scattermoe, with_peer
@@ -32,8 +32,9 @@ SMALL = [
     memory.MemoryFlags(threads=1, k=2, batch_size=2, **SMALL_MODEL),
     growth.GrowthFlags(num_experts=(2, 4), d_expert=(8, 16), tokens=(1, 9), mem_len=(4, 8), **SMALL_GROWTH),
     mixed.MixedFlags(k=(1, 4, 1), rows=4, tgt_len=5, num_experts=4, d_model=16, d_expert=8),
+    softmax.SoftmaxFlags(n_token=40, d_model=16, cutoffs=(5, 10, 30), div_val=2, batch_size=2, tgt_len=6),
 ]
-NAMES = [*LINES, "memory", "growth", "mixed"]
+NAMES = [*LINES, "memory", "growth", "mixed", "softmax"]
 
 
 def moe_layer(k: int, d_model: int = 16, num_experts: int = 4) -> MoELayer:
@@ -189,7 +190,7 @@ def test_generation_with_and_without_a_cache_gives_the_same_bytes():
 
 def test_rows_at_their_k_equal_a_pass_for_each_k_and_a_gate_mass_takes_the_mean():
     """In outputs and gradients; every row of a batch of 4 with k = 1, 4, 1, 1."""
-    flags = SMALL[-1]
+    flags = SMALL[-2]
     ours = layer.moe_layer(layer.LayerFlags(**SMALL_LAYER), 4)
     torch.nn.init.normal_(ours.router.weight)
     x_BTD = torch.randn(400, 5, 16)
@@ -263,7 +264,7 @@ def test_without_a_name_all_are_run_at_their_defaults(argv, monkeypatch):
     main(argv)
     assert [type(flags).__name__.removesuffix("Flags").lower() for flags in given] == [*NAMES, "data"]
     assert all(flags.tuned is bool(argv) for flags in given)
-    assert [flags.rounds for flags in given] == ([3] * 9 if argv else [type(flags)().rounds for flags in given])
+    assert [flags.rounds for flags in given] == ([3] * 10 if argv else [type(flags)().rounds for flags in given])
 
 
 def test_of_several_benchmarks_there_is_one_table(tmp_path, capsys, monkeypatch):

@@ -103,6 +103,9 @@ train.py --precision fp8                                        | --precision: u
 train.py --mem_len -1                                           | --mem_len -1 must be at least 0
 train.py --model bert --mem_len 5                               | --mem_len has no effect with --model bert
 train.py --swad_start 5                                         | --swad_start needs --swad
+train.py --adaptive --cutoffs 5,3                               | --cutoffs 5,3: expected ascending numbers of tokens
+train.py --preset quick --data words --adaptive                 | --adaptive is for many tokens, and words is a text of bytes
+train.py --preset quick --data words --sample_softmax 5         | --sample_softmax 5 is for many tokens
 train.py --dense_drop --moe                                     | --dense_drop cannot be combined
 train.py --method thor --method_options alpha=x                 | alpha
 train.py --method thor --method_options nope=1                  | unknown option nope

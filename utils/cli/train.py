@@ -16,7 +16,7 @@ from utils.data.attack import attack_of
 from utils.data.corpus import Corpus
 from utils.data.lanes import Lanes
 from utils.errors import UserError, exit_on_user_error
-from utils.flags.derive import method_flags
+from utils.flags.derive import method_flags, parse_counts
 from utils.flags.fields import SELF, Flags, names
 from utils.flags.memory import refuse_if_too_large
 from utils.flags.models import MODELS
@@ -28,14 +28,26 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Flags, Source | None]:
 
 
 def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
-    """Raises UserError if a text is too short for the batches, a batch too large for memory, or a text cannot be attacked as asked."""
+    """Raises UserError if a text is too short for the batches, has no rare tokens to treat apart, or cannot be attacked as asked, or if a
+    batch is too large for memory.
+    """
     attack_of(flags, corpus.vocabulary, corpus.path)
+    _refuse_vocabulary(flags, corpus)
     if "bytes" in MODELS[flags.model].reads:
         Lanes(corpus.train, flags.batch_size, flags.tgt_len)
         for held_out in (corpus.valid, corpus.test):
             Lanes(held_out, flags.eval_batch_size, flags.eval_tgt_len, option="--eval_batch_size")
     if not flags.eval_only:
         refuse_if_too_large(flags, len(corpus.train))
+
+
+def _refuse_vocabulary(flags: Flags, corpus: Corpus) -> None:
+    """Raises UserError for --adaptive or --sample_softmax on a text of bytes, and for clusters without tokens."""
+    given = "--adaptive" if flags.adaptive else f"--sample_softmax {flags.sample_softmax}" if flags.sample_softmax > 0 else None
+    if given and corpus.unit == "bytes":
+        raise UserError(f"{given} is for many tokens, and {corpus.path} is a text of bytes, of which there are 256: leave it out")
+    if flags.adaptive and parse_counts(flags.cutoffs)[-1] >= (size := corpus.vocabulary.size):
+        raise UserError(f"--cutoffs {flags.cutoffs} must end below {size:,}, the number of tokens of {corpus.path}: choose smaller ones")
 
 
 def _defaults(command: Arguments, source: Source | None) -> dict[str, Any]:

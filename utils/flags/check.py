@@ -88,7 +88,8 @@ def check(flags: Flags) -> list[str]:
         found.append(f"--batch_chunk {flags.batch_chunk} must be at most --batch_size {flags.batch_size}")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
-    found += _check_average(flags) + (_check_experts(flags) if flags.moe and flags.moe_num_expert >= 1 else [])
+    found += _check_average(flags) + _check_vocabulary(flags)
+    found += _check_experts(flags) if flags.moe and flags.moe_num_expert >= 1 else []
     return found or _check_method(flags)
 
 
@@ -122,6 +123,24 @@ def _check_average(flags: Flags) -> list[str]:
         found.append("--swad_end needs --swad")
     if 1 <= flags.swad_end < flags.swad_start:
         found.append(f"--swad_end {flags.swad_end} is before --swad_start {flags.swad_start}")
+    return found
+
+
+def _check_vocabulary(flags: Flags) -> list[str]:
+    """Mistakes in what is for large vocabularies. Its shapes depend on the tokens, which torch.compile cannot capture."""
+    given = ["--adaptive"] * flags.adaptive + [f"--sample_softmax {flags.sample_softmax}"] * (flags.sample_softmax > 0)
+    given += ["--compile"] * flags.compile
+    found = [f"{' and '.join(given)} cannot be combined: leave out all but one"] if len(given) > 1 else []
+    if not flags.adaptive:
+        return found
+    words = flags.cutoffs.split(",")
+    cutoffs = [int(word) for word in words if is_count(word)]
+    if len(cutoffs) < len(words) or cutoffs != sorted(set(cutoffs)) or cutoffs[0] < 1:
+        found.append(f"--cutoffs {flags.cutoffs}: expected ascending numbers of tokens separated by commas, such as 20000,40000,200000")
+    elif flags.div_val >= 1 and 1 <= flags.d_model < flags.div_val ** len(cutoffs):
+        found.append(f"--div_val {flags.div_val} leaves no width of --d_model {flags.d_model} to the last cluster: choose a smaller one")
+    if flags.untied_projections and flags.div_val == 1:
+        found.append(no_effect("untied_projections", "--div_val 1"))
     return found
 
 
@@ -176,6 +195,9 @@ def _check_method(flags: Flags) -> list[str]:
     if method and method.sparse != flags.moe:
         kind = "has experts" if method.sparse else "is dense"
         return [f"--method {method.name} {kind}, which contradicts --moe: leave one out"]
+    if flags.sample_softmax > 0 and (flags.teacher or (method and method.reads_logits)):
+        reader = "--teacher" if flags.teacher else f"--method {method.name}"
+        return [f"--sample_softmax {flags.sample_softmax} computes the logits of some tokens, and {reader} reads all: leave one out"]
     try:
         built_options(flags)
         if found := _ignored_by_router(flags):

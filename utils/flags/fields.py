@@ -96,11 +96,7 @@ class StartFlags:
     teacher_weight: float = flag(0.2, "weight of the distillation loss", "run start taught", above=0, needs="teacher", since=0.2)
     teacher_temperature: float = flag(2.0, "distillation temperature", "run start taught", above=0, needs="teacher", since=2.0)
     teacher_squared: bool = flag(
-        False,
-        "multiply by the square of the temperature, as --teacher self always does",
-        "run start taught",
-        needs="teacher",
-        since=True,
+        False, "multiply by the temperature squared, as --teacher self always does", "run start taught", needs="teacher", since=True
     )
 
 
@@ -150,6 +146,11 @@ class ModelFlags:
     same_length: bool = flag(False, "let every position attend equally far back", "model")
     clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model", low=1, special=-1)
     not_tied: bool = flag(False, "separate input and output embeddings", "model")
+    adaptive: bool = flag(False, "texts of tokens: adaptive embedding and softmax, by clusters of frequency", "model", since=False)
+    cutoffs: str = flag("20000,40000,200000", "where each later cluster begins", "model", needs="adaptive", since="20000,40000,200000")
+    div_val: int = flag(1, "each cluster's width is the one before divided by this", "model", low=1, needs="adaptive", since=1)
+    untied_projections: bool = flag(False, "separate input and output projections of clusters", "model", needs="adaptive", since=False)
+    sample_softmax: int = flag(-1, "texts of tokens: train against this many sampled ones (-1: all)", "model", low=1, special=-1, since=-1)
     init_std: float = flag(0.02, "standard deviation of the initial weights", "model", above=0)
     dense_drop: bool = flag(False, "official: drop whole blocks of hidden units in dense feed-forward layers", "experts")
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from utils.errors import UserError
@@ -47,7 +48,11 @@ def least_parameters(flags: Flags) -> int:
     if MODELS[flags.model].from_folder:  # whose queries may share keys and values
         attention //= 2
     symbols = BYTES if "bytes" in MODELS[flags.model].reads else flags.tgt_len  # pieces: embeddings of positions, at least
-    return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
+    embeddings = symbols * flags.d_model
+    if flags.adaptive:  # the last cluster may be small
+        clusters = enumerate(pairwise((0, *parse_counts(flags.cutoffs))))
+        embeddings = sum((end - start) * (flags.d_model // flags.div_val**index) for index, (start, end) in clusters)
+    return embeddings + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
 
 
 def _evaluation_positions(flags: Flags) -> int:
@@ -63,7 +68,8 @@ def least_activations(flags: Flags, text: int) -> int:
     length = min(flags.tgt_len, text // flags.batch_size)
     read_bytes = "bytes" in MODELS[flags.model].reads
     kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes else 0))
-    return rows * length * (kept + (4 * BYTES if read_bytes else 0))
+    logits = 0 if not read_bytes or flags.sample_softmax > 0 else parse_counts(flags.cutoffs)[0] if flags.adaptive else BYTES
+    return rows * length * (kept + 4 * logits)
 
 
 def machine_memory() -> int:

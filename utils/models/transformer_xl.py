@@ -1,12 +1,16 @@
 """Transformer-XL over bytes, or over the tokens of a vocabulary."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
 from utils.data.meta import Tokens
+from utils.flags.derive import method_of, parse_counts
 from utils.flags.fields import FinetuneFlags, Flags
+from utils.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, SampledSoftmax
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
@@ -20,8 +24,29 @@ def build(flags: Flags, vocabulary: Tokens | None = None) -> MemTransformerLM:
     sizes = {name: getattr(flags, name) for name in (*names, "clamp_len", "init_std")}
     sizes["segment_len"] = None if isinstance(flags, FinetuneFlags) else flags.tgt_len  # a row is read whole
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
-    n_token = vocabulary.size if vocabulary else BYTES
-    return MemTransformerLM(TransformerXLConfig(n_token=n_token, tie_weight=not flags.not_tied, **sizes))
+    config = TransformerXLConfig(vocabulary.size if vocabulary else BYTES, tie_weight=not flags.not_tied, **sizes)
+    if flags.adaptive:
+        return _adaptive(config, flags)
+    model = MemTransformerLM(config)
+    if flags.sample_softmax > 0:
+        model.head = SampledSoftmax(model.head, flags.sample_softmax)
+    return model
+
+
+def _adaptive(config: TransformerXLConfig, flags: Flags) -> MemTransformerLM:
+    """The model with adaptive embedding and softmax. They give logits only if the objective reads them."""
+    model = MemTransformerLM(dataclasses.replace(config, n_token=1))  # whose embedding and head are replaced
+    model.config = config
+    sizes, method = (config.n_token, config.d_model, parse_counts(flags.cutoffs), flags.div_val, config.init_std), method_of(flags)
+    model.embedding = AdaptiveEmbedding(*sizes)
+    model.head = AdaptiveSoftmax(
+        *sizes,
+        embedding=model.embedding,
+        tied_weight=config.tie_weight,
+        tied_projections=not flags.untied_projections,
+        full_logits=flags.teacher is not None or bool(method and method.reads_logits),
+    )
+    return model
 
 
 def blocks(model: MemTransformerLM) -> nn.ModuleList:
@@ -44,14 +69,20 @@ def without_head(model: MemTransformerLM) -> MemTransformerLM:
 
 
 def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
-    """Operations of one forward pass."""
+    """Operations of one forward pass; with --adaptive and --sample_softmax an upper bound.
+
+    Every cluster is counted as if it were computed at every target, and every embedding as one of the first cluster. With --sample_softmax,
+    training is counted as if it computed all logits, as evaluation does.
+    """
     c: TransformerXLConfig = model.config
     batch, segment, memory, targets = shape[:4]
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
     projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
     scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
-    head = 2 * batch * (segment if targets is None else targets) * c.d_model * c.n_token
-    total = c.n_layer * (projections + scores) + head
+    weights = [weight.numel() for weight in model.head.parameters() if weight.ndim == 2] if hasattr(model, "head") else []
+    head = 2 * batch * (segment if targets is None else targets) * sum(weights)
+    embedding = 2 * queries * c.d_model**2 if getattr(model.embedding, "projections", ()) else 0
+    total = c.n_layer * (projections + scores) + head + embedding
     for module in model.modules():
         if isinstance(module, ExpertQueryKeyValue):
             total += 2 * keys * module.router.weight.numel()

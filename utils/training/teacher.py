@@ -83,7 +83,8 @@ class Teacher(SelfTeacher):
     def __init__(self, task: Task):
         super().__init__(task)
         self.source = open_source(Path(task.flags.teacher))
-        model = build_model(dataclasses.replace(self.source.made, tgt_len=self.flags.tgt_len), task.vocabulary)
+        made = dataclasses.replace(self.source.made, tgt_len=self.flags.tgt_len, teacher=self.flags.teacher)  # so that it gives logits
+        model = build_model(made, task.vocabulary)
         weights.load(model, self.source)
         if self.source.made.moe:
             set_top_k(model, self.source.made.moe_num_expert)
