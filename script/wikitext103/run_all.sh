@@ -4,4 +4,4 @@
 # ROWS selects rows by the names of the scripts in this folder; default all of them.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if wants_help "$@"; then print_header; exit; fi
-train_rows wikitext103 "dense smoe smoe_dropout elastic momentumsmoe similarity hyper_router" --preset wikitext103_small "$@"
+train_rows wikitext103 "dense dense_dropout smoe smoe_dropout elastic momentumsmoe similarity hyper_router" --preset wikitext103_small "$@"

@@ -26,6 +26,7 @@ TRANSFORMER_XL: dict[str, dict] = {
     "words": {
         **{"dataset": "wikitext-2", "n_layer": 3, "d_model": 128, "n_head": 4, "d_head": 32, "d_ff": 1024, "dropout": 0.0},
         **{"lr": 1e-3, "max_step": 2000, "batch_size": 16, "tgt_len": 64, "mem_len": 64, "eval_tgt_len": 64, "attack": "swap"},
+        **{"adaptive": True, "cutoffs": "2000,10000", "div_val": 2},
         **{"log_interval": 50, "eval_interval": 500, "max_eval_steps": 40, "tune_cpu": True},
     },
     # rachtsy/MomentumSMoE, scripts/pretraining/wikitext-103: 16 experts as wide as the model; meant for a GPU. Its Transformer has other

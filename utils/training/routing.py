@@ -91,22 +91,24 @@ def examined(task: Task, model: nn.Module, k: int, seed: int, tokens: int | None
         return examine(model, passes_of(task, model, tokens), k, **({"without": False} | how), seed=seed)
 
 
-def passes_of(task: Task, model: nn.Module, tokens: int | None = None) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-    """Passes over the first batches of validation that return logits and targets. They carry on a state, so they must run in order."""
+def passes_of(task: Task, model: nn.Module, tokens: int | None = None) -> list[Callable[[], tuple[Tensor, Tensor] | Tensor]]:
+    """Passes over the first batches of validation that return logits and targets, or the loss of a model that leaves out logits. They
+    carry on a state, so they must run in order.
+    """
     state, passes, read = None, [], 0
     in_segments = routes_by_position(task.flags) and hasattr(model, "read")  # which alone carries a segment over pieces
     for batch in task.held_out(task.splits[0], everything=True):
         if read >= tokens if tokens else len(passes) == BATCHES:
             break
 
-        def run(batch=batch) -> tuple[Tensor, Tensor]:
+        def run(batch=batch) -> tuple[Tensor, Tensor] | Tensor:
             nonlocal state
             before = None if batch.first else state
             if in_segments:
                 logits, state = model.read(batch.inputs[0], before)
             else:
-                _, state, logits = model(*batch.inputs, before)
-            return logits, batch.inputs[-1]
+                losses, state, logits = model(*batch.inputs, before)
+            return losses.mean() if logits is None else (logits, batch.inputs[-1])
 
         passes.append(run)
         read += batch.inputs[0].numel()
