@@ -11,7 +11,7 @@ from benchmarks.peers import official_style
 from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout import SMoEConfig, moefy
 from utils.models.registry import Shape
-from utils.models.transformer_xl import N_TOKEN, forward_flops
+from utils.models.transformer_xl import BYTES, forward_flops
 
 OFFICIAL, OURS, DENSE = "official style, experts", "ours, experts", "ours, dense"
 
@@ -45,7 +45,7 @@ def contestants(flags: ModelFlags, k: int) -> dict[str, MemTransformerLM]:
     torch.manual_seed(0)
     names = ("n_layer", "n_head", "d_model", "d_head", "dropout")
     sizes = {name: getattr(flags, name) for name in names}
-    config = TransformerXLConfig(N_TOKEN, d_inner=flags.num_experts * flags.d_expert, mem_len=flags.tgt_len, **sizes)
+    config = TransformerXLConfig(BYTES, d_inner=flags.num_experts * flags.d_expert, mem_len=flags.tgt_len, **sizes)
     ours = moefy(MemTransformerLM(config), SMoEConfig(num_experts=flags.num_experts, top_k=k))
     models = {OFFICIAL: official_style(ours), OURS: ours, DENSE: MemTransformerLM(config)}
     return {name: model.to(flags.device) for name, model in models.items()}
@@ -57,7 +57,7 @@ def random_batches(flags: ModelFlags, length: int, seed: int = 1) -> Iterator[Te
     """
     draw = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randint(N_TOKEN, (flags.batch_size, length), generator=draw).to(flags.device)
+        yield torch.randint(BYTES, (flags.batch_size, length), generator=draw).to(flags.device)
 
 
 def least_ratio(models: dict[str, MemTransformerLM], flags: ModelFlags) -> float:

@@ -151,9 +151,10 @@ def test_no_file_is_over_400_lines():
 
 def test_utils_stays_small():
     """The last 1,700 lines are for verified files: checksums, schemas, the doctor, and one sentence for each wrong input; 610 are for
-    models of transformers, 540 for the microscope, 210 for claims and studies of long training.
+    models of transformers, 540 for the microscope, 210 for claims and studies of long training, 220 for tokens, and for attentions and
+    lengths of the official Transformer-XL.
     """
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10500
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10720
 
 
 def test_docstrings_open_with_a_verb_or_a_noun():

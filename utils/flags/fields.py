@@ -114,6 +114,7 @@ class DataFlags:
     batch_size: int = flag(22, "sequences per step, over all processes", low=1)
     batch_chunk: int = flag(1, "compute a batch in this many parts, to save memory", "run", low=1)
     tgt_len: int = flag(512, "positions per training segment or sequence", "model teacher", low=1)
+    varlen: bool = flag(False, "draw the length of every training segment, around tgt_len or half of it", "continued", since=False)
     mem_len: int = flag(512, "positions of memory in training", "model teacher", low=0)
     eval_tgt_len: int = flag(128, "positions per evaluation segment; its memory is mem_len + tgt_len - eval_tgt_len", "model", low=1)
     eval_batch_size: int = flag(10, "sequences per evaluation batch", "run", low=1)
@@ -140,6 +141,7 @@ class ModelFlags:
         None, "the one place where --dropout acts. Default: all", "training", choices=DROPOUT_PLACES, needs="dropout", since=None
     )
     pre_lnorm: bool = flag(False, "LayerNorm before each sublayer instead of after it", "model")
+    attn_type: int = flag(0, "relative positions: 0 official, 1 learned; absolute: 2 sines, 3 learned", "model", low=0, high=3, since=0)
     same_length: bool = flag(False, "let every position attend equally far back", "model")
     clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model", low=1, special=-1)
     not_tied: bool = flag(False, "separate input and output embeddings", "model")

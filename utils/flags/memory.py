@@ -47,12 +47,13 @@ def least_parameters(flags: Flags) -> int:
     if MODELS[flags.model].from_folder:  # whose queries may share keys and values
         attention //= 2
     symbols = BYTES if "bytes" in MODELS[flags.model].reads else flags.tgt_len  # pieces: embeddings of positions, at least
-    return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
+    positions = layers * (flags.mem_len + flags.tgt_len) * {1: attention, 3: flags.d_model}.get(flags.attn_type, 0)  # of learned tables
+    return symbols * flags.d_model + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention + positions
 
 
 def _evaluation_positions(flags: Flags) -> int:
     """Bytes of the embeddings of distances in evaluation, of the model and of each layer."""
-    if "mem_len" in MODELS[flags.model].unknown_flags or not flags.mem_len:
+    if "mem_len" in MODELS[flags.model].unknown_flags or not flags.mem_len or flags.attn_type:
         return 0
     return (flags.mem_len + flags.tgt_len - flags.eval_tgt_len) * (4 * flags.d_model + 2 * flags.n_layer * flags.n_head * flags.d_head)
 
@@ -62,7 +63,7 @@ def least_activations(flags: Flags, text: int) -> int:
     rows = max(1, flags.batch_size // (int(os.environ.get("WORLD_SIZE", "1")) * flags.batch_chunk))
     length = min(flags.tgt_len, text // flags.batch_size)
     read_bytes = "bytes" in MODELS[flags.model].reads
-    kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes else 0))
+    kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes and flags.attn_type < 2 else 0))
     return rows * length * (kept + (4 * BYTES if read_bytes else 0))
 
 

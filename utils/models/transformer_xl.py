@@ -1,5 +1,7 @@
 """Transformer-XL over bytes, or over the tokens of a vocabulary."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from mem_transformer import MemTransformerLM, TransformerXLConfig
 from smoe_dropout.attention import ExpertQueryKeyValue
 from utils.data.meta import Tokens
 from utils.flags.fields import FinetuneFlags, Flags
+from utils.models.attention_types import AbsoluteLM, LearnedRelativeLM
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
@@ -21,7 +24,9 @@ def build(flags: Flags, vocabulary: Tokens | None = None) -> MemTransformerLM:
     sizes["segment_len"] = None if isinstance(flags, FinetuneFlags) else flags.tgt_len  # a row is read whole
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
     n_token = vocabulary.size if vocabulary else BYTES
-    return MemTransformerLM(TransformerXLConfig(n_token=n_token, tie_weight=not flags.not_tied, **sizes))
+    rows = flags.mem_len + flags.tgt_len  # positions of a segment and its memory
+    kinds = MemTransformerLM, partial(LearnedRelativeLM, rows=rows), AbsoluteLM, partial(AbsoluteLM, rows=rows)
+    return kinds[flags.attn_type](TransformerXLConfig(n_token=n_token, tie_weight=not flags.not_tied, **sizes))
 
 
 def blocks(model: MemTransformerLM) -> nn.ModuleList:
@@ -48,8 +53,12 @@ def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
     c: TransformerXLConfig = model.config
     batch, segment, memory, targets = shape[:4]
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
-    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
-    scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
+    learned, absolute = isinstance(model, LearnedRelativeLM), isinstance(model, AbsoluteLM)
+    positions = 0 if learned or absolute else segment + memory
+    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + positions)  # q and out; k and v; positions, shared by lanes
+    scores = 4 * width * queries * (segment + memory)  # content and values
+    if not absolute:  # and position, with the column that shifts it; a learned one has a bias
+        scores += 2 * c.n_head * (c.d_head + learned) * queries * (segment + memory + 1)
     head = 2 * batch * (segment if targets is None else targets) * c.d_model * c.n_token
     total = c.n_layer * (projections + scores) + head
     for module in model.modules():
