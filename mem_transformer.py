@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smoe_dropout.single_position import ELEMENTWISE, KeyValueCache, OfThread, attend, is_plain, mapped, product
 
 Memory = tuple[Tensor, ...]  # n_layer + 1 tensors [B, M, D]: the embedding's output, then each layer's
+Cache = tuple[KeyValueCache, ...]  # one per layer
 # embeddings, positions and last hidden states; output of attention; hidden units and output of the feed-forward network
 DROPOUT_PLACES = ("embedding", "attention", "hidden", "output")
 
@@ -132,9 +133,6 @@ class RelativeAttentionCPU(torch.autograd.Function):
         return grad_qu, grad_qv, grad_k, grad_v, grad_r, None
 
 
-Cache = tuple[KeyValueCache, ...]  # one per layer
-
-
 class QueryKeyValue(nn.Linear):
     """x [B, T, D], memory [B, M, D] -> queries of x [B, T, W], keys and values of x, keys and values of memory."""
 
@@ -181,12 +179,12 @@ class RelativeAttention(nn.Module):
         """View [B, T, H*C] -> [H, B, T, C]."""
         return part_BTW.view(*part_BTW.shape[:2], self.n_head, self.d_head).permute(2, 0, 1, 3)
 
-    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, bias_2H11C: Tensor, mask_TK: Tensor) -> Tensor:
         q_BTW, kv_of_x, kv_of_memory = self.qkv(x_BTD, memory_BMD)
         k, v = (self._heads(*parts) for parts in zip(kv_of_memory, kv_of_x, strict=True))
-        qu, qv = self._queries(q_BTW, u_HC, v_HC, k.dtype)
+        qu, qv = self._queries(q_BTW, bias_2H11C, k.dtype)
         dropout = self.dropatt if self.training else 0.0
-        inputs = qu, qv, k, v, self.distances(position_KD), mask_TK.to(k.dtype)
+        inputs = qu, qv, k, v, self.distances(position_KD).to(k.dtype), mask_TK.to(k.dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
             if x_BTD.device.type == "cpu" and dropout == 0 and not torch.compiler.is_compiling():  # torch.compile cannot trace it
                 y_HBTC, p_HBTK = RelativeAttentionCPU.apply(*inputs)
@@ -199,13 +197,13 @@ class RelativeAttention(nn.Module):
     def read(self, x_BTD: Tensor, cache: KeyValueCache, memory: int, bias_2H11C: Tensor, mask_TK: Tensor | None) -> Tensor:
         """`forward` with at most `memory` cached positions in place of memory. Adds x to the cache.
 
-        bias: u and v. mask: None if it would be zero, as for a single position.
+        mask: None if it would be zero, as for a single position.
         """
         q_BTW, kv_of_x, _ = self.qkv(x_BTD, x_BTD[:, :0])
         k, v = cache.extend(*(self._by_head(part) for part in kv_of_x), memory)
-        qu, qv = ((self._by_head(q_BTW) + bias_2H11C) * (1 / math.sqrt(self.d_head))).to(k.dtype)
-        r = cache.r_HLC[:, -k.shape[2] :]
-        if mask_TK is None and len(x_BTD) <= ELEMENTWISE and is_plain(k):
+        qu, qv = self._queries(q_BTW, bias_2H11C, k.dtype)
+        r = cache.r_HLC[:, -k.shape[2] :].to(k.dtype)
+        if mask_TK is None and len(x_BTD) <= ELEMENTWISE and is_plain(k) and qu.shape == qv.shape:
             p_HBTK, y_HBTC = attend(qu, qv, k, v, r)
         else:
             with torch.autocast(x_BTD.device.type, enabled=False):
@@ -218,11 +216,9 @@ class RelativeAttention(nn.Module):
         """Keys of distances [H, K, C]."""
         return self.position(position_KD).unflatten(-1, (self.n_head, self.d_head)).transpose(0, 1).contiguous()
 
-    def _queries(self, q_BTW: Tensor, u_HC: Tensor, v_HC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _queries(self, q_BTW: Tensor, bias_2H11C: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """q + u and q + v, scaled [H, B, T, C]."""
-        q_HBTC, scale = self._by_head(q_BTW).contiguous(), 1 / math.sqrt(self.d_head)
-        qu, qv = (((q_HBTC + bias[:, None, None]) * scale).to(dtype) for bias in (u_HC, v_HC))
-        return qu, qv
+        return ((self._by_head(q_BTW).contiguous() + bias_2H11C) * (1 / math.sqrt(self.d_head))).to(dtype)
 
 
 class FeedForward(nn.Module):
@@ -244,10 +240,10 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each with dropout, residual and LayerNorm, which comes before the sublayer with `pre_lnorm`."""
 
-    def __init__(self, config: TransformerXLConfig):
+    def __init__(self, config: TransformerXLConfig, attention: Callable[[TransformerXLConfig], nn.Module] = RelativeAttention):
         super().__init__()
         self.pre_lnorm = config.pre_lnorm
-        self.attention, self.attention_norm = RelativeAttention(config), nn.LayerNorm(config.d_model)
+        self.attention, self.attention_norm = attention(config), nn.LayerNorm(config.d_model)
         self.feed_forward, self.feed_forward_norm = FeedForward(config), nn.LayerNorm(config.d_model)
         self.attention_dropout, self.dropout = (nn.Dropout(config.dropout_at(place)) for place in ("attention", "output"))
 
@@ -280,12 +276,12 @@ def token_losses(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor) -> tup
 class MemTransformerLM(nn.Module):
     """Language model over segments: `losses, memory, logits = model(tokens, targets, memory)`; pass the memory to the next call."""
 
-    def __init__(self, config: TransformerXLConfig):
+    def __init__(self, config: TransformerXLConfig, attention: Callable[[TransformerXLConfig], nn.Module] = RelativeAttention):
         super().__init__()
         self.config = config
         self.mem_len = config.mem_len  # may be changed for evaluation
         self.embedding = nn.Embedding(config.n_token, config.d_model)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(DecoderLayer(config, attention) for _ in range(config.n_layer))
         self.content_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # u in the paper, r_w_bias in its code
         self.position_bias = nn.Parameter(torch.empty(config.n_head, config.d_head))  # v, r_r_bias
         self.head = nn.Linear(config.d_model, config.n_token)
@@ -309,17 +305,14 @@ class MemTransformerLM(nn.Module):
 
     def initial_memory(self, batch_size: int) -> Memory:
         """Empty memory: n_layer + 1 tensors [B, 0, D]."""
-        empty = self.content_bias.new_empty(batch_size, 0, self.config.d_model)
-        return (empty,) * (self.config.n_layer + 1)
+        return (self.layers[0].attention_norm.weight.new_empty(batch_size, 0, self.config.d_model),) * (self.config.n_layer + 1)
 
     def hidden(self, tokens_BT: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """tokens [B, T] -> last hidden states [B, T, D] and the memory for the next segment."""
-        if memory is None or len(memory) == 0:
-            memory = self.initial_memory(tokens_BT.shape[0])
+        memory = memory or self.initial_memory(tokens_BT.shape[0])
         x = self.dropout(self.embedding(tokens_BT) * math.sqrt(self.config.d_model))
         T, M = tokens_BT.shape[1], memory[0].shape[1]
-        attention_inputs = self.dropout(self._positions(M + T)), self.content_bias, self.position_bias, self._mask(T, M)
-        states = [x]
+        attention_inputs, states = self._attention_inputs(T, M), [x]
         for layer, memory_BMD in zip(self.layers, memory[:-1], strict=True):
             states.append(layer(states[-1], memory_BMD, *attention_inputs))
         return self.dropout(states[-1]), self._next_memory(memory, states)
@@ -351,7 +344,7 @@ class MemTransformerLM(nn.Module):
             for layer, cached in zip(self.layers, cache, strict=True):
                 cached.r_HLC = layer.attention.distances(position_LD)
         mask_TK = None if T == 1 and not self.config.same_length else self._mask(T, M)
-        attention_inputs = self.mem_len, torch.stack([self.content_bias, self.position_bias])[:, :, None, None], mask_TK
+        attention_inputs = self.mem_len, self._bias(), mask_TK
         x = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
         for layer, cached in zip(self.layers, cache, strict=True):
             if self.config.segment_len and cached.count % self.config.segment_len == 0:  # a segment begins
@@ -372,19 +365,27 @@ class MemTransformerLM(nn.Module):
         losses, logits = token_losses(self.head, hidden, targets_BT)
         return losses, memory, logits
 
+    def _attention_inputs(self, T: int, M: int) -> tuple[Tensor | None, ...]:
+        return self.dropout(self._positions(M + T)), self._bias(), self._mask(T, M)
+
+    def _bias(self) -> Tensor | None:
+        """u and v [2, H, 1, 1, C]."""
+        return torch.stack([self.content_bias, self.position_bias])[:, :, None, None]
+
     def _positions(self, length: int) -> Tensor:
         """Sinusoidal embeddings of the distances K - 1 .. 0 [K, D]."""
-        like = {"device": self.content_bias.device, "dtype": torch.promote_types(self.content_bias.dtype, torch.float32)}
+        own = self.layers[0].attention_norm.weight
+        like = {"device": own.device, "dtype": torch.promote_types(own.dtype, torch.float32)}
         distance = torch.arange(length - 1, -1, -1.0, **like)
         if self.config.clamp_len > 0:
             distance = distance.clamp(max=self.config.clamp_len)
         frequency = 1 / (10000 ** (torch.arange(0.0, self.config.d_model, 2.0, **like) / self.config.d_model))
         angle = torch.outer(distance, frequency)
-        return torch.cat([angle.sin(), angle.cos()], -1).to(self.content_bias.dtype)
+        return torch.cat([angle.sin(), angle.cos()], -1).to(own.dtype)
 
     def _mask(self, T: int, M: int) -> Tensor:
         """Additive mask [T, M + T]: -inf for future positions and, with `same_length`, for those beyond the common range."""
-        ones = torch.ones(T, M + T, dtype=torch.bool, device=self.content_bias.device)
+        ones = torch.ones(T, M + T, dtype=torch.bool, device=self.layers[0].attention_norm.weight.device)
         hidden = ones.triu(1 + M)
         if self.config.same_length:
             hidden = hidden | ones.tril(-(T - max(M + T - self.mem_len, 0)))
@@ -394,6 +395,5 @@ class MemTransformerLM(nn.Module):
         if self.mem_len == 0:
             return self.initial_memory(states[0].shape[0])
         with torch.no_grad():
-            return tuple(
-                torch.cat([old, new.to(old.dtype)], 1)[:, -self.mem_len :].detach() for old, new in zip(memory, states, strict=True)
-            )
+            pairs = zip(memory, states, strict=True)
+            return tuple(torch.cat([old, new.to(old.dtype)], 1)[:, -self.mem_len :].detach() for old, new in pairs)

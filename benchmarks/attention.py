@@ -44,13 +44,13 @@ def contestants(flags: AttentionFlags) -> dict[str, nn.Module]:
 
 
 def inputs(flags: AttentionFlags) -> tuple[Tensor, ...]:
-    """x, memory, positions, u, v and mask. All but the memory, the positions and the mask need gradients, as in training."""
+    """x, memory, positions, biases and mask. All but the memory, the positions and the mask need gradients, as in training."""
     B, T, M, D = flags.batch_size, flags.tgt_len, flags.mem_len, flags.d_model
     where = {"device": flags.device}
     x_BTD = torch.randn(B, T, D, requires_grad=True, **where)
-    u_HC, v_HC = (torch.randn(flags.n_head, flags.d_head, requires_grad=True, **where) for _ in range(2))
+    bias_2H11C = torch.randn(2, flags.n_head, 1, 1, flags.d_head, requires_grad=True, **where)
     mask_TK = torch.full((T, M + T), -torch.inf, **where).triu(1 + M)
-    return x_BTD, torch.randn(B, M, D, **where), torch.randn(M + T, D, **where), u_HC, v_HC, mask_TK
+    return x_BTD, torch.randn(B, M, D, **where), torch.randn(M + T, D, **where), bias_2H11C, mask_TK
 
 
 def forward_backward(attention: nn.Module, given: tuple[Tensor, ...], grad_BTD: Tensor, precision: Precision) -> tuple[Tensor, ...]:

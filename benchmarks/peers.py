@@ -179,8 +179,8 @@ class OfficialAttention(nn.Module):
         self.n_head, self.d_head, self.dropatt = attention.n_head, attention.d_head, attention.dropatt
         self.qkv, self.position, self.out = attention.qkv, attention.position, attention.out
 
-    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, u_HC: Tensor, v_HC: Tensor, mask_TK: Tensor) -> Tensor:
-        heads = self.n_head, self.d_head
+    def forward(self, x_BTD: Tensor, memory_BMD: Tensor, position_KD: Tensor, bias_2H11C: Tensor, mask_TK: Tensor) -> Tensor:
+        heads, (u_HC, v_HC) = (self.n_head, self.d_head), bias_2H11C[:, :, 0, 0]
         context_KBD = torch.cat([memory_BMD.transpose(0, 1), x_BTD.transpose(0, 1)])
         q, k, v = (part.unflatten(-1, heads) for part in F.linear(context_KBD, self.qkv.weight).chunk(3, -1))
         q = q[-x_BTD.shape[1] :]

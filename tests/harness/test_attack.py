@@ -55,7 +55,7 @@ def test_special_pieces_are_never_drawn(tmp_path, model):
     flags = tiny.parse(
         tiny.flags(corpus.path, tmp_path / "run", model=model, method="dense", attack="random", attack_rate=0.9, **tiny.ENCODER)
     )
-    found = attack_of(flags, corpus.vocabulary, corpus.path)(np.full(5_000, 20, "<u2"))
+    found = attack_of(flags.attack, flags.attack_rate, corpus.vocabulary, corpus.path)(np.full(5_000, 20, "<u2"))
     assert not np.isin(found, corpus.vocabulary.special).any() and len({*found.tolist()}) == 36
 
 

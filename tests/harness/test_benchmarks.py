@@ -175,7 +175,7 @@ def test_the_two_attentions_agree():
     flags = SMALL[1]
     modules, given = attention.contestants(flags), attention.inputs(flags)
     found = [attention.forward_backward(module, given, torch.ones_like(given[0]), "fp32") for module in modules.values()]
-    assert len(found[0]) == 1 + 3 + 3  # the output; x, u, v; three matrices
+    assert len(found[0]) == 1 + 2 + 3  # the output; x, biases; three matrices
     assert_all_close(*found)
 
 

@@ -336,7 +336,7 @@ TRAINING = ["run", "data", "model", "experts", "optimiser", "machine and logging
 @pytest.mark.parametrize(
     ("program", "boxes", "shown"),
     [
-        ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--preset {paper,laptop,replica,quick}", "--work_dir DIR"]),
+        ("train.py", [*TRAINING[:1], "initialisation", *TRAINING[1:]], ["--work_dir DIR", "--attack {swap,random}"]),
         ("finetune.py", ["task", *TRAINING], ["--task {sst2,", "--max_length INT"]),
         ("surgery.py", ["operation", "calibration and test"], ["--score {usage,gate_weight,router_norm}", "--by_layer"]),
         ("generate.py", ["generation"], ["--precision {fp32,bf16,int8}", "--top_p FLOAT"]),

@@ -330,7 +330,8 @@ def test_similarity(tau, expected_tau, k):
 
 def plain_attention(attention: nn.Module, inputs: tuple) -> np.ndarray:
     """Probabilities [B, H, T, M + T] of relative attention, term by term: ((q + u) k + (q + v) r[distance]) / sqrt(C)."""
-    x, memory, positions, u, v, _mask = (numpy(tensor) for tensor in inputs)
+    x, memory, positions, bias, _mask = (numpy(tensor) for tensor in inputs)
+    u, v = bias[:, :, 0, 0]
     H, C, M, T = attention.n_head, attention.d_head, memory.shape[1], x.shape[1]
     weight, p = numpy(attention.qkv.weight), np.zeros((len(x), H, T, M + T))
     q, k = x @ weight[: H * C].T, np.concatenate([memory, x], 1) @ weight[H * C : 2 * H * C].T

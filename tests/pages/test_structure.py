@@ -151,9 +151,10 @@ def test_no_file_is_over_400_lines():
 
 def test_utils_stays_small():
     """The last 1,700 lines are for verified files: checksums, schemas, the doctor, and one sentence for each wrong input; 610 are for
-    models of transformers, 540 for the microscope, 210 for claims and studies of long training, 260 for large vocabularies.
+    models of transformers, 540 for the microscope, 210 for claims and studies of long training, 260 for large vocabularies, 220 for
+    attentions and lengths of the official Transformer-XL, 170 for texts of words and corrupted input.
     """
-    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 10760
+    assert sum(len(path.read_text().splitlines()) for path in HARNESS) <= 11210
 
 
 def test_docstrings_open_with_a_verb_or_a_noun():

@@ -47,6 +47,10 @@ def _mistakes(flags: FinetuneFlags, source: Source | None) -> list[str]:
     ]
     if flags.moe_prune_to is not None:
         found.append(f"--moe_prune_to {flags.moe_prune_to} has no effect with finetune.py: prune with train.py --start_from first")
+    if flags.attn_type > 1:
+        found.append(f"--attn_type {flags.attn_type}: positions are counted from the end, so padding moves them; give a model of 0 or 1")
+    if flags.varlen:
+        found.append("--varlen has no effect with finetune.py, whose rows differ in length: leave it out")
     if flags.tokens is not None:
         found.append(f"--tokens {flags.tokens}: rows differ in length; use --max_step")
     if flags.from_scratch and flags.model in MODELS and MODELS[flags.model].from_folder:

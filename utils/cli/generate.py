@@ -21,6 +21,8 @@ def _mistakes(flags: GenerateFlags, source: Source) -> list[str]:
         found.append(f"{flags.checkpoint} holds a {made.model}, which cannot continue a text; these can: {known}")
     elif "vocabulary_sha256" in source.flags:
         found.append(f"{flags.checkpoint} reads tokens, and generate.py continues bytes: give a model trained on a text of bytes")
+    elif made.attn_type > 1:
+        found.append(f"{flags.checkpoint} has --attn_type {made.attn_type}, whose positions move with every byte: give one of 0 or 1")
     if flags.k is not None and not made.moe:
         found.append(f"--k {flags.k}: the run in {flags.checkpoint} is dense; leave it out")
     elif flags.k is not None and not 1 <= flags.k <= made.moe_num_expert:

@@ -31,7 +31,7 @@ def refuse_sizes(flags: Flags, corpus: Corpus) -> None:
     """Raises UserError if a text is too short for the batches, has no rare tokens to treat apart, or cannot be attacked as asked, or if a
     batch is too large for memory.
     """
-    attack_of(flags, corpus.vocabulary, corpus.path)
+    attack_of(flags.attack, flags.attack_rate, corpus.vocabulary, corpus.path)
     _refuse_vocabulary(flags, corpus)
     if "bytes" in MODELS[flags.model].reads:
         Lanes(corpus.train, flags.batch_size, flags.tgt_len)

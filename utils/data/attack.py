@@ -12,8 +12,8 @@ from utils.data.meta import TOKENIZER, Tokens, Vocabulary
 from utils.data.tokens import load_tokens
 from utils.data.vocabulary import UNKNOWN
 from utils.errors import UserError
-from utils.flags.fields import SWAP, Flags
 
+ATTACKS = SWAP, RANDOM = "swap", "random"
 SEED = 20230303  # the same symbols are hit in every run
 BYTES = 256
 
@@ -44,19 +44,19 @@ class Attack(NamedTuple):
         return np.where(hit, other, symbols).astype(symbols.dtype)
 
 
-def attack_of(flags: Flags, vocabulary: Vocabulary | Tokens | None, text: Path) -> Attack | None:
-    """The attack that the flags ask for, on the symbols of a vocabulary, or bytes. text: its folder.
+def attack_of(kind: str | None, rate: float, vocabulary: Vocabulary | Tokens | None, text: Path) -> Attack | None:
+    """The attack of a kind, one of ATTACKS or none, on the symbols of a vocabulary, or bytes. text: its folder.
 
     UserError where a word is to be swapped and the vocabulary has no generic one.
     """
-    if flags.attack is None:
+    if kind is None:
         return None
     generic, path = None, text / TOKENIZER
-    if flags.attack == SWAP:
+    if kind == SWAP:
         generic = load_tokens(path)[0].token_to_id(UNKNOWN) if isinstance(vocabulary, Tokens) and path.is_dir() else None
         if generic is None:
             raise UserError(
                 f"--attack {SWAP} needs a text of words, whose vocabulary has {UNKNOWN}, and {text} has none: use another attack"
             )
     size = vocabulary.size if vocabulary else BYTES
-    return Attack(flags.attack_rate, generic, size, vocabulary.special if isinstance(vocabulary, Vocabulary) else [])
+    return Attack(rate, generic, size, vocabulary.special if isinstance(vocabulary, Vocabulary) else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,17 +46,64 @@ class Lanes:
         """Segments in one pass over the text, the same on every rank."""
         return len(self._starts)
 
+    def at(self, step: int) -> int:
+        """The segment of a training step, which reads pass after pass."""
+        return step % len(self)
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """The first position of a segment, and the one after its last."""
+        start = self._starts[index]
+        return start, min(start + self._starts.step, self._lanes.shape[1] - 1)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and targets of a segment, int64 [lanes, L]; the targets are the tokens shifted by one."""
         import torch  # not at the top: see the module's docstring
 
-        start = self._starts[index]
-        stop = min(start + self._starts.step, self._lanes.shape[1] - 1)
+        start, stop = self._range(index)
 
         def tensor(lanes: np.ndarray, offset: int) -> torch.Tensor:  # a contiguous int64 copy, shared with torch
             return torch.from_numpy(lanes[:, start + offset : stop + offset].astype(np.int64, order="C")).to(self._device)
 
         return tensor(self._read, 0), tensor(self._lanes, 1)
+
+
+class VariedLanes(Lanes):
+    """Lanes in segments of random length, drawn as in the official code: N(tgt_len, 5²), for one of 20 N(tgt_len / 2, 5²), rounded towards
+    zero, from 5 to tgt_len + 15; the last one ends with the text. The seed and the number of the pass determine them.
+    """
+
+    SHORTEST, DEVIATION, LENGTHS = 5, 5, 3  # the last: key of the random stream
+
+    def __init__(self, data: np.ndarray, batch_size: int, tgt_len: int, *others: Any, seed: int):
+        super().__init__(data, batch_size, tgt_len, *others)
+        self._seed, self._pass, self._before = seed, 0, 0  # the current pass, and the segments of those before it
+        self._bounds = self._drawn()
+
+    def __len__(self) -> int:
+        """Segments in the current pass."""
+        return len(self._bounds) - 1
+
+    def at(self, step: int) -> int:
+        """The segment of a training step in its pass, which is the current one from now on."""
+        if step < self._before:
+            self._pass, self._before = 0, 0
+            self._bounds = self._drawn()
+        while step >= self._before + len(self):
+            self._pass, self._before = self._pass + 1, self._before + len(self)
+            self._bounds = self._drawn()
+        return step - self._before
+
+    def _range(self, index: int) -> tuple[int, int]:
+        return self._bounds[index], self._bounds[index + 1]
+
+    def _drawn(self) -> np.ndarray:
+        """Positions at which the segments of a pass begin, and its end."""
+        end, tgt_len = self._lanes.shape[1] - 1, self._starts.step
+        draw, most = np.random.default_rng((self._seed, self._pass, self.LENGTHS)), end // self.SHORTEST + 1
+        mean = np.where(draw.random(most) < 0.95, tgt_len, tgt_len / 2)
+        length = draw.normal(mean, self.DEVIATION).astype(np.int64).clip(self.SHORTEST, tgt_len + 3 * self.DEVIATION)
+        bounds = np.concatenate(([0], length.cumsum()))
+        return np.append(bounds[bounds < end], end)
 
 
 def rank_lanes(batch_size: int, rank: int, world_size: int, training: bool = True) -> range:

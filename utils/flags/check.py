@@ -10,7 +10,17 @@ from smoe_dropout.options import ConfigError
 from smoe_dropout.registry import ROUTERS, canonical_router, load, unknown
 from utils.errors import UserError
 from utils.flags.declare import Spec, specs
-from utils.flags.derive import CONFIG_FIELDS, built_options, is_count, k_range, method_of, parse_counts, parse_layers, smoe_config
+from utils.flags.derive import (
+    CONFIG_FIELDS,
+    built_options,
+    is_count,
+    k_range,
+    method_of,
+    parse_counts,
+    parse_layers,
+    routes_by_position,
+    smoe_config,
+)
 from utils.flags.fields import Flags, names
 from utils.flags.models import MODELS, presets_of
 from utils.flags.presets import PRESET_NAMES
@@ -86,6 +96,10 @@ def check(flags: Flags) -> list[str]:
         found.append(no_effect("adapter_rank", "--train_only experts"))
     if flags.batch_chunk > flags.batch_size >= 1:
         found.append(f"--batch_chunk {flags.batch_chunk} must be at most --batch_size {flags.batch_size}")
+    if flags.varlen and flags.compile:
+        found.append("--varlen draws lengths, and --compile would compile a graph for each: leave one out")
+    if flags.varlen and flags.tokens is not None:
+        found.append(f"--tokens {flags.tokens}: with --varlen segments differ in length; use --max_step")
     if flags.cuda and flags.device == "cpu":
         found.append("--cuda contradicts --device cpu: leave one out")
     found += _check_average(flags) + _check_vocabulary(flags)
@@ -202,6 +216,8 @@ def _check_method(flags: Flags) -> list[str]:
         built_options(flags)
         if found := _ignored_by_router(flags):
             return found
+        if flags.attn_type > 1 and flags.eval_tgt_len != flags.tgt_len and routes_by_position(flags):
+            return [f"--attn_type {flags.attn_type} evaluates --method {method.name} by whole segments: use --eval_tgt_len {flags.tgt_len}"]
         sentence = refused(method, smoe_config(flags, method)) if flags.moe else None
     except ConfigError as error:
         return [f"--method_options {flags.method_options}: {error}" if flags.method_options else str(error)]

@@ -30,6 +30,7 @@ from typing import get_args
 from smoe_dropout.config import GateWeight, OutputScale
 from smoe_dropout.registry import BACKENDS, CUTS, METHODS, ROUTER_ALIASES, ROUTERS, SURGERIES
 from smoe_dropout.schedule import SCHEDULES
+from utils.data.attack import ATTACKS
 from utils.data.rows import TASKS, kind_of
 from utils.flags.declare import ABSENT, flag, groups, same_flag, specs
 from utils.flags.models import MODELS
@@ -43,7 +44,6 @@ TRAINED = ("experts", "adapters")
 SELF = "self"  # the model itself as its teacher
 EARLIER = "earlier"  # defaults of runs made before --defaults existed
 SCORES = ("usage", "gate_weight", ROUTER_NORM)
-SWAP, RANDOM = ATTACKS = ("swap", "random")
 COMPARE, ALIGN = ("all", "sample"), ("first", "leader")  # options of merging
 AVERAGING = ("merge", "average", "drop")  # operations that keep a number of experts on average over the layers, the others in every layer
 EQUAL = tuple(name for name in SURGERIES if name not in AVERAGING)
@@ -69,11 +69,7 @@ class RunFlags:
         None, "options of method and router, such as alpha=5,inference=token; a wrong one lists all", "training verbatim"
     )
     defaults: str = flag(
-        "authors",
-        "options not given: as their authors' code has them, or as earlier runs had",
-        "run experts",
-        choices=("authors", EARLIER),
-        since=EARLIER,
+        "authors", "options not given: those of authors' code, or earlier runs", "run experts", choices=("authors", EARLIER), since=EARLIER
     )
     seed: int = flag(1111, "random seed: initialisation, router, dropout; for word pieces also order and masks", "run", low=0)
     yes: bool = flag(False, "skip the check that refuses runs of many hours on a CPU", "run unstored evaluation")
@@ -111,6 +107,7 @@ class DataFlags:
     batch_size: int = flag(22, "sequences per step, over all processes", low=1)
     batch_chunk: int = flag(1, "compute a batch in this many parts, to save memory", "run", low=1)
     tgt_len: int = flag(512, "positions per training segment or sequence", "model teacher", low=1)
+    varlen: bool = flag(False, "draw the length of every training segment, around tgt_len or half of it", "continued", since=False)
     mem_len: int = flag(512, "positions of memory in training", "model teacher", low=0)
     eval_tgt_len: int = flag(128, "positions per evaluation segment; its memory is mem_len + tgt_len - eval_tgt_len", "model", low=1)
     eval_batch_size: int = flag(10, "sequences per evaluation batch", "run", low=1)
@@ -120,11 +117,9 @@ class DataFlags:
         -1, "batches of the final test (-1: all); the record says how much was read", "run evaluation", low=1, special=-1
     )
     attack: str | None = flag(
-        None, "also test on corrupted input: words swapped for <unk>, or random symbols", "run evaluation", choices=ATTACKS, since=None
+        None, "test also with words swapped for <unk>, or random symbols", "run evaluation", choices=ATTACKS, since=None
     )
-    attack_rate: float = flag(
-        0.025, "share of the symbols that are replaced", "run evaluation", above=0, high=1, needs="attack", since=0.025
-    )
+    attack_rate: float = flag(0.025, "share of symbols replaced", "run evaluation", above=0, high=1, needs="attack", since=0.025)
 
 
 @group
@@ -143,6 +138,7 @@ class ModelFlags:
         None, "the one place where --dropout acts. Default: all", "training", choices=DROPOUT_PLACES, needs="dropout", since=None
     )
     pre_lnorm: bool = flag(False, "LayerNorm before each sublayer instead of after it", "model")
+    attn_type: int = flag(0, "relative positions: 0 official, 1 learned; absolute: 2 sines, 3 learned", "model", low=0, high=3, since=0)
     same_length: bool = flag(False, "let every position attend equally far back", "model")
     clamp_len: int = flag(-1, "largest distance with its own position embedding (-1: no limit)", "model", low=1, special=-1)
     not_tied: bool = flag(False, "separate input and output embeddings", "model")
@@ -195,7 +191,7 @@ class ExpertFlags:
     )
     gate_weight: str = expert_flag(
         "softmax",
-        "of the selected logits (official) or, as pre_softmax, of all; sigmoid; uniform; unit",
+        "of the selected logits (official), or of all: pre_softmax; sigmoid; uniform; unit",
         "experts",
         choices=get_args(GateWeight),
     )
@@ -307,11 +303,7 @@ class OperationFlags:
     by_layer: bool = flag(False, "keep the same number in every layer", "option", only=AVERAGING)
     pooled: bool = flag(False, "numbers that differ by layer, from the scores of all layers", "option", only=EQUAL)
     compare: str | None = flag(
-        None,
-        "of router logits: over all positions read (default) or a sample of 256",
-        "option",
-        choices=COMPARE,
-        only=("merge", "average"),
+        None, "of router logits: all positions read (default), or a sample of 256", "option", choices=COMPARE, only=("merge", "average")
     )
     align: str | None = flag(
         None, "hidden units: to the layer's first expert (default), or a group's leader", "option", choices=ALIGN, only=("merge",)

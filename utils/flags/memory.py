@@ -52,12 +52,13 @@ def least_parameters(flags: Flags) -> int:
     if flags.adaptive:  # the last cluster may be small
         clusters = enumerate(pairwise((0, *parse_counts(flags.cutoffs))))
         embeddings = sum((end - start) * (flags.d_model // flags.div_val**index) for index, (start, end) in clusters)
-    return embeddings + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention
+    positions = layers * (flags.mem_len + flags.tgt_len) * {1: attention, 3: flags.d_model}.get(flags.attn_type, 0)  # of learned tables
+    return embeddings + 2 * flags.d_model * hidden + 4 * layers * flags.d_model * attention + positions
 
 
 def _evaluation_positions(flags: Flags) -> int:
     """Bytes of the embeddings of distances in evaluation, of the model and of each layer."""
-    if "mem_len" in MODELS[flags.model].unknown_flags or not flags.mem_len:
+    if "mem_len" in MODELS[flags.model].unknown_flags or not flags.mem_len or flags.attn_type:
         return 0
     return (flags.mem_len + flags.tgt_len - flags.eval_tgt_len) * (4 * flags.d_model + 2 * flags.n_layer * flags.n_head * flags.d_head)
 
@@ -67,7 +68,7 @@ def least_activations(flags: Flags, text: int) -> int:
     rows = max(1, flags.batch_size // (int(os.environ.get("WORLD_SIZE", "1")) * flags.batch_chunk))
     length = min(flags.tgt_len, text // flags.batch_size)
     read_bytes = "bytes" in MODELS[flags.model].reads
-    kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes else 0))
+    kept = flags.n_layer * 2 * (flags.d_model + (flags.n_head * length if read_bytes and flags.attn_type < 2 else 0))
     logits = 0 if not read_bytes or flags.sample_softmax > 0 else parse_counts(flags.cutoffs)[0] if flags.adaptive else BYTES
     return rows * length * (kept + 4 * logits)
 

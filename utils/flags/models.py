@@ -30,7 +30,7 @@ class Model(NamedTuple):
 _XL_FLAGS = (
     *("mem_len", "eval_tgt_len", "d_head", "dropout_only", "pre_lnorm", "same_length", "clamp_len"),
     *("not_tied", "adaptive", "cutoffs", "div_val", "untied_projections", "sample_softmax"),
-    *("attn_moe", "dense_width", "head_dropout"),
+    *("attn_type", "varlen", "attn_moe", "dense_width", "head_dropout"),
 )
 _MASKED = "utils.tasks.masked:MaskedLanguageModelling"
 

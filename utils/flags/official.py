@@ -8,8 +8,6 @@ _NAMES = {  # remedy: flags
     "use torchrun --nproc_per_node N train.py, which splits the batch evenly": ("gpu0_bsz",),
     "use --mem_len": ("ext_len",),
     "the embedding has the width --d_model, which --div_val divides for rare tokens": ("d_embed",),
-    "attention is the official default, relative with memory (0)": ("attn_type",),
-    "segments have the fixed length --tgt_len": ("varlen",),
     "weights are initialised from N(0, --init_std^2)": ("init", "init_range", "emb_init", "emb_init_range"),
     "projections of --adaptive are initialised from N(0, 0.01^2)": ("proj_init_std",),
     "use --clip, which covers all parameters": ("clip_nonemb",),

@@ -1,6 +1,8 @@
 """Transformer-XL over bytes, or over the tokens of a vocabulary."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from utils.data.meta import Tokens
 from utils.flags.derive import method_of, parse_counts
 from utils.flags.fields import FinetuneFlags, Flags
 from utils.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, SampledSoftmax
+from utils.models.attention_types import AbsoluteLM, LearnedRelativeLM
 from utils.models.flops import expert_flops
 from utils.models.registry import Shape
 
@@ -25,17 +28,20 @@ def build(flags: Flags, vocabulary: Tokens | None = None) -> MemTransformerLM:
     sizes["segment_len"] = None if isinstance(flags, FinetuneFlags) else flags.tgt_len  # a row is read whole
     sizes["d_inner"] = flags.d_ff if flags.dense_width == "all" else flags.d_inner  # width of the layers that stay dense
     config = TransformerXLConfig(vocabulary.size if vocabulary else BYTES, tie_weight=not flags.not_tied, **sizes)
+    rows = flags.mem_len + flags.tgt_len  # positions of a segment and its memory
+    kinds = MemTransformerLM, partial(LearnedRelativeLM, rows=rows), AbsoluteLM, partial(AbsoluteLM, rows=rows)
+    kind = kinds[flags.attn_type]
     if flags.adaptive:
-        return _adaptive(config, flags)
-    model = MemTransformerLM(config)
+        return _adaptive(kind, config, flags)
+    model = kind(config)
     if flags.sample_softmax > 0:
         model.head = SampledSoftmax(model.head, flags.sample_softmax)
     return model
 
 
-def _adaptive(config: TransformerXLConfig, flags: Flags) -> MemTransformerLM:
+def _adaptive(kind: Callable[[TransformerXLConfig], MemTransformerLM], config: TransformerXLConfig, flags: Flags) -> MemTransformerLM:
     """The model with adaptive embedding and softmax. They give logits only if the objective reads them."""
-    model = MemTransformerLM(dataclasses.replace(config, n_token=1))  # whose embedding and head are replaced
+    model = kind(dataclasses.replace(config, n_token=1))  # whose embedding and head are replaced
     model.config = config
     sizes, method = (config.n_token, config.d_model, parse_counts(flags.cutoffs), flags.div_val, config.init_std), method_of(flags)
     model.embedding = AdaptiveEmbedding(*sizes)
@@ -77,8 +83,12 @@ def forward_flops(model: MemTransformerLM, shape: Shape, k: int | None) -> int:
     c: TransformerXLConfig = model.config
     batch, segment, memory, targets = shape[:4]
     queries, keys, width = batch * segment, batch * (segment + memory), c.n_head * c.d_head
-    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + segment + memory)  # q and out; k and v; positions, shared by lanes
-    scores = 2 * width * queries * (3 * (segment + memory) + 1)  # content, position (with the column that shifts it), values
+    learned, absolute = isinstance(model, LearnedRelativeLM), isinstance(model, AbsoluteLM)
+    positions = 0 if learned or absolute else segment + memory
+    projections = 2 * c.d_model * width * (2 * queries + 2 * keys + positions)  # q and out; k and v; positions, shared by lanes
+    scores = 4 * width * queries * (segment + memory)  # content and values
+    if not absolute:  # and position, with the column that shifts it; a learned one has a bias
+        scores += 2 * c.n_head * (c.d_head + learned) * queries * (segment + memory + 1)
     weights = [weight.numel() for weight in model.head.parameters() if weight.ndim == 2] if hasattr(model, "head") else []
     head = 2 * batch * (segment if targets is None else targets) * sum(weights)
     embedding = 2 * queries * c.d_model**2 if getattr(model.embedding, "projections", ()) else 0

@@ -82,7 +82,7 @@ class Task(ABC):
 
     def __init__(self, flags: Flags, corpus: Corpus | Examples, engine: Engine, vocabulary: Vocabulary | Tokens | None = None):
         self.flags, self.corpus, self.engine, self.vocabulary = flags, corpus, engine, vocabulary or corpus.vocabulary
-        self.attack = attack_of(flags, self.vocabulary, corpus.path)
+        self.attack = attack_of(flags.attack, flags.attack_rate, self.vocabulary, corpus.path)
         self._step = 0
 
     @abstractmethod

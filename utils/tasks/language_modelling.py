@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
 from mem_transformer import Cache
-from utils.data.lanes import Lanes, rank_lanes
+from utils.data.lanes import Lanes, VariedLanes, rank_lanes
 from utils.models.registry import Shape
 from utils.tasks.base import Batch, Metric, Task, perplexity_of
 
@@ -24,7 +25,8 @@ class LanguageModelling(Task):
         if self.vocabulary:
             self.metric = perplexity_of(corpus)
         own = rank_lanes(flags.batch_size, engine.rank, engine.world_size)
-        self._training = Lanes(corpus.train, flags.batch_size, flags.tgt_len, engine.device, own)
+        lanes = partial(VariedLanes, seed=flags.seed) if flags.varlen else Lanes
+        self._training = lanes(corpus.train, flags.batch_size, flags.tgt_len, engine.device, own)
         for split in ("valid", "test"):
             self._lanes(split, range(flags.eval_batch_size))  # a text that is too short fails now, not after training
 
@@ -39,7 +41,7 @@ class LanguageModelling(Task):
         return Batch((tokens, targets), Shape(rows, tokens.shape[1], targets=tokens.shape[1]), first=index == 0)
 
     def training_batch(self, step: int) -> Batch:
-        return self._batch(self._training, step % len(self._training), self.flags.batch_size)
+        return self._batch(self._training, self._training.at(step), self.flags.batch_size)
 
     def held_out(self, split: str, everything: bool = False, attacked: bool = False) -> Iterator[Batch]:
         rows = self.flags.eval_batch_size
