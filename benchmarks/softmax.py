@@ -1,6 +1,7 @@
 """Adaptive softmax, forward and backward: ours against torch's, on words as frequent as Zipf's law has it, alone and with the embedding.
 
-torch has no adaptive embedding: its contestant there is a plain one. Ours has a projection and a bias more for every cluster.
+torch has no adaptive embedding: its contestant there has a plain one. Ours also projects to the first cluster, and has biases in the
+later ones.
 """
 
 from collections.abc import Callable, Iterator
