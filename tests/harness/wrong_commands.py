@@ -277,6 +277,9 @@ script/table2/run_all.sh {HERE}/words                           | holds no finis
 TASKS=nope script/table2/run_all.sh {HERE}/named                | --task: unknown value 'nope'
 script/slimmable/finetune.sh                                    | usage: bash
 script/slimmable/finetune.sh {HERE}/smoe {HERE}/file out --seed 3 | --seed differs from row to row
+script/vision/digits.sh --seed 3                                | --seed differs from row to row
+script/vision/digits.sh --heads 3                               | must be a multiple of --heads 3
+ROWS=nope script/vision/digits.sh --images {HERE}/words         | has no images of two classes
 script/surgery/run_all.sh {HERE}/named --lrr 3                  | --lrr: unknown flag
 script/surgery/run_all.sh {HERE}/words                          | holds no finished run named
 METHODS=nope script/surgery/run_all.sh {HERE}/named             | METHODS: there is no nope

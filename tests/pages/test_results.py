@@ -9,6 +9,8 @@ from benchmarks.slimmable_table import render as render_slimmable
 from benchmarks.slimmable_tasks import render as render_tasks
 from benchmarks.tables import render as render_benchmarks
 from benchmarks.tradeoff_table import render as render_tradeoff
+from benchmarks.vision_page import load as load_vision
+from benchmarks.vision_page import render as render_vision
 from tests.conftest import ROOT
 from utils import documents
 from utils.reporting.__main__ import TABLES, build_tables, place, render
@@ -17,7 +19,7 @@ from utils.reporting.pages import rendered
 from utils.reporting.published import elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 
-MEASURED = ("benchmarks", "slimmable", "tradeoff")  # folders of records that python -m benchmarks writes
+MEASURED = ("benchmarks", "slimmable", "tradeoff", "vision")  # folders of records that programs of benchmarks/ write
 RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.parts}]
 PAGES = sorted((ROOT / "results").glob("*/page.md"))
 FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
@@ -66,6 +68,11 @@ def test_the_page_of_quality_against_cost_is_rendered_from_the_records():
     assert rendered(ROOT / "results" / "tradeoff" / "page.md", "tradeoff") == render_tradeoff(ROOT / "results" / "tradeoff")
     assert rendered(ROOT / "results" / "slimmable" / "page.md", "slimmable") == render_slimmable(ROOT / "results" / "slimmable")
     assert rendered(ROOT / "results" / "slimmable" / "page.md", "tasks") == render_tasks(ROOT / "results" / "slimmable")
+
+
+def test_the_page_of_vision_is_rendered_from_the_records():
+    folder = ROOT / "results" / "vision"
+    assert rendered(folder / "page.md", "vision") == render_vision(load_vision(folder.glob("*.json")))
 
 
 def test_a_footnote_stands_once_on_a_page():

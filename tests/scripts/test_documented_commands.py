@@ -19,6 +19,7 @@ PAGES = sorted({*ROOT.glob("*.md"), *(path for folder in ("docs", "data", "resul
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
 COMMAND = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|[^\s$]*) )*(?:bash script/|python |torchrun |accelerate launch )\S.*")
 PROGRAM_OF = {"table1": "train.py", "figure5": "train.py", "ablation": "train.py", "table2": "finetune.py", "quickstart.sh": "train.py"}
+PROGRAM_OF["vision"] = "benchmarks.vision"
 SKIPPED = {"torchrun", "accelerate", "launch", "--nproc_per_node"}
 
 
