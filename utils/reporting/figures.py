@@ -122,7 +122,8 @@ def draw_panels(path: Path, group: Group, panels: list[Panel], looks: dict[str, 
                 ax.legend(fontsize=8)
             else:
                 entries = dict(zip(labels, handles, strict=True)) | entries
-        columns = 1 if crowd else min(4 if len(panels) > 1 else 3, len(entries))
+        fitting = max(1, int(figure.get_figwidth() / (0.062 * max(map(len, entries)) + 0.5)))  # inches of the widest label
+        columns = 1 if crowd else min(4 if len(panels) > 1 else 3, len(entries), fitting)
         place = "outside right center" if crowd else "outside lower center"
         order = [row.label for row in group.rows]
         labels = sorted(entries, key=lambda label: order.index(label) if label in order else len(order))

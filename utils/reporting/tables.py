@@ -88,8 +88,8 @@ def mean_cell(values: Iterable[float | None], form: str = ".3f", of: int = 0) ->
 
 
 def form_of(metric: dict) -> str:
-    """Digits of a quality: three, or one of a percentage."""
-    return ".3f" if metric["lower_is_better"] else ".1f"
+    """Digits of a quality: three, or one of a perplexity or percentage."""
+    return ".3f" if metric["lower_is_better"] and metric["name"] != "perplexity" else ".1f"
 
 
 def values_at(row: Row, share: str, name: str) -> list[float]:
