@@ -20,7 +20,7 @@ from utils.reporting.published import elsewhere
 from utils.reporting.records import PUBLISHED, read_record
 
 MEASURED = ("benchmarks", "slimmable", "tradeoff", "vision")  # folders of records that programs of benchmarks/ write
-RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.parts}]
+RECORDS = [path for path in (ROOT / "results").rglob("*.json") if path != PUBLISHED and not {*MEASURED} & {*path.relative_to(ROOT).parts}]
 PAGES = sorted((ROOT / "results").glob("*/page.md"))
 FIGURES = sorted((ROOT / "Figs").rglob("*.png"))
 SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
