@@ -18,7 +18,15 @@ from utils.flags.models import presets_of
 PAGES = sorted({*ROOT.glob("*.md"), *(path for folder in ("docs", "data", "results") for path in (ROOT / folder).rglob("*.md"))})
 PAGES.remove(ROOT / "CHANGELOG.md")  # it names what is gone
 COMMAND = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|[^\s$]*) )*(?:bash script/|python |torchrun |accelerate launch )\S.*")
-PROGRAM_OF = {"table1": "train.py", "figure5": "train.py", "ablation": "train.py", "table2": "finetune.py", "quickstart.sh": "train.py"}
+PROGRAM_OF = {
+    "table1": "train.py",
+    "figure5": "train.py",
+    "wikitext103": "train.py",
+    "text8": "train.py",
+    "ablation": "train.py",
+    "table2": "finetune.py",
+    "quickstart.sh": "train.py",
+}
 PROGRAM_OF["vision"] = "benchmarks.vision"
 SKIPPED = {"torchrun", "accelerate", "launch", "--nproc_per_node"}
 

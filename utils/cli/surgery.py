@@ -176,7 +176,7 @@ def open_text(folder: str, source: Source) -> Corpus:
     corpus = Corpus.open(folder, MODELS[source.made.model].reads)
     known, found = source.flags.get("vocabulary_sha256"), corpus.vocabulary
     if (found and found.sha256) != known:
-        units = "bytes" if known is None else f"the {corpus.unit}"
+        units = "bytes" if known is None else f"the {corpus.unit_in_words}"
         raise UserError(f"{folder} does not hold {units} that {source.path} was trained on: give another text")
     corpus.verify()
     return corpus

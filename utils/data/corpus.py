@@ -126,6 +126,10 @@ class Corpus:
         return _unit(self.meta)
 
     @property
+    def unit_in_words(self) -> str:
+        return "word pieces" if self.unit == "pieces" else self.unit
+
+    @property
     def vocabulary(self) -> Vocabulary | Tokens | None:
         """The vocabulary of the word pieces or tokens, None for bytes."""
         if "tokens" in self.meta:

@@ -120,7 +120,7 @@ def data_stem(record: Record, short: bool = False) -> str:
     preset = preset_label(record["preset"], settings)
     if len(preset) > 60:  # file systems limit a name
         preset = f"{record['preset']}-{sha256(preset.encode()).hexdigest()[:8]}"
-    return slug(f"{name}-{preset}")
+    return slug(name if name.endswith(f"-{preset}") else f"{name}-{preset}")
 
 
 def place(record: Record) -> Path:

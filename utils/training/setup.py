@@ -35,9 +35,8 @@ def pretraining_run(flags: Flags, corpus: Corpus, engine: Engine, source: Source
     known, found = source.flags.get("vocabulary_sha256") if source else None, task.vocabulary.sha256 if task.vocabulary else None
     from_folder = MODELS[flags.model].from_folder
     if source and found != known and (known or ("preset" in source.flags and not from_folder)):
-        units = {"pieces": "word pieces"}.get(corpus.unit, corpus.unit)
         other = f"{source.path / TOKENIZER_FILE} makes other" if from_folder else f"{source.path} was trained on other"
-        raise UserError(f"{other} {units} than those of {corpus.path}: give a text of its own vocabulary by --data")
+        raise UserError(f"{other} {corpus.unit_in_words} than those of {corpus.path}: give a text of its own vocabulary by --data")
     if source and from_folder:
         if not known:
             raise UserError(f"{source.path} has no {TOKENIZER_FILE}, by which the text could be compared: save its fast tokenizer there")
