@@ -47,7 +47,7 @@ from utils.data.meta import SPLITS, TOKENIZER
 from utils.data.sources import PYSTDLIB, TEXTS, Archive
 from utils.data.tokens import load_tokens
 from utils.data.vocabulary import KINDS, PAIRS, SPACES, Learned, save
-from utils.documents import content_of, naming, replace, require_space
+from utils.documents import content_of, naming, replace, require_space, sync
 from utils.errors import UserError, run_main
 
 LEAST_BYTES = 1_000
@@ -132,6 +132,7 @@ class PlainText(TextDataset):
                     size += len(chunk)
                     file.write(chunk if part == WHOLE else edit(chunk))
                     require_space(folder, 0)  # the size of a packed text is known only once it is unpacked
+            sync(path)
         self.check_content(source, size, f"{algorithm}:{digest.hexdigest()}")
         if WHOLE in parts:
             held_out = size // HELD_OUT if self.args.held_out is None else self.args.held_out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from utils.data.meta import TOKENIZER
 from utils.data.tokens import FILE
+from utils.documents import replace
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ class Learned(NamedTuple):
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> dict[str, Path]:
-    """Save a tokenizer into a prepared folder; return its files by their path in the folder."""
+    """Save a tokenizer into a prepared folder, down to the disk; return its files by their path in the folder."""
     (folder / TOKENIZER).mkdir()
     path = folder / TOKENIZER / FILE
-    tokenizer.save(str(path))
+    replace(path, tokenizer.to_str().encode())
     return {f"{TOKENIZER}/{FILE}": path}
