@@ -24,7 +24,7 @@ PAIRS_SIZE = 8192
 
 
 class Learned(NamedTuple):
-    """How a vocabulary is learned from the training text.
+    """A way to learn a vocabulary from the training text.
 
     kind: words between spaces, as WikiText has them; the same with punctuation marks as words of their own; or byte pairs.
     least: occurrences that a word needs. size: words or byte pairs at most, with END and UNKNOWN; None: all words, or PAIRS_SIZE.
