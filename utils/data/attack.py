@@ -1,6 +1,6 @@
 """Corrupted symbols of a held-out text or row, for tests of robustness: the model reads them, and is scored on the true ones.
 
-The follow-ups of SMoE-Dropout (MomentumSMoE, arXiv 2410.14574, section 4.1) swap 2.5 % of the words of WikiText-103 for a generic token.
+Follow-ups of SMoE-Dropout (MomentumSMoE, arXiv 2410.14574) test on WikiText-103 with words swapped for a generic token. The rate is ours.
 """
 
 from pathlib import Path
